@@ -1,0 +1,79 @@
+"""Continual-learning figures from the accuracy matrix. Pure functions; every value is a share in [0, 1].
+
+`matrix[t, j]` is the accuracy on task j after learning task t, NaN for j > t and for tasks not learned yet.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def learned(matrix: Tensor) -> int:
+    """Number of tasks learned so far: rows of `matrix (T, T)` that are filled in.
+
+    >>> learned(torch.tensor([[0.9, float("nan")], [float("nan"), float("nan")]]))
+    1
+    """
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"expected a square accuracy matrix (T, T), got {tuple(matrix.shape)}")
+    return int(matrix.diagonal().isfinite().sum())
+
+
+def average_accuracy(matrix: Tensor) -> float:
+    """Mean accuracy over the tasks learned so far, after the last of them; tasks weigh the same.
+
+    >>> round(average_accuracy(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
+    0.75
+    """
+    t = _some(matrix)
+    return float(matrix[t - 1, :t].mean())
+
+
+def forgetting(matrix: Tensor) -> float:
+    """Mean over all tasks but the last of the best accuracy ever reached, less the final one; 0 for a single task.
+
+    >>> round(forgetting(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
+    0.2
+    """
+    t = _some(matrix)
+    if t == 1:
+        return 0.0
+    best = matrix[:t, : t - 1].nan_to_num(nan=-torch.inf).amax(0)
+    return float((best - matrix[t - 1, : t - 1]).mean())
+
+
+def backward_transfer(matrix: Tensor) -> float:
+    """Mean over all tasks but the last of the final accuracy less the one just after learning it; negative: forgetting.
+
+    >>> round(backward_transfer(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
+    -0.2
+    """
+    t = _some(matrix)
+    if t == 1:
+        return 0.0
+    return float((matrix[t - 1, : t - 1] - matrix.diagonal()[: t - 1]).mean())
+
+
+def average_incremental_accuracy(matrix: Tensor) -> float:
+    """Mean over learning stages of the average accuracy at each.
+
+    >>> round(average_incremental_accuracy(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
+    0.825
+    """
+    return sum(curve(matrix)) / _some(matrix)
+
+
+def curve(matrix: Tensor) -> list[float]:
+    """Average accuracy after each learned task.
+
+    >>> [round(value, 2) for value in curve(torch.tensor([[0.9, float("nan")], [0.7, 0.8]]))]
+    [0.9, 0.75]
+    """
+    return [float(matrix[t, : t + 1].mean()) for t in range(_some(matrix))]
+
+
+def _some(matrix: Tensor) -> int:
+    if (t := learned(matrix)) == 0:
+        raise ValueError("expected at least one learned task, got an empty accuracy matrix")
+    return t

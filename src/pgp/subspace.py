@@ -1,0 +1,183 @@
+"""Where old inputs live: streamed second moments, their leading directions, and how a basis grows task by task.
+
+Shapes: `n` rows, `D` width, `r` rank. Leading axes (`...`) are separate worlds, each with a moment and a basis of its
+own: the heads of an attention layer, say. Everything here is float64, so that a basis stays orthonormal over many tasks.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Protected(NamedTuple):
+    """What a method asks to protect: a parameter, and the axis along which old rows meet it."""
+
+    parameter: nn.Parameter
+    axis: int = -1
+    """Axis of length D. Axes before the last two line up with the heads of the rows."""
+    role: Literal["prompt", "key"] = "prompt"
+
+
+class Rows(NamedTuple):
+    """What met a protected parameter for a batch of images: inputs `(B, ..., N, D)` and, where they sat beside prompts
+    in one sequence, those prompts as they entered it, `(B, ..., L, D)`."""
+
+    inputs: Tensor
+    prompts: Tensor | None = None
+
+
+class Moment:
+    """The count, sum and second moment of rows that stream by.
+
+    Memory is `D * D` whatever the number of rows, and the result does not depend on their order or batching
+    (beyond rounding in float64).
+
+    >>> moment = Moment()
+    >>> moment.observe(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
+    >>> moment.mean
+    tensor([1., 1.], dtype=torch.float64)
+    >>> moment.second
+    tensor([[1., 1.],
+            [1., 2.]], dtype=torch.float64)
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum: Tensor | None = None  # (..., D)
+        self._products: Tensor | None = None  # (..., D, D)
+
+    def observe(self, rows: Tensor) -> None:
+        """Add rows `(..., n, D)`."""
+        rows = rows.detach().double()
+        total, products = rows.sum(-2), rows.mT @ rows
+        if self._sum is None or self._products is None:
+            self._sum, self._products = total, products
+        elif self._products.shape != products.shape:
+            raise ValueError(f"expected rows of width {self._sum.shape[-1]} and shape (*{tuple(self._sum.shape[:-1])},"
+                             f" n, D) as before, got {tuple(rows.shape)}")  # fmt: skip
+        else:
+            self._sum += total
+            self._products += products
+        self.count += rows.shape[-2]
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean row `(..., D)`."""
+        return self._observed(self._sum) / self.count
+
+    @property
+    def second(self) -> Tensor:
+        """Second moment `(..., D, D)`: the mean of the rows' outer products."""
+        return self._observed(self._products) / self.count
+
+    def all_reduce(self) -> None:
+        """Merge the moments of all processes, where there are several; every process must have seen some rows."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            total, products = self._observed(self._sum), self._observed(self._products)
+            count = torch.tensor(self.count, device=total.device)
+            for tensor in (total, products, count):
+                torch.distributed.all_reduce(tensor)
+            self.count = int(count)
+
+    def _observed(self, value: Tensor | None) -> Tensor:
+        if value is None or self.count == 0:
+            raise ValueError("expected at least one observed row, got none: call observe() first")
+        return value
+
+
+def second_of_sums(inputs: Moment, prompts: Moment) -> Tensor:
+    """Second moment `(..., D, D)` of all sums x + p of an input row x and a prompt row p.
+
+    `C_x + C_p + m_x m_p^T + m_p m_x^T`, with second moments C and means m: no sum is ever formed, so it streams, and
+    it has none of the sign ambiguity of adding two sets of principal components.
+
+    >>> x, p = Moment(), Moment()
+    >>> x.observe(torch.tensor([[1.0, 0.0]])); p.observe(torch.tensor([[0.0, 1.0]]))
+    >>> second_of_sums(x, p)
+    tensor([[1., 1.],
+            [1., 1.]], dtype=torch.float64)
+    """
+    cross = inputs.mean.unsqueeze(-1) * prompts.mean.unsqueeze(-2)  # (..., D, D)
+    return inputs.second + prompts.second + cross + cross.mT
+
+
+def basis_of(second: Tensor, energy: float) -> Tensor:
+    """Orthonormal columns `(..., D, r)`: the fewest leading directions that hold `energy` of the trace of `second`.
+
+    Args:
+        second: symmetric positive semi-definite `(..., D, D)`.
+        energy: share in [0, 1]; 0 gives no column, 1 every direction that is not zero to rounding.
+
+    >>> basis_of(torch.diag(torch.tensor([9.0, 1.0, 0.0])), energy=0.9).abs()
+    tensor([[1.],
+            [0.],
+            [0.]], dtype=torch.float64)
+    >>> basis_of(torch.diag(torch.tensor([9.0, 1.0, 0.0])), energy=1.0).shape
+    torch.Size([3, 2])
+    """
+    return extend(second.new_zeros(*second.shape[:-1], 0, dtype=torch.float64), second, energy)
+
+
+def extend(basis: Tensor, second: Tensor, energy: float) -> Tensor:
+    """`basis` and the fewest new directions with which it holds `energy` of the trace of `second`.
+
+    The rule of GPM (Saha et al., ICLR 2021, section 4): remove from the second moment what the basis already holds, and
+    add leading eigenvectors of the rest until the share is reached.
+
+    Args:
+        basis: orthonormal columns `(..., D, r)`. Where leading axes differ in rank, shorter bases end in zero columns.
+        second: symmetric positive semi-definite `(..., D, D)`.
+        energy: share in [0, 1].
+
+    Returns:
+        Orthonormal columns `(..., D, r')`, r' >= r, float64; the first columns are those of `basis`.
+
+    >>> held = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)
+    >>> extend(held, torch.diag(torch.tensor([6.0, 1.0, 3.0])), energy=0.9).abs()
+    tensor([[1., 0.],
+            [0., 0.],
+            [0., 1.]], dtype=torch.float64)
+    """
+    if not 0 <= energy <= 1:
+        raise ValueError(f"expected an energy in [0, 1] (a share of the second moment's trace), got {energy}")
+    second, basis = second.double(), basis.double()
+    rest = remove(remove(second, basis).mT, basis)  # (I - UU^T) C (I - UU^T)
+    values, vectors = torch.linalg.eigh((rest + rest.mT) / 2)  # ascending
+    values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
+    total = second.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)  # (..., 1)
+    missing = values.flip(-1).cumsum(-1).flip(-1)  # not held before direction i is added
+    rounding = second.shape[-1] * torch.finfo(torch.float64).eps * total
+    wanted = (missing > (1 - energy) * total + rounding) & (values > rounding)  # (..., D)
+    new = vectors[..., : int(wanted.sum(-1).max())] * wanted[..., None, : int(wanted.sum(-1).max())]
+    return _zeros_last(torch.cat([basis, new], dim=-1))
+
+
+def remove(tensor: Tensor, basis: Tensor) -> Tensor:
+    """`tensor - tensor U U^T` `(..., n, D)`: what is left of each row outside the span of `basis` `(..., D, r)`.
+
+    >>> remove(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
+    tensor([[0., 4.]])
+    """
+    return tensor - (tensor @ basis) @ basis.mT
+
+
+def rank_of(basis: Tensor) -> float:
+    """Mean number of columns over the leading axes; padding does not count.
+
+    >>> rank_of(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]]))
+    1.5
+    """
+    return float((basis != 0).any(-2).sum(-1).double().mean())
+
+
+def _zeros_last(basis: Tensor) -> Tensor:
+    """Where ranks differ between leading axes, zero columns pad; keep them behind the others and drop common ones."""
+    if basis.dim() == 2 or basis.shape[-1] == 0:
+        return basis
+    empty = ~(basis != 0).any(-2)  # (..., r)
+    order = empty.to(torch.uint8).argsort(dim=-1, stable=True)
+    basis = basis.gather(-1, order.unsqueeze(-2).expand_as(basis))
+    return basis[..., : int((~empty).sum(-1).max())]
