@@ -1,0 +1,84 @@
+"""The contract of a frozen pre-trained encoder. timm and open_clip are imported in this folder and nowhere else."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+class Backbone(nn.Module, abc.ABC):
+    """A frozen encoder: one copy in memory serves the plain pass and the prompted one.
+
+    Shapes: `B` images, `N` tokens that an image becomes (CLS first), `P` inserted prompt tokens, `D` width, `H` heads.
+    """
+
+    width: int
+    """Token width D."""
+    depth: int
+    """Number of blocks."""
+    heads: int
+    """Attention heads per block H."""
+
+    @dataclass(frozen=True)
+    class Config(abc.ABC):
+        """How to make one; `build` is the factory."""
+
+        @abc.abstractmethod
+        def build(self, size: int) -> Backbone:
+            """The backbone for images of `size` pixels a side."""
+
+    @abc.abstractmethod
+    def embed(self, images: Tensor) -> Tensor:
+        """Tokens of `images (B, 3, S, S)` as they enter the first block, `(B, N, D)`."""
+
+    @abc.abstractmethod
+    def place(self, prompts: Tensor) -> Tensor:
+        """Prompts `(B, P, D)` as they enter the first block: with the position embedding they are given."""
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        images: Tensor,
+        prompts: Tensor | None = None,
+        prefixes: Mapping[int, Tensor] | None = None,
+        read: int | None = None,
+    ) -> Tensor:
+        """Final normalised tokens: CLS, then the prompts, then the image's other tokens.
+
+        Args:
+            images: `(B, 3, S, S)`.
+            prompts: tokens `(B, P, D)` to insert after CLS.
+            prefixes: by layer number, keys and values `(B, 2, H, L, D/H)` that its attention sees before its own.
+            read: how many leading tokens the caller reads; the last block computes no others. All, where None.
+
+        Returns:
+            `(B, read, D)`, or `(B, N + P, D)` where `read` is None.
+        """
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Final CLS token of the plain pass, `(B, D)`: the query by which prompts are chosen."""
+        with torch.no_grad():
+            return self(images, read=1)[:, 0]
+
+    def freeze(self) -> None:
+        """Stop all learning for good; `train()` no longer changes the mode."""
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Stay in evaluation mode: a frozen encoder has no other."""
+        super().train(False)
+        return self
+
+    def fingerprint(self) -> str:
+        """Hash of all weights, by which a checkpoint knows the encoder it was learned on."""
+        digest = hashlib.sha256()
+        for name, tensor in self.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+        return digest.hexdigest()[:16]

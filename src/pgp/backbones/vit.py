@@ -1,0 +1,204 @@
+"""Any plain timm vision transformer, used as a library: its own modules, in its own order, with prompts let in."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from torch import Tensor, nn
+
+from pgp.backbones import Backbone
+
+_CONTAINERS = ("model", "state_dict", "teacher")
+"""Keys under which published checkpoints hide their weights."""
+
+
+class ViT(Backbone):
+    """A frozen timm `VisionTransformer` with a class token."""
+
+    @dataclass(frozen=True)
+    class Config(Backbone.Config):
+        """Which vision transformer, and with which weights."""
+
+        model: str = "vit_base_patch16_224.orig_in21k"
+        """timm model with its full tag (`timm.list_models(pretrained=True)`); a bare name means other weights in other
+        timm versions and is taken only where the weights come from elsewhere."""
+        weights: str = "hub"
+        """`hub` for the tag's published weights, `random` for none, `package:NAME` for a file that pgp ships, else the
+        path of a checkpoint in timm's naming (.safetensors, or .pth without pickled code)."""
+        arguments: dict[str, int] = field(default_factory=dict)
+        """Further arguments of `timm.create_model`, such as `embed_dim` or `depth` for an encoder of your own."""
+
+        def build(self, size: int) -> ViT:
+            """The frozen encoder for images of `size` pixels a side; position embeddings are resampled to fit."""
+            return ViT(_create(self, size))
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.vit = _plain(model)
+        self.width = int(model.embed_dim)
+        self.depth = len(model.blocks)
+        self.heads = int(model.blocks[0].attn.num_heads)
+        self.freeze()
+
+    def patches(self, images: Tensor) -> Tensor:
+        """Patch tokens without position embedding or CLS, `(B, N', D)`."""
+        tokens: Tensor = self.vit.patch_embed(self._sized(images))
+        return tokens
+
+    def embed(self, images: Tensor) -> Tensor:
+        """See `Backbone.embed`."""
+        tokens: Tensor = self.vit.norm_pre(self.vit._pos_embed(self.patches(images)))
+        return tokens
+
+    def place(self, prompts: Tensor) -> Tensor:
+        """Prompts with the position embedding of CLS, as in the published L2P."""
+        if self.vit.pos_embed is not None and not self.vit.no_embed_class:
+            prompts = prompts + self.vit.pos_embed[:, :1]
+        placed: Tensor = self.vit.norm_pre(prompts)
+        return placed
+
+    def forward(
+        self,
+        images: Tensor,
+        prompts: Tensor | None = None,
+        prefixes: Mapping[int, Tensor] | None = None,
+        read: int | None = None,
+    ) -> Tensor:
+        """See `Backbone.forward`."""
+        x = self.embed(images)  # (B, N, D)
+        if prompts is not None:
+            if prompts.dim() != 3 or prompts.shape[::2] != x.shape[::2]:
+                raise ValueError(f"expected prompts ({len(x)}, P, {self.width}), got {tuple(prompts.shape)}")
+            x = torch.cat([x[:, :1], self.place(prompts), x[:, 1:]], dim=1)  # (B, N + P, D)
+        read = x.shape[1] if read is None else read
+        for layer, block in enumerate(self.vit.blocks):
+            prefix = prefixes.get(layer) if prefixes else None
+            needed = read if layer == self.depth - 1 else x.shape[1]
+            x = block(x) if prefix is None and needed == x.shape[1] else _block(block, x, needed, prefix)
+        tokens: Tensor = self.vit.norm(x)
+        return tokens
+
+    def _sized(self, images: Tensor) -> Tensor:
+        expected = tuple(self.vit.patch_embed.img_size)
+        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2:] != expected:
+            raise ValueError(f"expected images (B, 3, {expected[0]}, {expected[1]}), got {tuple(images.shape)}")
+        return images
+
+
+def _block(block: nn.Module, x: Tensor, read: int, prefix: Tensor | None) -> Tensor:
+    """A timm block for its first `read` tokens only, with a prefix in its attention where there is one."""
+    attended = _attention(block.attn, block.norm1(x), read, prefix)
+    x = x[:, :read] + block.ls1(attended)
+    out: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
+    return out
+
+
+def _attention(attn: Any, x: Tensor, read: int, prefix: Tensor | None) -> Tensor:
+    """timm's attention from the first `read` tokens to all tokens and the prefix, `(B, read, D)`."""
+    D = attn.qkv.in_features
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    q = F.linear(x[:, :read], weight[:D], None if bias is None else bias[:D])
+    kv = F.linear(x, weight[D:], None if bias is None else bias[D:])
+    q = q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)  # (B, H, read, D/H)
+    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, H, N, D/H)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if prefix is not None:
+        k = torch.cat([prefix[:, 0], k], dim=2)  # (B, H, L + N, D/H)
+        v = torch.cat([prefix[:, 1], v], dim=2)
+    heads = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)  # (B, H, read, D/H)
+    out: Tensor = attn.proj(heads.transpose(1, 2).flatten(2))
+    return out
+
+
+def _plain(model: nn.Module) -> Any:
+    """`model`, if it is a vision transformer that this file understands."""
+    name = type(model).__name__
+    if type(model) is not VisionTransformer:
+        raise ValueError(f"expected a plain timm VisionTransformer, got {name}: choose a vit_*, deit_* or *dinov2* tag")
+    if not model.has_class_token:
+        raise ValueError("expected a vision transformer with a class token (it is the query), got one without")
+    attentions = [block.attn for block in model.blocks]
+    usual = {"training", "num_heads", "head_dim", "attn_dim", "scale", "fused_attn", "gate"}
+    for block, attn in zip(model.blocks, attentions, strict=True):
+        extras = {k for k in vars(attn) if not k.startswith("_")} - usual
+        gated = getattr(attn, "gate", None) not in (None, False)
+        normed = not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity)
+        if type(block) is not Block or not hasattr(attn, "qkv") or extras or gated or normed:
+            raise ValueError(f"expected plain pre-norm blocks with joint qkv, got {type(block).__name__}"
+                             f" with {type(attn).__name__}: choose another tag")  # fmt: skip
+    return model
+
+
+def _create(config: ViT.Config, size: int) -> nn.Module:
+    hub = config.weights == "hub"
+    if not timm.is_model(config.model):
+        near = difflib.get_close_matches(config.model.split(".")[0], timm.list_models("*vit*") + timm.list_models("deit*"))
+        raise ValueError(f"unknown timm model {config.model!r}" + (f"; perhaps you meant {near}" if near else ""))
+    if hub and "." not in config.model:
+        tags = timm.list_models(config.model + ".*", pretrained=True)
+        raise ValueError(f"{config.model!r} means other weights in other timm versions; name the full tag, one of {tags}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # `random` weights are the same every time
+            model: nn.Module = timm.create_model(
+                config.model, pretrained=hub, num_classes=0, img_size=size, **config.arguments
+            )
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"timm cannot make {config.model} at {size} px with {config.arguments}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        if not hub:
+            raise
+        raise ValueError(f"no weights for {config.model}: {error}. Offline, download the checkpoint elsewhere and name"
+                         " the file: --backbone.weights PATH.safetensors") from error  # fmt: skip
+    side = getattr(_plain(model).patch_embed, "patch_size", (1, 1))[0]
+    if size % side:
+        raise ValueError(f"expected an image size that is a multiple of the patch size {side}, got {size}")
+    if not hub and config.weights != "random":
+        _load(model, _file(config.weights))
+    return model
+
+
+def _file(weights: str) -> Path:
+    if weights.startswith("package:"):
+        return Path(str(resources.files("pgp") / "weights" / weights.removeprefix("package:")))
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}: expected 'hub', 'random' or the path of a .safetensors or .pth file")
+    return path
+
+
+def _load(model: nn.Module, path: Path) -> None:
+    """Fill `model` with a checkpoint in timm's naming; the head is left out, positions are resampled."""
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds pickled code, which is never run; save its weights as .safetensors") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is no readable checkpoint (truncated?): {error}") from error
+    for container in _CONTAINERS:
+        state = state.get(container, state)
+    state = {name: tensor.float() for name, tensor in state.items() if not name.startswith(("head.", "head_dist."))}
+    wanted = model.state_dict()
+    width, found = model.embed_dim, state.get("cls_token")
+    if found is not None and found.shape[-1] != width:
+        raise ValueError(f"expected weights of width {width}, got {found.shape[-1]} in {path}: name the model they"
+                         " belong to with --backbone.model")  # fmt: skip
+    state = checkpoint_filter_fn(state, model)
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    wrong = [name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape]
+    if missing or extra or wrong:
+        raise ValueError(f"{path} does not fit this model: missing {missing[:3]}, unexpected {extra[:3]},"
+                         f" of another shape {sorted(wrong)[:3]}")  # fmt: skip
+    model.load_state_dict(state)
