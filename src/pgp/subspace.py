@@ -23,7 +23,8 @@ class Protected(NamedTuple):
 
 class Rows(NamedTuple):
     """What met a protected parameter for a batch of images: inputs `(B, ..., N, D)` and, where they sat beside prompts
-    in one sequence, those prompts as they entered it, `(B, ..., L, D)`."""
+    in one sequence, those prompts as they entered it, `(B, ..., L, D)`.
+    """
 
     inputs: Tensor
     prompts: Tensor | None = None

@@ -106,7 +106,7 @@ def _block(block: nn.Module, x: Tensor, read: int, prefix: Tensor | None) -> Ten
 
 
 def _attention(attn: Any, x: Tensor, read: int, prefix: Tensor | None) -> Tensor:
-    """timm's attention from the first `read` tokens to all tokens and the prefix, `(B, read, D)`."""
+    """Timm's attention from the first `read` tokens to all tokens and the prefix, `(B, read, D)`."""
     D = attn.qkv.in_features
     weight, bias = attn.qkv.weight, attn.qkv.bias
     q = F.linear(x[:, :read], weight[:D], None if bias is None else bias[:D])
@@ -144,11 +144,15 @@ def _plain(model: nn.Module) -> Any:
 def _create(config: ViT.Config, size: int) -> nn.Module:
     hub = config.weights == "hub"
     if not timm.is_model(config.model):
-        near = difflib.get_close_matches(config.model.split(".")[0], timm.list_models("*vit*") + timm.list_models("deit*"))
+        near = difflib.get_close_matches(
+            config.model.split(".")[0], timm.list_models("*vit*") + timm.list_models("deit*")
+        )
         raise ValueError(f"unknown timm model {config.model!r}" + (f"; perhaps you meant {near}" if near else ""))
     if hub and "." not in config.model:
         tags = timm.list_models(config.model + ".*", pretrained=True)
-        raise ValueError(f"{config.model!r} means other weights in other timm versions; name the full tag, one of {tags}")
+        raise ValueError(
+            f"{config.model!r} means other weights in other timm versions; name the full tag, one of {tags}"
+        )
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # `random` weights are the same every time
@@ -175,7 +179,9 @@ def _file(weights: str) -> Path:
         return Path(str(resources.files("pgp") / "weights" / weights.removeprefix("package:")))
     path = Path(weights).expanduser()
     if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}: expected 'hub', 'random' or the path of a .safetensors or .pth file")
+        raise ValueError(
+            f"no checkpoint at {path}: expected 'hub', 'random' or the path of a .safetensors or .pth file"
+        )
     return path
 
 

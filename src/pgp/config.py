@@ -1,0 +1,190 @@
+"""The whole configuration of a run, as one frozen tree that is checked when made and goes through JSON unchanged."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import cattrs
+import torch
+from torch import nn
+
+from pgp.backbones import Backbone
+from pgp.datasets import DatasetConfig, Views
+from pgp.methods import Method
+from pgp.projections import Projection
+from pgp.readouts import Readout
+from pgp.scenario import Setting
+
+SHELVES: tuple[type, ...] = (DatasetConfig, Backbone.Config, Method.Config, Projection.Config, Readout.Config)
+"""Where things multiply: in JSON, a value of one of these types carries the name of its class."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """The optimizer of a task; each task starts a new one."""
+
+    name: Literal["adam", "adamw", "sgd"] = "adam"
+    lr: float = 0.03
+    """Learning rate per 256 images: the effective rate is `lr * batch_size / 256`."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """For adam and adamw."""
+    momentum: float = 0.9
+    """For sgd."""
+    weight_decay: float = 0.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    """How the rate goes over the steps of a task."""
+    clip: float = 1.0
+    """Largest norm of all gradients together; 0 clips nothing."""
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and self.clip >= 0 and self.weight_decay >= 0):
+            raise ValueError(f"expected optimizer.lr > 0, clip >= 0 and weight_decay >= 0, got {self}")
+
+    def build(self, parameters: Iterable[nn.Parameter], batch_size: int) -> torch.optim.Optimizer:
+        """A new optimizer over `parameters`."""
+        lr = self.rate(0, 1, batch_size)
+        if self.name == "sgd":
+            return torch.optim.SGD(parameters, lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
+        return kind(parameters, lr, betas=self.betas, weight_decay=self.weight_decay)
+
+    def rate(self, step: int, steps: int, batch_size: int) -> float:
+        """Learning rate at `step` of `steps`."""
+        full = self.lr * batch_size / 256
+        return full if self.schedule == "constant" else full * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where a run computes. It changes the speed and, beyond rounding, nothing else."""
+
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int = 1
+    """Processes, one per device; a batch is shared among them."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    workers: int = 0
+    """Processes that load images, per device."""
+
+    def __post_init__(self) -> None:
+        if self.devices < 1 or self.workers < 0:
+            raise ValueError(f"expected hardware.devices >= 1 and hardware.workers >= 0, got {self}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the result of a run."""
+
+    name: str
+    """The recipe it began as."""
+    dataset: DatasetConfig
+    backbone: Backbone.Config
+    method: Method.Config
+    projection: Projection.Config
+    readouts: tuple[Readout.Config, ...]
+    """How features become logits at test; all are evaluated on the same run, the first is the headline."""
+    views: Views = field(default_factory=Views)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    hardware: Hardware = field(default_factory=Hardware)
+    tasks: int = 10
+    """Tasks into which the classes are split."""
+    setting: Setting = "cil"
+    """cil: class-incremental. til: the task of a test image is known. oil: online, each image is seen once."""
+    seed: int = 42
+    """Decides every random draw."""
+    shuffle: bool = False
+    """Order of the classes: natural, or shuffled by the seed."""
+    epochs: int = 5
+    """Passes over each task's images; oil makes one whatever this says."""
+    batch_size: int = 16
+    """Images per step, over all devices."""
+    eval_batch_size: int = 32
+    """Images at once where nothing learns; it changes no result."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """What an unreadable image does."""
+    legacy_eval: bool = False
+    """Report the published protocol too, in columns named legacy: one majority vote for the prompts of a test batch of
+    `eval_batch_size` images of one task, scored over all classes, seen or not. It leaks the task."""
+    log_every_steps: int = 20
+    """Steps between two looks at the loss, each of which waits for the device."""
+    save_every_steps: int = 0
+    """Steps between two checkpoints inside a task; 0 saves after each task only."""
+
+    def __post_init__(self) -> None:
+        positive = ("tasks", "epochs", "batch_size", "eval_batch_size", "log_every_steps")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        if self.save_every_steps < 0:
+            raise ValueError(f"expected save_every_steps of at least 0, got {self.save_every_steps}")
+        if not self.readouts:
+            raise ValueError("expected at least one readout, got none")
+        if self.batch_size < self.hardware.devices:
+            raise ValueError(
+                f"expected batch_size of at least hardware.devices {self.hardware.devices}, got {self.batch_size}"
+            )
+        if self.hardware.devices > 1 and (self.legacy_eval or self.on_bad_image == "skip"):
+            raise ValueError("legacy_eval and on_bad_image=skip need hardware.devices 1: they depend on whole batches")
+
+    @property
+    def passes(self) -> int:
+        """Passes over each task's images."""
+        return 1 if self.setting == "oil" else self.epochs
+
+    def to_json(self) -> dict[str, Any]:
+        """The tree as JSON values."""
+        tree: dict[str, Any] = _converter().unstructure(self)
+        return tree
+
+    @staticmethod
+    def from_json(tree: dict[str, Any]) -> Config:
+        """The configuration that `to_json` described.
+
+        Raises:
+            ValueError: if the tree has unknown, missing or ill-typed fields.
+        """
+        try:
+            return _converter().structure(tree, Config)
+        except cattrs.BaseValidationError as error:
+            raise ValueError("not a configuration: " + "; ".join(cattrs.transform_error(error))) from error
+
+
+def _converter() -> cattrs.Converter:
+    converter = cattrs.Converter(forbid_extra_keys=True)
+    converter.register_unstructure_hook(Path, str)
+    converter.register_structure_hook(Path, lambda value, _: Path(value))
+
+    def named(value: Any) -> dict[str, Any]:
+        fields = converter.unstructure(value, unstructure_as=type(value))
+        return {"class": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
+
+    def concrete(tree: dict[str, Any], shelf: type) -> Any:
+        fields = dict(tree)
+        return converter.structure(fields, _class(fields.pop("class", ""), shelf))
+
+    converter.register_unstructure_hook_func(lambda kind: kind in SHELVES, named)
+    converter.register_structure_hook_func(lambda kind: kind in SHELVES, concrete)
+    return converter
+
+
+def _class(name: str, shelf: type) -> type:
+    """The class `module:qualname`, which must stand on `shelf`; only pgp's own modules are ever imported for it."""
+    module, _, qualname = name.partition(":")
+    found: Any = sys.modules.get(module)
+    if found is None and module.startswith("pgp."):
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError:
+            found = None
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    if not (isinstance(found, type) and issubclass(found, shelf)):
+        raise ValueError(
+            f"expected the class of a {shelf.__qualname__}, got {name!r}; import its module first if it is your own"
+        )
+    return found

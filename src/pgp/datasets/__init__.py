@@ -1,0 +1,213 @@
+"""The contract of a data set, the views that training and evaluation take of an image, and the loader.
+
+torchvision and PIL are imported in this folder and nowhere else.
+"""
+
+from __future__ import annotations
+
+import abc
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode, v2
+
+from pgp.scenario import seed_of
+
+
+class BadImageError(ValueError):
+    """An image file that cannot be read; the message names it."""
+
+
+class Split(abc.ABC):
+    """Images with integer labels, map-style."""
+
+    labels: Tensor
+    """`(n,)`, int64."""
+
+    @abc.abstractmethod
+    def image(self, index: int) -> Tensor:
+        """Image number `index`, `(3, H, W)` uint8.
+
+        Raises:
+            BadImageError: if its file cannot be read.
+        """
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class ArraySplit(Split):
+    """Images that lie in memory: `images (n, H, W)` gray or `(n, 3, H, W)`, uint8."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        if len(images) != len(labels):
+            raise ValueError(f"expected one label per image, got {len(images)} images and {len(labels)} labels")
+        self.images, self.labels = images, labels.long()
+
+    def image(self, index: int) -> Tensor:
+        """See `Split.image`."""
+        image = self.images[index]
+        return image.expand(3, -1, -1) if image.dim() == 2 else image
+
+
+class Dataset(NamedTuple):
+    """A training and a test split over the same classes."""
+
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; labels run from 0."""
+        return len(self.class_names)
+
+
+@dataclass(frozen=True)
+class DatasetConfig(abc.ABC):
+    """How to make a data set; `build` is the factory."""
+
+    @abc.abstractmethod
+    def build(self) -> Dataset:
+        """The data set, downloaded first where it is missing and can be had."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """What the model sees of an image."""
+
+    size: int = 224
+    """Pixels a side."""
+    resize: int | None = None
+    """Test view: the shorter side is resized to this many pixels, bicubic, then the centre is cropped. 256/224 of
+    `size`, where None."""
+    scale: tuple[float, float] = (0.05, 1.0)
+    """Training view: share of the image's area that a random crop covers."""
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Training view: aspect ratio of the crop."""
+    flip: float = 0.5
+    """Training view: probability of a horizontal flip."""
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Subtracted from channels in [0, 1]. The published ViT recipes do not normalise."""
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """Divides the channels after that."""
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or (self.resize is not None and self.resize < self.size):
+            raise ValueError(f"expected views.resize of at least views.size {self.size}, got {self.resize}")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise ValueError(f"expected views.scale (low, high) with 0 < low <= high <= 1, got {self.scale}")
+
+    def train(self) -> v2.Transform:
+        """A random crop of the image `(3, H, W)` uint8, perhaps flipped, `(3, S, S)` float."""
+        crop = v2.RandomResizedCrop(self.size, self.scale, self.ratio, antialias=True)
+        return v2.Compose([crop, v2.RandomHorizontalFlip(self.flip), *self._to_float()])
+
+    def test(self) -> v2.Transform:
+        """The image's centre, `(3, S, S)` float."""
+        resize = v2.Resize(self.resize or int(self.size * 256 / 224), InterpolationMode.BICUBIC, antialias=True)
+        return v2.Compose([resize, v2.CenterCrop(self.size), *self._to_float()])
+
+    def _to_float(self) -> list[v2.Transform]:
+        return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
+
+
+class Batch(NamedTuple):
+    """Images that the model sees at once."""
+
+    images: Tensor
+    """`(B, 3, S, S)` float."""
+    labels: Tensor
+    """`(B,)`."""
+    indices: Tensor
+    """Where they are in their split, `(B,)`."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device; indices stay."""
+        return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.indices)
+
+
+class Address(NamedTuple):
+    """An image as a certain pass sees it: `index` in its split, and the pass that decides the augmentation."""
+
+    index: int
+    passes: int
+
+
+class Viewed(torch.utils.data.Dataset[tuple[Tensor, int, int] | None]):
+    """A split under a view whose every random draw is addressed by `(seed, *purpose, pass, index)`."""
+
+    def __init__(
+        self, split: Split, view: v2.Transform, seed: int, purpose: tuple[str | int, ...], skip_bad: bool
+    ) -> None:
+        self.split, self.view, self.seed, self.purpose, self.skip_bad = split, view, seed, purpose, skip_bad
+
+    def __getitem__(self, address: Address) -> tuple[Tensor, int, int] | None:
+        """Image, label and index; None for a bad image that is to be skipped."""
+        try:
+            image = self.split.image(address.index)
+        except BadImageError as error:
+            if not self.skip_bad:
+                raise
+            warnings.warn(f"skipped: {error}", stacklevel=2)
+            return None
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.default_generator.manual_seed(seed_of(self.seed, *self.purpose, address.passes, address.index))
+            return self.view(image), int(self.split.labels[address.index]), address.index
+
+
+class Loading(NamedTuple):
+    """How batches are brought to the model."""
+
+    workers: int = 0
+    """Processes that decode and crop; 0 does it in the training process."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    rank: int = 0
+    world: int = 1
+    """This process and how many there are: each takes every world-th image of a batch."""
+
+
+def batches(data: Viewed, plan: Sequence[Sequence[Address]], loading: Loading) -> Iterator[Batch]:
+    """The planned batches in order, each process its own share; an empty share is a batch of no images."""
+    share = [list(batch[loading.rank :: loading.world]) for batch in plan]
+    workers = min(loading.workers, len(share))
+    loader = DataLoader(
+        data,
+        batch_sampler=share,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=torch.cuda.is_available(),
+        multiprocessing_context="spawn" if workers else None,
+    )
+    yield from loader
+
+
+def in_order(indices: Tensor, batch_size: int, passes: int = 0) -> list[list[Address]]:
+    """A plan that visits `indices` as they come.
+
+    >>> in_order(torch.tensor([4, 5, 6]), batch_size=2)[1]
+    [Address(index=6, passes=0)]
+    """
+    return [[Address(i, passes) for i in part.tolist()] for part in indices.split(batch_size)]
+
+
+def _collate(samples: list[tuple[Tensor, int, int] | None]) -> Batch:
+    good = [sample for sample in samples if sample is not None]
+    if not good:
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    images, labels, indices = zip(*good, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))
+
+
+def existing(folder: Path) -> Path:
+    """`folder`, made absolute; a clear error if it is not there."""
+    folder = folder.expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"no data folder at {folder.absolute()}")
+    return folder

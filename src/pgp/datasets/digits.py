@@ -1,0 +1,27 @@
+"""The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn: real images, no download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from sklearn.datasets import load_digits
+
+from pgp.datasets import ArraySplit, Dataset, DatasetConfig
+from pgp.scenario import generator
+
+
+@dataclass(frozen=True)
+class Digits(DatasetConfig):
+    """Ten digits; every fifth image of a fixed shuffle is held out for the test."""
+
+    def build(self) -> Dataset:
+        """1,437 training and 360 test images, the same every time."""
+        bunch = load_digits()
+        images = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)  # (n, 8, 8), 0 to 16 in the source
+        labels = torch.from_numpy(bunch.target)
+        order = torch.randperm(len(labels), generator=generator(0, "digits split"))
+        test = torch.zeros(len(labels), dtype=torch.bool)
+        test[order[::5]] = True
+        names = tuple(str(name) for name in bunch.target_names)
+        return Dataset(ArraySplit(images[~test], labels[~test]), ArraySplit(images[test], labels[test]), names)

@@ -1,0 +1,65 @@
+"""Fashion-MNIST (Xiao et al., 2017): 70,000 gray images of clothes, 28 x 28 pixels, ten classes."""
+
+from __future__ import annotations
+
+import gzip
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import FashionMNIST as Torchvision
+
+from pgp.datasets import ArraySplit, Dataset, DatasetConfig
+
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package `dataset-fashion-mnist` puts the four files."""
+
+
+@dataclass(frozen=True)
+class FashionMNIST(DatasetConfig):
+    """Read in place where its four idx files lie (plain or .gz), else downloaded by torchvision."""
+
+    root: Path = Path("data")
+    """Folder with the files, or where a download goes."""
+
+    def build(self) -> Dataset:
+        """60,000 training and 10,000 test images."""
+        for folder in (self.root, self.root / "FashionMNIST" / "raw", DEBIAN):
+            if _file(folder, "train-images-idx3-ubyte"):
+                return Dataset(_split(folder, "train"), _split(folder, "t10k"), tuple(Torchvision.classes))
+        try:
+            Torchvision(str(self.root), download=True)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(
+                f"Fashion-MNIST is neither in {self.root.absolute()} nor in {DEBIAN}, and its download failed ({error}):"
+                " put its four idx files there, or install Debian's dataset-fashion-mnist"
+            ) from error
+        folder = self.root / "FashionMNIST" / "raw"
+        return Dataset(_split(folder, "train"), _split(folder, "t10k"), tuple(Torchvision.classes))
+
+
+def _split(folder: Path, name: str) -> ArraySplit:
+    images, labels = _read(folder, f"{name}-images-idx3-ubyte"), _read(folder, f"{name}-labels-idx1-ubyte")
+    return ArraySplit(images, labels)
+
+
+def _file(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def _read(folder: Path, name: str) -> Tensor:
+    """The unsigned bytes of an idx file: a magic number that tells the number of axes, their lengths, the data."""
+    path = _file(folder, name)
+    if path is None:
+        raise ValueError(f"expected {name} or {name}.gz in {folder}, got neither")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it and fetch it again") from error
+    axes = data[3] if len(data) > 4 and data[:3] == b"\0\0\x08" else 0
+    shape = np.frombuffer(data, ">u4", axes, offset=4) if len(data) >= 4 + 4 * axes else []
+    if not axes or len(data) != 4 + 4 * axes + int(np.prod(shape)):
+        raise ValueError(f"{path} is no complete idx file of bytes; delete it and fetch it again")
+    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape).copy())

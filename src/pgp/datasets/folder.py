@@ -1,0 +1,77 @@
+"""Your own images: a folder per class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from pgp.datasets import BadImageError, Dataset, DatasetConfig, Split, existing
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+@dataclass(frozen=True)
+class Folder(DatasetConfig):
+    """Images in `root/train/<class>/*` and `root/test/<class>/*`, read in place."""
+
+    root: Path = Path("data")
+    """Folder that holds `train` and `test`."""
+
+    def build(self) -> Dataset:
+        """Classes are the folders of `train`, in alphabetical order."""
+        train, test = existing(self.root / "train"), existing(self.root / "test")
+        names = tuple(sorted(path.name for path in train.iterdir() if path.is_dir()))
+        strangers = sorted(path.name for path in test.iterdir() if path.is_dir() and path.name not in names)
+        if strangers:
+            raise ValueError(f"expected every class of {test} in {train} too, got {strangers[:5]} in test only")
+        return Dataset(FileSplit.of(train, names), FileSplit.of(test, names), names)
+
+
+class FileSplit(Split):
+    """Image files, decoded when asked for."""
+
+    def __init__(self, paths: list[Path], labels: list[int]) -> None:
+        self.paths, self.labels = paths, torch.tensor(labels, dtype=torch.int64)
+
+    @classmethod
+    def of(cls, folder: Path, names: tuple[str, ...]) -> FileSplit:
+        """All images below `folder/<name>`, in alphabetical order, labelled by the place of the name in `names`."""
+        pairs = [
+            (path, label)
+            for label, name in enumerate(names)
+            for path in sorted((folder / name).rglob("*"))
+            if path.suffix.lower() in SUFFIXES and path.is_file()
+        ]
+        if not pairs:
+            raise ValueError(f"no images in {folder}/<class>/: expected files ending in {', '.join(sorted(SUFFIXES))}")
+        return cls([path for path, _ in pairs], [label for _, label in pairs])
+
+    def image(self, index: int) -> Tensor:
+        """See `Split.image`."""
+        return read_image(self.paths[index])
+
+
+def read_image(path: Path) -> Tensor:
+    """The image at `path` as the eye sees it, `(3, H, W)` uint8: upright, in RGB, transparency over white.
+
+    Raises:
+        BadImageError: naming `path`, if it cannot be decoded.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bit gray
+                image = Image.fromarray(
+                    (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+                )
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImageError(f"cannot read the image {path}: {error}") from error

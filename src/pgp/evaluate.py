@@ -1,0 +1,107 @@
+"""Accuracy on the tasks learned so far, image by image; the only owner of evaluation masks.
+
+Nothing about an image's prediction depends on its batch, and no task label enters the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from rich.progress import Progress
+from torch import Tensor
+
+from pgp.config import Config
+from pgp.datasets import Batch, Dataset, Loading, Viewed, batches, in_order
+from pgp.methods import Method, only
+from pgp.readouts import Readout
+from pgp.scenario import Scenario, Task
+
+T = TypeVar("T")
+LEGACY = "/legacy"
+"""Suffix of columns that follow the published protocol."""
+
+
+def tracked(progress: Progress, items: Iterable[T], total: int, description: str) -> Iterator[T]:
+    """`items`, under a progress bar that goes when they are through."""
+    bar = progress.add_task(description, total=total)
+    try:
+        for item in items:
+            yield item
+            progress.advance(bar)
+    finally:
+        progress.remove_task(bar)
+
+
+class Evaluation:
+    """Evaluates a method on a data set again and again as it learns; queries of test images are computed once."""
+
+    def __init__(self, fabric: Fabric, config: Config, data: Dataset, scenario: Scenario) -> None:
+        self.fabric, self.config, self.data, self.scenario = fabric, config, data, scenario
+        self._queries: dict[int, Tensor] = {}  # by test image, (D)
+
+    @torch.no_grad()
+    def row(self, method: Method, readouts: Sequence[Readout], t: int, progress: Progress) -> dict[str, Tensor]:
+        """Accuracy `(t + 1)` on each task up to t, by column: one per readout, and its legacy twin where asked for."""
+        tasks = self.scenario.tasks[: t + 1]
+        correct = {column: torch.zeros(t + 1, dtype=torch.float64) for column in self._columns(readouts)}
+        counts = torch.zeros(t + 1, dtype=torch.float64)
+        plan = [(task, batch) for task in tasks for batch in in_order(task.test, self.config.eval_batch_size)]
+        viewed = Viewed(self.data.test, self.config.views.test(), 0, ("test",), self.config.on_bad_image == "skip")
+        stream = batches(viewed, [batch for _, batch in plan], self.loading)
+        stream = tracked(progress, stream, len(plan), f"evaluating on {t + 1} of {len(self.scenario)} tasks")
+        for (task, _), batch in zip(plan, stream, strict=True):
+            if len(batch.indices):
+                counts[task.index] += len(batch.indices)
+                for column, logits in self.logits(method, readouts, batch, task, t):
+                    predicted = logits.argmax(1).cpu()
+                    correct[column][task.index] += (predicted == batch.labels).sum()
+        counts = self._sum(counts)
+        if not bool((counts > 0).all()):
+            raise ValueError(
+                f"expected test images in every task, got none in {(counts == 0).nonzero().flatten().tolist()}"
+            )
+        return {column: self._sum(hits) / counts for column, hits in correct.items()}
+
+    def logits(
+        self, method: Method, readouts: Sequence[Readout], batch: Batch, task: Task, t: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Column by column, masked logits `(B, C)` for a batch of test images of `task` after learning task t."""
+        images = batch.images.to(self.fabric.device)
+        allowed = task.classes if self.config.setting == "til" else self.scenario.seen(t)
+        with self.fabric.autocast():
+            query = self.query(method, images, batch.indices)
+            features = method.features(images, query).float()
+            voted = method.features(images, query, by_vote=True).float() if self.config.legacy_eval else None
+        for readout in readouts:
+            yield readout.name, only(readout.logits(features), allowed)
+            if voted is not None:
+                every = task.classes if self.config.setting == "til" else range(self.data.classes)
+                yield readout.name + LEGACY, only(readout.logits(voted), tuple(every))
+
+    def query(self, method: Method, images: Tensor, indices: Tensor) -> Tensor:
+        """Queries `(B, D)` of test images, from memory where they are known."""
+        keys: list[int] = indices.tolist()
+        if not all(key in self._queries for key in keys):
+            self._queries.update(zip(keys, method.query(images).float().cpu(), strict=True))
+        return torch.stack([self._queries[key] for key in keys]).to(images.device)
+
+    @property
+    def loading(self) -> Loading:
+        """How this process loads its share."""
+        hardware = self.config.hardware
+        return Loading(hardware.workers, self.config.on_bad_image, self.fabric.global_rank, self.fabric.world_size)
+
+    def _columns(self, readouts: Sequence[Readout]) -> list[str]:
+        names = [readout.name for readout in readouts]
+        return names + [name + LEGACY for name in names] if self.config.legacy_eval else names
+
+    def _sum(self, value: Tensor) -> Tensor:
+        """Over all processes."""
+        if self.fabric.world_size == 1:
+            return value
+        total = self.fabric.all_reduce(value.to(self.fabric.device), reduce_op="sum")
+        assert isinstance(total, Tensor)
+        return total.cpu()

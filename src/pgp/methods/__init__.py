@@ -1,0 +1,101 @@
+"""The contract of a method: what learns on top of a frozen encoder, and what of it old tasks need untouched.
+
+A method names what to protect; it never projects.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pgp.backbones import Backbone
+from pgp.scenario import Task
+from pgp.subspace import Protected, Rows
+
+
+class Method(nn.Module, abc.ABC):
+    """A frozen `backbone`, a linear `head`, and what the method learns in between.
+
+    Shapes: `B` images, `D` feature width, `C` classes (all that will ever come).
+    """
+
+    @dataclass(frozen=True)
+    class Config(abc.ABC):
+        """How to make one; `build` is the factory."""
+
+        @abc.abstractmethod
+        def build(self, backbone: Backbone, classes: int, generator: torch.Generator) -> Method:
+            """An untrained method; all its initial values come from `generator`."""
+
+    def __init__(self, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.Linear(backbone.width, classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02, generator=generator)
+        nn.init.zeros_(self.head.bias)
+
+    def begin_task(self, task: Task) -> None:
+        """Get ready to learn `task`."""
+
+    def query(self, images: Tensor) -> Tensor:
+        """What of an image never changes while the method learns, `(B, D)`; computed once and kept for test images."""
+        return self.backbone.encode(images)
+
+    @abc.abstractmethod
+    def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
+        """What the head reads, `(B, D)`; no image's features depend on its batch, and no task label is known.
+
+        Args:
+            images: `(B, 3, S, S)`.
+            query: `query(images)`, where it is known already.
+            by_vote: the published test protocol instead: one choice of prompts for the whole batch, by majority.
+        """
+
+    def forward(self, images: Tensor, query: Tensor | None = None) -> Tensor:
+        """Logits `(B, C)` over all classes, by the method's own head."""
+        logits: Tensor = self.head(self.features(images, query))
+        return logits
+
+    @abc.abstractmethod
+    def loss(self, images: Tensor, labels: Tensor, task: Task) -> Tensor:
+        """Training loss of a batch of `task`, a scalar."""
+
+    def protected(self) -> dict[str, Protected]:
+        """By the name of a space: the parameter whose response to old inputs must not change."""
+        return {}
+
+    def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
+        """By the name of a space: what meets its parameter when these images pass, the inputs to protect."""
+        return {}
+
+    def learned_state(self) -> dict[str, Tensor]:
+        """All that learns, by name: the state without the frozen encoder."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
+
+    def load_learned_state(self, state: dict[str, Tensor]) -> None:
+        """Restore a `learned_state`.
+
+        Raises:
+            ValueError: if it belongs to another method, model or number of classes.
+        """
+        own = self.learned_state()
+        wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+        if wrong or own.keys() != state.keys():
+            raise ValueError(f"expected a checkpoint of {type(self).__name__} with {sorted(own)}, got {sorted(state)}"
+                             f" (of another shape: {wrong}): it belongs to another model or run")  # fmt: skip
+        self.load_state_dict(state, strict=False)
+
+
+def only(logits: Tensor, classes: Sequence[int]) -> Tensor:
+    """Logits `(B, C)` with -inf for every class that is not among `classes`.
+
+    >>> only(torch.tensor([[1.0, 2.0, 3.0]]), [0, 1])
+    tensor([[1., 2., -inf]])
+    """
+    allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    allowed[list(classes)] = True
+    return logits.masked_fill(~allowed, -torch.inf)

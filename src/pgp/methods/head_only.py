@@ -1,0 +1,33 @@
+"""Head only: a linear classifier on frozen features. No prompts; the baseline of every table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgp.backbones import Backbone
+from pgp.methods import Method, only
+from pgp.scenario import Task
+
+
+class HeadOnly(Method):
+    """The frozen model's CLS feature, read by a linear head; nothing else learns."""
+
+    @dataclass(frozen=True)
+    class Config(Method.Config):
+        """It has no settings."""
+
+        def build(self, backbone: Backbone, classes: int, generator: torch.Generator) -> HeadOnly:
+            """An untrained head."""
+            return HeadOnly(backbone, classes, generator)
+
+    def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
+        """The query itself, `(B, D)`."""
+        return self.query(images) if query is None else query
+
+    def loss(self, images: Tensor, labels: Tensor, task: Task) -> Tensor:
+        """Cross-entropy over the classes of `task`."""
+        return F.cross_entropy(only(self.head(self.features(images)), task.classes), labels)

@@ -1,0 +1,113 @@
+"""L2P, learning to prompt (Wang et al., CVPR 2022): a pool of prompts from which each image picks by key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pgp.backbones import Backbone
+from pgp.methods import Method, only
+from pgp.prompts import PromptPool, Selection
+from pgp.scenario import Task
+from pgp.subspace import Protected, Rows
+
+
+class L2P(Method):
+    """The frozen model's CLS feature queries a pool; the prompts it picks join the tokens, behind CLS.
+
+    Loss: cross-entropy over the task's classes - pull * similarity of the chosen keys.
+    """
+
+    @dataclass(frozen=True)
+    class Config(Method.Config):
+        """The published method's settings; the defaults are its values for CIFAR-100."""
+
+        pool_size: int = 10
+        """Prompts in the pool, M."""
+        length: int = 5
+        """Tokens of a prompt, L."""
+        top_k: int = 5
+        """Prompts that an image picks."""
+        pull: float = 0.1
+        """Weight of the term that pulls chosen keys toward the queries."""
+        reads: Literal["prompt", "token", "token+prompt"] = "prompt"
+        """What the head reads: the mean of the prompts' output tokens, CLS, or the mean of both."""
+        keys: Literal["learned", "mean"] = "learned"
+        """Whether a prompt's key is a parameter of its own or the mean of its tokens."""
+        selection: Literal["image", "batch"] = "image"
+        """Whether in training each image gets its own choice or the batch a majority vote (published). At test each
+        image always gets its own."""
+        prompt_mask: bool = False
+        """Train task t with block t of the pool only; a free match once the pool is used up."""
+        shared_pool: bool = False
+        """Start block t of the pool as a copy of block t - 1."""
+
+        def __post_init__(self) -> None:
+            for name in ("pool_size", "length", "top_k"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"expected method.{name} of at least 1, got {getattr(self, name)}")
+            if self.top_k > self.pool_size:
+                raise ValueError(
+                    f"expected method.top_k of at most method.pool_size {self.pool_size}, got {self.top_k}"
+                )
+
+        def build(self, backbone: Backbone, classes: int, generator: torch.Generator) -> L2P:
+            """An untrained L2P."""
+            return L2P(self, backbone, classes, generator)
+
+    def __init__(self, config: L2P.Config, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
+        super().__init__(backbone, classes, generator)
+        self.config = config
+        self.pool = PromptPool(
+            config.pool_size,
+            config.length,
+            backbone.width,
+            top_k=config.top_k,
+            keys=config.keys,
+            generator=generator,
+        )
+
+    def begin_task(self, task: Task) -> None:
+        """Hand the last task's prompts on, if the pool is shared."""
+        if self.config.shared_pool:
+            self.pool.inherit(task.index)
+
+    def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
+        """See `Method.features`."""
+        query = self.query(images) if query is None else query
+        return self._read(images, self.pool.select(query, by_vote=by_vote))
+
+    def loss(self, images: Tensor, labels: Tensor, task: Task) -> Tensor:
+        """Cross-entropy over the classes of `task`, less the pull of the chosen keys."""
+        slot = task.index if self.config.prompt_mask else None
+        selection = self.pool.select(self.query(images), slot=slot, by_vote=self.config.selection == "batch")
+        logits = only(self.head(self._read(images, selection)), task.classes)
+        return F.cross_entropy(logits, labels) - self.config.pull * selection.pull
+
+    def protected(self) -> dict[str, Protected]:
+        """The prompts, and the keys where they are parameters of their own."""
+        spaces = {"prompts": Protected(self.pool.prompts)}
+        if self.pool.learned_key is not None:
+            spaces["keys"] = Protected(self.pool.learned_key, role="key")
+        return spaces
+
+    @torch.no_grad()
+    def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
+        """Image tokens and chosen prompts as they enter the first block, and the queries: no transformer runs here."""
+        query = self.query(images) if query is None else query
+        prompts = self.backbone.place(self.pool.tokens(self.pool.select(query)))
+        rows = {"prompts": Rows(self.backbone.embed(images), prompts), "keys": Rows(query.unsqueeze(1))}
+        return {space: rows[space] for space in self.protected()}
+
+    def _read(self, images: Tensor, selection: Selection) -> Tensor:
+        prompts = self.pool.tokens(selection)  # (B, P, D), P = top_k * L
+        reads, P = self.config.reads, prompts.shape[1]
+        tokens = self.backbone(images, prompts, read=1 if reads == "token" else 1 + P)  # CLS, prompts
+        if reads == "prompt":
+            tokens = tokens[:, 1:]
+        features: Tensor = tokens.mean(1)
+        return features

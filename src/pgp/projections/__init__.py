@@ -1,0 +1,130 @@
+"""The contract of a projection: learn from each task where its inputs live, and keep later steps out of there."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgp.subspace import Protected, Rows, rank_of, remove
+
+
+class Collect(NamedTuple):
+    """Which images a projection wants to see of each task, and when."""
+
+    when: Literal["before", "after"] = "after"
+    """Before or after the task is trained."""
+    view: Literal["train", "test"] = "test"
+    """Augmented training views, or test views."""
+    repeat: bool = False
+    """Pass over the images again, in new views, until `sated`."""
+
+
+class Handle:
+    """Undoes an `attach`."""
+
+    def __init__(self, *hooks: Any) -> None:
+        self._hooks = hooks
+
+    def remove(self) -> None:
+        """Let the optimizer step freely again."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+class Projection(abc.ABC):
+    """Keeps the steps of an optimizer out of directions that old tasks need.
+
+    Use: `attach` to each task's optimizer, `observe` the task's rows, `end_task`. It never touches a model, only the
+    parameters that a method names.
+    """
+
+    @dataclass(frozen=True)
+    class Config(abc.ABC):
+        """How to make one; `build` is the factory."""
+
+        @abc.abstractmethod
+        def build(self) -> Projection:
+            """A projection that has seen no task yet."""
+
+    collect: Collect | None = Collect()
+    """None: it observes nothing."""
+    on: Literal["gradient", "update"] = "gradient"
+    """What is projected: the gradient before the step, or the change that the step made."""
+
+    def __init__(self) -> None:
+        self.bases: dict[str, Tensor] = {}
+        """Orthonormal columns `(..., D, r)` by space."""
+
+    @property
+    def sated(self) -> bool:
+        """Whether it has seen all it wants of this task."""
+        return False
+
+    @abc.abstractmethod
+    def observe(self, space: str, rows: Rows) -> None:
+        """Take in what met the protected parameter of `space` for a batch of images."""
+
+    @abc.abstractmethod
+    def end_task(self, protected: Mapping[str, Protected]) -> dict[str, float]:
+        """Grow the protected subspaces by what was observed of this task; the rank of each space."""
+
+    def project(self, space: str, tensor: Tensor) -> Tensor:
+        """What is left of `tensor (..., D)` outside the protected subspace of `space`; float64 inside."""
+        if space not in self.bases:
+            return tensor
+        basis = self.bases[space] = self.bases[space].to(tensor.device)
+        if basis.shape[-2] != tensor.shape[-1]:
+            raise ValueError(f"expected width {basis.shape[-2]} in space {space!r}, got {tuple(tensor.shape)}")
+        return remove(tensor.double(), basis).to(tensor.dtype)
+
+    def rank(self, space: str) -> float:
+        """Number of protected directions (their mean over heads); 0 leaves a space free."""
+        return rank_of(self.bases[space]) if space in self.bases else 0.0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All it has learned: the basis of each space."""
+        return dict(self.bases)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore a `state_dict`."""
+        self.bases = dict(state)
+
+    def attach(self, optimizer: torch.optim.Optimizer, protected: Mapping[str, Protected]) -> Handle:
+        """Project every step of `optimizer` from now on, by torch's own step hooks, until the handle is removed.
+
+        A space of rank 0 is left alone entirely, so a projection that holds nothing changes no bit.
+        """
+        active = {space: target for space, target in protected.items() if self.rank(space) > 0}
+
+        @torch.no_grad()
+        def project_gradients(*_: Any) -> None:
+            for space, (parameter, axis, _role) in active.items():
+                if parameter.grad is not None:
+                    parameter.grad.copy_(self._along(axis, space, parameter.grad))
+
+        before: dict[torch.nn.Parameter, Tensor] = {}
+
+        @torch.no_grad()
+        def remember(*_: Any) -> None:
+            before.update({target.parameter: target.parameter.double() for target in active.values()})
+
+        @torch.no_grad()
+        def project_updates(*_: Any) -> None:
+            for space, (parameter, axis, _role) in active.items():
+                change = parameter.double() - before[parameter]
+                parameter.copy_(before[parameter] + self._along(axis, space, change))
+
+        if self.on == "gradient":
+            return Handle(optimizer.register_step_pre_hook(project_gradients))
+        return Handle(
+            optimizer.register_step_pre_hook(remember),
+            optimizer.register_step_post_hook(project_updates),
+        )
+
+    def _along(self, axis: int, space: str, tensor: Tensor) -> Tensor:
+        return self.project(space, tensor.transpose(axis, -1)).transpose(axis, -1)

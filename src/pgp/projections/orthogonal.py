@@ -1,0 +1,83 @@
+"""Prompt gradient projection as its paper means it (Qiao et al., ICLR 2024), streamed and without sign ambiguity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pgp.projections import Projection
+from pgp.subspace import Moment, Protected, Rows, extend, second_of_sums
+
+
+class Orthogonal(Projection):
+    """Old tokens x and old prompts p span a subspace U; steps of the prompts stay orthogonal to it: `g - g U U^T`.
+
+    A prompt that changes by dp leaves old attention scores as they were, to first order, if `x dp^T = 0` and
+    `p dp^T = 0` for all old x and p. Keys are protected by old queries in the same way, and prefixes by the queries of
+    their attention head. Basis growth follows GPM, see `pgp.subspace.extend`.
+    """
+
+    @dataclass(frozen=True)
+    class Config(Projection.Config):
+        """What is protected, how much of it, and at which moment of a step."""
+
+        space: Literal["sum", "union", "input"] = "sum"
+        """How old inputs x and old prompts p become one subspace: `sum`, the space of all sums x + p (the paper);
+        `union`, the basis holds `energy` of x and then of p, so both conditions hold; `input`, x alone (GPM)."""
+        energy: float = 0.5
+        """Share in [0, 1] of the second moment's trace that the basis must hold (the paper's epsilon)."""
+        key_energy: float = 0.97
+        """The same for prompt keys, which old queries protect."""
+        on: Literal["gradient", "update"] = "gradient"
+        """Project the gradient before the optimizer's step (the paper), or the change that the step made; only the
+        latter is exact for Adam, momentum and weight decay."""
+
+        def __post_init__(self) -> None:
+            for name in ("energy", "key_energy"):
+                if not 0 <= getattr(self, name) <= 1:
+                    raise ValueError(f"expected projection.{name} in [0, 1], got {getattr(self, name)}")
+
+        def build(self) -> Orthogonal:
+            """A projection that has seen no task yet."""
+            return Orthogonal(self)
+
+    def __init__(self, config: Orthogonal.Config | None = None) -> None:
+        super().__init__()
+        self.config = config or Orthogonal.Config()
+        self.on = self.config.on
+        self._inputs: dict[str, Moment] = {}
+        self._prompts: dict[str, Moment] = {}
+
+    def observe(self, space: str, rows: Rows) -> None:
+        """Add rows `(B, ..., N, D)` to the moments of `space`."""
+        self._inputs.setdefault(space, Moment()).observe(_flat(rows.inputs))
+        if rows.prompts is not None and self.config.space != "input":
+            self._prompts.setdefault(space, Moment()).observe(_flat(rows.prompts))
+
+    def end_task(self, protected: Mapping[str, Protected]) -> dict[str, float]:
+        """Extend each basis by this task's moments and forget the moments."""
+        for space, target in protected.items():
+            energy = self.config.key_energy if target.role == "key" else self.config.energy
+            for second in self._seconds(space):
+                basis = self.bases.get(space, second.new_zeros(*second.shape[:-1], 0))
+                self.bases[space] = extend(basis, second, energy)
+        self._inputs, self._prompts = {}, {}
+        return {space: self.rank(space) for space in protected}
+
+    def _seconds(self, space: str) -> list[Tensor]:
+        """The second moments that the basis of `space` has to hold, one after the other."""
+        inputs, prompts = self._inputs[space], self._prompts.get(space)
+        inputs.all_reduce()
+        if prompts is None:
+            return [inputs.second]
+        prompts.all_reduce()
+        return [second_of_sums(inputs, prompts)] if self.config.space == "sum" else [inputs.second, prompts.second]
+
+
+def _flat(rows: Tensor) -> Tensor:
+    """Rows of all images together: `(B, ..., N, D)` -> `(..., B * N, D)`."""
+    return torch.movedim(rows, 0, -3).flatten(-3, -2)

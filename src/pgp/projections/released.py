@@ -1,0 +1,134 @@
+"""The basis of the published PGP code, so that published numbers can be reproduced. Not a protection: see below.
+
+It treats the principal-component *scores* of as many images as the model is wide as if they were directions in feature
+space. The two have the same size by construction and nothing else in common: shuffle the images and the basis becomes
+another one. It also counts energy on the fourth power of singular values, so its rank is tiny. Use `orthogonal` for
+projections that protect, and this one by name only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pgp.projections import Collect, Handle, Projection
+from pgp.subspace import Protected, Rows, remove
+
+
+class Released(Projection):
+    """The published code's basis: scores of images plus scores of prompts, energy on fourth powers.
+
+    Differs: where a task has fewer images than the model is wide, which ends the published code with an error, the
+    pass repeats in new augmented views; and the principal components are exact where the published ones are a
+    randomised approximation.
+    """
+
+    @dataclass(frozen=True)
+    class Config(Projection.Config):
+        """The published constants."""
+
+        energy: float = 0.5
+        """Threshold for prompts, on fourth powers of singular values."""
+        key_energy: float = 0.97
+        """The same for keys."""
+        components: int = 9
+        """Principal components kept for prompts."""
+        key_components: int = 5
+        """Principal components kept for keys."""
+        when: Literal["before", "after"] = "before"
+        """Features are collected before each task's training (the published L2P) or after it (DualPrompt, CLIP)."""
+
+        def build(self) -> Released:
+            """A projection that has seen no task yet."""
+            return Released(self)
+
+    on = "gradient"
+
+    def __init__(self, config: Released.Config | None = None) -> None:
+        super().__init__()
+        self.config = config or Released.Config()
+        self.collect = Collect(when=self.config.when, view="train", repeat=True)
+        self._images: dict[str, list[Tensor]] = {}
+        self._widths: dict[str, int] = {}
+        self._prompts: dict[str, Tensor] = {}
+
+    @property
+    def sated(self) -> bool:
+        """Whether as many images as the model is wide have been seen."""
+        world = torch.distributed.get_world_size() if _distributed() else 1
+        return bool(self._images) and all(
+            sum(map(len, parts)) * world >= self._widths[space] for space, parts in self._images.items()
+        )
+
+    def observe(self, space: str, rows: Rows) -> None:
+        """Keep each image's rows as one long vector."""
+        self._widths[space] = rows.inputs.shape[-1]
+        self._images.setdefault(space, []).append(rows.inputs.detach().float().flatten(1).cpu())
+
+    def attach(self, optimizer: torch.optim.Optimizer, protected: Mapping[str, Protected]) -> Handle:
+        """See `Projection.attach`; also takes down the prompts as they are before this task."""
+        if self.config.when == "before":
+            self._prompts = {space: target.parameter.detach().clone() for space, target in protected.items()}
+        return super().attach(optimizer, protected)
+
+    def end_task(self, protected: Mapping[str, Protected]) -> dict[str, float]:
+        """Add scores of images to scores of prompts, row by unrelated row, and grow the basis from that."""
+        for space, target in protected.items():
+            key = target.role == "key"
+            components = self.config.key_components if key else self.config.components
+            images = _gathered(torch.cat(self._images[space]))[: self._widths[space]]
+            prompts = self._prompts.get(space, target.parameter.detach()).flatten(0, -2).T  # (D, M * L)
+            rows = scores(images, components) + scores(prompts.cpu(), components)
+            energy = self.config.key_energy if key else self.config.energy
+            self.bases[space] = grow(self.bases.get(space), rows, energy)
+        self._images, self._prompts = {}, {}
+        return {space: self.rank(space) for space in protected}
+
+
+def scores(samples: Tensor, components: int) -> Tensor:
+    """Principal-component scores `(n, components)` of `samples (n, F)`, the largest entry of each component positive.
+
+    Raises:
+        ValueError: if there are fewer samples or features than components.
+    """
+    if components > min(samples.shape):
+        raise ValueError(f"expected at least {components} samples and features, got {tuple(samples.shape)}:"
+                         " choose fewer projection components")  # fmt: skip
+    centred = samples.double() - samples.double().mean(0)
+    values, vectors = torch.linalg.eigh(centred @ centred.T)  # ascending; (n, n), for F is large
+    values, vectors = values.flip(0)[:components].clamp(min=0), vectors.flip(1)[:, :components]
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))  # (1, components)
+    return vectors * largest.sign() * values.sqrt()
+
+
+def grow(basis: Tensor | None, rows: Tensor, energy: float) -> Tensor:
+    """The published basis update, from `rows (D, c)`: energy on S^2, where S are the singular values of `rows rows^T`.
+
+    The first call keeps one direction fewer than `energy` asks for; later calls add until it is reached.
+    """
+    gram = rows @ rows.T
+    total = torch.linalg.svdvals(gram).square().sum()
+    if basis is None:
+        U, S, _ = torch.linalg.svd(gram)
+        return U[:, : int((S.square().cumsum(0) / total < energy).sum())]
+    U, S, _ = torch.linalg.svd(remove(gram.T, basis).T)  # (I - UU^T) G, one-sided
+    shares = S.square() / total
+    held_before = 1 - shares.sum() + shares.cumsum(0) - shares  # before direction i is added
+    return torch.cat([basis, U[:, : int((held_before < energy).sum())]], dim=1)
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _gathered(rows: Tensor) -> Tensor:
+    """Rows of all processes."""
+    if not _distributed():
+        return rows
+    parts: list[Tensor | None] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, rows)
+    return torch.cat([part for part in parts if part is not None])

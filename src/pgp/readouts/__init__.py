@@ -1,0 +1,46 @@
+"""The contract of a readout: how features become logits at test. It decides more accuracy than any projection does."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+class Readout(abc.ABC):
+    """Turns features into logits; fitted, where it is fitted at all, from class statistics that stream by once a task."""
+
+    name: str
+    """How reports call it."""
+    fitted: bool = True
+    """Whether it has to observe the features of each task."""
+
+    @dataclass(frozen=True)
+    class Config(abc.ABC):
+        """How to make one; `build` is the factory."""
+
+        @abc.abstractmethod
+        def build(self, head: nn.Module, classes: int) -> Readout:
+            """A readout over `classes` labels; `head` is the method's own classifier."""
+
+    @abc.abstractmethod
+    def observe(self, features: Tensor, labels: Tensor) -> None:
+        """Take in features `(B, D)` and labels `(B,)` of the current task, test views, after its training."""
+
+    @abc.abstractmethod
+    def end_task(self) -> None:
+        """Fit to what was observed so far."""
+
+    @abc.abstractmethod
+    def logits(self, features: Tensor) -> Tensor:
+        """Logits `(B, C)` over all labels; -inf for those it knows nothing about."""
+
+    @abc.abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """All it has learned, as tensors."""
+
+    @abc.abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore a `state_dict`."""

@@ -1,0 +1,90 @@
+"""Linear discriminant analysis on streamed class statistics: closed form, no images kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pgp.readouts import Readout
+
+
+class LDA(Readout):
+    """Class means and one pooled covariance S, shrunk: `(1 - a) S + a tr(S)/D I`; equal priors.
+
+    Statistics of a class are taken once, right after its task, and kept as they were: `C * D + D * D` numbers, whatever
+    the number of images. Where later training moves the features, they go stale; that is what projection is to prevent.
+    """
+
+    @dataclass(frozen=True)
+    class Config(Readout.Config):
+        """How far the covariance is pulled toward a round one."""
+
+        shrinkage: float = 0.1
+        """a, in (0, 1]; 1 is the nearest class mean."""
+
+        def __post_init__(self) -> None:
+            if not 0 < self.shrinkage <= 1:
+                raise ValueError(f"expected shrinkage in (0, 1], got {self.shrinkage}")
+
+        def build(self, head: nn.Module, classes: int) -> LDA:
+            """A readout that has seen no class yet."""
+            return LDA(classes, self.shrinkage)
+
+    name = "lda"
+
+    def __init__(self, classes: int, shrinkage: float = 0.1) -> None:
+        self.classes, self.shrinkage = classes, shrinkage
+        self.state: dict[str, Tensor] = {}
+        self._task: dict[str, Tensor] = {}
+
+    def observe(self, features: Tensor, labels: Tensor) -> None:
+        """Add to the counts `(C,)`, sums `(C, D)` and pooled products `(D, D)` of this task, in float64."""
+        features = features.detach().double()
+        chosen = nn.functional.one_hot(labels, self.classes).double()  # (B, C)
+        _add(self._task, {"counts": chosen.sum(0), "sums": chosen.T @ features, "products": features.T @ features})
+
+    def end_task(self) -> None:
+        """Fit to the statistics of all tasks so far."""
+        for tensor in self._task.values():
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(tensor)
+        _add(self.state, self._task)
+        self._task = {}
+        self._fit()
+
+    def logits(self, features: Tensor) -> Tensor:
+        """`m_c^T S^-1 x - m_c^T S^-1 m_c / 2`, `(B, C)`; -inf for classes that were never observed."""
+        if not self.state:
+            raise ValueError("expected at least one task before logits(): call observe() and end_task() first")
+        return (features.double() @ self._weight.to(features.device) + self._bias.to(features.device)).float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Counts, sums and products."""
+        return dict(self.state)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the statistics and fit to them."""
+        self.state = dict(state)
+        if self.state:
+            self._fit()
+
+    def _fit(self) -> None:
+        counts, sums, products = self.state["counts"], self.state["sums"], self.state["products"]
+        seen = counts > 0
+        means = sums / counts.clamp(min=1)[:, None]  # (C, D)
+        within = products - means.T @ sums  # sum over images of (x - m_c)(x - m_c)^T
+        covariance = within / (counts.sum() - seen.sum()).clamp(min=1)
+        round_ = torch.eye(len(covariance)).to(covariance) * covariance.trace() / len(covariance)
+        shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * round_
+        if not bool(shrunk.trace() > 0):
+            raise ValueError("expected features that vary within classes, got a covariance of 0: LDA needs more images")
+        self._weight = torch.linalg.solve(shrunk, means.T)  # (D, C)
+        self._bias = torch.where(seen, -(means * self._weight.T).sum(1) / 2, -torch.inf)  # (C,)
+
+
+def _add(total: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    for name, tensor in new.items():
+        total[name] = total[name] + tensor if name in total else tensor

@@ -1,0 +1,46 @@
+"""The method's own head, trained task after task with the prompts: the published readout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pgp.readouts import Readout
+
+
+class Sequential(Readout):
+    """Logits of the classifier that was trained along."""
+
+    @dataclass(frozen=True)
+    class Config(Readout.Config):
+        """It has no settings."""
+
+        def build(self, head: nn.Module, classes: int) -> Sequential:
+            """A readout that asks `head`."""
+            return Sequential(head)
+
+    name = "sequential"
+    fitted = False
+
+    def __init__(self, head: nn.Module) -> None:
+        self.head = head
+
+    def observe(self, features: Tensor, labels: Tensor) -> None:
+        """Nothing: it was trained already."""
+
+    def end_task(self) -> None:
+        """Nothing: it was trained already."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """`head(features)`, `(B, C)`."""
+        logits: Tensor = self.head(features)
+        return logits
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing: the method holds its head."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing: the method holds its head."""

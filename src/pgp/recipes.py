@@ -1,0 +1,89 @@
+"""What exists, by name: one function per published row, each returning a complete configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from pgp.backbones import Backbone
+from pgp.backbones.vit import ViT
+from pgp.config import Config
+from pgp.datasets import DatasetConfig, Views
+from pgp.datasets.cifar100 import CIFAR100
+from pgp.datasets.digits import Digits
+from pgp.datasets.fashion_mnist import FashionMNIST
+from pgp.datasets.folder import Folder
+from pgp.datasets.synthetic import Synthetic
+from pgp.methods import Method
+from pgp.methods.head_only import HeadOnly
+from pgp.methods.l2p import L2P
+from pgp.projections import Projection
+from pgp.projections.none import NoProjection
+from pgp.projections.orthogonal import Orthogonal
+from pgp.projections.released import Released
+from pgp.readouts import Readout
+from pgp.readouts.lda import LDA
+from pgp.readouts.sequential import Sequential
+
+METHODS: dict[str, Method.Config] = {"l2p": L2P.Config(), "head-only": HeadOnly.Config()}
+PROJECTIONS: dict[str, Projection.Config] = {
+    "orthogonal": Orthogonal.Config(),
+    "released": Released.Config(),
+    "none": NoProjection.Config(),
+}
+READOUTS: dict[str, Readout.Config] = {"sequential": Sequential.Config(), "lda": LDA.Config()}
+DATASETS: dict[str, DatasetConfig] = {
+    "digits": Digits(),
+    "fashion-mnist": FashionMNIST(),
+    "cifar100": CIFAR100(),
+    "folder": Folder(),
+    "synthetic": Synthetic(),
+}
+BACKBONES: dict[str, Backbone.Config] = {
+    "vit": ViT.Config(),
+    "demo-vit": ViT.Config(
+        "vit_tiny_patch16_224",
+        weights="package:demo_vit.safetensors",
+        arguments={"patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3},
+    ),
+}
+
+
+def demo() -> Config:
+    """Digits in 5 tasks of 2 classes by L2P-PGP, on a small encoder that pgp ships. Offline, minutes on a laptop."""
+    return Config(
+        name="demo",
+        dataset=Digits(),
+        views=Views(size=32, resize=32, scale=(0.6, 1.0), flip=0.0),
+        backbone=BACKBONES["demo-vit"],
+        method=L2P.Config(top_k=2),
+        projection=Orthogonal.Config(),
+        readouts=(Sequential.Config(), LDA.Config()),
+        tasks=5,
+    )
+
+
+def cifar100_10_l2p_pgp() -> Config:
+    """Split CIFAR-100, 10 tasks of 10 classes, L2P-PGP on ViT-B/16 (in21k), as published but for the right basis."""
+    return Config(
+        name="10cifar100_l2p_pgp",
+        dataset=CIFAR100(),
+        backbone=ViT.Config(),
+        method=L2P.Config(selection="batch"),
+        projection=Orthogonal.Config(),
+        readouts=(Sequential.Config(),),
+        tasks=10,
+        seed=42,
+    )
+
+
+def cifar100_20_l2p_pgp() -> Config:
+    """Split CIFAR-100, 20 tasks of 5 classes, L2P-PGP on ViT-B/16 (in21k), as published but for the right basis."""
+    return replace(cifar100_10_l2p_pgp(), name="20cifar100_l2p_pgp", tasks=20, seed=53)
+
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    "demo": demo,
+    "10cifar100_l2p_pgp": cifar100_10_l2p_pgp,
+    "20cifar100_l2p_pgp": cifar100_20_l2p_pgp,
+}

@@ -1,0 +1,244 @@
+"""A run on disk: its configuration, log, accuracy matrices and checkpoints. Half-written files never count as whole."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pgp.config import Config
+
+FORMAT = 1
+"""Version of the checkpoint format."""
+
+
+class RunError(RuntimeError):
+    """A run folder that cannot be used, or a run that had to stop; the message says what to do."""
+
+
+class Run:
+    """A run folder.
+
+    `config.json`, `environment.json`, `metrics.jsonl` (one event a line), `accuracy.csv` (the full matrices),
+    `checkpoints/<name>/{state.safetensors,state.json}` and `checkpoints/latest`, which names the newest.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def create(cls, folder: Path, config: Config) -> Run:
+        """A new run in `folder`, which must not exist or be empty."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise RunError(f"{folder} is not empty and nothing in it will be overwritten: name another --output, or go"
+                           f" on with it by --resume {folder}")  # fmt: skip
+        run = cls(folder)
+        (folder / "checkpoints").mkdir()
+        _write(folder / "environment.json", json.dumps(environment(), indent=2))
+        _write(folder / "config.json", json.dumps(config.to_json(), indent=2))
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """The run that lies in `folder`."""
+        if not (folder / "config.json").is_file():
+            raise RunError(f"no run at {folder}: expected a folder with config.json, as pgp train writes it")
+        return cls(folder)
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        path = self.folder / "config.json"
+        try:
+            return Config.from_json(json.loads(path.read_text()))
+        except ValueError as error:
+            raise RunError(f"{path} does not describe a run: {error}") from error
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"event": event, **values}) + "\n")
+
+    def events(self, event: str) -> Iterator[dict[str, Any]]:
+        """The logged events of one kind, oldest first; a last line that a crash cut off is left out."""
+        path = self.folder / "metrics.jsonl"
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                values = json.loads(line)
+                if values["event"] == event:
+                    yield values
+
+    def write_matrices(self, matrices: Mapping[str, Tensor]) -> None:
+        """Write `accuracy.csv` from the accuracy matrix `(T, T)` of each column; NaN entries are left out."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["column", "after_task", "task", "accuracy"])
+        for column, matrix in matrices.items():
+            for t, j in matrix.isfinite().nonzero().tolist():
+                writer.writerow([column, t, j, repr(float(matrix[t, j]))])
+        _write(self.folder / "accuracy.csv", text.getvalue())
+
+    def matrices(self) -> dict[str, Tensor]:
+        """The accuracy matrices `(T, T)` by column, as far as the run has come."""
+        path = self.folder / "accuracy.csv"
+        if not path.is_file():
+            raise RunError(f"{self.folder} has no accuracy.csv yet: no task of this run is finished")
+        size = self.config.tasks
+        matrices: dict[str, Tensor] = {}
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                matrix = matrices.setdefault(row["column"], torch.full((size, size), torch.nan, dtype=torch.float64))
+                matrix[int(row["after_task"]), int(row["task"])] = float(row["accuracy"])
+        return matrices
+
+    def save(self, name: str, state: Mapping[str, Any]) -> None:
+        """Write checkpoint `name` in one atomic move, and make it the latest; older steps of a task are dropped."""
+        checkpoints = self.folder / "checkpoints"
+        last = self.latest_name()
+        partial = checkpoints / f".{name}.{os.getpid()}"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            tensors: dict[str, Tensor] = {}
+            tree = _split(state, "", tensors)
+            save_file(tensors, partial / "state.safetensors")
+            _sync(partial / "state.safetensors")
+            _write(partial / "state.json", json.dumps({"format": FORMAT, "tensors": len(tensors), "state": tree}))
+            if (checkpoints / name).exists():  # the run was rewound: keep what it was
+                (checkpoints / name).replace(free_folder(checkpoints, f"{name}-replaced"))
+            partial.replace(checkpoints / name)
+            _write(checkpoints / "latest", name)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            kept = f"the last good state is {checkpoints / last}" if last else "there is no earlier state"
+            raise RunError(f"cannot write checkpoint {name}: {error}; {kept}. Make room and go on with"
+                           f" --resume {self.folder}") from error  # fmt: skip
+        if last and "-step-" in last:
+            shutil.rmtree(checkpoints / last)
+
+    def latest_name(self) -> str | None:
+        """Name of the newest checkpoint, or None."""
+        path = self.folder / "checkpoints" / "latest"
+        return path.read_text().strip() if path.is_file() else None
+
+    def load(self, name: str | None = None) -> dict[str, Any]:
+        """The state of checkpoint `name`, the latest where None."""
+        name = name or self.latest_name()
+        if name is None:
+            raise RunError(f"{self.folder} has no checkpoint yet: start it anew in another folder")
+        folder = self.folder / "checkpoints" / name
+        try:
+            header = json.loads((folder / "state.json").read_text())
+            tensors = load_file(folder / "state.safetensors")
+        except (OSError, ValueError, SafetensorError) as error:
+            raise RunError(f"checkpoint {folder} is damaged ({error}): name an earlier one in"
+                           f" {folder.parent / 'latest'} to go on from there") from error  # fmt: skip
+        if header.get("format") != FORMAT or header.get("tensors") != len(tensors):
+            raise RunError(f"checkpoint {folder} has another format or is incomplete: it needs the pgp that wrote it")
+        state: dict[str, Any] = _join(header["state"], tensors)
+        return state
+
+
+def free_folder(parent: Path, stem: str) -> Path:
+    """A new folder `parent/stem`, or `parent/stem-2`, … where that is taken; made here, so no other process gets it.
+
+    Raises:
+        OSError: if `parent` cannot be written.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        folder = parent / (stem if number == 1 else f"{stem}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+        number += 1
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and hardware, for the record."""
+    packages = ("prompt-gradient-projection", "torch", "torchvision", "timm", "lightning-fabric", "numpy")
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": devices,
+        "commit": _commit(),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None
+
+
+def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a tree of dicts, lists and plain values, its tensors moved to `tensors` under their path."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+        return {"tensor": path}
+    if isinstance(value, Mapping):
+        return {"pairs": [[key, _split(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_split(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
+    return value
+
+
+def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, dict):
+        if "tensor" in tree:
+            return tensors[tree["tensor"]]
+        return {key: _join(item, tensors) for key, item in tree["pairs"]}
+    if isinstance(tree, list):
+        return [_join(item, tensors) for item in tree]
+    return tree
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a whole text file or none of it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text)
+        _sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,312 @@
+"""Learning a stream of tasks: for each, fit it, then close it. Start reading here, from `train` downwards."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+from rich.progress import Progress
+from torch import Tensor
+
+from pgp import metrics
+from pgp.config import Config, Hardware
+from pgp.datasets import Address, Batch, Viewed, batches, in_order
+from pgp.evaluate import Evaluation, tracked
+from pgp.projections import Collect, Projection
+from pgp.readouts import Readout
+from pgp.run import Run, RunError, free_folder
+from pgp.scenario import Scenario, Task, class_order, generator, split_by_class
+
+
+def train(config: Config, output: Path | None = None, progress: Progress | None = None) -> Run:
+    """Learn all tasks of `config`, and leave the run in `output`, a new or empty folder.
+
+    Args:
+        config: what to do; `pgp.recipes` has complete ones.
+        output: run folder; a free one below `runs/`, where None.
+        progress: where to draw progress bars; nowhere, where None.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ValueError: if the configuration cannot be carried out.
+        RunError: if `output` holds something already, the loss stops being a number, or the disk is full.
+    """
+    return _launch(config, output, None, progress)
+
+
+def resume(folder: Path, hardware: Hardware | None = None, progress: Progress | None = None) -> Run:
+    """Go on with the run in `folder` from its latest checkpoint; on the same CPU the result is bitwise the same.
+
+    `hardware` replaces what the run was started with; nothing else of a run can change.
+    """
+    run = Run.open(folder)
+    config = replace(run.config, hardware=hardware) if hardware else run.config
+    return _launch(config, folder, run.load(), progress)
+
+
+def _launch(config: Config, output: Path | None, state: dict[str, Any] | None, progress: Progress | None) -> Run:
+    hardware = config.hardware
+    many = hardware.devices > 1
+    fabric = Fabric(
+        accelerator=hardware.accelerator,
+        devices=hardware.devices,
+        precision=hardware.precision,
+        strategy=DDPStrategy(find_unused_parameters=True) if many else "auto",
+    )
+    fabric.launch()
+    quiet = Progress(disable=True)
+    return _learn(fabric, config, output, state, progress if progress and fabric.is_global_zero else quiet)
+
+
+def _learn(
+    fabric: Fabric, config: Config, output: Path | None, state: dict[str, Any] | None, progress: Progress
+) -> Run:
+    """The whole run: task after task, fit it and close it."""
+    learner = Learner(fabric, config, progress)
+    if state is None:
+        run = _new_run(fabric, config, output)
+    else:
+        assert output is not None
+        run = Run.open(output)
+        learner.load_state_dict(state)
+        learner.log(run, "resumed", task=learner.task, step=learner.step)
+    for task in learner.scenario.tasks[learner.task :]:
+        started = time.perf_counter()
+        fit_task(learner, task, run)
+        trained = time.perf_counter()
+        close_task(learner, task, run, seconds={"train": trained - started})
+    return run
+
+
+def _new_run(fabric: Fabric, config: Config, output: Path | None) -> Run:
+    if fabric.is_global_zero:
+        folder = output or free_folder(Path("runs"), f"{config.name}-seed{config.seed}")
+        Run.create(folder, config)
+        output = folder
+    return Run(Path(fabric.broadcast(str(output))))
+
+
+class Learner:
+    """Everything that a run is, in memory; its `state_dict` is everything that a checkpoint holds."""
+
+    def __init__(self, fabric: Fabric, config: Config, progress: Progress) -> None:
+        self.fabric, self.config, self.progress = fabric, config, progress
+        self.data = config.dataset.build()
+        order = class_order(self.data.classes, config.seed if config.shuffle else None)
+        self.scenario: Scenario = split_by_class(self.data.train.labels, self.data.test.labels, config.tasks, order)
+        _check_tasks(self.scenario)
+        backbone = config.backbone.build(config.views.size)
+        self.fingerprint = backbone.fingerprint()
+        self.method = config.method.build(backbone, self.data.classes, generator(config.seed, "init"))
+        self.model = fabric.setup_module(self.method)
+        self.model.mark_forward_method("loss")
+        self.projection = config.projection.build()
+        self.readouts = [readout.build(self.method.head, self.data.classes) for readout in config.readouts]
+        self.evaluation = Evaluation(fabric, config, self.data, self.scenario)
+        self.matrices: dict[str, Tensor] = {}
+        self.task, self.step = 0, 0
+        """Where learning goes on: this many tasks are closed, and this many steps of the next are done."""
+        self.optimizer: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run so far."""
+        return {
+            "backbone": self.fingerprint,
+            "task": self.task,
+            "step": self.step,
+            "method": self.method.learned_state(),
+            "projection": self.projection.state_dict(),
+            "readouts": {readout.name: readout.state_dict() for readout in self.readouts},
+            "matrices": self.matrices,
+            "optimizer": self.optimizer.state_dict() if self.step else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a run; refuses one that was learned on another encoder."""
+        if state["backbone"] != self.fingerprint:
+            raise RunError(f"this run was learned on an encoder with weights {state['backbone']}, but"
+                           f" {self.config.backbone} now gives {self.fingerprint}: restore the old weights")  # fmt: skip
+        self.task, self.step, self.matrices = state["task"], state["step"], state["matrices"]
+        self.method.load_learned_state(state["method"])
+        device = self.fabric.device
+        self.projection.load_state_dict({name: basis.to(device) for name, basis in state["projection"].items()})
+        for readout in self.readouts:
+            readout.load_state_dict({k: tensor.to(device) for k, tensor in state["readouts"][readout.name].items()})
+        self.optimizer = state["optimizer"]  # loaded into the real one when the task goes on
+
+    def save(self, run: Run, name: str) -> None:
+        """Write a checkpoint."""
+        if self.fabric.is_global_zero:
+            run.save(name, self.state_dict())
+        self.fabric.barrier()
+
+    def log(self, run: Run, event: str, **values: Any) -> None:
+        """Write one line of metrics."""
+        if self.fabric.is_global_zero:
+            run.log(event, **values)
+
+    def viewed(self, view: str, purpose: str, task: Task) -> Viewed:
+        """The training images under the `train` or `test` view."""
+        chosen = self.config.views.train() if view == "train" else self.config.views.test()
+        skip = self.config.on_bad_image == "skip"
+        return Viewed(self.data.train, chosen, self.config.seed, (purpose, task.index), skip)
+
+
+def fit_task(learner: Learner, task: Task, run: Run) -> None:
+    """Train on one task, from the step at which the run stands."""
+    config, method, projection = learner.config, learner.method, learner.projection
+    saved = learner.optimizer if learner.step else None
+    if saved is None:
+        method.begin_task(task)
+    if projection.collect and projection.collect.when == "before":
+        if config.save_every_steps:
+            raise ValueError("save_every_steps needs a projection that collects after a task, not before it")
+        observe(learner, task, projection, [])
+    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    optimizer = learner.optimizer = learner.fabric.setup_optimizers(
+        config.optimizer.build(parameters, config.batch_size)
+    )
+    if saved is not None:
+        optimizer.load_state_dict(saved)
+    handle = projection.attach(optimizer.optimizer, method.protected())
+
+    plan = training_plan(config, task, learner.fabric.world_size)
+    stream = batches(learner.viewed("train", "view", task), plan[learner.step :], learner.evaluation.loading)
+    label = f"task {task.index + 1} of {len(learner.scenario)}, training"
+    losses: list[Tensor] = []
+    for batch in tracked(learner.progress, stream, len(plan) - learner.step, label):
+        if len(batch.indices):
+            for group in optimizer.param_groups:
+                group["lr"] = config.optimizer.rate(learner.step, len(plan), config.batch_size)
+            losses.append(train_step(learner, optimizer, batch, task, share=len(plan[learner.step])))
+        learner.step += 1
+        if losses and (learner.step % config.log_every_steps == 0 or learner.step == len(plan)):
+            _log_losses(learner, task, run, losses)
+            losses = []
+        if config.save_every_steps and learner.step % config.save_every_steps == 0 and learner.step < len(plan):
+            learner.save(run, f"task-{task.index + 1:02d}-step-{learner.step:06d}")
+    handle.remove()
+    learner.step, learner.optimizer = 0, None
+
+
+def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, share: int) -> Tensor:
+    """One step; its loss, left on the device. `share` is the size of the batch over all processes."""
+    fabric, clip = learner.fabric, learner.config.optimizer.clip
+    images, labels, _ = batch.to(fabric.device)
+    loss: Tensor = learner.model.loss(images, labels, task)
+    weight = len(labels) * fabric.world_size / share  # processes may hold one image more or fewer
+    fabric.backward(loss if fabric.world_size == 1 else loss * weight)
+    if clip:
+        fabric.clip_gradients(learner.model, optimizer, max_norm=clip, error_if_nonfinite=False)
+    optimizer.step()  # the projection's hooks run in here
+    optimizer.zero_grad()
+    return loss.detach()
+
+
+def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]) -> None:
+    """Learn from a finished task what to protect, evaluate on all tasks so far, and save."""
+    method, projection, readouts = learner.method, learner.projection, learner.readouts
+    started = time.perf_counter()
+    fitted = [readout for readout in readouts if readout.fitted]
+    if projection.collect == Collect():  # it wants the views that readouts want: one pass serves both
+        observe(learner, task, projection, fitted)
+    else:
+        if projection.collect and projection.collect.when == "after":
+            observe(learner, task, projection, [])
+        if fitted:
+            observe(learner, task, None, fitted)
+    ranks = projection.end_task(method.protected())
+    for readout in readouts:
+        readout.end_task()
+    observed = time.perf_counter()
+    row = learner.evaluation.row(method, readouts, task.index, learner.progress)
+    for column, accuracies in row.items():
+        size = len(learner.scenario)
+        matrix = learner.matrices.setdefault(column, torch.full((size, size), torch.nan, dtype=torch.float64))
+        matrix[task.index, : task.index + 1] = accuracies
+    learner.task = task.index + 1
+    seconds = {**seconds, "boundary": observed - started, "evaluation": time.perf_counter() - observed}
+    learner.log(
+        run,
+        "task",
+        task=task.index,
+        seconds=seconds,
+        ranks=ranks,
+        average_accuracy={column: metrics.average_accuracy(m) for column, m in learner.matrices.items()},
+    )
+    if learner.fabric.is_global_zero:
+        run.write_matrices(learner.matrices)
+    learner.save(run, f"task-{learner.task:02d}")
+
+
+@torch.no_grad()
+def observe(learner: Learner, task: Task, projection: Projection | None, readouts: list[Readout]) -> None:
+    """Show the images of a task to a projection, to readouts, or to both in one pass."""
+    method, fabric, config = learner.method, learner.fabric, learner.config
+    collect = (projection.collect if projection else None) or Collect()
+    viewed = learner.viewed(collect.view, "observed", task)
+    passes = itertools.count() if collect.repeat else range(1)
+    for number in passes:
+        plan = in_order(task.train, config.eval_batch_size, number)
+        stream = batches(viewed, plan, learner.evaluation.loading)
+        for batch in tracked(learner.progress, stream, len(plan), f"task {task.index + 1}, looking back"):
+            if not len(batch.indices):
+                continue
+            images, labels, _ = batch.to(fabric.device)
+            with fabric.autocast():
+                query = method.query(images)
+                rows = method.activations(images, query) if projection else {}
+                features = method.features(images, query).float() if readouts else None
+            for space, met in rows.items():
+                assert projection is not None
+                projection.observe(space, met)
+            for readout in readouts:
+                assert features is not None
+                readout.observe(features, labels)
+            if projection and projection.sated:
+                return
+
+
+def training_plan(config: Config, task: Task, world: int) -> list[list[Address]]:
+    """The batches of all passes over a task: a new order each pass, drawn from the seed, the task and the pass.
+
+    A last batch with fewer images than there are processes is filled up with the first images of its pass.
+    """
+    plan = []
+    for number in range(config.passes):
+        draw = generator(config.seed, "order", task.index, number)
+        order = task.train[torch.randperm(len(task.train), generator=draw)]
+        passing = in_order(order, config.batch_size, number)
+        passing[-1] += [Address(i, number) for i in order[: max(0, world - len(passing[-1]))].tolist()]
+        plan += passing
+    return plan
+
+
+def _log_losses(learner: Learner, task: Task, run: Run, losses: list[Tensor]) -> None:
+    """Log the mean loss since the last look; stop if it is no number."""
+    values = torch.stack(losses).tolist()
+    first = learner.step - len(values)
+    bad = [first + i for i, value in enumerate(values) if not math.isfinite(value)]
+    if bad:
+        last = run.latest_name()
+        raise RunError(
+            f"the loss is {values[bad[0] - first]} at step {bad[0]} of task {task.index + 1}: lower --optimizer.lr."
+            + (f" The last good state is {run.folder / 'checkpoints' / last}" if last else " No state was saved yet")
+        )
+    learner.log(run, "train", task=task.index, step=learner.step, loss=sum(values) / len(values))
+
+
+def _check_tasks(scenario: Scenario) -> None:
+    for task in scenario.tasks:
+        if not len(task.train) or not len(task.test):
+            raise ValueError(f"expected training and test images in every task, got {len(task.train)} and"
+                             f" {len(task.test)} in task {task.index + 1} with classes {task.classes}")  # fmt: skip
