@@ -44,7 +44,7 @@ BACKBONES: dict[str, Backbone.Config] = {
     "demo-vit": ViT.Config(
         "vit_tiny_patch16_224",
         weights="package:demo_vit.safetensors",
-        arguments={"patch_size": 8, "embed_dim": 192, "depth": 6, "num_heads": 3},
+        arguments={"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
     ),
 }
 

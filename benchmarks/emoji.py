@@ -1,0 +1,236 @@
+"""The main job on real pictures: 200 emoji as 9 vendors draw them, two vendors held out, 10 tasks of 20 classes.
+
+    python benchmarks/emoji.py tune                 # the learning rate, on the unprojected methods and another vendor
+    python benchmarks/emoji.py run --part 1/2 &     # every row of the table, every seed; two processes share the work
+    python benchmarks/emoji.py run --part 2/2
+    python benchmarks/emoji.py table                # docs/results/emoji.md from docs/results/emoji.jsonl
+
+Needs ../shared/data/emoji_renditions_200.npz and ../shared/backbones/vit_small_patch14_imgfocus.safetensors (not part of
+the project) beside the checkout. Each finished run is one line of docs/results/emoji.jsonl, and is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from pgp import metrics
+from pgp.backbones.vit import ViT
+from pgp.config import Config, Optimizer
+from pgp.datasets import Views
+from pgp.datasets.folder import Folder
+from pgp.methods.head_only import HeadOnly
+from pgp.methods.l2p import L2P
+from pgp.projections import Projection
+from pgp.projections.none import NoProjection
+from pgp.projections.orthogonal import Orthogonal
+from pgp.projections.released import Released
+from pgp.readouts.lda import LDA
+from pgp.readouts.sequential import Sequential
+from pgp.run import environment
+from pgp.train import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+IMAGES = SHARED / "data" / "emoji_renditions_200.npz"
+WEIGHTS = SHARED / "backbones" / "vit_small_patch14_imgfocus.safetensors"
+RESULTS = ROOT / "docs" / "results" / "emoji.jsonl"
+TUNING = ROOT / "docs" / "results" / "emoji_tuning.jsonl"
+TEST = ("emojione", "emojione-v1")
+VALIDATION = ("openmoji",)
+RATES = (0.03, 0.1, 0.3, 1.0)
+BEST_RATE = {"l2p": 0.3, "head-only": 0.3}
+"""Per 256 images; chosen by `tune`."""
+
+
+def folder(held_out: tuple[str, ...], left_out: tuple[str, ...] = ()) -> Path:
+    """The pictures as an image folder, written once: `train/<class>/<vendor>.png` and `test/<class>/<vendor>.png`."""
+    root = ROOT / "data" / ("emoji-" + "-".join(held_out))
+    if root.is_dir():
+        return root
+    partial = Path(tempfile.mkdtemp(dir=_made(root.parent)))
+    with np.load(IMAGES) as arrays:
+        vendors = arrays["vendors"]
+        for picture, vendor, name in zip(arrays["x"], arrays["vendor"], arrays["name"], strict=True):
+            if vendors[vendor] in left_out:
+                continue
+            part = "test" if vendors[vendor] in held_out else "train"
+            path = _made(partial / part / name) / f"{vendors[vendor]}.png"
+            Image.fromarray(picture).save(path)
+    partial.replace(root)
+    return root
+
+
+def base(root: Path, seed: int) -> Config:
+    """What all rows share."""
+    return Config(
+        name="emoji",
+        dataset=Folder(root),
+        views=Views(size=56, resize=56, scale=(0.6, 1.0), flip=0.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        backbone=ViT.Config("vit_small_patch14_dinov2.lvd142m", weights=str(WEIGHTS)),
+        method=L2P.Config(),
+        projection=NoProjection.Config(),
+        readouts=(Sequential.Config(), LDA.Config()),
+        optimizer=Optimizer(lr=BEST_RATE["l2p"]),
+        tasks=10,
+        epochs=3,
+        seed=seed,
+        shuffle=True,
+        log_every_steps=1000,
+    )
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """By name, how each row of the table differs from `base`."""
+    table: dict[str, dict[str, Any]] = {
+        "head only": {"method": HeadOnly.Config(), "optimizer": Optimizer(lr=BEST_RATE["head-only"])},
+        "L2P": {},
+        "L2P-PGP released": {"projection": Released.Config()},
+    }
+    for energy in (0.99, 0.9, 0.999):
+        for on in ("gradient", "update"):
+            for space in ("sum", "union", "input"):
+                projection: Projection.Config = Orthogonal.Config(space, energy, energy, on)  # type: ignore[arg-type]
+                table[f"L2P-PGP {space} {on} {energy:g}"] = {"projection": projection}
+    return table
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """One run, in a folder that is thrown away: final figures by readout, in [0, 1]."""
+    scratch = Path(tempfile.mkdtemp())
+    started = time.perf_counter()
+    try:
+        run = train(config, scratch / "run")
+        figures = {
+            column: {
+                "average_accuracy": metrics.average_accuracy(matrix),
+                "forgetting": metrics.forgetting(matrix),
+                "average_incremental_accuracy": metrics.average_incremental_accuracy(matrix),
+                "new_task_accuracy": float(matrix.diagonal().mean()),
+            }
+            for column, matrix in run.matrices().items()
+        }
+        *_, last = run.events("task")
+    finally:
+        shutil.rmtree(scratch)
+    return {"seconds": round(time.perf_counter() - started, 1), "ranks": last["ranks"], "figures": figures}
+
+
+def tune() -> None:
+    """Final accuracy per learning rate on a held-out vendor; the test vendors are not looked at."""
+    root = folder(VALIDATION, left_out=TEST)
+    for name, method in (("head-only", HeadOnly.Config()), ("l2p", L2P.Config())):
+        for lr in RATES:
+            config = replace(base(root, seed=100), method=method, optimizer=Optimizer(lr=lr), readouts=(Sequential.Config(),))
+            _append(TUNING, {"method": name, "lr": lr, "seed": 100, **measure(config)})
+
+
+def run(part: int, parts: int, seeds: list[int]) -> None:
+    """Every row of every seed that is not in the results yet."""
+    root = folder(TEST)
+    jobs = [(name, changes, seed) for seed in seeds for name, changes in rows().items()]
+    for name, changes, seed in jobs[part - 1 :: parts]:
+        if (name, seed) not in {(line["row"], line["seed"]) for line in _lines(RESULTS)}:
+            result = measure(replace(base(root, seed), **changes))
+            about = environment()
+            kept = {key: about[key] for key in ("commit", "processor", "threads")}
+            _append(RESULTS, {"row": name, "seed": seed, **result, **kept})
+
+
+def table() -> str:
+    """Mean and standard deviation over seeds, in percent, and the paired difference to L2P."""
+    lines = list(_lines(RESULTS))
+    by = {(line["row"], line["seed"]): line for line in lines}
+    out = [
+        "| row | rank prompts / keys | seeds | own head: accuracy | forgetting | LDA: accuracy | forgetting |"
+        " accuracy, own head, less L2P | forgetting less L2P |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name in rows():
+        seeds = sorted(seed for row, seed in by if row == name)
+        if not seeds:
+            continue
+
+        def column(readout: str, figure: str, name: str = name, seeds: list[int] = seeds) -> str:
+            return spread([100 * by[name, seed]["figures"][readout][figure] for seed in seeds])
+
+        def paired(figure: str, name: str = name, seeds: list[int] = seeds) -> str:
+            both = [seed for seed in seeds if ("L2P", seed) in by]
+            own, twin = ([by[row, s]["figures"]["sequential"][figure] for s in both] for row in (name, "L2P"))
+            return "" if name == "L2P" else spread([100 * (a - b) for a, b in zip(own, twin, strict=True)], sign="+")
+
+        ranks = [by[name, seed]["ranks"] for seed in seeds]
+        mean = {space: statistics.mean(r[space] for r in ranks) for space in ranks[0]}
+        cells = [
+            name,
+            " / ".join(f"{rank:.0f}" for rank in mean.values()),
+            str(len(seeds)),
+            column("sequential", "average_accuracy"),
+            column("sequential", "forgetting"),
+            column("lda", "average_accuracy"),
+            column("lda", "forgetting"),
+            paired("average_accuracy"),
+            paired("forgetting"),
+        ]
+        out.append("| " + " | ".join(cells) + " |")
+    return "\n".join(out) + "\n"
+
+
+def spread(values: list[float], sign: str = "") -> str:
+    """`mean ± standard deviation`."""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{sign}.1f}{deviation}"
+
+
+def _made(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        yield from map(json.loads, path.read_text().splitlines())
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    _made(path.parent)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    print(json.dumps(line), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("tune", "run", "table"))
+    parser.add_argument("--part", default="1/1", help="which share of the runs, such as 1/2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    options = parser.parse_args()
+    if options.what == "table":
+        RESULTS.with_suffix(".md").write_text(table())
+        print(table())
+        return
+    if missing := [str(path) for path in (IMAGES, WEIGHTS) if not path.is_file()]:
+        sys.exit(f"skipped: this benchmark needs {', '.join(missing)}, which are not part of the project")
+    torch.set_num_threads(1)
+    part, parts = map(int, options.part.split("/"))
+    if options.what == "tune":
+        tune()
+    else:
+        run(part, parts, options.seeds)
+
+
+if __name__ == "__main__":
+    main()

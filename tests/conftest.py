@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from pgp.backbones.vit import ViT
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def golden(name: str) -> dict[str, torch.Tensor]:
+    """Arrays of the published code, in float64; see ../shared/goldens."""
+    with np.load(GOLDENS / name) as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def tiny_timm(**arguments):
+    """The architecture of the goldens: 32 px, patch 8, width 48, depth 6, 4 heads."""
+    return timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=32,
+        **{"patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 4, "num_classes": 0, **arguments},
+    )
+
+
+def golden_vit(dtype: torch.dtype = torch.float64) -> ViT:
+    weights = {k: v for k, v in golden("tiny_vit_weights.npz").items() if not k.startswith("head.")}
+    model = tiny_timm().to(torch.float64)
+    model.load_state_dict(weights)
+    return ViT(model).to(dtype)
