@@ -5,8 +5,10 @@
     python benchmarks/emoji.py run --part 2/2
     python benchmarks/emoji.py table                # docs/results/emoji.md from docs/results/emoji.jsonl
 
-Needs ../shared/data/emoji_renditions_200.npz and ../shared/backbones/vit_small_patch14_imgfocus.safetensors (not part of
-the project) beside the checkout. Each finished run is one line of docs/results/emoji.jsonl, and is not run again.
+Needs, beside the checkout and not part of the project: ../shared/data/emoji_renditions_200.npz and
+../shared/backbones/vit_small_patch14_imgfocus.safetensors.
+
+Each finished run is one line of docs/results/emoji.jsonl, and is not run again.
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ def base(root: Path, seed: int) -> Config:
     return Config(
         name="emoji",
         dataset=Folder(root),
-        views=Views(size=56, resize=56, scale=(0.6, 1.0), flip=0.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)),
+        views=Views(
+            size=56, resize=56, scale=(0.6, 1.0), flip=0.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+        ),
         backbone=ViT.Config("vit_small_patch14_dinov2.lvd142m", weights=str(WEIGHTS)),
         method=L2P.Config(),
         projection=NoProjection.Config(),
@@ -134,7 +138,9 @@ def tune() -> None:
     root = folder(VALIDATION, left_out=TEST)
     for name, method in (("head-only", HeadOnly.Config()), ("l2p", L2P.Config())):
         for lr in RATES:
-            config = replace(base(root, seed=100), method=method, optimizer=Optimizer(lr=lr), readouts=(Sequential.Config(),))
+            config = replace(
+                base(root, seed=100), method=method, optimizer=Optimizer(lr=lr), readouts=(Sequential.Config(),)
+            )
             _append(TUNING, {"method": name, "lr": lr, "seed": 100, **measure(config)})
 
 

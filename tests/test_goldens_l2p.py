@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import golden, golden_vit
 
-from pgp.methods.l2p import L2P
+from conftest import golden, golden_vit
 from pgp.methods import only
+from pgp.methods.l2p import L2P
 from pgp.projections.orthogonal import Orthogonal
 from pgp.scenario import Task
 
@@ -39,7 +39,9 @@ def build(arrays, case, dtype):
 
 def close(ours, theirs, tolerance):
     theirs = theirs.to(ours.dtype)
-    torch.testing.assert_close(ours.detach(), theirs, rtol=tolerance, atol=tolerance * max(1, float(theirs.abs().max())))
+    torch.testing.assert_close(
+        ours.detach(), theirs, rtol=tolerance, atol=tolerance * max(1, float(theirs.abs().max()))
+    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

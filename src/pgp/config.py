@@ -8,10 +8,11 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import cattrs
 import torch
+import tyro
 from torch import nn
 
 from pgp.backbones import Backbone
@@ -73,7 +74,7 @@ class Hardware:
 
     def __post_init__(self) -> None:
         if self.devices < 1 or self.workers < 0:
-            raise ValueError(f"expected hardware.devices >= 1 and hardware.workers >= 0, got {self}")
+            raise ValueError(f"expected devices >= 1 and workers >= 0, got {self}")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Config:
     """How features become logits at test; all are evaluated on the same run, the first is the headline."""
     views: Views = field(default_factory=Views)
     optimizer: Optimizer = field(default_factory=Optimizer)
-    hardware: Hardware = field(default_factory=Hardware)
+    hardware: Annotated[Hardware, tyro.conf.arg(name="")] = field(default_factory=Hardware)
     tasks: int = 10
     """Tasks into which the classes are split."""
     setting: Setting = "cil"
@@ -125,11 +126,9 @@ class Config:
         if not self.readouts:
             raise ValueError("expected at least one readout, got none")
         if self.batch_size < self.hardware.devices:
-            raise ValueError(
-                f"expected batch_size of at least hardware.devices {self.hardware.devices}, got {self.batch_size}"
-            )
+            raise ValueError(f"expected batch_size of at least devices {self.hardware.devices}, got {self.batch_size}")
         if self.hardware.devices > 1 and (self.legacy_eval or self.on_bad_image == "skip"):
-            raise ValueError("legacy_eval and on_bad_image=skip need hardware.devices 1: they depend on whole batches")
+            raise ValueError("legacy_eval and on_bad_image=skip need devices 1: they depend on whole batches")
 
     @property
     def passes(self) -> int:

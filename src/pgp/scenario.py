@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Setting = Literal["cil", "til", "oil"]
-"""What is known at test: `cil` nothing, `til` the task of each image, `oil` nothing, and training sees each image once."""
+"""What is known at test: `cil` nothing, `til` each image's task, `oil` nothing, and training sees each image once."""
 
 
 def generator(seed: int, *address: str | int) -> torch.Generator:

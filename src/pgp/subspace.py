@@ -1,7 +1,7 @@
 """Where old inputs live: streamed second moments, their leading directions, and how a basis grows task by task.
 
 Shapes: `n` rows, `D` width, `r` rank. Leading axes (`...`) are separate worlds, each with a moment and a basis of its
-own: the heads of an attention layer, say. Everything here is float64, so that a basis stays orthonormal over many tasks.
+own: the heads of an attention layer, say. All is float64, so that a basis stays orthonormal over many tasks.
 """
 
 from __future__ import annotations

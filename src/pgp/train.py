@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies import DDPStrategy
+from lightning_fabric.strategies.ddp import DDPStrategy
+from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
@@ -53,6 +54,21 @@ def resume(folder: Path, hardware: Hardware | None = None, progress: Progress | 
     return _launch(config, folder, run.load(), progress)
 
 
+def reevaluate(run: Run, config: Config, progress: Progress | None = None) -> dict[str, Tensor]:
+    """Accuracy on each learned task, by column, of the latest checkpoint of `run` under `config` (its own, with other
+    evaluation settings).
+    """
+    learner = Learner(Fabric(accelerator=config.hardware.accelerator, devices=1), config, progress or _quiet())
+    learner.load_state_dict(run.load())
+    if learner.task == 0:
+        raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
+    return learner.evaluation.row(learner.method, learner.readouts, learner.task - 1, learner.progress)
+
+
+def _quiet() -> Progress:
+    return Progress(console=Console(quiet=True), disable=True)
+
+
 def _launch(config: Config, output: Path | None, state: dict[str, Any] | None, progress: Progress | None) -> Run:
     hardware = config.hardware
     many = hardware.devices > 1
@@ -63,8 +79,7 @@ def _launch(config: Config, output: Path | None, state: dict[str, Any] | None, p
         strategy=DDPStrategy(find_unused_parameters=True) if many else "auto",
     )
     fabric.launch()
-    quiet = Progress(disable=True)
-    return _learn(fabric, config, output, state, progress if progress and fabric.is_global_zero else quiet)
+    return _learn(fabric, config, output, state, progress if progress and fabric.is_global_zero else _quiet())
 
 
 def _learn(
@@ -110,12 +125,17 @@ class Learner:
         self.model = fabric.setup_module(self.method)
         self.model.mark_forward_method("loss")
         self.projection = config.projection.build()
+        if config.save_every_steps and self.projection.collect and self.projection.collect.when == "before":
+            raise ValueError("save_every_steps needs a projection that collects after a task, not before it")
         self.readouts = [readout.build(self.method.head, self.data.classes) for readout in config.readouts]
         self.evaluation = Evaluation(fabric, config, self.data, self.scenario)
         self.matrices: dict[str, Tensor] = {}
         self.task, self.step = 0, 0
         """Where learning goes on: this many tasks are closed, and this many steps of the next are done."""
         self.optimizer: Any = None
+        """The current task's, while it is being trained."""
+        self.restored: dict[str, Any] | None = None
+        """State of the optimizer of a task that a checkpoint left in the middle."""
 
     def state_dict(self) -> dict[str, Any]:
         """The run so far."""
@@ -133,15 +153,17 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a run; refuses one that was learned on another encoder."""
         if state["backbone"] != self.fingerprint:
-            raise RunError(f"this run was learned on an encoder with weights {state['backbone']}, but"
-                           f" {self.config.backbone} now gives {self.fingerprint}: restore the old weights")  # fmt: skip
+            raise RunError(
+                f"expected the encoder that this run was learned on, weights {state['backbone']}, but"
+                f" {self.config.backbone} now has weights {self.fingerprint}: restore the old ones"
+            )
         self.task, self.step, self.matrices = state["task"], state["step"], state["matrices"]
         self.method.load_learned_state(state["method"])
         device = self.fabric.device
         self.projection.load_state_dict({name: basis.to(device) for name, basis in state["projection"].items()})
         for readout in self.readouts:
             readout.load_state_dict({k: tensor.to(device) for k, tensor in state["readouts"][readout.name].items()})
-        self.optimizer = state["optimizer"]  # loaded into the real one when the task goes on
+        self.restored = state["optimizer"]
 
     def save(self, run: Run, name: str) -> None:
         """Write a checkpoint."""
@@ -164,20 +186,16 @@ class Learner:
 def fit_task(learner: Learner, task: Task, run: Run) -> None:
     """Train on one task, from the step at which the run stands."""
     config, method, projection = learner.config, learner.method, learner.projection
-    saved = learner.optimizer if learner.step else None
-    if saved is None:
+    if learner.step == 0:
         method.begin_task(task)
     if projection.collect and projection.collect.when == "before":
-        if config.save_every_steps:
-            raise ValueError("save_every_steps needs a projection that collects after a task, not before it")
         observe(learner, task, projection, [])
-    parameters = [parameter for parameter in method.parameters() if parameter.requires_grad]
-    optimizer = learner.optimizer = learner.fabric.setup_optimizers(
-        config.optimizer.build(parameters, config.batch_size)
-    )
-    if saved is not None:
-        optimizer.load_state_dict(saved)
-    handle = projection.attach(optimizer.optimizer, method.protected())
+    plain = config.optimizer.build([p for p in method.parameters() if p.requires_grad], config.batch_size)
+    if learner.restored:
+        plain.load_state_dict(learner.restored)
+    handle = projection.attach(plain, method.protected())
+    optimizer: Any = learner.fabric.setup_optimizers(plain)
+    learner.optimizer, learner.restored = optimizer, None
 
     plan = training_plan(config, task, learner.fabric.world_size)
     stream = batches(learner.viewed("train", "view", task), plan[learner.step :], learner.evaluation.loading)
@@ -235,14 +253,10 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
         matrix[task.index, : task.index + 1] = accuracies
     learner.task = task.index + 1
     seconds = {**seconds, "boundary": observed - started, "evaluation": time.perf_counter() - observed}
-    learner.log(
-        run,
-        "task",
-        task=task.index,
-        seconds=seconds,
-        ranks=ranks,
-        average_accuracy={column: metrics.average_accuracy(m) for column, m in learner.matrices.items()},
-    )
+    averages = {column: metrics.average_accuracy(matrix) for column, matrix in learner.matrices.items()}
+    learner.log(run, "task", task=task.index, seconds=seconds, ranks=ranks, average_accuracy=averages)
+    spoken = ", ".join(f"{100 * average:.1f} % ({column})" for column, average in averages.items())
+    learner.progress.console.print(f"task {learner.task} of {len(learner.scenario)}: average accuracy {spoken}")
     if learner.fabric.is_global_zero:
         run.write_matrices(learner.matrices)
     learner.save(run, f"task-{learner.task:02d}")

@@ -63,7 +63,8 @@ class Backbone(nn.Module, abc.ABC):
     def encode(self, images: Tensor) -> Tensor:
         """Final CLS token of the plain pass, `(B, D)`: the query by which prompts are chosen."""
         with torch.no_grad():
-            return self(images, read=1)[:, 0]
+            tokens: Tensor = self(images, read=1)
+            return tokens[:, 0]
 
     def freeze(self) -> None:
         """Stop all learning for good; `train()` no longer changes the mode."""

@@ -44,11 +44,12 @@ class ViT(Backbone):
             """The frozen encoder for images of `size` pixels a side; position embeddings are resampled to fit."""
             return ViT(_create(self, size))
 
-    def __init__(self, model: nn.Module) -> None:
+    vit: Any
+
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.vit = _plain(model)
-        self.width = int(model.embed_dim)
-        self.depth = len(model.blocks)
+        self.width, self.depth = int(model.embed_dim), len(model.blocks)
         self.heads = int(model.blocks[0].attn.num_heads)
         self.freeze()
 
@@ -97,7 +98,7 @@ class ViT(Backbone):
         return images
 
 
-def _block(block: nn.Module, x: Tensor, read: int, prefix: Tensor | None) -> Tensor:
+def _block(block: Any, x: Tensor, read: int, prefix: Tensor | None) -> Tensor:
     """A timm block for its first `read` tokens only, with a prefix in its attention where there is one."""
     attended = _attention(block.attn, block.norm1(x), read, prefix)
     x = x[:, :read] + block.ls1(attended)
@@ -106,7 +107,7 @@ def _block(block: nn.Module, x: Tensor, read: int, prefix: Tensor | None) -> Ten
 
 
 def _attention(attn: Any, x: Tensor, read: int, prefix: Tensor | None) -> Tensor:
-    """Timm's attention from the first `read` tokens to all tokens and the prefix, `(B, read, D)`."""
+    """timm's attention from the first `read` tokens to all tokens and the prefix, `(B, read, D)`."""
     D = attn.qkv.in_features
     weight, bias = attn.qkv.weight, attn.qkv.bias
     q = F.linear(x[:, :read], weight[:D], None if bias is None else bias[:D])
@@ -122,7 +123,7 @@ def _attention(attn: Any, x: Tensor, read: int, prefix: Tensor | None) -> Tensor
     return out
 
 
-def _plain(model: nn.Module) -> Any:
+def _plain(model: Any) -> Any:
     """`model`, if it is a vision transformer that this file understands."""
     name = type(model).__name__
     if type(model) is not VisionTransformer:
@@ -141,7 +142,7 @@ def _plain(model: nn.Module) -> Any:
     return model
 
 
-def _create(config: ViT.Config, size: int) -> nn.Module:
+def _create(config: ViT.Config, size: int) -> Any:
     hub = config.weights == "hub"
     if not timm.is_model(config.model):
         near = difflib.get_close_matches(
@@ -156,9 +157,7 @@ def _create(config: ViT.Config, size: int) -> nn.Module:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # `random` weights are the same every time
-            model: nn.Module = timm.create_model(
-                config.model, pretrained=hub, num_classes=0, img_size=size, **config.arguments
-            )
+            model = timm.create_model(config.model, pretrained=hub, num_classes=0, img_size=size, **config.arguments)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"timm cannot make {config.model} at {size} px with {config.arguments}: {error}") from error
     except (OSError, RuntimeError) as error:
@@ -185,7 +184,7 @@ def _file(weights: str) -> Path:
     return path
 
 
-def _load(model: nn.Module, path: Path) -> None:
+def _load(model: Any, path: Path) -> None:
     """Fill `model` with a checkpoint in timm's naming; the head is left out, positions are resampled."""
     try:
         state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)

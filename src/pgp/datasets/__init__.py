@@ -134,9 +134,9 @@ class Batch(NamedTuple):
 
 
 class Address(NamedTuple):
-    """An image as a certain pass sees it: `index` in its split, and the pass that decides the augmentation."""
+    """An image as a certain pass sees it: where it is in its split, and the pass that decides the augmentation."""
 
-    index: int
+    image: int
     passes: int
 
 
@@ -151,15 +151,15 @@ class Viewed(torch.utils.data.Dataset[tuple[Tensor, int, int] | None]):
     def __getitem__(self, address: Address) -> tuple[Tensor, int, int] | None:
         """Image, label and index; None for a bad image that is to be skipped."""
         try:
-            image = self.split.image(address.index)
+            image = self.split.image(address.image)
         except BadImageError as error:
             if not self.skip_bad:
                 raise
             warnings.warn(f"skipped: {error}", stacklevel=2)
             return None
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.default_generator.manual_seed(seed_of(self.seed, *self.purpose, address.passes, address.index))
-            return self.view(image), int(self.split.labels[address.index]), address.index
+            torch.default_generator.manual_seed(seed_of(self.seed, *self.purpose, address.passes, address.image))
+            return self.view(image), int(self.split.labels[address.image]), address.image
 
 
 class Loading(NamedTuple):
@@ -192,7 +192,7 @@ def in_order(indices: Tensor, batch_size: int, passes: int = 0) -> list[list[Add
     """A plan that visits `indices` as they come.
 
     >>> in_order(torch.tensor([4, 5, 6]), batch_size=2)[1]
-    [Address(index=6, passes=0)]
+    [Address(image=6, passes=0)]
     """
     return [[Address(i, passes) for i in part.tolist()] for part in indices.split(batch_size)]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torchvision.datasets import CIFAR100 as Torchvision
+from torchvision import datasets as torchvision_sets
 
 from pgp.datasets import ArraySplit, Dataset, DatasetConfig
 
@@ -22,7 +22,9 @@ class CIFAR100(DatasetConfig):
         """50,000 training and 10,000 test images, labels in alphabetical order of the names."""
         try:
             # torchvision unpickles these files, and only after their md5 has proved them to be the published ones
-            train, test = (Torchvision(str(self.root), train=part, download=True) for part in (True, False))
+            train, test = (
+                torchvision_sets.CIFAR100(str(self.root), train=part, download=True) for part in (True, False)
+            )
         except (RuntimeError, OSError) as error:
             raise ValueError(
                 f"CIFAR-100 is not in {self.root.absolute()} and its download failed ({error}): fetch"
@@ -31,5 +33,5 @@ class CIFAR100(DatasetConfig):
         return Dataset(_split(train), _split(test), tuple(train.classes))
 
 
-def _split(part: Torchvision) -> ArraySplit:
+def _split(part: torchvision_sets.CIFAR100) -> ArraySplit:
     return ArraySplit(torch.from_numpy(part.data).permute(0, 3, 1, 2), torch.tensor(part.targets))

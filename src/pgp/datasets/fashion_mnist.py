@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gzip
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets import FashionMNIST as Torchvision
+from torchvision import datasets as torchvision_sets
 
 from pgp.datasets import ArraySplit, Dataset, DatasetConfig
 
@@ -28,16 +29,18 @@ class FashionMNIST(DatasetConfig):
         """60,000 training and 10,000 test images."""
         for folder in (self.root, self.root / "FashionMNIST" / "raw", DEBIAN):
             if _file(folder, "train-images-idx3-ubyte"):
-                return Dataset(_split(folder, "train"), _split(folder, "t10k"), tuple(Torchvision.classes))
+                return Dataset(
+                    _split(folder, "train"), _split(folder, "t10k"), tuple(torchvision_sets.FashionMNIST.classes)
+                )
         try:
-            Torchvision(str(self.root), download=True)
+            torchvision_sets.FashionMNIST(str(self.root), download=True)
         except (RuntimeError, OSError) as error:
             raise ValueError(
-                f"Fashion-MNIST is neither in {self.root.absolute()} nor in {DEBIAN}, and its download failed ({error}):"
+                f"Fashion-MNIST is neither in {self.root.absolute()} nor in {DEBIAN}; its download failed ({error}):"
                 " put its four idx files there, or install Debian's dataset-fashion-mnist"
             ) from error
         folder = self.root / "FashionMNIST" / "raw"
-        return Dataset(_split(folder, "train"), _split(folder, "t10k"), tuple(Torchvision.classes))
+        return Dataset(_split(folder, "train"), _split(folder, "t10k"), tuple(torchvision_sets.FashionMNIST.classes))
 
 
 def _split(folder: Path, name: str) -> ArraySplit:
@@ -59,7 +62,8 @@ def _read(folder: Path, name: str) -> Tensor:
     except (OSError, EOFError) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it and fetch it again") from error
     axes = data[3] if len(data) > 4 and data[:3] == b"\0\0\x08" else 0
-    shape = np.frombuffer(data, ">u4", axes, offset=4) if len(data) >= 4 + 4 * axes else []
-    if not axes or len(data) != 4 + 4 * axes + int(np.prod(shape)):
+    start = 4 + 4 * axes
+    shape = [int(size) for size in np.frombuffer(data[4:start].ljust(4 * axes, b"\0"), ">u4")]
+    if not axes or len(data) != start + math.prod(shape):
         raise ValueError(f"{path} is no complete idx file of bytes; delete it and fetch it again")
-    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape).copy())
+    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())

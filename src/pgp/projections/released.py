@@ -102,7 +102,8 @@ def scores(samples: Tensor, components: int) -> Tensor:
     values, vectors = torch.linalg.eigh(centred @ centred.T)  # ascending; (n, n), for F is large
     values, vectors = values.flip(0)[:components].clamp(min=0), vectors.flip(1)[:, :components]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))  # (1, components)
-    return vectors * largest.sign() * values.sqrt()
+    signed: Tensor = vectors * largest.sign() * values.sqrt()
+    return signed
 
 
 def grow(basis: Tensor | None, rows: Tensor, energy: float) -> Tensor:
@@ -114,7 +115,8 @@ def grow(basis: Tensor | None, rows: Tensor, energy: float) -> Tensor:
     total = torch.linalg.svdvals(gram).square().sum()
     if basis is None:
         U, S, _ = torch.linalg.svd(gram)
-        return U[:, : int((S.square().cumsum(0) / total < energy).sum())]
+        first: Tensor = U[:, : int((S.square().cumsum(0) / total < energy).sum())]
+        return first
     U, S, _ = torch.linalg.svd(remove(gram.T, basis).T)  # (I - UU^T) G, one-sided
     shares = S.square() / total
     held_before = 1 - shares.sum() + shares.cumsum(0) - shares  # before direction i is added

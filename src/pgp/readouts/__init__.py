@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Readout(abc.ABC):
-    """Turns features into logits; fitted, where it is fitted at all, from class statistics that stream by once a task."""
+    """Turns features into logits; fitted, if at all, from class statistics that stream by once a task."""
 
     name: str
     """How reports call it."""

@@ -39,6 +39,7 @@ class LDA(Readout):
         self.classes, self.shrinkage = classes, shrinkage
         self.state: dict[str, Tensor] = {}
         self._task: dict[str, Tensor] = {}
+        self._weight = self._bias = torch.empty(0)
 
     def observe(self, features: Tensor, labels: Tensor) -> None:
         """Add to the counts `(C,)`, sums `(C, D)` and pooled products `(D, D)` of this task, in float64."""
@@ -59,7 +60,8 @@ class LDA(Readout):
         """`m_c^T S^-1 x - m_c^T S^-1 m_c / 2`, `(B, C)`; -inf for classes that were never observed."""
         if not self.state:
             raise ValueError("expected at least one task before logits(): call observe() and end_task() first")
-        return (features.double() @ self._weight.to(features.device) + self._bias.to(features.device)).float()
+        logits = features.double() @ self._weight.to(features.device) + self._bias.to(features.device)
+        return logits.float()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Counts, sums and products."""

@@ -1,0 +1,5 @@
+"""`python -m pgp` is `pgp`."""
+
+from pgp.cli import main
+
+main()

@@ -1,0 +1,292 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from pgp import __version__, recipes, report, train
+from pgp.config import Config, Hardware
+from pgp.projections.none import NoProjection
+from pgp.run import Run, RunError, free_folder
+from pgp.scenario import Setting
+
+USAGE = """\
+usage: pgp COMMAND ...
+
+  train RECIPE [overrides]   learn a stream of tasks; pgp train RECIPE --help lists every override
+  train --resume RUN         go on with a run that stopped
+  eval RUN                   evaluate a run's latest checkpoint again
+  report RUN ...             tables and figures over runs: mean and deviation over seeds
+  list                       recipes, and what they can be made of
+
+PGP_DEBUG=1 shows where in the code an error comes from."""
+
+console = Console()
+progress_console = Console(stderr=True)
+
+Choice = tyro.conf.arg
+"""Short for an argument whose name is not that of its field."""
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Learn a stream of tasks, and leave everything in a run folder."""
+
+    config: Annotated[Config, Choice(name="")]
+    output: Path | None = None
+    """Run folder, new or empty; a free one below runs/, where not given."""
+    pgp: bool = True
+    """Project; --no-pgp trains the base method."""
+    twin: bool = False
+    """Train the unprojected twin too, all else the same, and report both."""
+    method_name: Annotated[Literal[tuple(recipes.METHODS)] | None, Choice(name="method")] = None  # type: ignore[valid-type]
+    """Another method than the recipe's, from its defaults."""
+    projection_name: Annotated[Literal[tuple(recipes.PROJECTIONS)] | None, Choice(name="projection")] = None  # type: ignore[valid-type]
+    """Another projection than the recipe's, from its defaults."""
+    dataset_name: Annotated[Literal[tuple(recipes.DATASETS)] | None, Choice(name="dataset")] = None  # type: ignore[valid-type]
+    """Another data set than the recipe's."""
+    backbone_name: Annotated[Literal[tuple(recipes.BACKBONES)] | None, Choice(name="backbone")] = None  # type: ignore[valid-type]
+    """Another encoder than the recipe's."""
+    readout_names: Annotated[tuple[Literal[tuple(recipes.READOUTS)], ...] | None, Choice(name="readouts")] = None  # type: ignore[valid-type]
+    """Other readouts than the recipe's; the first is the headline."""
+
+
+@dataclass(frozen=True)
+class ResumeCommand:
+    """Go on with a run from its latest checkpoint. Only where it computes can change."""
+
+    resume: Path
+    """Run folder."""
+    hardware: Annotated[Hardware, Choice(name="")]
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Evaluate a run's latest checkpoint again, on all tasks it has learned."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    legacy_eval: bool = False
+    """Show the published protocol too (see pgp train --help)."""
+    batch_size: int = 32
+    """Test images at once; it changes nothing but the legacy columns."""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Tables and figures over runs; runs that differ in their seed only are one line."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders."""
+    output: Path | None = None
+    """Folder for report.md and report.png; the run's own where there is a single run, else the working folder."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; ends the process with 0, or with 2 and one line about what was wrong."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+    elif words[0] == "--version":
+        print(f"pgp {__version__}")
+    else:
+        try:
+            _named(COMMANDS, words[0], "command", "pgp --help")(words[1:])
+        except (ValueError, RunError, OSError) as error:
+            if os.environ.get("PGP_DEBUG"):
+                raise
+            _stop(str(error))
+        except KeyboardInterrupt:
+            _stop("interrupted; a run with a checkpoint goes on by pgp train --resume RUN", code=130)
+
+
+def train_command(words: list[str]) -> None:
+    """`pgp train …`."""
+    if any(word == "--resume" or word.startswith("--resume=") for word in words):
+        chosen = tyro.cli(ResumeCommand, args=words, prog="pgp train", default=_resumed(words))
+        with _progress() as bars:
+            run = train.resume(chosen.resume, chosen.hardware, bars)
+        _show([run])
+        return
+    if not words or words[0].startswith("-"):
+        raise ValueError(f"expected a recipe, one of {', '.join(recipes.RECIPES)}; or --resume RUN")
+    recipe = _named(recipes.RECIPES, words[0], "recipe", "pgp list")
+    config = _shelved(recipe(), words[1:])
+    command = tyro.cli(
+        TrainCommand,
+        args=words[1:],
+        prog=f"pgp train {words[0]}",
+        description=inspect.getdoc(recipe),
+        default=TrainCommand(config),
+    )
+    runs = []
+    with _progress() as bars:
+        configs = [command.config] if command.pgp else []
+        if command.twin or not command.pgp:
+            configs.append(replace(command.config, projection=NoProjection.Config()))
+        for config in configs:
+            output = command.output
+            if output is not None and len(configs) > 1:
+                output = output / type(config.projection).__qualname__.partition(".")[0].lower()
+            runs.append(train.train(config, output, bars))
+            _draw([runs[-1]], runs[-1].folder)
+    _show(runs)
+
+
+def eval_command(words: list[str]) -> None:
+    """`pgp eval RUN`."""
+    command = tyro.cli(EvalCommand, args=words, prog="pgp eval")
+    run = Run.open(command.run)
+    config = replace(run.config, legacy_eval=command.legacy_eval, eval_batch_size=command.batch_size)
+    with _progress() as bars:
+        row = train.reevaluate(run, config, bars)
+    stored = run.matrices()
+    tasks = len(next(iter(row.values())))
+    table = Table(title=f"{run.folder}: accuracy after task {tasks}, %")
+    for heading in ("readout", *(f"task {j + 1}" for j in range(tasks)), "average", "as stored"):
+        table.add_column(heading, justify="left" if heading == "readout" else "right")
+    for column, accuracies in row.items():
+        known = column in stored and bool((stored[column][tasks - 1, :tasks] - accuracies).abs().max() < 1e-9)
+        agrees = ("yes" if known else "no") if column in stored else ""
+        table.add_row(column, *(f"{100 * a:.2f}" for a in accuracies), f"{100 * accuracies.mean():.2f}", agrees)
+    console.print(table)
+
+
+def report_command(words: list[str]) -> None:
+    """`pgp report RUN …`."""
+    command = tyro.cli(ReportCommand, args=words, prog="pgp report")
+    if not command.runs:
+        raise ValueError("expected run folders, got none: pgp report RUN …")
+    runs = [Run.open(folder) for folder in command.runs]
+    output = command.output or (runs[0].folder if len(runs) == 1 else Path())
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "report.md").write_text(report.markdown(report.lines(runs)))
+    _show(runs, output)
+
+
+def list_command(words: list[str]) -> None:
+    """`pgp list`."""
+    if words:
+        raise ValueError(f"pgp list takes no arguments, got {' '.join(words)}")
+    table = Table.grid(padding=(0, 2))
+    for name, recipe in recipes.RECIPES.items():
+        table.add_row(name, inspect.getdoc(recipe))
+    console.print("recipes, for pgp train RECIPE", table, "", sep="\n")
+    shelves: dict[str, dict[str, Any]] = {
+        "--method": recipes.METHODS,
+        "--projection": recipes.PROJECTIONS,
+        "--readouts": recipes.READOUTS,
+        "--dataset": recipes.DATASETS,
+        "--backbone": recipes.BACKBONES,
+    }
+    table = Table.grid(padding=(0, 2))
+    for flag, shelf in shelves.items():
+        table.add_row(flag, ", ".join(shelf))
+    table.add_row("--setting", ", ".join(get_args(Setting)))
+    console.print("parts, each of which can replace a recipe's own", table, sep="\n")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train_command,
+    "eval": eval_command,
+    "report": report_command,
+    "list": list_command,
+}
+
+
+def _named(table: dict[str, Callable[..., Any]], name: str, what: str, where: str) -> Callable[..., Any]:
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
+        hint = f"perhaps you meant {near[0]!r}; " if near else ""
+        raise ValueError(f"unknown {what} {name!r}: {hint}see {where}")
+    return table[name]
+
+
+def _shelved(config: Config, words: list[str]) -> Config:
+    """`config` with the parts that flags like `--projection none` name, so that the flags of those parts are known."""
+    shelves: dict[str, dict[str, Any]] = {
+        "method": recipes.METHODS,
+        "projection": recipes.PROJECTIONS,
+        "dataset": recipes.DATASETS,
+        "backbone": recipes.BACKBONES,
+    }
+    for field, shelf in shelves.items():
+        names = _values(words, f"--{field}")
+        if names and names[-1] in shelf:
+            config = replace(config, **{field: shelf[names[-1]]})
+    readouts = [recipes.READOUTS[name] for name in _values(words, "--readouts") if name in recipes.READOUTS]
+    return replace(config, readouts=tuple(readouts)) if readouts else config
+
+
+def _values(words: list[str], flag: str) -> list[str]:
+    """What stands behind `flag`, as `--flag a b` or `--flag=a`."""
+    out: list[str] = []
+    taking = False
+    for word in words:
+        if word.startswith("--"):
+            taking = word == flag
+            if word.startswith(flag + "="):
+                out.append(word.partition("=")[2])
+        elif taking:
+            out.append(word)
+    return out
+
+
+def _resumed(words: list[str]) -> ResumeCommand:
+    folder = Path((_values(words, "--resume") or [""])[0])
+    return ResumeCommand(folder, Run.open(folder).config.hardware)
+
+
+def _progress() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=progress_console, transient=True)
+
+
+def _draw(runs: list[Run], folder: Path) -> Path:
+    path = folder / ("accuracy.png" if len(runs) == 1 and folder == runs[0].folder else "report.png")
+    report.draw(report.lines(runs), path)
+    return path
+
+
+def _show(runs: list[Run], folder: Path | None = None) -> None:
+    """Print the table over runs, and say where the figure and the runs lie."""
+    lines = report.lines(runs)
+    table = Table(title="accuracy in %")
+    for heading in ("run", "readout", *report.FIGURES.values()):
+        table.add_column(heading, justify="left" if heading in ("run", "readout") else "right")
+    for line in lines:
+        table.add_row(line.label, line.column, *report.cells(line))
+    console.print(table)
+    if folder is None:
+        folder = runs[0].folder if len(runs) == 1 else free_folder(Path("runs"), f"{runs[0].config.name}-report")
+    console.print(f"figure: {_draw(runs, folder)}", soft_wrap=True)
+    for run in runs:
+        console.print(f"run:    {run.folder}", soft_wrap=True)
+
+
+def _stop(message: str, code: int = 2) -> None:
+    print(f"pgp: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Tables and figures, from run folders only."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from pgp import metrics
+from pgp.run import Run, RunError
+
+
+class Line(NamedTuple):
+    """Figures of one column (a readout) over the runs that differ in nothing but their seed."""
+
+    label: str
+    column: str
+    matrices: list[Tensor]
+    """Accuracy matrix `(T, T)` of each run."""
+
+    def spread(self, figure: str) -> tuple[float, float | None]:
+        """Mean and standard deviation (None for a single run) of a function of `pgp.metrics`, in [0, 1]."""
+        values = [getattr(metrics, figure)(matrix) for matrix in self.matrices]
+        return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+FIGURES = {
+    "average_accuracy": "average accuracy",
+    "forgetting": "forgetting",
+    "backward_transfer": "backward transfer",
+    "average_incremental_accuracy": "average incremental accuracy",
+}
+"""What a table shows: functions of `pgp.metrics` and their headings."""
+
+
+def lines(runs: Sequence[Run]) -> list[Line]:
+    """One line per group of runs and per column.
+
+    Raises:
+        RunError: if the runs of a group have come to different tasks, so that their figures mean different things.
+    """
+    groups: dict[str, list[Run]] = {}
+    trees = [_flat(run.config.to_json()) for run in runs]
+    varying = _varying(trees)
+    for run, tree in zip(runs, trees, strict=True):
+        label = ", ".join(_words(key, tree[key]) for key in varying if key in tree) or run.config.name
+        groups.setdefault(label, []).append(run)
+    out = []
+    for label, members in groups.items():
+        matrices = [run.matrices() for run in members]
+        for column in matrices[0]:
+            own = [m[column] for m in matrices if column in m]
+            if len({metrics.learned(matrix) for matrix in own}) > 1:
+                raise RunError(f"expected runs of {label} that have all come to the same task; finish them first, by"
+                               " pgp train --resume")  # fmt: skip
+            out.append(Line(label, column, own))
+    return out
+
+
+def markdown(table: Sequence[Line]) -> str:
+    """A table in percent, mean ± standard deviation over seeds."""
+    head = ["run", "readout", "seeds", *FIGURES.values()]
+    rows = [head, ["---"] * len(head)]
+    rows += [[line.label, line.column, str(len(line.matrices)), *cells(line)] for line in table]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+def cells(line: Line) -> list[str]:
+    """The figures of a line, in percent."""
+    out = []
+    for figure in FIGURES:
+        mean, deviation = line.spread(figure)
+        out.append(f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}"))
+    return out
+
+
+def draw(table: Sequence[Line], path: Path) -> None:
+    """Curves of the average accuracy over tasks, and each line's accuracy matrix (mean over seeds), as a PNG."""
+    matrices = [torch.stack(line.matrices).mean(0) for line in table]
+    wide = min(3, len(matrices))
+    tall = -(-len(matrices) // wide)
+    figure = Figure(figsize=(4.6 + 3.1 * wide, max(3.6, 3.1 * tall)), layout="constrained")
+    halves: Any = figure.subfigures(1, 2, width_ratios=(4.6, 3.1 * wide))
+    left, right = halves
+    axes: Any = left.subplots()
+    for line in table:
+        curves = 100 * torch.tensor([metrics.curve(matrix) for matrix in line.matrices])  # (seeds, t)
+        x, mean = range(1, curves.shape[1] + 1), curves.mean(0)
+        style = "-" if line.column == table[0].column else "--"
+        axes.plot(x, mean, style, marker="o", markersize=3, label=_name(line, table))
+        if len(curves) > 1:
+            axes.fill_between(x, mean - curves.std(0), mean + curves.std(0), alpha=0.15)
+    axes.set(xlabel="tasks learned", ylabel="average accuracy, %", ylim=(0, 102))
+    axes.set_xticks(range(1, len(matrices[0]) + 1))
+    axes.legend(fontsize=7, loc="lower left")
+    axes.grid(alpha=0.3)
+    grid: Any = right.subplots(tall, wide, squeeze=False)
+    for i, axis in enumerate(grid.flat):
+        axis.axis("on" if i < len(matrices) else "off")
+        if i < len(matrices):
+            _matrix(axis, matrices[i], _name(table[i], table))
+    partial = path.with_name(f".{path.name}.{os.getpid()}.png")
+    FigureCanvasAgg(figure).print_png(str(partial))
+    partial.replace(path)
+
+
+def _matrix(axis: Any, matrix: Tensor, title: str) -> None:
+    percent = 100 * matrix
+    axis.imshow(percent, cmap="viridis", vmin=0, vmax=100)
+    small = 8 if len(matrix) <= 5 else 6 if len(matrix) <= 10 else 4
+    for t, j in matrix.isfinite().nonzero().tolist():
+        value = float(percent[t, j])
+        axis.text(
+            j, t, f"{value:.0f}", ha="center", va="center", fontsize=small, color="white" if value < 60 else "black"
+        )
+    ticks = range(0, len(matrix), 1 if len(matrix) <= 10 else 5)
+    axis.set_xticks(ticks, [str(i + 1) for i in ticks], fontsize=7)
+    axis.set_yticks(ticks, [str(i + 1) for i in ticks], fontsize=7)
+    axis.set_xlabel("accuracy on task, %", fontsize=8)
+    axis.set_ylabel("after task", fontsize=8)
+    axis.set_title(title, fontsize=8)
+
+
+def _name(line: Line, table: Sequence[Line]) -> str:
+    """Label and column, as far as they tell lines apart."""
+    labels, columns = {one.label for one in table}, {one.column for one in table}
+    parts = [line.label] * (len(labels) > 1) + [line.column] * (len(columns) > 1)
+    return ", ".join(parts) or line.label
+
+
+def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+    """A tree of JSON values by dotted path; leaves that cannot tell experiments apart are left out."""
+    if isinstance(tree, list):
+        tree = {str(i): item for i, item in enumerate(tree)}
+    if not isinstance(tree, dict):
+        return {path: tree}
+    out: dict[str, Any] = {}
+    for key, item in tree.items():
+        if path or key not in ("seed", "hardware"):
+            out |= _flat(item, f"{path}.{key}" if path else key)
+    return out
+
+
+def _varying(trees: Sequence[dict[str, Any]]) -> list[str]:
+    """Keys whose values differ between runs that have them; where a part's class differs, only the class counts."""
+    keys = list(dict.fromkeys(key for tree in trees for key in tree))
+    varying = [key for key in keys if len({repr(tree[key]) for tree in trees if key in tree}) > 1]
+    classes = {key.removesuffix("class") for key in varying if key.endswith(".class")}
+    return [
+        key
+        for key in varying
+        if key.endswith(".class") or len({t.get(_part(key) + "class") for t in trees}) == 1 or _part(key) not in classes
+    ]
+
+
+def _part(key: str) -> str:
+    return key.rpartition(".")[0] + "."
+
+
+def _words(key: str, value: Any) -> str:
+    """`projection.class`, `pgp.projections.none:NoProjection.Config` -> `NoProjection`; else `key value`."""
+    if key.endswith(".class"):
+        return str(value).rpartition(":")[2].removesuffix(".Config")
+    return f"{key.rpartition('.')[2]} {value}"
