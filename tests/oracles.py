@@ -1,0 +1,56 @@
+"""Slow, independent truths. The package never imports this."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def gpm(tasks, energy):
+    """Bases after each task: from stacked rows (n, D), by SVD of what the basis does not hold (Saha et al., 2021)."""
+    basis = np.zeros((tasks[0].shape[1], 0))
+    out = []
+    for rows in tasks:
+        rest = rows - rows @ basis @ basis.T
+        total = (rows**2).sum()
+        held = total - (rest**2).sum()
+        _, values, directions = np.linalg.svd(rest, full_matrices=False)
+        for value, direction in zip(values, directions, strict=True):
+            if held >= energy * total - 1e-12 * total or value <= 1e-7 * np.sqrt(total):
+                break
+            basis = np.concatenate([basis, direction[:, None]], axis=1)
+            held += value**2
+        out.append(basis)
+    return out
+
+
+def prefix_attention(q, k, v, prefix_k, prefix_v, scale):
+    """One head: softmax((q [pk; k]^T) scale) [pv; v], row by row."""
+    k, v = np.concatenate([prefix_k, k]), np.concatenate([prefix_v, v])
+    out = np.zeros((len(q), v.shape[1]))
+    for i, row in enumerate(q):
+        scores = np.array([scale * (row * key).sum() for key in k])
+        weights = np.exp(scores - scores.max())
+        out[i] = sum(w * value for w, value in zip(weights / weights.sum(), v, strict=True))
+    return out
+
+
+def average_accuracy(a, t):
+    return sum(a[t - 1][j] for j in range(t)) / t
+
+
+def forgetting(a, t):
+    total = 0.0
+    for j in range(t - 1):
+        total += max(a[i][j] for i in range(j, t)) - a[t - 1][j]
+    return total / (t - 1) if t > 1 else 0.0
+
+
+def backward_transfer(a, t):
+    total = 0.0
+    for j in range(t - 1):
+        total += a[t - 1][j] - a[j][j]
+    return total / (t - 1) if t > 1 else 0.0
+
+
+def average_incremental_accuracy(a, t):
+    return sum(average_accuracy(a, i) for i in range(1, t + 1)) / t

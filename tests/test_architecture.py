@@ -1,0 +1,94 @@
+"""The house stands: imports go down only, and files stay readable."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "pgp"
+MODULES = {path: ast.parse(path.read_text()) for path in SOURCE.rglob("*.py")}
+LEVELS = [
+    {"subspace", "prompts", "metrics", "scenario"},
+    {"backbones", "projections", "readouts", "datasets"},
+    {"methods"},
+    {"config", "recipes"},
+    {"run", "evaluate", "train"},
+    {"predict", "report"},
+    {"cli", "__main__"},
+]
+HOMES = {
+    "timm": {"backbones"},
+    "open_clip": {"backbones"},
+    "torchvision": {"datasets"},
+    "PIL": {"datasets"},
+    "sklearn": {"datasets"},
+    "lightning_fabric": {"evaluate", "train"},
+    "matplotlib": {"report"},
+    "tyro": {"config", "cli"},
+}
+
+
+def room(path):
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def level(name):
+    return next(i for i, names in enumerate(LEVELS) if name in names)
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_go_down_only():
+    wrong = []
+    for path, tree in MODULES.items():
+        own = room(path)
+        for name in imports(tree):
+            parts = name.split(".")
+            if parts[0] in HOMES and own not in HOMES[parts[0]]:
+                wrong.append(f"{own} imports {name}")
+            if parts[0] == "pgp" and len(parts) > 1 and own != "__init__":
+                other = parts[1]
+                known = any(other in names for names in LEVELS)
+                if known and (level(other) > level(own) or (level(own) == 1 and level(other) == 1 and other != own)):
+                    wrong.append(f"{own} imports {name}")
+                if own == "methods" and other in {"projections", "datasets"}:
+                    wrong.append(f"{own} imports {name}")
+    assert not wrong
+
+
+def test_level_0_needs_torch_and_nothing_else():
+    for path, tree in MODULES.items():
+        if room(path) in LEVELS[0]:
+            roots = {name.split(".")[0] for name in imports(tree)}
+            assert roots <= {"pgp", "torch", *sys.stdlib_module_names}, path
+
+
+def test_nothing_prints_but_the_command_line():
+    for path, tree in MODULES.items():
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"]
+        assert room(path) == "cli" or not calls, path
+
+
+def test_files_and_functions_stay_short():
+    for path, tree in MODULES.items():
+        assert path.read_text().count("\n") <= 340, path
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{path}:{node.name}"
+
+
+@pytest.mark.parametrize("heavy", ["torch", "timm", "matplotlib"])
+def test_importing_pgp_is_light(heavy):
+    code = f"import pgp, sys; sys.exit({heavy!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
