@@ -111,7 +111,7 @@ class Projection(abc.ABC):
 
         @torch.no_grad()
         def remember(*_: Any) -> None:
-            before.update({target.parameter: target.parameter.double() for target in active.values()})
+            before.update({p: p.to(torch.float64, copy=True) for p, _axis, _role in active.values()})
 
         @torch.no_grad()
         def project_updates(*_: Any) -> None:

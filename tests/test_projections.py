@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning_fabric import Fabric
+from sklearn.decomposition import PCA
+from torch import nn
+
+from conftest import golden
+from pgp.projections.none import NoProjection
+from pgp.projections.orthogonal import Orthogonal
+from pgp.projections.released import Released, grow, scores
+from pgp.subspace import Protected, Rows
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adam": lambda p: torch.optim.Adam(p, lr=0.03),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.03, weight_decay=0.1),
+}
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+class Toy(nn.Module):
+    """A pool (M, L, D) and keys (M, D), pulled toward targets that a projection will not let them reach."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        self.prompts, self.keys = nn.Parameter(draw(3, 2, 16, seed=1)), nn.Parameter(draw(3, 16, seed=2))
+        self.targets = draw(3, 2, 16, seed=3), draw(3, 16, seed=4)
+        self.to(dtype)
+
+    def protected(self):
+        return {"prompts": Protected(self.prompts), "keys": Protected(self.keys, role="key")}
+
+    def forward(self):
+        return ((self.prompts - self.targets[0]) ** 2).sum() + ((self.keys - self.targets[1]) ** 2).sum()
+
+    def learn(self, optimizer, steps=20):
+        for _ in range(steps):
+            self().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def rows(seed=0, images=5, with_prompts=True):
+    inputs, prompts = draw(images, 1, 16, seed=seed + 10), draw(images, 1, 16, seed=seed + 20)
+    return {"prompts": Rows(inputs, prompts if with_prompts else None), "keys": Rows(draw(images, 1, 16, seed=seed))}
+
+
+def taught(projection, toy, **arguments):
+    for space, met in rows(**arguments).items():
+        projection.observe(space, met)
+    projection.end_task(toy.protected())
+    return projection
+
+
+def leaks(projection, toy, before):
+    for space, target in toy.protected().items():
+        change = (target.parameter.detach() - before[space]).double()
+        assert change.norm() > 0.1
+        yield float((change @ projection.bases[space]).norm() / change.norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_projected_updates_do_not_leak(name, dtype):
+    toy = Toy(dtype)
+    projection = taught(Orthogonal(Orthogonal.Config("union", 0.9, 0.9, on="update")), toy)
+    before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
+    optimizer = OPTIMIZERS[name](toy.parameters())
+    projection.attach(optimizer, toy.protected())
+    toy.learn(optimizer)
+    assert max(leaks(projection, toy, before)) < (1e-5 if dtype == torch.float32 else 1e-13)
+
+
+def test_projected_gradients_leak_under_adam_only():
+    leak = {}
+    for name in ("sgd", "adam"):
+        toy = Toy()
+        projection = taught(Orthogonal(Orthogonal.Config("union", 0.9, 0.9, on="gradient")), toy)
+        before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
+        optimizer = OPTIMIZERS[name](toy.parameters()) if name == "adam" else torch.optim.SGD(toy.parameters(), lr=1e-3)
+        projection.attach(optimizer, toy.protected())
+        toy.learn(optimizer)
+        leak[name] = max(leaks(projection, toy, before))
+    assert leak["sgd"] < 1e-13
+    assert leak["adam"] > 0.01
+
+
+@pytest.mark.parametrize("on", ["gradient", "update"])
+def test_no_energy_is_no_projection_bitwise(on):
+    ends = []
+    for projection in (Orthogonal(Orthogonal.Config(energy=0, key_energy=0, on=on)), NoProjection()):
+        toy = Toy(torch.float32)
+        optimizer = OPTIMIZERS["adam"](toy.parameters())
+        taught(projection, toy)
+        projection.attach(optimizer, toy.protected())
+        toy.learn(optimizer)
+        ends.append((toy.prompts.detach(), toy.keys.detach()))
+    assert torch.equal(ends[0][0], ends[1][0])
+    assert torch.equal(ends[0][1], ends[1][1])
+
+
+def test_a_full_basis_freezes_until_the_handle_is_removed():
+    toy = Toy()
+    projection = taught(Orthogonal(Orthogonal.Config("input", 1, 1, on="update")), toy, images=40)
+    assert projection.rank("prompts") == projection.rank("keys") == 16
+    before = toy.prompts.detach().clone()
+    optimizer = OPTIMIZERS["adam"](toy.parameters())
+    handle = projection.attach(optimizer, toy.protected())
+    toy.learn(optimizer)
+    torch.testing.assert_close(toy.prompts.detach(), before, rtol=0, atol=1e-13)
+    handle.remove()
+    toy.learn(optimizer)
+    assert (toy.prompts.detach() - before).abs().max() > 0.1
+
+
+def test_union_guarantees_both_conditions_and_sum_does_not():
+    met = rows(images=3)["prompts"]
+    broken = {}
+    for space in ("union", "sum"):
+        toy = Toy()
+        projection = Orthogonal(Orthogonal.Config(space, 1.0))
+        # one prompt that cancels the only input: every sum is zero, and so is the space of sums
+        inputs, prompts = (met.inputs, met.prompts) if space == "union" else (met.inputs[:1], -met.inputs[:1])
+        projection.observe("prompts", Rows(inputs, prompts))
+        projection.end_task({"prompts": Protected(toy.prompts)})
+        change = projection.project("prompts", draw(2, 16, seed=9))
+        broken[space] = max(float((part.flatten(0, -2) @ change.T).abs().max()) for part in (inputs, prompts))
+    assert broken["union"] < 1e-12
+    assert broken["sum"] > 0.1
+
+
+@pytest.mark.parametrize("space", ["sum", "union", "input"])
+def test_order_and_batching_of_images_do_not_matter(space):
+    whole, parts = (Orthogonal(Orthogonal.Config(space, 0.7)) for _ in range(2))
+    met = rows(images=6)["prompts"]
+    whole.observe("prompts", met)
+    for chosen in ([4, 0], [5, 2, 1], [3]):
+        parts.observe("prompts", Rows(met.inputs[chosen], met.prompts[chosen]))
+    for projection in (whole, parts):
+        projection.end_task({"prompts": Protected(Toy().prompts)})
+    one, other = whole.bases["prompts"], parts.bases["prompts"]
+    torch.testing.assert_close(one @ one.T, other @ other.T, rtol=0, atol=1e-10)
+
+
+def test_heads_and_axes():
+    keys, values = nn.Parameter(draw(3, 2, 5, 8)), nn.Parameter(draw(3, 2, 5, 8))  # (M, H, L, d)
+    protected = {"keys": Protected(keys), "values": Protected(values, axis=-2)}
+    projection = Orthogonal(Orthogonal.Config("input", 1.0, on="update"))
+    queries, attention = draw(2, 2, 3, 8, seed=1), draw(1, 2, 2, 5, seed=2)  # (B, H, n, d), (B, H, n, L)
+    projection.observe("keys", Rows(queries))
+    projection.observe("values", Rows(attention))
+    projection.end_task(protected)
+    before = keys.detach().clone(), values.detach().clone()
+    optimizer = OPTIMIZERS["adam"]([keys, values])
+    projection.attach(optimizer, protected)
+    for _ in range(5):
+        ((keys - 1) ** 2 + (values + 1) ** 2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = keys.detach() - before[0], values.detach() - before[1]
+    assert min(change.norm() for change in moved) > 0.1
+    assert torch.einsum("bhnd,mhld->bhnml", queries, moved[0]).abs().max() < 1e-12
+    assert torch.einsum("bhnl,mhld->bhnmd", attention, moved[1]).abs().max() < 1e-12
+
+
+def test_hooks_fire_through_fabric_and_states_go_round():
+    toy = Toy(torch.float32)
+    projection = Orthogonal(Orthogonal.Config("input", 1, 1, on="update"))
+    restored = Orthogonal(projection.config)
+    restored.load_state_dict(taught(projection, toy, images=40).state_dict())
+    fabric = Fabric(accelerator="cpu", devices=1)
+    plain = OPTIMIZERS["adam"](toy.parameters())
+    restored.attach(plain, toy.protected())
+    optimizer = fabric.setup_optimizers(plain)
+    before = toy.keys.detach().clone()
+    toy.learn(optimizer)
+    torch.testing.assert_close(toy.keys.detach(), before)
+
+
+def test_widths_and_energies_are_checked():
+    projection = taught(Orthogonal(), Toy())
+    with pytest.raises(ValueError, match=r"expected width 16 in space 'prompts', got \(2, 5\)"):
+        projection.project("prompts", torch.zeros(2, 5))
+    with pytest.raises(ValueError, match=r"projection.key_energy in \[0, 1\], got 2"):
+        Orthogonal.Config(key_energy=2)
+
+
+@pytest.mark.parametrize("kind", ["flat", "decay"])
+@pytest.mark.parametrize("energy", ["0.5", "0.9", "0.97"])
+def test_released_basis_is_the_published_one(kind, energy):
+    arrays, basis = golden("released_basis.npz"), None
+    for t in range(5):
+        basis = grow(basis, arrays[f"{kind}/rep{t}"], float(energy))
+        assert basis.shape[1] == int(arrays[f"{kind}/thr{energy}/rank{t}"])
+        torch.testing.assert_close(basis @ basis.T, arrays[f"{kind}/thr{energy}/P{t}"], rtol=0, atol=1e-10)
+
+
+def test_scores_are_principal_component_scores():
+    samples = draw(12, 40)
+    theirs = torch.from_numpy(PCA(5, svd_solver="full").fit_transform(samples.numpy()))
+    ours = scores(samples, 5)
+    torch.testing.assert_close(ours * (ours * theirs).sum(0).sign(), theirs)
+    assert (ours.gather(0, ours.abs().argmax(0, keepdim=True)) > 0).all()
+    with pytest.raises(ValueError, match="at least 13 samples"):
+        scores(samples, 13)
+
+
+def test_released_depends_on_the_order_of_images_and_orthogonal_does_not():
+    changes = {}
+    inputs, order = draw(16, 4, 16, seed=5), torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    for kind in (Released, Orthogonal):
+        projectors = []
+        for images in (inputs, inputs[order]):
+            projection, toy = kind(kind.Config(energy=0.9, key_energy=0.9)), Toy()
+            projection.config = projection.config
+            if kind is Released:
+                projection.config = Released.Config(energy=0.9, components=4, when="after")
+            projection.observe("prompts", Rows(images))
+            projection.end_task({"prompts": Protected(toy.prompts)})
+            projectors.append(projection.bases["prompts"] @ projection.bases["prompts"].T)
+        changes[kind] = float((projectors[0] - projectors[1]).norm() / projectors[0].norm())
+    assert changes[Released] > 0.5
+    assert changes[Orthogonal] < 1e-10
+
+
+def test_released_is_sated_by_as_many_images_as_it_is_wide():
+    projection = Released()
+    projection.observe("prompts", Rows(draw(15, 2, 16)))
+    assert not projection.sated
+    projection.observe("prompts", Rows(draw(1, 2, 16)))
+    assert projection.sated

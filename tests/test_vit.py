@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import oracles
+from conftest import tiny_timm
+from pgp.backbones.vit import ViT
+
+TAGS = {
+    "vit_tiny_patch16_224.augreg_in21k": 32,
+    "deit_tiny_patch16_224.fb_in1k": 48,
+    "vit_small_patch14_reg4_dinov2.lvd142m": 28,
+    "vit_small_patch14_dinov2.lvd142m": 42,
+    "vit_base_patch16_clip_224.openai": 32,
+}
+
+
+def tiny(**arguments):
+    return ViT(tiny_timm(**arguments)).double()
+
+
+def images(size, count=3, dtype=torch.float64):
+    return torch.rand(count, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(1))
+
+
+def prompts(width, count=3, length=4):
+    return torch.randn(count, length, width, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize("tag", TAGS)
+@torch.no_grad()
+def test_equals_timm(tag):
+    vit = ViT.Config(tag, weights="random").build(TAGS[tag]).double()
+    x = images(TAGS[tag], 2)
+    whole = vit.vit.forward_features(x)
+    assert torch.equal(vit(x), whole)
+    torch.testing.assert_close(vit.encode(x), whole[:, 0], rtol=0, atol=1e-10)
+    p = prompts(vit.width, 2)
+    torch.testing.assert_close(vit(x, p, read=5), vit(x, p)[:, :5], rtol=0, atol=1e-10)
+
+
+@torch.no_grad()
+def test_prompts_stand_behind_cls_and_share_its_position():
+    vit = tiny()
+    x, p = images(32), prompts(48)
+    timms = vit.vit
+    tokens = timms._pos_embed(timms.patch_embed(x))
+    tokens = torch.cat([tokens[:, :1], p + timms.pos_embed[:, :1], tokens[:, 1:]], dim=1)
+    assert torch.equal(vit(x, p), timms.norm(timms.blocks(tokens)))
+    one_by_one = torch.cat([vit(x[i : i + 1], p[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(vit(x, p), one_by_one, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_prefixes_against_explicit_softmax():
+    vit = tiny(depth=1)
+    x, block = images(32, 2), vit.vit.blocks[0]
+    prefix = torch.randn(2, 2, 4, 3, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    tokens = vit.embed(x)
+    qkv = block.attn.qkv(block.norm1(tokens)).view(2, 17, 3, 4, 12).permute(2, 0, 3, 1, 4)
+    heads = torch.zeros(2, 17, 4, 12, dtype=torch.float64)
+    for b in range(2):
+        for h in range(4):
+            q, k, v = (part[b, h].numpy() for part in qkv)
+            out = oracles.prefix_attention(q, k, v, *prefix[b, :, h].numpy(), block.attn.scale)
+            heads[b, :, h] = torch.from_numpy(out)
+    tokens = tokens + block.attn.proj(heads.flatten(2))
+    expected = vit.vit.norm(tokens + block.mlp(block.norm2(tokens)))
+    torch.testing.assert_close(vit(x, prefixes={0: prefix}), expected, rtol=0, atol=1e-10)
+    empty = prefix[:, :, :, :0]
+    torch.testing.assert_close(vit(x, prefixes={0: empty}), vit(x), rtol=0, atol=1e-12)
+
+
+def test_is_frozen_for_good():
+    vit = tiny()
+    assert not any(p.requires_grad for p in vit.parameters())
+    assert not vit.train().training
+    assert not vit.vit.blocks[0].training
+    assert vit.fingerprint() == tiny_copy(vit).fingerprint()
+    changed = tiny_copy(vit)
+    changed.vit.norm.bias.data[3] += 1e-3
+    assert vit.fingerprint() != changed.fingerprint()
+
+
+def tiny_copy(vit):
+    copy = tiny()
+    copy.load_state_dict(vit.state_dict())
+    return copy
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": s}])
+def test_pth_checkpoints_load(tmp_path, wrap):
+    source = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=7)
+    torch.save(wrap(source.state_dict()), tmp_path / "w.pth")
+    vit = ViT.Config("vit_tiny_patch16_224", str(tmp_path / "w.pth"), {"depth": 2}).build(64)
+    x = images(64, dtype=torch.float32)
+    assert torch.equal(vit(x), source.eval().forward_features(x))
+
+
+def test_safetensors_load_at_another_size(tmp_path):
+    source = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2)
+    save_file(source.state_dict(), tmp_path / "w.safetensors")
+    vit = ViT.Config("vit_tiny_patch16_224", str(tmp_path / "w.safetensors"), {"depth": 2}).build(32)
+    assert vit.vit.pos_embed.shape == (1, 5, 192)
+    assert torch.equal(vit.vit.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+
+
+class Trap:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_pickled_code_is_refused_and_not_run(tmp_path):
+    torch.save({"x": Trap(str(tmp_path / "ran"))}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="pickled code, which is never run"):
+        ViT.Config("vit_tiny_patch16_224", str(tmp_path / "w.pth")).build(32)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_or_foreign_checkpoints(tmp_path):
+    source = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0)
+    path = tmp_path / "w.safetensors"
+    save_file(source.state_dict(), path)
+    with pytest.raises(ValueError, match="width 96, got 192"):
+        ViT.Config("vit_tiny_patch16_224", str(path), {"depth": 2, "embed_dim": 96}).build(32)
+    with pytest.raises(ValueError, match="does not fit this model: missing"):
+        ViT.Config("vit_tiny_patch16_224", str(path), {"depth": 3}).build(32)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        ViT.Config("vit_tiny_patch16_224", str(path), {"depth": 2}).build(32)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "message"),
+    [
+        ("vit_tiny_patch61_224", 32, r"perhaps you meant.*vit_tiny_patch16_224"),
+        ("resnet18", 32, "timm cannot make resnet18"),
+        ("vit_relpos_small_patch16_224", 32, "plain timm VisionTransformer, got VisionTransformerRelPos"),
+        ("deit_tiny_distilled_patch16_224", 32, "got VisionTransformerDistilled"),
+        ("vit_base_patch16_siglip_224", 32, "with a class token"),
+        ("vit_tiny_patch16_224", 40, "multiple of the patch size 16, got 40"),
+    ],
+)
+def test_models_that_do_not_fit(model, size, message):
+    with pytest.raises(ValueError, match=message):
+        ViT.Config(model, weights="random").build(size)
+
+
+def test_hub_weights_need_a_full_tag_and_a_network(monkeypatch):
+    with pytest.raises(ValueError, match=r"name the full tag, one of \['vit_tiny_patch16_224.augreg"):
+        ViT.Config("vit_tiny_patch16_224").build(224)
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(ValueError, match="no route to host.*--backbone.weights PATH"):
+        ViT.Config("vit_tiny_patch16_224.augreg_in21k").build(224)
+
+
+def test_missing_checkpoint():
+    with pytest.raises(ValueError, match="no checkpoint at nowhere"):
+        ViT.Config("vit_tiny_patch16_224", weights="nowhere.pth").build(32)
+
+
+def test_inputs_are_checked():
+    vit = tiny()
+    with pytest.raises(ValueError, match=r"images \(B, 3, 32, 32\), got \(3, 3, 16, 16\)"):
+        vit(images(16))
+    with pytest.raises(ValueError, match=r"prompts \(3, P, 48\), got \(3, 4, 47\)"):
+        vit(images(32), prompts(47))
