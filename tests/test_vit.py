@@ -162,7 +162,7 @@ def test_hub_weights_need_a_full_tag_and_a_network(monkeypatch):
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm, "create_model", offline)
-    with pytest.raises(ValueError, match="no route to host.*--backbone.weights PATH"):
+    with pytest.raises(ValueError, match=r"no route to host.*--backbone.weights PATH"):
         ViT.Config("vit_tiny_patch16_224.augreg_in21k").build(224)
 
 

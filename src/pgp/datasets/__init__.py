@@ -183,7 +183,6 @@ def batches(data: Viewed, plan: Sequence[Sequence[Address]], loading: Loading) -
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
-        multiprocessing_context="spawn" if workers else None,
     )
     yield from loader
 

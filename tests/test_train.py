@@ -1,0 +1,274 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tiny
+from pgp import metrics, train
+from pgp.config import Hardware
+from pgp.datasets import Viewed, batches, in_order
+from pgp.datasets.synthetic import Synthetic
+from pgp.methods.head_only import HeadOnly
+from pgp.methods.l2p import L2P
+from pgp.projections.none import NoProjection
+from pgp.projections.orthogonal import Orthogonal
+from pgp.projections.released import Released
+from pgp.readouts.sequential import Sequential
+from pgp.run import Run, RunError
+
+
+def final(run, name="task-03"):
+    return load_file(run.folder / "checkpoints" / name / "state.safetensors")
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    torch.set_num_threads(1)
+    return train.train(tiny.config(), tmp_path_factory.mktemp("whole") / "run")
+
+
+def learner_of(run, config=None):
+    learner = train.Learner(train.Fabric(accelerator="cpu", devices=1), config or run.config, train._quiet())
+    learner.load_state_dict(run.load())
+    return learner
+
+
+def test_leaves_a_whole_run_folder(whole):
+    names = {path.name for path in whole.folder.iterdir()}
+    assert names == {"config.json", "environment.json", "metrics.jsonl", "accuracy.csv", "checkpoints"}
+    assert whole.latest_name() == "task-03"
+    assert whole.config == tiny.config()
+    assert json.loads((whole.folder / "environment.json").read_text())["versions"]["torch"]
+    for matrix in whole.matrices().values():
+        assert matrix.isfinite().tolist() == [[True, False, False], [True, True, False], [True, True, True]]
+    assert [event["task"] for event in whole.events("task")] == [0, 1, 2]
+    *_, last = whole.events("task")
+    assert last["ranks"]["prompts"] > 0
+    assert last["ranks"]["keys"] > 0
+    assert all(0 < event["loss"] < 5 for event in whole.events("train"))
+
+
+def test_learns(tmp_path):
+    easy = tiny.config(epochs=8, dataset=Synthetic(noise=0.02), method=HeadOnly.Config())
+    matrices = train.train(easy, tmp_path / "run").matrices()
+    assert float(matrices["sequential"].diagonal()[0]) > 0.8
+    assert 0.8 < metrics.average_accuracy(matrices["lda"]) <= 1  # chance is 1 in 6
+
+
+def test_resumes_after_a_task_bitwise(whole, tmp_path, monkeypatch):
+    close_task = train.close_task
+
+    def crash(learner, task, run, seconds):
+        if task.index == 2:
+            raise KeyboardInterrupt
+        close_task(learner, task, run, seconds)
+
+    monkeypatch.setattr(train, "close_task", crash)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tiny.config(), tmp_path / "run")
+    monkeypatch.setattr(train, "close_task", close_task)
+    assert Run.open(tmp_path / "run").latest_name() == "task-02"
+    resumed = train.resume(tmp_path / "run")
+    same(final(whole), final(resumed))
+    assert (resumed.folder / "accuracy.csv").read_bytes() == (whole.folder / "accuracy.csv").read_bytes()
+
+
+def test_resumes_inside_a_task_bitwise(whole, tmp_path, monkeypatch):
+    train_step, calls = train.train_step, []
+
+    def crash(*arguments, **named):
+        calls.append(None)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return train_step(*arguments, **named)
+
+    monkeypatch.setattr(train, "train_step", crash)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tiny.config(save_every_steps=1), tmp_path / "run")
+    monkeypatch.setattr(train, "train_step", train_step)
+    assert Run.open(tmp_path / "run").latest_name() == "task-02-step-000002"
+    resumed = train.resume(tmp_path / "run")
+    same(final(whole), final(resumed))
+    kept = {path.name for path in (resumed.folder / "checkpoints").iterdir()}
+    assert kept == {"task-01", "task-02", "task-03", "latest"}
+
+
+def test_a_rewound_run_keeps_what_it_replaces(whole, tmp_path):
+    run = train.train(tiny.config(), tmp_path / "run")
+    (run.folder / "checkpoints" / "latest").write_text("task-01")
+    same(final(whole), final(train.resume(run.folder)))
+    same(final(whole), final(run, "task-03-replaced"))
+
+
+@pytest.mark.parametrize("change", [{"hardware": Hardware(workers=2)}, {"eval_batch_size": 1}])
+def test_how_images_are_loaded_changes_nothing(whole, tmp_path, change):
+    other = train.train(tiny.config(**change), tmp_path / "run")
+    assert other.matrices().keys() == whole.matrices().keys()
+    for column, matrix in other.matrices().items():
+        torch.testing.assert_close(matrix, whole.matrices()[column], rtol=0, atol=0, equal_nan=True)
+    if "hardware" in change:
+        same(final(whole), final(other))
+
+
+def test_no_energy_is_the_unprojected_twin_bitwise(tmp_path):
+    none = train.train(tiny.config(projection=NoProjection.Config()), tmp_path / "none")
+    zero = train.train(tiny.config(projection=Orthogonal.Config(energy=0, key_energy=0)), tmp_path / "zero")
+    projected = {name for name in final(zero) if "projection" in name}
+    assert projected
+    same(final(none), {name: tensor for name, tensor in final(zero).items() if name not in projected})
+
+
+def test_predictions_at_batch_1_equal_those_at_batch_64_image_by_image(whole):
+    predicted = {}
+    for size in (1, 64):
+        learner = learner_of(whole, replace(whole.config, eval_batch_size=size))
+        task, rows = learner.scenario.tasks[1], []
+        viewed = Viewed(learner.data.test, learner.config.views.test(), 0, ("test",), skip_bad=False)
+        order = torch.arange(len(learner.data.test))
+        with torch.no_grad():
+            for batch in batches(viewed, in_order(order, size), learner.evaluation.loading):
+                logits = dict(learner.evaluation.logits(learner.method, learner.readouts, batch, task, 2))
+                rows.append(torch.stack([value.argmax(1) for value in logits.values()], dim=1))
+        predicted[size] = torch.cat(rows)
+    assert len(predicted[1].unique()) > 1
+    assert torch.equal(predicted[1], predicted[64])
+
+
+def test_task_incremental_masks_to_the_task(whole, tmp_path):
+    til = train.reevaluate(whole, replace(whole.config, setting="til"))
+    cil = train.reevaluate(whole, whole.config)
+    assert all((til[column] >= cil[column]).all() for column in cil)
+    assert (til["lda"] > cil["lda"]).any()
+    for column, row in cil.items():
+        assert torch.equal(row, whole.matrices()[column][2])
+
+
+def test_online_makes_one_pass(tmp_path):
+    run = train.train(tiny.config(setting="oil", epochs=7, log_every_steps=1), tmp_path / "run")
+    assert len(list(run.events("train"))) == 3 * 3  # 24 images a task, 8 a step
+
+
+def test_the_published_protocol_is_a_column_of_its_own(whole):
+    row = train.reevaluate(whole, replace(whole.config, legacy_eval=True))
+    honest = train.reevaluate(whole, whole.config)
+    assert set(row) == {*honest, "sequential/legacy", "lda/legacy"}
+    for column, values in honest.items():
+        assert torch.equal(row[column], values)
+
+
+def test_a_test_image_is_queried_once_and_the_boundary_runs_no_prompted_transformer(tmp_path, monkeypatch):
+    inside, queried, prompted = [], [], []
+    row, observe, query = train.Evaluation.row, train.observe, L2P.query
+
+    def spied_row(*arguments):
+        inside.append("evaluation")
+        out = row(*arguments)
+        inside.pop()
+        return out
+
+    def spied_observe(learner, *arguments):
+        inside.append("boundary")
+        forward = learner.method.backbone.forward
+
+        def spied(images, prompts=None, *rest, **named):
+            prompted.append(prompts is not None)
+            return forward(images, prompts, *rest, **named)
+
+        monkeypatch.setattr(learner.method.backbone, "forward", spied)
+        observe(learner, *arguments)
+        monkeypatch.setattr(learner.method.backbone, "forward", forward)
+        inside.pop()
+
+    def spied_query(self, images):
+        queried.extend([inside[-1] if inside else "training"] * len(images))
+        return query(self, images)
+
+    monkeypatch.setattr(train.Evaluation, "row", spied_row)
+    monkeypatch.setattr(train, "observe", spied_observe)
+    monkeypatch.setattr(L2P, "query", spied_query)
+    config = tiny.config(readouts=(Sequential.Config(),))
+    train.train(config, tmp_path / "run")
+    data = config.dataset.build()
+    assert queried.count("evaluation") == len(data.test)
+    assert queried.count("boundary") == len(data.train)
+    assert prompted
+    assert not any(prompted)
+
+
+def test_uneven_tasks(tmp_path):
+    run = train.train(tiny.config(tasks=4, epochs=1), tmp_path / "run")
+    assert metrics.learned(run.matrices()["sequential"]) == 4
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    loss = L2P.loss
+
+    def poisoned(self, images, labels, task):
+        return loss(self, images, labels, task) * (torch.nan if task.index == 1 else 1)
+
+    monkeypatch.setattr(L2P, "loss", poisoned)
+    with pytest.raises(RunError, match=r"the loss is nan at step 0 of task 2.*last good state is .*task-01"):
+        train.train(tiny.config(), tmp_path / "run")
+    assert Run.open(tmp_path / "run").load()["task"] == 1
+
+
+def test_released_runs_on_fewer_images_than_it_wants(tmp_path):
+    run = train.train(tiny.config(projection=Released.Config(energy=0.97)), tmp_path / "run")  # 24 images, width 48
+    *_, last = run.events("task")
+    assert 0 < last["ranks"]["prompts"] < 20
+    with pytest.raises(ValueError, match="collects after a task"):
+        train.train(tiny.config(projection=Released.Config(), save_every_steps=2), tmp_path / "other")
+
+
+def test_mixed_precision_runs(tmp_path):
+    mixed = Hardware(precision="bf16-mixed")
+    run = train.train(tiny.config(hardware=mixed, epochs=1, tasks=2), tmp_path / "run")
+    assert all(tensor.isfinite().all() for name, tensor in final(run, "task-02").items() if "matrices" not in name)
+
+
+def test_another_encoder_is_refused(whole, tmp_path):
+    other = replace(tiny.BACKBONE, arguments={**tiny.BACKBONE.arguments, "mlp_ratio": 2})
+    with pytest.raises(RunError, match="expected the encoder that this run was learned on"):
+        learner_of(whole, replace(whole.config, backbone=other))
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same(tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys, tiny, torch\n"
+        "from pathlib import Path\n"
+        "from pgp import train\n"
+        "from pgp.config import Hardware\n"
+        "torch.set_num_threads(1)\n"
+        "if __name__ == '__main__':\n"
+        "    config = tiny.config(hardware=Hardware('cpu', devices=int(sys.argv[1])))\n"
+        "    train.train(config, Path(sys.argv[2]))\n"
+    )
+    runs = {}
+    for devices in (1, 2):
+        folder = tmp_path / f"run{devices}"
+        command = [sys.executable, str(script), str(devices), str(folder)]
+        here = str(Path(__file__).parent)
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": here}, timeout=300)
+        runs[devices] = Run.open(folder)
+    one, two = final(runs[1]), final(runs[2])
+    for name in one:
+        if name.startswith("/method"):
+            torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-3)
+    for column, matrix in runs[1].matrices().items():
+        assert (matrix - runs[2].matrices()[column]).nan_to_num().abs().max() <= 1 / 8 + 1e-9

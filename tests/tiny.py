@@ -1,0 +1,35 @@
+"""A run small enough for tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pgp.backbones.vit import ViT
+from pgp.config import Config, Optimizer
+from pgp.datasets import Views
+from pgp.datasets.synthetic import Synthetic
+from pgp.methods.l2p import L2P
+from pgp.projections.orthogonal import Orthogonal
+from pgp.readouts.lda import LDA
+from pgp.readouts.sequential import Sequential
+
+BACKBONE = ViT.Config("vit_tiny_patch16_224", "random", {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4})
+
+
+def config(**changes) -> Config:
+    """Three tasks of two classes in a second."""
+    base = Config(
+        name="tiny",
+        dataset=Synthetic(noise=0.05),
+        backbone=BACKBONE,
+        method=L2P.Config(top_k=2),
+        projection=Orthogonal.Config(energy=0.9),
+        readouts=(Sequential.Config(), LDA.Config()),
+        views=Views(size=32, resize=32, scale=(0.6, 1.0), flip=0.0),
+        optimizer=Optimizer(lr=0.1),
+        tasks=3,
+        epochs=2,
+        batch_size=8,
+        log_every_steps=4,
+    )
+    return replace(base, **changes)
