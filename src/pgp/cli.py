@@ -139,10 +139,10 @@ def train_command(words: list[str]) -> None:
         for config in configs:
             output = command.output
             if output is not None and len(configs) > 1:
-                output = output / type(config.projection).__qualname__.partition(".")[0].lower()
+                output = output / type(config.projection).__module__.rpartition(".")[2]
             runs.append(train.train(config, output, bars))
             _draw([runs[-1]], runs[-1].folder)
-    _show(runs)
+    _show(runs, command.output)
 
 
 def eval_command(words: list[str]) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import cattrs
 import torch
 import tyro
+from cattrs.v import format_exception
 from torch import nn
 
 from pgp.backbones import Backbone
@@ -150,7 +151,8 @@ class Config:
         try:
             return _converter().structure(tree, Config)
         except cattrs.BaseValidationError as error:
-            raise ValueError("not a configuration: " + "; ".join(cattrs.transform_error(error))) from error
+            reasons = cattrs.transform_error(error, format_exception=_reason)
+            raise ValueError("not a configuration: " + "; ".join(reasons)) from error
 
 
 def _converter() -> cattrs.Converter:
@@ -169,6 +171,11 @@ def _converter() -> cattrs.Converter:
     converter.register_unstructure_hook_func(lambda kind: kind in SHELVES, named)
     converter.register_structure_hook_func(lambda kind: kind in SHELVES, concrete)
     return converter
+
+
+def _reason(error: BaseException, kind: type | None) -> str:
+    known = isinstance(error, ValueError) and not isinstance(error, cattrs.BaseValidationError)
+    return str(error) if known else format_exception(error, kind)
 
 
 def _class(name: str, shelf: type) -> type:

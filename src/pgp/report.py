@@ -84,7 +84,7 @@ def cells(line: Line) -> list[str]:
 def draw(table: Sequence[Line], path: Path) -> None:
     """Curves of the average accuracy over tasks, and each line's accuracy matrix (mean over seeds), as a PNG."""
     matrices = [torch.stack(line.matrices).mean(0) for line in table]
-    wide = min(3, len(matrices))
+    wide = 2 if len(matrices) == 4 else min(3, len(matrices))
     tall = -(-len(matrices) // wide)
     figure = Figure(figsize=(4.6 + 3.1 * wide, max(3.6, 3.1 * tall)), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(4.6, 3.1 * wide))
@@ -92,11 +92,12 @@ def draw(table: Sequence[Line], path: Path) -> None:
     axes: Any = left.subplots()
     for line in table:
         curves = 100 * torch.tensor([metrics.curve(matrix) for matrix in line.matrices])  # (seeds, t)
-        x, mean = range(1, curves.shape[1] + 1), curves.mean(0)
+        x, mean = range(1, curves.shape[1] + 1), curves.mean(0).numpy()
         style = "-" if line.column == table[0].column else "--"
         axes.plot(x, mean, style, marker="o", markersize=3, label=_name(line, table))
         if len(curves) > 1:
-            axes.fill_between(x, mean - curves.std(0), mean + curves.std(0), alpha=0.15)
+            deviation = curves.std(0).numpy()
+            axes.fill_between(x, mean - deviation, mean + deviation, alpha=0.15)
     axes.set(xlabel="tasks learned", ylabel="average accuracy, %", ylim=(0, 102))
     axes.set_xticks(range(1, len(matrices[0]) + 1))
     axes.legend(fontsize=7, loc="lower left")
@@ -113,7 +114,7 @@ def draw(table: Sequence[Line], path: Path) -> None:
 
 def _matrix(axis: Any, matrix: Tensor, title: str) -> None:
     percent = 100 * matrix
-    axis.imshow(percent, cmap="viridis", vmin=0, vmax=100)
+    axis.imshow(percent.numpy(), cmap="viridis", vmin=0, vmax=100)
     small = 8 if len(matrix) <= 5 else 6 if len(matrix) <= 10 else 4
     for t, j in matrix.isfinite().nonzero().tolist():
         value = float(percent[t, j])

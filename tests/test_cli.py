@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+import tiny
+from pgp import cli, recipes
+from pgp.projections.none import NoProjection
+from pgp.projections.orthogonal import Orthogonal
+from pgp.run import Run
+
+
+@pytest.fixture(autouse=True)
+def _tiny_demo(monkeypatch, tmp_path):
+    def demo():
+        """A tiny demo."""
+        return replace(tiny.config(epochs=1), name="demo")
+
+    monkeypatch.setitem(recipes.RECIPES, "demo", demo)
+    monkeypatch.chdir(tmp_path)
+
+
+def fails(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(words))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_train_eval_report_and_resume(tmp_path, capsys):
+    for seed in ("1", "2"):
+        cli.main(["train", "demo", "--seed", seed, "--output", seed, "--optimizer.lr", "0.2"])
+        assert (tmp_path / seed / "accuracy.png").stat().st_size > 10_000
+    assert Run.open(tmp_path / "1").config.optimizer.lr == 0.2
+    cli.main(["eval", "1"])
+    assert capsys.readouterr().out.count("yes") == 2
+    cli.main(["report", "1", "2", "--output", "out"])
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert text.count("±") == 2 * 4
+    assert (tmp_path / "out" / "report.png").is_file()
+    (tmp_path / "1" / "checkpoints" / "latest").write_text("task-02")
+    cli.main(["train", "--resume", "1", "--workers", "0"])
+    assert Run.open(tmp_path / "1").latest_name() == "task-03"
+
+
+@pytest.mark.parametrize("flag", ["--no-pgp", "--no_pgp"])
+def test_base_method(flag, tmp_path):
+    cli.main(["train", "demo", flag, "--output", "run"])
+    assert Run.open(tmp_path / "run").config.projection == NoProjection.Config()
+
+
+def test_twin(tmp_path, capsys):
+    cli.main(["train", "demo", "--twin", "--output", "both"])
+    out = capsys.readouterr().out
+    assert "figure: both/report.png" in out
+    kinds = {type(Run.open(path).config.projection) for path in (tmp_path / "both").iterdir() if path.is_dir()}
+    assert kinds == {NoProjection.Config, Orthogonal.Config}
+
+
+def test_parts_can_be_replaced(tmp_path):
+    words = (
+        "--projection orthogonal --projection.space union --readouts lda --readouts.0.shrinkage 0.5 --method head-only"
+    )
+    cli.main(["train", "demo", *words.split()])
+    config = Run.open(tmp_path / "runs" / "demo-seed42").config
+    assert config.projection.space == "union"
+    assert config.readouts == (recipes.LDA.Config(0.5),)
+    assert config.method == recipes.HeadOnly.Config()
+
+
+def test_list_and_help(capsys):
+    cli.main(["list"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in [*recipes.RECIPES, *recipes.METHODS, *recipes.PROJECTIONS, *recipes.DATASETS])
+    cli.main([])
+    assert "usage: pgp" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tarin"], "unknown command 'tarin': perhaps you meant 'train'"),
+        (["train", "10cifar100_l2p"], "perhaps you meant '10cifar100_l2p_pgp'; see pgp list"),
+        (["train"], "expected a recipe, one of demo"),
+        (["train", "demo", "--tasks", "7"], "between 1 and 6 tasks"),
+        (["train", "demo", "--dataset", "folder", "--dataset.root", "nowhere"], "no data folder at"),
+        (["eval", "nowhere"], "no run at nowhere"),
+        (["train", "--resume", "nowhere"], "no run at nowhere"),
+        (["report"], "expected run folders"),
+        (["list", "x"], "takes no arguments"),
+    ],
+)
+def test_errors_are_one_line(capsys, words, message):
+    error = fails(capsys, *words)
+    assert message in error
+    assert "\n" not in error.strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--method.topk", "2"], "--method.top-k"), (["--method.top-k", "99"], "pool_size 10, got 99")],
+)
+def test_flags_that_do_not_fit(capsys, words, message):
+    assert message in " ".join(fails(capsys, "train", "demo", *words).split())
+
+
+def test_another_run_is_kept(tmp_path, capsys):
+    cli.main(["train", "demo", "--output", "run"])
+    before = (tmp_path / "run" / "accuracy.csv").read_bytes()
+    assert "nothing in it will be overwritten" in fails(capsys, "train", "demo", "--seed", "5", "--output", "run")
+    assert (tmp_path / "run" / "accuracy.csv").read_bytes() == before
+
+
+def test_as_a_module():
+    out = subprocess.run([sys.executable, "-m", "pgp", "--version"], capture_output=True, text=True, check=True).stdout
+    assert out.startswith("pgp 0.")

@@ -1,0 +1,87 @@
+"""Recipes, the configuration tree and its JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+
+import tiny
+from pgp import recipes
+from pgp.config import Config, Hardware, Optimizer
+from pgp.methods.l2p import L2P
+from pgp.projections.none import NoProjection
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_recipes_build_and_go_through_json(name):
+    config = recipes.RECIPES[name]()
+    assert config.name == name
+    assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@dataclass(frozen=True)
+class Own(NoProjection.Config):
+    strength: int = 3
+
+
+def test_a_part_of_ones_own_goes_through_json():
+    config = tiny.config(projection=Own(5))
+    assert Config.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize(
+    "name", ["os:PathLike", "antigravity:Config", "pgp.nowhere:Config", "pgp.methods.l2p:L2P.Config", ""]
+)
+def test_classes_from_elsewhere_are_refused(name):
+    tree = tiny.config().to_json()
+    tree["projection"]["class"] = name
+    with pytest.raises(ValueError, match=r"expected the class of a Projection\.Config, got"):
+        Config.from_json(tree)
+    assert "antigravity" not in sys.modules
+
+
+def test_trees_that_do_not_fit():
+    tree = tiny.config().to_json()
+    with pytest.raises(ValueError, match="sede"):
+        Config.from_json({**tree, "sede": 1})
+    with pytest.raises(ValueError, match="seed"):
+        Config.from_json({**tree, "seed": "many"})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: tiny.config(tasks=0), "tasks of at least 1, got 0"),
+        (lambda: tiny.config(batch_size=0), "batch_size of at least 1"),
+        (lambda: tiny.config(save_every_steps=-1), "save_every_steps of at least 0"),
+        (lambda: tiny.config(readouts=()), "at least one readout"),
+        (lambda: tiny.config(batch_size=1, hardware=Hardware(devices=2)), "batch_size of at least devices 2"),
+        (lambda: tiny.config(legacy_eval=True, hardware=Hardware(devices=2)), "need devices 1"),
+        (lambda: Hardware(devices=0), "devices >= 1"),
+        (lambda: Optimizer(lr=0), "optimizer.lr > 0"),
+        (lambda: L2P.Config(top_k=11), "top_k of at most method.pool_size 10, got 11"),
+        (lambda: L2P.Config(length=0), "length of at least 1"),
+        (lambda: replace(tiny.config().views, resize=16), r"views\.resize of at least views\.size 32, got 16"),
+        (lambda: replace(tiny.config().views, scale=(0.9, 0.1)), r"views\.scale \(low, high\)"),
+    ],
+)
+def test_settings_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_rates():
+    assert Optimizer(lr=0.03).rate(5, 10, 16) == pytest.approx(0.001875)
+    cosine = Optimizer(lr=0.256, schedule="cosine")
+    assert [cosine.rate(step, 4, 1) for step in (0, 2, 4)] == pytest.approx([0.001, 0.0005, 0])
+    for name in ("adam", "adamw", "sgd"):
+        assert Optimizer(name=name).build(tiny_parameters(), 256).param_groups[0]["lr"] == 0.03
+
+
+def tiny_parameters():
+    import torch
+
+    return [torch.nn.Parameter(torch.zeros(1))]
