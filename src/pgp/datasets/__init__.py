@@ -182,6 +182,7 @@ def batches(data: Viewed, plan: Sequence[Sequence[Address]], loading: Loading) -
         batch_sampler=share,
         num_workers=workers,
         collate_fn=_collate,
+        generator=torch.Generator(),  # or the loader would draw its workers' seed from the global one
         pin_memory=torch.cuda.is_available(),
     )
     yield from loader

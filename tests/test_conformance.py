@@ -1,0 +1,100 @@
+"""What every method and every projection promises, whatever it is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from conftest import golden_vit
+from pgp import recipes
+from pgp.scenario import Task, generator
+
+TASK = Task(0, (0, 1, 2), torch.arange(4), torch.arange(4))
+
+
+@pytest.fixture(params=recipes.METHODS)
+def method(request):
+    return recipes.METHODS[request.param].build(golden_vit(), 6, generator(0, "init")).double()
+
+
+def images(count=16, seed=1):
+    return torch.rand(count, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def learned(method):
+    return [parameter for parameter in method.parameters() if parameter.requires_grad]
+
+
+def test_what_is_protected_meets_what_is_observed(method):
+    rows = method.activations(images(3))
+    assert rows.keys() == method.protected().keys()
+    for space, (parameter, axis, _role) in method.protected().items():
+        assert parameter.requires_grad
+        assert rows[space].inputs.shape[-1] == parameter.shape[axis]
+        assert len(rows[space].inputs) == 3
+        assert not rows[space].inputs.requires_grad
+
+
+def test_loss_falls_and_only_the_method_learns(method):
+    optimizer = torch.optim.Adam(learned(method), lr=0.01)
+    labels, losses = torch.arange(16) % 3, []
+    for _ in range(8):
+        loss = method.loss(images(), labels, TASK)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.05
+    assert all(parameter.grad is None for parameter in method.backbone.parameters())
+
+
+def test_state_goes_round_without_the_encoder(method):
+    state = {name: tensor.clone() for name, tensor in method.learned_state().items()}
+    assert not any("backbone" in name for name in state)
+    before = method(images(4))
+    with torch.no_grad():
+        for parameter in learned(method):
+            parameter.add_(1)
+    assert not torch.equal(method(images(4)), before)
+    method.load_learned_state(state)
+    assert torch.equal(method(images(4)), before)
+    with pytest.raises(ValueError, match="belongs to another model or run"):
+        method.load_learned_state({**state, "head.bias": torch.zeros(7)})
+
+
+@torch.no_grad()
+def test_no_image_depends_on_its_batch(method):
+    x = images()
+    together = method(x)
+    alone = torch.cat([method(x[i : i + 1]) for i in range(16)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(method(x[order]), together[order], rtol=0, atol=1e-10)
+    torch.testing.assert_close(method(x, method.query(x)), together, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", recipes.PROJECTIONS)
+def test_a_boundary_and_a_step_of_every_projection(method, name):
+    config = recipes.PROJECTIONS[name]
+    projection = config.build()
+    seed = 0
+    while not projection.sated and seed < 4:
+        for space, rows in method.activations(images(seed=seed)).items():
+            projection.observe(space, rows)
+        seed += 1
+    ranks = projection.end_task(method.protected())
+    assert all(0 <= rank <= method.backbone.width for rank in ranks.values())
+    restored = config.build()
+    restored.load_state_dict(projection.state_dict())
+    ends = []
+    for one in (projection, restored):
+        twin = type(method).__name__
+        optimizer = torch.optim.SGD(learned(method), lr=0.0)
+        handle = one.attach(optimizer, method.protected())
+        method.loss(images(), torch.arange(16) % 3, TASK).backward()
+        optimizer.step()
+        ends.append([p.grad.clone() for p in learned(method)])
+        assert all(grad.isfinite().all() for grad in ends[-1]), twin
+        optimizer.zero_grad()
+        handle.remove()
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
