@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from sklearn.datasets import load_digits
 
 from pgp.datasets import ArraySplit, Dataset, DatasetConfig
 from pgp.scenario import generator
@@ -17,6 +16,8 @@ class Digits(DatasetConfig):
 
     def build(self) -> Dataset:
         """1,437 training and 360 test images, the same every time."""
+        from sklearn.datasets import load_digits  # here, for scikit-learn takes 70 MB that other data need not pay
+
         bunch = load_digits()
         images = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)  # (n, 8, 8), 0 to 16 in the source
         labels = torch.from_numpy(bunch.target)
