@@ -1,0 +1,60 @@
+"""What README says, works."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+import tiny
+from pgp import cli, recipes
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_loop_of_ones_own_runs():
+    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    names: dict = {}
+    exec(code, names)
+    names["prompts"].sum().backward()
+    before = names["prompts"].detach().clone()
+    names["optimizer"].step()
+    moved = names["prompts"].detach() - before
+    basis = names["projection"].bases["prompts"].float()
+    assert moved.norm() > 0
+    assert (moved @ basis).norm() < 1e-4 * moved.norm()
+
+
+def test_every_command_runs(tmp_path, monkeypatch, capsys):
+    small = {"backbone": tiny.BACKBONE, "epochs": 1}
+    for name, recipe in list(recipes.RECIPES.items()):
+        config = replace(tiny.config(), name=name, projection=recipe().projection, **small)
+        monkeypatch.setitem(recipes.RECIPES, name, lambda config=config: config)
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "test"):
+        for label in "abc":
+            (tmp_path / "PHOTOS" / part / label).mkdir(parents=True)
+            Image.new("RGB", (40, 40), (ord(label) % 50 * 5, 0, 90)).save(tmp_path / "PHOTOS" / part / label / "1.jpg")
+    commands = [line.split("#")[0] for line in README.splitlines() if line.startswith("pgp ")]
+    assert len(commands) == 9
+    for command in commands:
+        words = shlex.split(command)[1:]
+        if "PHOTOS" in words:
+            words += ["--readouts", "sequential"]  # LDA needs more than one picture of a class
+        cli.main(words)
+    out = capsys.readouterr().out
+    assert out.count("figure: ") == 7  # all but list and eval
+
+
+def test_every_file_on_the_map_exists():
+    rows = re.findall(r"^\| (`.*?) \|", README, re.M)
+    root = Path(__file__).parent.parent
+    for row in rows:
+        folder = root
+        for name in re.findall(r"`(.*?)`", row):
+            path = root / name if "/" in name else folder / name
+            folder = path.parent
+            assert path.exists(), name
