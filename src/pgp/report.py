@@ -166,7 +166,7 @@ def _part(key: str) -> str:
 
 
 def _words(key: str, value: Any) -> str:
-    """`projection.class`, `pgp.projections.none:NoProjection.Config` -> `NoProjection`; else `key value`."""
+    """`projection.class`, `pgp.projections.none:NoProjection.Config` -> `projection none`; else `key value`."""
     if key.endswith(".class"):
-        return str(value).rpartition(":")[2].removesuffix(".Config")
+        return f"{key.removesuffix('.class')} {str(value).partition(':')[0].rpartition('.')[2]}"
     return f"{key.rpartition('.')[2]} {value}"
