@@ -72,10 +72,13 @@ class Hardware:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     workers: int = 0
     """Processes that load images, per device."""
+    part: int | None = None
+    """Images whose activations are in memory at once in a training step; the gradient of a batch is the sum over its
+    parts. 8 on a CPU, where smaller parts are no faster, and the whole batch on a GPU, where None."""
 
     def __post_init__(self) -> None:
-        if self.devices < 1 or self.workers < 0:
-            raise ValueError(f"expected devices >= 1 and workers >= 0, got {self}")
+        if self.devices < 1 or self.workers < 0 or (self.part is not None and self.part < 1):
+            raise ValueError(f"expected devices >= 1, workers >= 0 and part >= 1, got {self}")
 
 
 @dataclass(frozen=True)

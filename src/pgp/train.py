@@ -128,6 +128,8 @@ class Learner:
         if config.save_every_steps and self.projection.collect and self.projection.collect.when == "before":
             raise ValueError("save_every_steps needs a projection that collects after a task, not before it")
         self.readouts = [readout.build(self.method.head, self.data.classes) for readout in config.readouts]
+        on_cpu = fabric.device.type == "cpu"
+        self.part = config.hardware.part or (8 if on_cpu else config.batch_size)
         self.evaluation = Evaluation(fabric, config, self.data, self.scenario)
         self.matrices: dict[str, Tensor] = {}
         self.task, self.step = 0, 0
@@ -218,16 +220,24 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
 
 def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, share: int) -> Tensor:
     """One step; its loss, left on the device. `share` is the size of the batch over all processes."""
-    fabric, clip = learner.fabric, learner.config.optimizer.clip
+    fabric, model, clip = learner.fabric, learner.model, learner.config.optimizer.clip
     images, labels, _ = batch.to(fabric.device)
-    loss: Tensor = learner.model.loss(images, labels, task)
-    weight = len(labels) * fabric.world_size / share  # processes may hold one image more or fewer
-    fabric.backward(loss if fabric.world_size == 1 else loss * weight)
+    with fabric.autocast():
+        prepared = learner.method.prepare(images, task)
+    parts = torch.arange(len(images), device=images.device).split(learner.part)
+    total = torch.zeros((), device=images.device)
+    for number, part in enumerate(parts, 1):  # activations of one part at a time
+        with fabric.no_backward_sync(model, enabled=number < len(parts)):
+            rows = {name: tensor[part] for name, tensor in prepared.items()}
+            weight = len(part) * fabric.world_size / share
+            loss = model.loss(images[part], labels[part], task, rows) * weight
+            fabric.backward(loss)
+        total += loss.detach()
     if clip:
-        fabric.clip_gradients(learner.model, optimizer, max_norm=clip, error_if_nonfinite=False)
+        fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
     optimizer.step()  # the projection's hooks run in here
     optimizer.zero_grad()
-    return loss.detach()
+    return total
 
 
 def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]) -> None:

@@ -60,9 +60,21 @@ class Method(nn.Module, abc.ABC):
         logits: Tensor = self.head(self.features(images, query))
         return logits
 
+    @torch.no_grad()
+    def prepare(self, images: Tensor, task: Task) -> dict[str, Tensor]:
+        """What `loss` needs to know of a whole batch before it may be given the batch in parts: one row per image."""
+        return {"query": self.query(images)}
+
     @abc.abstractmethod
-    def loss(self, images: Tensor, labels: Tensor, task: Task) -> Tensor:
-        """Training loss of a batch of `task`, a scalar."""
+    def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
+        """Training loss of a batch of `task`, a scalar: the mean over its images.
+
+        Args:
+            images: `(B, 3, S, S)`, a batch or a part of one.
+            labels: `(B,)`.
+            task: the task they belong to.
+            prepared: the rows of `prepare` for these images, where it has been called for the whole batch.
+        """
 
     def protected(self) -> dict[str, Protected]:
         """By the name of a space: the parameter whose response to old inputs must not change."""

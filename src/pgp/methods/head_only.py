@@ -28,6 +28,7 @@ class HeadOnly(Method):
         """The query itself, `(B, D)`."""
         return self.query(images) if query is None else query
 
-    def loss(self, images: Tensor, labels: Tensor, task: Task) -> Tensor:
+    def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Cross-entropy over the classes of `task`."""
-        return F.cross_entropy(only(self.head(self.features(images)), task.classes), labels)
+        query = (prepared or self.prepare(images, task))["query"]
+        return F.cross_entropy(only(self.head(query), task.classes), labels)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgp.backbones import Backbone
 from pgp.methods import Method, only
-from pgp.prompts import PromptPool, Selection
+from pgp.prompts import PromptPool, Selection, match
 from pgp.scenario import Task
 from pgp.subspace import Protected, Rows
 
@@ -81,10 +81,18 @@ class L2P(Method):
         query = self.query(images) if query is None else query
         return self._read(images, self.pool.select(query, by_vote=by_vote))
 
-    def loss(self, images: Tensor, labels: Tensor, task: Task) -> Tensor:
-        """Cross-entropy over the classes of `task`, less the pull of the chosen keys."""
+    @torch.no_grad()
+    def prepare(self, images: Tensor, task: Task) -> dict[str, Tensor]:
+        """Queries and the choice of prompts, which may be the batch's."""
+        query = self.query(images)
         slot = task.index if self.config.prompt_mask else None
-        selection = self.pool.select(self.query(images), slot=slot, by_vote=self.config.selection == "batch")
+        selection = self.pool.select(query, slot=slot, by_vote=self.config.selection == "batch")
+        return {"query": query, "indices": selection.indices}
+
+    def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
+        """Cross-entropy over the classes of `task`, less the pull of the chosen keys."""
+        prepared = prepared or self.prepare(images, task)
+        selection = Selection(prepared["indices"], match(prepared["query"], self.pool.key))
         logits = only(self.head(self._read(images, selection)), task.classes)
         return F.cross_entropy(logits, labels) - self.config.pull * selection.pull
 
