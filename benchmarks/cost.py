@@ -1,12 +1,13 @@
 """Seconds and peak memory of L2P-PGP on ViT-B/16, against a plain baseline measured in the same run.
 
     python benchmarks/cost.py                     # everything; docs/results/cost.md and cost.jsonl
-    python benchmarks/cost.py --only train ours   # one measurement, in this process
+    python benchmarks/cost.py --memory train ours # one peak, of this process
 
 The baseline is how this family of methods is usually written: two copies of the timm model (one for queries, one
 prompted), every block computed for every token, the query computed anew whenever it is needed, the batch in one piece.
-Same arithmetic, same prompts, same batch. Each line runs in a process of its own: random weights, 224 px, batch 16. Ours and the baseline take
-turns, five rounds; times are medians and the ratio is the median of the rounds' ratios.
+Same arithmetic, same prompts, same batch: random weights, 224 px, batch 16. For times, ours and the other take turns in
+one process, after a warm-up; a time is the median over rounds and the ratio the median of the rounds' ratios, since the
+speed of shared machines drifts. Peak memory is the resident set of a process that does nothing else.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from pgp import recipes
 from pgp.backbones.vit import ViT
 from pgp.datasets import Batch
 from pgp.datasets.synthetic import Synthetic
-from pgp.methods import Method, only
+from pgp.methods import only
 from pgp.methods.l2p import L2P
 from pgp.projections.orthogonal import Orthogonal
 from pgp.run import environment
 from pgp.scenario import Task, generator
+from pgp.subspace import Protected
 from pgp.train import Learner, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,7 +86,7 @@ def images(count: int = BATCH) -> Tensor:
 
 
 def train(kind: str) -> Callable[[], Any]:
-    """One training step. `unprojected` is ours without a projection."""
+    """One training step."""
     batch, labels = images(), torch.arange(BATCH) % 10
     if kind == "baseline":
         model = Baseline()
@@ -102,17 +104,17 @@ def train(kind: str) -> Callable[[], Any]:
     config = replace(recipe, backbone=ViT.Config(MODEL, "random"), method=L2P.Config())
     learner = Learner(Fabric(accelerator="cpu", devices=1), config, Progress(disable=True))
     adam = config.optimizer.build([p for p in learner.method.parameters() if p.requires_grad], BATCH)
-    if kind == "ours":
-        half_projection(learner.method).attach(adam, learner.method.protected())
+    protected = learner.method.protected()
+    half_projection(protected, learner.method.backbone.width).attach(adam, protected)
     ready = learner.fabric.setup_optimizers(adam)
     return lambda: train_step(learner, ready, Batch(batch, labels, labels), TASK, BATCH)
 
 
-def half_projection(method: Method) -> Orthogonal:
+def half_projection(protected: dict[str, Protected], width: int) -> Orthogonal:
     """A projection of rank D/2 in every space, as many directions as a run gathers over its tasks."""
-    projection, width = Orthogonal(), method.backbone.width
+    projection = Orthogonal()
     basis = torch.linalg.qr(torch.randn(width, width // 2, generator=generator(0, "basis"), dtype=torch.float64))[0]
-    projection.load_state_dict({space: basis.clone() for space in method.protected()})
+    projection.load_state_dict({space: basis.clone() for space in protected})
     return projection
 
 
@@ -148,57 +150,68 @@ def boundary(kind: str) -> Callable[[], Any]:
     return observe if kind == "ours" else query
 
 
-MEASURED: dict[str, tuple[Callable[[str], Callable[[], Any]], str, int]] = {
-    "train": (train, "baseline", 3),
-    "projection": (train, "unprojected", 3),
-    "evaluation": (evaluation, "baseline", 3),
-    "boundary": (boundary, "baseline", 1),
+MEASURED: dict[str, tuple[Callable[[str], Callable[[], Any]], str]] = {
+    "train": (train, "baseline"),
+    "evaluation": (evaluation, "baseline"),
+    "boundary": (boundary, "one query pass"),
 }
-"""By name: what is measured, against what, and how often within a process."""
+"""By name: what is measured, and against what."""
 
 
-def measure(what: str, kind: str, precision: str, threads: int) -> dict[str, Any]:
-    """Median seconds and peak resident memory of one kind, in this process."""
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    make, _, times = MEASURED[what]
-    seconds = []
-    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-        act = make(kind)
-        if times > 1:
-            act()  # the first call allocates
-        for _ in range(times):
-            started = time.perf_counter()
-            act()
-            seconds.append(time.perf_counter() - started)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
-    return {"seconds": statistics.median(seconds), "peak_gib": peak}
+def autocast(precision: str) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
-def in_a_process(what: str, kind: str, precision: str, threads: int) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--only", what, kind, "--precision", precision, "--threads", str(threads)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return result
+def seconds(acts: dict[str, Callable[[], Any]], rounds: int, precision: str) -> dict[str, list[float]]:
+    """Seconds of each act in each round, the acts taking turns."""
+    taken: dict[str, list[float]] = {name: [] for name in acts}
+    with autocast(precision):
+        for number in range(rounds + 1):
+            for name, act in acts.items():
+                started = time.perf_counter()
+                act()
+                if number:  # the first round warms up
+                    taken[name].append(time.perf_counter() - started)
+    return taken
+
+
+def peak(what: str, kind: str, precision: str, threads: int) -> float:
+    """Peak resident memory in GB of a process that does one thing, twice."""
+    command = [sys.executable, __file__, "--memory", what, kind, "--precision", precision, "--threads", str(threads)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def compare(what: str, precision: str, threads: int, rounds: int) -> dict[str, Any]:
-    """Ours and the other in turn."""
-    other = MEASURED[what][1]
-    pairs = [[in_a_process(what, kind, precision, threads) for kind in ("ours", other)] for _ in range(rounds)]
+    """Ours and the other."""
+    make, other = MEASURED[what]
+    taken = seconds({"ours": make("ours"), "other": make(other)}, rounds, precision)
+    ratios = [mine / its for mine, its in zip(taken["ours"], taken["other"], strict=True)]
     return {
         "what": what,
-        "against": other if what != "boundary" else "one query pass",
+        "against": other,
         "precision": precision,
-        "ours_seconds": statistics.median(mine["seconds"] for mine, _ in pairs),
-        "other_seconds": statistics.median(its["seconds"] for _, its in pairs),
-        "ratio": statistics.median(mine["seconds"] / its["seconds"] for mine, its in pairs),
-        "ratios": [round(mine["seconds"] / its["seconds"], 3) for mine, its in pairs],
-        "ours_peak_gib": max(mine["peak_gib"] for mine, _ in pairs),
-        "other_peak_gib": max(its["peak_gib"] for _, its in pairs),
-        "threads": threads,
-        "rounds": rounds,
+        "ours_seconds": statistics.median(taken["ours"]),
+        "other_seconds": statistics.median(taken["other"]),
+        "ratio": statistics.median(ratios),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+        "ours_peak_gb": peak(what, "ours", precision, threads),
+        "other_peak_gb": peak(what, other, precision, threads),
     }
+
+
+def projection_seconds() -> float:
+    """Seconds that the projection adds to an optimizer step: the difference of two medians over 30 steps."""
+    prompts = {"prompts": torch.nn.Parameter(torch.rand(10, 5, 768)), "keys": torch.nn.Parameter(torch.rand(10, 768))}
+    protected = {space: Protected(parameter) for space, parameter in prompts.items()}
+    medians = {}
+    for on in (False, True):
+        optimizer = torch.optim.Adam(prompts.values(), lr=0.001875)
+        if on:
+            half_projection(protected, 768).attach(optimizer, protected)
+        for parameter in prompts.values():
+            parameter.grad = torch.rand_like(parameter)
+        medians[on] = statistics.median(seconds({"step": optimizer.step}, 30, "32-true")["step"])
+    return medians[True] - medians[False]
 
 
 def has_bf16() -> bool:
@@ -206,36 +219,52 @@ def has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs=2, metavar=("WHAT", "KIND"))
-    parser.add_argument("--precision", default="32-true", choices=("32-true", "bf16-mixed"))
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    if options.only:
-        print(json.dumps(measure(*options.only, options.precision, options.threads)))
-        return
+def measure(threads: int, rounds: int) -> str:
+    """Everything, as a table; raw figures go to cost.jsonl."""
     about = environment()
-    lines = [f"{about['processor']}, {options.threads} threads, torch {about['versions']['torch']},"
-             f" commit {about['commit']}, medians of {options.rounds} rounds"]  # fmt: skip
+    head = f"{about['processor']}, {threads} threads, torch {about['versions']['torch']}, commit {about['commit']}, {rounds} rounds"
     if not has_bf16():
-        lines[0] += "; this processor has no bf16 arithmetic, so bf16-mixed is not measured"
-    lines += [
+        head += "; this processor has no bf16 arithmetic, so bf16-mixed is not measured"
+    lines = [
+        head,
         "",
-        "| what | against | precision | ours, s | other, s | ratio | ours, GiB | other, GiB |",
+        "| what | against | precision | ours, s | other, s | ratio | ours, GB | other, GB |",
         "|---" * 8 + "|",
     ]
-    raw = (ROOT / "docs" / "results" / "cost.jsonl").open("a")
-    for precision in ("32-true", *(["bf16-mixed"] if has_bf16() else [])):
-        for what in MEASURED:
-            line = compare(what, precision, options.threads, options.rounds)
-            raw.write(json.dumps({**line, "commit": about["commit"], "processor": about["processor"]}) + "\n")
-            lines.append(f"| {what} | {line['against']} | {precision} | {line['ours_seconds']:.3f} |"
-                         f" {line['other_seconds']:.3f} | {line['ratio']:.3f} | {line['ours_peak_gib']:.2f} |"
-                         f" {line['other_peak_gib']:.2f} |")  # fmt: skip
-            print(lines[-1], flush=True)
-    (ROOT / "docs" / "results" / "cost.md").write_text("\n".join(lines) + "\n")
+    with (ROOT / "docs" / "results" / "cost.jsonl").open("a") as raw:
+        for precision in ("32-true", *(["bf16-mixed"] if has_bf16() else [])):
+            for what in MEASURED:
+                line = compare(what, precision, threads, rounds)
+                raw.write(json.dumps({**line, "commit": about["commit"], "threads": threads}) + "\n")
+                lines.append(
+                    f"| {what} | {line['against']} | {precision} | {line['ours_seconds']:.2f} | {line['other_seconds']:.2f} |"
+                    f" {line['ratio']:.3f} | {line['ours_peak_gb']:.2f} | {line['other_peak_gb']:.2f} |"
+                )
+                print(lines[-1], flush=True)
+                if what == "train":
+                    added = projection_seconds()
+                    share = 100 * added / line["ours_seconds"]
+                    last = f"The projection adds {1000 * added:.1f} ms to a step of {line['ours_seconds']:.2f} s: {share:.2f} %."
+    return "\n".join([*lines, "", last]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", nargs=2, metavar=("WHAT", "KIND"))
+    parser.add_argument("--precision", default="32-true", choices=("32-true", "bf16-mixed"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    if options.memory:
+        what, kind = options.memory
+        seconds({kind: MEASURED[what][0](kind)}, 1, options.precision)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)
+        return
+    table = measure(options.threads, options.rounds)
+    (ROOT / "docs" / "results" / "cost.md").write_text(table)
+    print(table)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,17 @@ def test_how_images_are_loaded_changes_nothing(whole, tmp_path, change):
         same(final(whole), final(other))
 
 
+@pytest.mark.parametrize("selection", ["image", "batch"])
+def test_the_parts_of_a_batch_add_up(tmp_path, selection):
+    ends = []
+    for part in (3, 8):
+        config = tiny.config(hardware=Hardware(part=part), method=L2P.Config(top_k=2, selection=selection), epochs=1)
+        ends.append(final(train.train(config, tmp_path / str(part))))
+    for name in ends[0]:
+        if name.startswith("/method"):
+            torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-3, atol=1e-3)
+
+
 def test_no_energy_is_the_unprojected_twin_bitwise(tmp_path):
     none = train.train(tiny.config(projection=NoProjection.Config()), tmp_path / "none")
     zero = train.train(tiny.config(projection=Orthogonal.Config(energy=0, key_energy=0)), tmp_path / "zero")
@@ -217,8 +228,8 @@ def test_uneven_tasks(tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     loss = L2P.loss
 
-    def poisoned(self, images, labels, task):
-        return loss(self, images, labels, task) * (torch.nan if task.index == 1 else 1)
+    def poisoned(self, images, labels, task, prepared):
+        return loss(self, images, labels, task, prepared) * (torch.nan if task.index == 1 else 1)
 
     monkeypatch.setattr(L2P, "loss", poisoned)
     with pytest.raises(RunError, match=r"the loss is nan at step 0 of task 2.*last good state is .*task-01"):
