@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import pickle
 import struct
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ import torch
 from PIL import Image
 from torchvision import datasets as torchvision_sets
 
-from pgp.datasets import BadImageError, Loading, Viewed, Views, batches, fashion_mnist, in_order
+from pgp.datasets import ArraySplit, BadImageError, Loading, Viewed, Views, batches, fashion_mnist, in_order
 from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.digits import Digits
 from pgp.datasets.fashion_mnist import FashionMNIST
 from pgp.datasets.folder import Folder, read_image
 from pgp.datasets.synthetic import Synthetic
+
+DIGITS = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+"""Images of each digit, by the documentation of the source (UCI ML hand-written digits, test part)."""
 
 
 def test_digits():
@@ -25,7 +29,12 @@ def test_digits():
     assert data.train.image(0).shape == (3, 8, 8)
     seen = {image.numpy().tobytes() for image in data.train.images}
     assert sum(image.numpy().tobytes() in seen for image in data.test.images) <= 2  # the set has a few doubles itself
-    assert torch.equal(Digits().build().test.labels, data.test.labels)
+    assert (torch.bincount(data.train.labels) + torch.bincount(data.test.labels)).tolist() == DIGITS
+    assert data.train.images.max() == 255
+    again = Digits().build()
+    for part in ("train", "test"):
+        assert torch.equal(getattr(again, part).labels, getattr(data, part).labels)
+        assert torch.equal(getattr(again, part).images, getattr(data, part).images)
 
 
 def idx(array):
@@ -53,6 +62,9 @@ def test_fashion_mnist_in_place(garments):
     ("name", "damage", "message"),
     [
         ("train-images-idx3-ubyte.gz", lambda b: b[:200], "is damaged"),
+        ("train-images-idx3-ubyte.gz", lambda b: b"plain" + b, "is damaged"),
+        ("train-images-idx3-ubyte.gz", lambda b: b[:10] + b"\xff" + b[11:], "is damaged"),
+        ("train-images-idx3-ubyte.gz", lambda b: gzip.compress(idx(np.zeros(6, np.uint8))), "no complete idx file"),
         ("train-labels-idx1-ubyte", lambda b: b[:-1], "no complete idx file"),
         ("train-labels-idx1-ubyte", lambda b: b"\1" + b[1:], "no complete idx file"),
         ("train-labels-idx1-ubyte", lambda b: b"", "no complete idx file"),
@@ -64,17 +76,63 @@ def test_damaged_fashion_mnist(garments, name, damage, message):
         FashionMNIST(garments).build()
 
 
-def test_no_network(tmp_path, monkeypatch):
-    def offline(*_, **__):
-        raise RuntimeError("no route to host")
+@pytest.mark.parametrize("name", ["train-labels-idx1-ubyte", "t10k-images-idx3-ubyte.gz"])
+def test_missing_fashion_mnist(garments, name):
+    (garments / name).unlink()
+    plain = name.removesuffix(".gz")
+    with pytest.raises(ValueError, match=rf"expected {plain} or {plain}.gz in .*{garments.name}, got neither"):
+        FashionMNIST(garments).build()
+
+
+def test_fashion_mnist_where_torchvision_and_debian_put_it(garments, monkeypatch):
+    raw = garments / "root" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    monkeypatch.setattr(fashion_mnist, "DEBIAN", garments)
+    assert len(FashionMNIST(garments / "root").build().train) == 6
+    for path in garments.glob("*ubyte*"):
+        path.rename(raw / path.name)
+    assert len(FashionMNIST(garments / "root").build().train) == 6
+
+
+@pytest.fixture(params=[URLError("no route to host"), RuntimeError("no route to host")])
+def _offline(request, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise request.param
 
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "nowhere")
-    monkeypatch.setattr(torchvision_sets.FashionMNIST, "download", offline)
-    monkeypatch.setattr(torchvision_sets.CIFAR100, "download", offline)
-    with pytest.raises(ValueError, match=r"no route to host.*put its four idx files there"):
+    for module in (torchvision_sets.mnist, torchvision_sets.cifar):
+        monkeypatch.setattr(module, "download_and_extract_archive", fail)
+
+
+@pytest.mark.usefixtures("_offline")
+def test_no_network(tmp_path):
+    with pytest.raises(ValueError, match=rf"(?s){tmp_path}.*no route to host.*put its four idx files there"):
         FashionMNIST(tmp_path).build()
-    with pytest.raises(ValueError, match=r"no route to host.*cifar-100-python\.tar\.gz"):
+    with pytest.raises(ValueError, match=rf"(?s){tmp_path}.*no route to host.*cifar-100-python\.tar\.gz.*put it there"):
         CIFAR100(tmp_path).build()
+
+
+class Trap:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)
+
+
+@pytest.mark.usefixtures("_offline")
+def test_cifar100_never_unpickles_what_it_does_not_know(tmp_path):
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    for name in ("train", "test", "meta"):
+        (folder / name).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    with pytest.raises(ValueError, match="CIFAR-100 is not in"):
+        CIFAR100(tmp_path).build()
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads((folder / "meta").read_bytes())
+    assert (tmp_path / "sprung").exists()  # the trap works
 
 
 def test_cifar100_reads_a_folder_in_place(tmp_path, monkeypatch):
@@ -126,25 +184,74 @@ def test_folder(photos):
 
 
 def test_folders_that_do_not_fit(tmp_path):
-    with pytest.raises(ValueError, match="no data folder at"):
+    with pytest.raises(ValueError, match=rf"no data folder at {tmp_path / 'nowhere' / 'train'}"):
         Folder(tmp_path / "nowhere").build()
+    (tmp_path / "half" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"no data folder at {tmp_path / 'half' / 'test'}"):
+        Folder(tmp_path / "half").build()
     for part in ("train", "test"):
         (tmp_path / part / "empty").mkdir(parents=True)
     with pytest.raises(ValueError, match="no images in"):
         Folder(tmp_path).build()
 
 
-def test_images_are_read_as_the_eye_sees_them(tmp_path):
-    deep = Image.fromarray(np.full((4, 4), 65535, dtype=np.uint16))
-    assert read_image(save(tmp_path / "16.png", deep)).unique().tolist() == [255]
-    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
-    assert read_image(save(tmp_path / "clear.png", clear)).unique().tolist() == [255]
-    assert read_image(save(tmp_path / "gray.jpg", Image.new("L", (4, 4), 7))).shape == (3, 4, 4)
-    assert read_image(save(tmp_path / "ink.jpg", Image.new("CMYK", (4, 4)))).unique().tolist() == [255]
-    turned = Image.new("RGB", (6, 4))
-    exif = turned.getexif()
-    exif[0x0112] = 6
-    assert read_image(save(tmp_path / "turned.jpg", turned, exif=exif)).shape == (3, 6, 4)
+def test_folder_takes_images_only_at_any_depth(photos):
+    (photos / "train" / "b" / "notes.txt").write_text("not an image")
+    (photos / "train" / "readme.png").write_text("not in a class")
+    save(photos / "train" / "b" / "more" / "x.JPeG", Image.new("RGB", (4, 4)))
+    data = Folder(photos).build()
+    assert (len(data.train), data.train.labels.tolist()) == (7, [0] * 4 + [1] * 3)
+    assert all(data.train.image(i).dtype == torch.uint8 for i in range(7))
+
+
+def palette(transparency):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    return image, {"transparency": 1} if transparency else {}
+
+
+DEEP = Image.fromarray(np.full((4, 4), 200 * 257, dtype=np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("name", "image", "options", "expected"),
+    [
+        ("color.png", Image.new("RGB", (4, 4), (200, 100, 50)), {}, (200, 100, 50)),
+        ("gray.png", Image.new("L", (4, 4), 7), {}, (7, 7, 7)),
+        ("gray.JPG", Image.new("L", (4, 4), 7), {}, (7, 7, 7)),
+        ("bits.png", Image.new("1", (4, 4), 1), {}, (255, 255, 255)),
+        ("deep.png", DEEP, {}, (200, 200, 200)),
+        ("deep.tif", DEEP, {}, (200, 200, 200)),
+        ("clear.png", Image.new("RGBA", (4, 4), (200, 100, 50, 0)), {}, (255, 255, 255)),
+        ("half.png", Image.new("RGBA", (4, 4), (200, 100, 50, 51)), {}, (244, 224, 214)),
+        ("solid.webp", Image.new("RGBA", (4, 4), (0, 0, 0, 255)), {"lossless": True}, (0, 0, 0)),
+        ("gray clear.png", Image.new("LA", (4, 4), (7, 0)), {}, (255, 255, 255)),
+        ("palette.png", *palette(transparency=False), (200, 100, 50)),
+        ("palette clear.png", *palette(transparency=True), (255, 255, 255)),
+        ("palette.gif", *palette(transparency=False), (200, 100, 50)),
+        ("paper.jpg", Image.new("CMYK", (4, 4), (0, 0, 0, 0)), {}, (255, 255, 255)),
+        ("cyan.jpg", Image.new("CMYK", (4, 4), (255, 0, 0, 0)), {}, (0, 255, 255)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_images_are_read_as_the_eye_sees_them(tmp_path, name, image, options, expected):
+    pixels = read_image(save(tmp_path / name, image, **options))
+    assert (pixels.shape, pixels.dtype) == ((3, 4, 4), torch.uint8)
+    gap = (pixels.flatten(1).int() - torch.tensor(expected)[:, None]).abs().max()
+    assert gap <= (1 if name.lower().endswith("jpg") else 0)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_upright(tmp_path, orientation):
+    image = Image.fromarray(np.arange(72, dtype=np.uint8).reshape(4, 6, 3))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    pixels = read_image(save(tmp_path / "turned.png", image, exif=exif))
+    turn = {1: [], 2: ["h"], 3: ["h", "v"], 4: ["v"], 5: ["t"], 6: ["t", "h"], 7: ["t", "h", "v"], 8: ["t", "v"]}
+    expected = torch.arange(72, dtype=torch.uint8).reshape(4, 6, 3).permute(2, 0, 1)
+    for step in turn[orientation]:
+        expected = expected.mT if step == "t" else expected.flip(-1 if step == "h" else -2)
+    assert torch.equal(pixels, expected)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image"])
@@ -156,11 +263,29 @@ def test_bad_images_are_named_or_skipped(photos, content):
         data.train.image(0)
     plan = in_order(torch.arange(len(data.train)), 3)
     views = Views(size=8, resize=8).test()
-    with pytest.raises(BadImageError):
-        list(batches(Viewed(data.train, views, 0, ("x",), skip_bad=False), plan, Loading()))
+    for workers in (0, 2):
+        with pytest.raises(BadImageError, match=r"cannot read the image .*bad\.jpg"):
+            list(batches(Viewed(data.train, views, 0, ("x",), skip_bad=False), plan, Loading(workers)))
     with pytest.warns(UserWarning, match=r"skipped: .*bad\.jpg"):
         got = list(batches(Viewed(data.train, views, 0, ("x",), skip_bad=True), plan, Loading()))
-    assert [len(batch.indices) for batch in got] == [2, 3, 1]
+    assert [batch.indices.tolist() for batch in got] == [[1, 2], [3, 4, 5], [6]]
+
+
+def test_a_cut_off_image_is_bad(photos):
+    path = photos / "train" / "b" / "no 0.PNG"
+    path.write_bytes(path.read_bytes()[:45])
+    with pytest.raises(BadImageError, match=r"cannot read the image .*no 0\.PNG"):
+        Folder(photos).build().train.image(0)
+
+
+def test_a_batch_of_bad_images_is_empty(photos):
+    for path in (photos / "train" / "b").iterdir():
+        path.write_bytes(b"")
+    viewed = Viewed(Folder(photos).build().train, Views(size=8, resize=8).test(), 0, ("x",), skip_bad=True)
+    with pytest.warns(UserWarning, match=r"skipped: .*no \d\.PNG"):
+        first, second = batches(viewed, in_order(torch.arange(6), 3), Loading())
+    assert (len(first.images), len(first.labels), len(first.indices)) == (0, 0, 0)
+    assert second.labels.tolist() == [1, 1, 1]
 
 
 def loaded(data, views, plan, **loading):
@@ -177,14 +302,58 @@ def test_augmentation_is_addressed():
     assert torch.equal(torch.cat([b.images for b in one]), backwards.images.flip(0))
     assert all(torch.equal(a.images, b.images) for a, b in zip(one, with_workers, strict=True))
     again = loaded(data, views, in_order(torch.arange(12), 4, passes=1))
-    assert not torch.equal(one[0].images, again[0].images)
+    assert not any(torch.equal(a, b) for a, b in zip(one[0].images, again[0].images, strict=True))
     assert 0 <= one[0].images.min() < one[0].images.max() <= 1
 
 
+@pytest.mark.parametrize(("seed", "purpose"), [(4, ("view", 0)), (3, ("view", 1)), (3, ("observed", 0))])
+def test_every_part_of_the_address_decides_the_crop(seed, purpose):
+    data, views = Synthetic().build(), Views(size=16, resize=16, scale=(0.3, 1.0)).train()
+    first = loaded(data, views, in_order(torch.arange(4), 4))[0]
+    viewed = Viewed(data.train, views, seed, purpose, skip_bad=False)
+    (other,) = batches(viewed, in_order(torch.arange(4), 4), Loading())
+    assert not any(torch.equal(a, b) for a, b in zip(first.images, other.images, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_the_global_generator_alone(workers):
+    data, views = Synthetic().build(), Views(size=16, resize=16).train()
+    ends = []
+    for start in (1, 2):
+        torch.manual_seed(start)
+        state = torch.get_rng_state()
+        ends.append(
+            torch.cat([batch.images for batch in loaded(data, views, in_order(torch.arange(8), 4), workers=workers)])
+        )
+        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(*ends)
+
+
 def test_processes_share_a_batch():
-    data, views = Synthetic().build(), Views(size=16, resize=16).test()
-    shares = [loaded(data, views, in_order(torch.arange(5), 5), rank=rank, world=2)[0] for rank in (0, 1)]
-    assert [share.indices.tolist() for share in shares] == [[0, 2, 4], [1, 3]]
+    data, views = Synthetic().build(), Views(size=16, resize=16, scale=(0.3, 1.0)).train()
+    plan = in_order(torch.tensor([7, 3, 11, 0, 5, 2]), 5)
+    shares = [loaded(data, views, plan, rank=rank, world=2) for rank in (0, 1)]
+    assert [[batch.indices.tolist() for batch in share] for share in shares] == [[[7, 11, 5], [2]], [[3, 0], []]]
+    assert len(shares[1][1].images) == 0
+    whole = loaded(data, views, plan)[0]
+    for share, own in zip(shares, (slice(0, None, 2), slice(1, None, 2)), strict=True):
+        assert torch.equal(share[0].images, whole.images[own])
+        assert torch.equal(share[0].labels, whole.labels[own])
+
+
+def test_synthetic_is_deterministic():
+    one, same, other = Synthetic(seed=1).build(), Synthetic(seed=1).build(), Synthetic(seed=2).build()
+    assert (len(one.train), len(one.test), one.classes) == (72, 24, 6)
+    for part in ("train", "test"):
+        assert torch.equal(getattr(one, part).images, getattr(same, part).images)
+        assert not torch.equal(getattr(one, part).images, getattr(other, part).images)
+    assert not torch.equal(one.train.image(0), one.train.image(1))
+    assert not torch.equal(one.train.image(0), one.test.image(0))
+
+
+def test_arrays_need_a_label_per_image():
+    with pytest.raises(ValueError, match="one label per image, got 3 images and 2 labels"):
+        ArraySplit(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(2))
 
 
 def test_test_view_is_the_centre():
@@ -193,3 +362,45 @@ def test_test_view_is_the_centre():
     view = Views(size=16, resize=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).test()(image)
     assert view.shape == (3, 16, 16)
     assert view.unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40), (20, 20)])
+def test_test_view_is_that_of_pil(shape):
+    smooth = torch.rand(3, 5, 5, generator=torch.Generator().manual_seed(0))
+    smooth = torch.nn.functional.interpolate(smooth[None], shape, mode="bilinear")[0]
+    image = (smooth * 255).to(torch.uint8)
+    view = Views(size=28).test()(image)  # the shorter side becomes 28 * 256 / 224 = 32
+    wide = Image.fromarray(image.permute(1, 2, 0).numpy())
+    width, height = (32 * side // min(wide.size) for side in wide.size)
+    left, top = round((width - 28) / 2), round((height - 28) / 2)
+    theirs = wide.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + 28, top + 28))
+    assert (view.shape, view.dtype) == ((3, 28, 28), torch.float32)
+    expected = torch.from_numpy(np.array(theirs)).permute(2, 0, 1) / 255
+    assert (view - expected).abs().max() < 2.5 / 255
+
+
+def test_views_map_bytes_to_shares():
+    image = torch.full((3, 20, 20), 255, dtype=torch.uint8)
+    image[:, 10:] = 0
+    for view in (Views(size=16, resize=16).test(), Views(size=16, resize=16, scale=(1.0, 1.0), flip=0).train()):
+        pixels = view(image)
+        assert (pixels.shape, pixels.dtype) == ((3, 16, 16), torch.float32)
+        assert (pixels.min(), pixels.max()) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 32, "resize": 31}, r"views\.resize of at least views\.size 32, got 31"),
+        ({"size": 0}, r"views\.size of at least 1, got 0"),
+        ({"scale": (0, 1)}, r"views\.scale \(low, high\) with 0 < low <= high <= 1, got \(0, 1\)"),
+        ({"scale": (0.5, 0.4)}, r"views\.scale .*got \(0\.5, 0\.4\)"),
+        ({"scale": (0.5, 1.4)}, r"views\.scale .*got \(0\.5, 1\.4\)"),
+        ({"ratio": (1.5, 0.5)}, r"views\.ratio .*got \(1\.5, 0\.5\)"),
+        ({"flip": 2.0}, r"views\.flip .*got 2"),
+        ({"std": (0.5, 0.0, 0.5)}, r"views\.std .*got \(0\.5, 0\.0, 0\.5\)"),
+    ],
+)
+def test_bad_views(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Views(**settings)

@@ -7,6 +7,7 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from conftest import golden
+from pgp.projections import Collect
 from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.released import Released, grow, scores
@@ -91,12 +92,13 @@ def test_projected_gradients_leak_under_adam_only():
     assert leak["adam"] > 0.01
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("on", ["gradient", "update"])
-def test_no_energy_is_no_projection_bitwise(on):
+def test_no_energy_is_no_projection_bitwise(on, name):
     ends = []
     for projection in (Orthogonal(Orthogonal.Config(energy=0, key_energy=0, on=on)), NoProjection()):
         toy = Toy(torch.float32)
-        optimizer = OPTIMIZERS["adam"](toy.parameters())
+        optimizer = OPTIMIZERS[name](toy.parameters())
         taught(projection, toy)
         projection.attach(optimizer, toy.protected())
         toy.learn(optimizer)
@@ -117,6 +119,37 @@ def test_a_full_basis_freezes_until_the_handle_is_removed():
     handle.remove()
     toy.learn(optimizer)
     assert (toy.prompts.detach() - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("on", ["gradient", "update"])
+def test_spaces_without_a_basis_are_free(on):
+    toy, twin = Toy(), Toy()
+    projection = Orthogonal(Orthogonal.Config("input", 0, 1, on=on))
+    taught(projection, toy, images=40)
+    before = toy.keys.detach().clone()
+    for learner in (toy, twin):
+        optimizer = OPTIMIZERS["sgd"](learner.parameters())
+        if learner is toy:
+            projection.attach(optimizer, toy.protected())
+        learner.learn(optimizer)
+    assert torch.equal(toy.prompts, twin.prompts)
+    torch.testing.assert_close(toy.keys.detach(), before, rtol=0, atol=1e-13)
+
+
+def test_prompts_and_keys_have_energies_of_their_own():
+    projection = taught(Orthogonal(Orthogonal.Config("input", 0.2, 0.95)), Toy(), images=12)
+    assert 0 < projection.rank("prompts") < projection.rank("keys") < 12
+
+
+def test_bases_grow_and_keep_what_they_held():
+    toy, projection, held = Toy(), Orthogonal(Orthogonal.Config("union", 0.8, 0.8)), None
+    for seed in range(3):
+        taught(projection, toy, seed=seed)
+        basis = projection.bases["prompts"]
+        if held is not None:
+            assert basis.shape[1] > held.shape[1]
+            assert torch.equal(basis[:, : held.shape[1]], held)
+        held = basis
 
 
 def test_union_guarantees_both_conditions_and_sum_does_not():
@@ -167,6 +200,54 @@ def test_heads_and_axes():
     assert min(change.norm() for change in moved) > 0.1
     assert torch.einsum("bhnd,mhld->bhnml", queries, moved[0]).abs().max() < 1e-12
     assert torch.einsum("bhnl,mhld->bhnmd", attention, moved[1]).abs().max() < 1e-12
+    # heads are separate worlds: what one head has met binds no other
+    assert torch.einsum("bhnd,mhld->bhnml", queries.flip(1), moved[0]).abs().max() > 0.1
+
+
+def test_projections_of_heads_are_those_of_each_head_alone():
+    queries = draw(2, 2, 3, 8, seed=1) * torch.stack([torch.linspace(1, 0.1, 8), torch.logspace(0, -2, 8)])[:, None]
+    change = draw(3, 2, 5, 8, seed=2)
+    both = Orthogonal(Orthogonal.Config("input", 0.9))
+    both.observe("keys", Rows(queries))
+    both.end_task({"keys": Protected(nn.Parameter(change))})
+    ranks = []
+    for head in range(2):
+        alone = Orthogonal(both.config)
+        alone.observe("keys", Rows(queries[:, head]))
+        alone.end_task({"keys": Protected(nn.Parameter(change[:, head]))})
+        expected = alone.project("keys", change[:, head])
+        torch.testing.assert_close(both.project("keys", change)[:, head], expected, rtol=0, atol=1e-12)
+        ranks.append(alone.rank("keys"))
+    assert ranks[0] != ranks[1]
+    assert both.rank("keys") == sum(ranks) / 2
+
+
+@pytest.mark.parametrize("on", ["gradient", "update"])
+def test_hooks_fire_through_a_module_and_optimizer_set_up_by_fabric(on):
+    toy = Toy(torch.float32)
+    projection = taught(Orthogonal(Orthogonal.Config("union", 0.9, 0.9, on=on)), toy)
+    before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
+    fabric = Fabric(accelerator="cpu", devices=1)
+    plain = torch.optim.SGD(toy.parameters(), lr=1e-2)
+    model, optimizer = fabric.setup(toy, plain)
+    projection.attach(plain, toy.protected())
+    for _ in range(20):
+        fabric.backward(model())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert max(leaks(projection, toy, before)) < 1e-5
+
+
+def test_states_go_round():
+    toy = Toy()
+    projection = taught(Orthogonal(Orthogonal.Config("union", 0.7, 0.7)), toy)
+    restored = Orthogonal(projection.config)
+    restored.load_state_dict(projection.state_dict())
+    for some in (projection, restored):
+        taught(some, toy, seed=1)
+    for space in ("prompts", "keys"):
+        assert restored.rank(space) == projection.rank(space) > 0
+        assert torch.equal(restored.project(space, draw(4, 16)), projection.project(space, draw(4, 16)))
 
 
 def test_hooks_fire_through_fabric_and_states_go_round():
@@ -189,6 +270,27 @@ def test_widths_and_energies_are_checked():
         projection.project("prompts", torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"projection.key_energy in \[0, 1\], got 2"):
         Orthogonal.Config(key_energy=2)
+    with pytest.raises(ValueError, match=r"projection.energy in \[0, 1\], got -1"):
+        Orthogonal.Config(energy=-1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"energy": 7}, r"projection\.energy in \[0, 1\], got 7"),
+        ({"key_energy": -1}, r"projection\.key_energy in \[0, 1\], got -1"),
+        ({"components": 0}, r"projection\.components of at least 1, got 0"),
+        ({"key_components": 0}, r"projection\.key_components of at least 1, got 0"),
+    ],
+)
+def test_settings_of_released_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Released.Config(**settings)
+
+
+def test_a_task_without_images_is_named():  # all were bad and skipped, say
+    with pytest.raises(ValueError, match="observe"):
+        Orthogonal().end_task(Toy().protected())
 
 
 @pytest.mark.parametrize("kind", ["flat", "decay"])
@@ -207,20 +309,24 @@ def test_scores_are_principal_component_scores():
     ours = scores(samples, 5)
     torch.testing.assert_close(ours * (ours * theirs).sum(0).sign(), theirs)
     assert (ours.gather(0, ours.abs().argmax(0, keepdim=True)) > 0).all()
-    with pytest.raises(ValueError, match="at least 13 samples"):
-        scores(samples, 13)
+    torch.testing.assert_close(scores(-samples, 5), ours)  # a sign of the samples changes no sign of the scores
+
+
+@pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
+def test_scores_need_as_many_samples_and_features(shape):
+    expected = rf"at least 13 samples and features, got \({shape[0]}, {shape[1]}\): choose fewer projection components"
+    with pytest.raises(ValueError, match=expected):
+        scores(draw(*shape), 13)
 
 
 def test_released_depends_on_the_order_of_images_and_orthogonal_does_not():
     changes = {}
+    configs = {Released: Released.Config(0.9, components=4, when="after"), Orthogonal: Orthogonal.Config(energy=0.9)}
     inputs, order = draw(16, 4, 16, seed=5), torch.randperm(16, generator=torch.Generator().manual_seed(1))
     for kind in (Released, Orthogonal):
         projectors = []
         for images in (inputs, inputs[order]):
-            projection, toy = kind(kind.Config(energy=0.9, key_energy=0.9)), Toy()
-            projection.config = projection.config
-            if kind is Released:
-                projection.config = Released.Config(energy=0.9, components=4, when="after")
+            projection, toy = kind(configs[kind]), Toy()
             projection.observe("prompts", Rows(images))
             projection.end_task({"prompts": Protected(toy.prompts)})
             projectors.append(projection.bases["prompts"] @ projection.bases["prompts"].T)
@@ -235,3 +341,32 @@ def test_released_is_sated_by_as_many_images_as_it_is_wide():
     assert not projection.sated
     projection.observe("prompts", Rows(draw(1, 2, 16)))
     assert projection.sated
+
+
+def test_released_is_the_published_basis_of_scores_of_images_and_old_prompts():
+    toy, projection = Toy(), Released(Released.Config(0.9, 0.9, components=4, key_components=2))
+    assert projection.collect == Collect(when="before", view="train", repeat=True)
+    images = {"prompts": draw(20, 3, 16, seed=5), "keys": draw(20, 1, 16, seed=6)}
+    old = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
+    for part in (slice(0, 7), slice(7, 20)):
+        for space in images:
+            projection.observe(space, Rows(images[space][part]))
+    optimizer = OPTIMIZERS["adam"](toy.parameters())
+    projection.attach(optimizer, toy.protected())
+    toy.learn(optimizer)
+    ranks = projection.end_task(toy.protected())
+    for space, components in (("prompts", 4), ("keys", 2)):
+        flat = images[space][:16].flatten(1).float()  # as many images as the model is wide, and not one more
+        added = scores(flat, components) + scores(old[space].reshape(-1, 16).T, components)
+        expected = grow(None, added, 0.9)
+        assert ranks[space] == expected.shape[1]
+        basis = projection.bases[space]
+        torch.testing.assert_close(basis @ basis.T, expected @ expected.T, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("images", [5, 15])
+def test_released_refuses_fewer_images_than_it_is_wide(images):
+    projection = Released(Released.Config(components=4))
+    projection.observe("prompts", Rows(draw(images, 2, 16)))
+    with pytest.raises(ValueError, match=f"16 images.*got {images}"):
+        projection.end_task({"prompts": Protected(Toy().prompts)})

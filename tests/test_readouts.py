@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 
 from pgp.readouts.lda import LDA
@@ -34,9 +38,66 @@ def test_logits_against_the_textbook():
     assert torch.isinf(logits[:, [2, 4]]).all()
 
 
-def test_streams_in_any_order():
-    one, other = fitted().logits(FEATURES), fitted(parts=[[9, 3, 1], [0, 8, 2, 4], [5, 7, 6]]).logits(FEATURES)
-    torch.testing.assert_close(one, other)
+@pytest.mark.parametrize("shrinkage", [0.05, 0.5, 1.0])
+def test_logits_against_sklearn(shrinkage):
+    labels = torch.arange(60) % 4
+    draws = torch.randn(60 + 25, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    features, x = (
+        draws[:60] * torch.linspace(0.5, 2, 6) + labels[:, None] * torch.tensor([1, -0.5, 0, 0, 0.3, 1]),
+        draws[60:],
+    )
+    theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage, priors=[0.25] * 4)
+    theirs.fit(features.numpy(), labels.numpy())
+    readout = LDA(4, shrinkage)
+    readout.observe(features, labels)
+    readout.end_task()
+    ours = readout.logits(x).double()
+    # classes of the same size differ from sklearn in the divisor of the covariance alone: n there, n - C here
+    expected = torch.from_numpy(theirs.decision_function(x.numpy())) * (60 - 4) / 60
+    torch.testing.assert_close(ours - ours[:, :1], expected - expected[:, :1], rtol=1e-4, atol=1e-5)
+    assert np.array_equal(ours.argmax(1), theirs.predict(x.numpy()))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations(range(10)), st.sets(st.integers(1, 9), max_size=4))
+def test_streams_in_any_order(order, cuts):
+    readout = LDA(5, 0.3)
+    for part in torch.tensor(order).tensor_split(sorted(cuts)):
+        readout.observe(FEATURES[part], LABELS[part])
+    readout.end_task()
+    torch.testing.assert_close(readout.logits(FEATURES), fitted().logits(FEATURES))
+
+
+def test_tasks_may_share_classes():
+    parts = [[9, 8, 1], [0, 3, 2, 4], [5, 7, 6]]
+    torch.testing.assert_close(fitted(parts=parts).logits(FEATURES), fitted().logits(FEATURES))
+
+
+@pytest.mark.parametrize("chosen", [[9, 3, 1], [0, 4, 8], [2, 5, 6], [1, 5, 7]])
+def test_an_image_per_class_has_no_covariance(chosen):
+    with pytest.raises(ValueError, match="LDA needs more images"):
+        fitted(parts=[chosen])
+
+
+def test_a_common_offset_of_all_features_changes_nothing():
+    def differences(offset):
+        readout = LDA(5, 0.3)
+        readout.observe(FEATURES + offset, LABELS)
+        readout.end_task()
+        logits = readout.logits(FEATURES + offset)[:, [0, 1, 3]]
+        return logits - logits[:, :1]
+
+    torch.testing.assert_close(differences(1000), differences(0), rtol=1e-3, atol=1e-3)
+
+
+def test_an_observed_task_counts_from_its_end_on():
+    readout = fitted()
+    before = readout.logits(FEATURES)
+    readout.observe(FEATURES[:2] + 9, torch.tensor([4, 4]))
+    assert torch.equal(readout.logits(FEATURES), before)
+    readout.end_task()
+    assert readout.logits(FEATURES)[:, 4].isfinite().all()
+    assert torch.isinf(readout.logits(FEATURES)[:, 2]).all()
 
 
 def test_full_shrinkage_is_the_nearest_mean():
@@ -49,12 +110,30 @@ def test_state_goes_round():
     restored = LDA(5, 0.3)
     restored.load_state_dict(fitted().state_dict())
     assert torch.equal(restored.logits(FEATURES), fitted().logits(FEATURES))
+    more, labels = FEATURES[:4] - 5, torch.tensor([2, 2, 4, 4])
+    for readout in (restored, whole := fitted()):
+        readout.observe(more, labels)
+        readout.end_task()
+    assert torch.equal(restored.logits(FEATURES), whole.logits(FEATURES))
+
+
+def test_a_readout_without_tasks_goes_round_too():
+    restored = LDA(5)
+    restored.load_state_dict(LDA(5).state_dict())
+    with pytest.raises(ValueError, match="at least one task"):
+        restored.logits(FEATURES)
+
+
+@pytest.mark.parametrize("shrinkage", [0, -0.1, 1.5, float("nan")])
+def test_shrinkage_is_a_share(shrinkage):
+    with pytest.raises(ValueError, match=rf"shrinkage in \(0, 1\], got {shrinkage}"):
+        LDA.Config(shrinkage=shrinkage)
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"shrinkage in \(0, 1\], got 0"):
-        LDA.Config(shrinkage=0)
-    with pytest.raises(ValueError, match="at least one task"):
+    with pytest.raises(
+        ValueError, match=r"at least one task before logits\(\): call observe\(\) and end_task\(\) first"
+    ):
         LDA(5).logits(FEATURES)
     constant = LDA(5)
     constant.observe(torch.ones(4, 3), torch.tensor([0, 0, 1, 1]))
@@ -62,6 +141,22 @@ def test_errors():
         constant.end_task()
 
 
+def test_a_first_task_without_images_is_named():  # all were bad and skipped, say
+    with pytest.raises(ValueError, match="observe"):
+        LDA(5).end_task()
+
+
 def test_sequential_asks_the_head():
     head = nn.Linear(4, 5).double()
-    assert torch.equal(Sequential(head).logits(FEATURES), head(FEATURES))
+    readout = Sequential.Config().build(head, classes=5)
+    readout.observe(FEATURES, LABELS)
+    readout.end_task()
+    assert torch.equal(readout.logits(FEATURES), head(FEATURES))
+    assert readout.state_dict() == {}
+
+
+def test_config_builds_what_it_says():
+    built = LDA.Config(shrinkage=0.3).build(nn.Linear(4, 5), classes=5)
+    built.observe(FEATURES, LABELS)
+    built.end_task()
+    assert torch.equal(built.logits(FEATURES), fitted(0.3).logits(FEATURES))

@@ -31,28 +31,56 @@ def test_growth_follows_gpm(energy):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.permutations(range(10)), st.integers(1, 9))
-def test_order_and_batching_do_not_matter(order, cut):
+@given(st.permutations(range(10)), st.sets(st.integers(1, 9), max_size=4), st.sampled_from([0.5, 0.9, 1.0]))
+def test_order_and_batching_do_not_matter(order, cuts, energy):
     rows = draw(10, 5)
-    whole, parts = observed(rows), observed(rows[order][:cut], rows[order][cut:])
+    whole, parts = observed(rows), observed(*rows[order].tensor_split(sorted(cuts)))
+    assert parts.count == 10
     torch.testing.assert_close(whole.second, parts.second, rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(whole.mean, parts.mean, rtol=1e-13, atol=1e-13)
+    one, other = basis_of(whole.second, energy), basis_of(parts.second, energy)
+    torch.testing.assert_close(one @ one.T, other @ other.T, rtol=0, atol=1e-10)
 
 
-def test_stays_orthonormal():
-    basis = torch.zeros(64, 0, dtype=torch.float64)
-    for t in range(10):
-        basis = extend(basis, observed(draw(20, 64, seed=t)).second, 0.5)
+def test_moment_is_that_of_the_stacked_rows_in_float64():
+    rows = draw(9, 4).float() + 100  # the sums of float32 rows would round
+    stacked = rows.double().numpy()
+    moment = observed(rows[:2], rows[2:])
+    np.testing.assert_allclose(moment.mean, stacked.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(moment.second, stacked.T @ stacked / 9, rtol=1e-14)
+
+
+# tasks whose directions are alike in size, and tasks that differ in directions a thousandth as long as what they share
+@pytest.mark.parametrize(("shape", "energy"), [("flat", 0.5), ("flat", 0.97), ("flat", 1.0), ("steep", 1.0)])
+def test_stays_orthonormal(shape, energy):
+    basis, directions = torch.zeros(64, 0, dtype=torch.float64), torch.linalg.qr(draw(64, 64, seed=99)).Q
+    tasks = [draw(20, 64, seed=t) for t in range(10)]
+    if shape == "steep":
+        tasks = [draw(20, 2, seed=t) * torch.tensor([1, 1e-3]) @ directions[:, [0, t + 1]].T for t in range(10)]
+    for rows in tasks:
+        basis = extend(basis, observed(rows).second, energy)
+    assert (11 if shape == "steep" else 21) <= basis.shape[1] <= 64
     gap = basis.T @ basis - torch.eye(basis.shape[1])
-    assert basis.shape[1] > 20
     assert gap.abs().max() < 1e-12
+    if energy == 1:
+        assert max((rows - rows @ basis @ basis.T).norm() / rows.norm() for rows in tasks) < 1e-10
+
+
+def test_old_columns_stay_and_what_is_held_adds_none():
+    first = basis_of(observed(draw(5, 8)).second, 0.9)
+    second = extend(first, observed(draw(5, 8, seed=1)).second, 0.9)
+    assert torch.equal(second[:, : first.shape[1]], first)
+    assert torch.equal(extend(second, observed(draw(30, second.shape[1], seed=2) @ second.T).second, 1.0), second)
 
 
 def test_the_ends_of_the_energy():
     second = observed(draw(3, 8)).second
     assert basis_of(second, 0.0).shape == (8, 0)
     assert basis_of(second, 1.0).shape == (8, 3)
-    assert basis_of(observed(draw(30, 8)).second, 1.0).shape == (8, 8)
+    full = basis_of(observed(draw(30, 8)).second, 1.0)
+    torch.testing.assert_close(full @ full.T, torch.eye(8, dtype=torch.float64))
+    assert extend(full, observed(draw(30, 8, seed=1)).second, 1.0).shape == (8, 8)
+    assert basis_of(torch.zeros(8, 8), 1.0).shape == (8, 0)
 
 
 def test_heads_are_separate_worlds():
@@ -70,16 +98,45 @@ def test_heads_are_separate_worlds():
     assert rank_of(both) == sum(ranks) / 2
 
 
+def test_columns_of_a_head_that_grows_later_come_before_its_padding():
+    rows = torch.stack([draw(3, 8, seed=1), torch.zeros(3, 8)])  # the second head has met nothing yet
+    before = basis_of(observed(rows).second, 1.0)
+    assert (rank_of(before[0]), rank_of(before[1])) == (3, 0)
+    after = extend(before, observed(rows.flip(0)).second, 1.0)
+    assert after.shape == (2, 8, 3)
+    torch.testing.assert_close(after[0], before[0])
+    expected = basis_of(observed(rows[0]).second, 1.0)
+    torch.testing.assert_close(after[1] @ after[1].T, expected @ expected.T)
+
+
 def test_moment_of_all_sums():
     x, p = draw(5, 4, seed=1), draw(3, 4, seed=2)
     sums = (x[:, None] + p[None]).reshape(-1, 4)
     torch.testing.assert_close(second_of_sums(observed(x), observed(p)), sums.T @ sums / 15)
 
 
-def test_errors():
-    with pytest.raises(ValueError, match=r"energy in \[0, 1\].*got 1.5"):
-        basis_of(torch.eye(2), 1.5)
-    with pytest.raises(ValueError, match="width 3"):
+def test_moment_of_all_sums_head_by_head():
+    x, p = draw(2, 5, 4, seed=1), draw(2, 3, 4, seed=2)
+    both = second_of_sums(observed(x), observed(p))
+    for head in range(2):
+        torch.testing.assert_close(both[head], second_of_sums(observed(x[head]), observed(p[head])))
+
+
+@pytest.mark.parametrize("energy", [-0.1, 1.5, float("nan")])
+def test_energy_is_a_share(energy):
+    with pytest.raises(ValueError, match=rf"energy in \[0, 1\] \(a share of .*\), got {energy}"):
+        basis_of(torch.eye(2), energy)
+
+
+def test_rows_must_fit():
+    with pytest.raises(ValueError, match=r"rows of width 3 and shape \(\*\(\), n, D\) as before, got \(2, 4\)"):
         observed(draw(2, 3)).observe(draw(2, 4))
-    with pytest.raises(ValueError, match="call observe"):
-        _ = Moment().second
+    with pytest.raises(ValueError, match=r"width 3 .*got \(2, 5, 3\)"):
+        observed(draw(4, 5, 3)).observe(draw(2, 5, 3))
+
+
+@pytest.mark.parametrize("moment", [Moment(), observed(draw(0, 3))])
+@pytest.mark.parametrize("name", ["mean", "second"])
+def test_no_rows_have_no_moment(moment, name):
+    with pytest.raises(ValueError, match=r"at least one observed row, got none: call observe\(\) first"):
+        getattr(moment, name)

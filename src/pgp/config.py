@@ -73,8 +73,8 @@ class Hardware:
     workers: int = 0
     """Processes that load images, per device."""
     part: int | None = None
-    """Images whose activations are in memory at once in a training step; the gradient of a batch is the sum over its
-    parts. 8 on a CPU, where smaller parts are no faster, and the whole batch on a GPU, where None."""
+    """Images whose activations are in memory at once in training and at task boundaries; the gradient of a batch is
+    the sum over its parts. 4 on a CPU, where smaller parts are no faster, and the whole batch on a GPU, where None."""
 
     def __post_init__(self) -> None:
         if self.devices < 1 or self.workers < 0 or (self.part is not None and self.part < 1):

@@ -152,7 +152,9 @@ def extend(basis: Tensor, second: Tensor, energy: float) -> Tensor:
     missing = values.flip(-1).cumsum(-1).flip(-1)  # not held before direction i is added
     rounding = second.shape[-1] * torch.finfo(torch.float64).eps * total
     wanted = (missing > (1 - energy) * total + rounding) & (values > rounding)  # (..., D)
-    new = vectors[..., : int(wanted.sum(-1).max())] * wanted[..., None, : int(wanted.sum(-1).max())]
+    count = int(wanted.sum(-1).max())
+    new = remove(vectors[..., :count].mT, basis).mT  # directions far smaller than what is held lean toward it a little
+    new = torch.linalg.qr(new).Q * wanted[..., None, :count]
     return _zeros_last(torch.cat([basis, new], dim=-1))
 
 

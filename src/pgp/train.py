@@ -129,7 +129,7 @@ class Learner:
             raise ValueError("save_every_steps needs a projection that collects after a task, not before it")
         self.readouts = [readout.build(self.method.head, self.data.classes) for readout in config.readouts]
         on_cpu = fabric.device.type == "cpu"
-        self.part = config.hardware.part or (8 if on_cpu else config.batch_size)
+        self.part = config.hardware.part or (4 if on_cpu else None)
         self.evaluation = Evaluation(fabric, config, self.data, self.scenario)
         self.matrices: dict[str, Tensor] = {}
         self.task, self.step = 0, 0
@@ -224,7 +224,7 @@ def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, share
     images, labels, _ = batch.to(fabric.device)
     with fabric.autocast():
         prepared = learner.method.prepare(images, task)
-    parts = torch.arange(len(images), device=images.device).split(learner.part)
+    parts = torch.arange(len(images), device=images.device).split(learner.part or len(images))
     total = torch.zeros((), device=images.device)
     for number, part in enumerate(parts, 1):  # activations of one part at a time
         with fabric.no_backward_sync(model, enabled=number < len(parts)):
@@ -280,7 +280,7 @@ def observe(learner: Learner, task: Task, projection: Projection | None, readout
     viewed = learner.viewed(collect.view, "observed", task)
     passes = itertools.count() if collect.repeat else range(1)
     for number in passes:
-        plan = in_order(task.train, config.eval_batch_size, number)
+        plan = in_order(task.train, learner.part or config.eval_batch_size, number)
         stream = batches(viewed, plan, learner.evaluation.loading)
         for batch in tracked(learner.progress, stream, len(plan), f"task {task.index + 1}, looking back"):
             if not len(batch.indices):

@@ -99,10 +99,18 @@ class Views:
     """Divides the channels after that."""
 
     def __post_init__(self) -> None:
-        if self.size < 1 or (self.resize is not None and self.resize < self.size):
+        if self.size < 1:
+            raise ValueError(f"expected views.size of at least 1, got {self.size}")
+        if self.resize is not None and self.resize < self.size:
             raise ValueError(f"expected views.resize of at least views.size {self.size}, got {self.resize}")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(f"expected views.scale (low, high) with 0 < low <= high <= 1, got {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise ValueError(f"expected views.ratio (low, high) with 0 < low <= high, got {self.ratio}")
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"expected views.flip in [0, 1], got {self.flip}")
+        if not min(self.std) > 0:
+            raise ValueError(f"expected views.std above 0, got {self.std}")
 
     def train(self) -> v2.Transform:
         """A random crop of the image `(3, H, W)` uint8, perhaps flipped, `(3, S, S)` float."""

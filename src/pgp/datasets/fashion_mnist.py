@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +60,11 @@ def _read(folder: Path, name: str) -> Tensor:
         raise ValueError(f"expected {name} or {name}.gz in {folder}, got neither")
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it and fetch it again") from error
-    axes = data[3] if len(data) > 4 and data[:3] == b"\0\0\x08" else 0
+    axes = 3 if "idx3" in name else 1
     start = 4 + 4 * axes
     shape = [int(size) for size in np.frombuffer(data[4:start].ljust(4 * axes, b"\0"), ">u4")]
-    if not axes or len(data) != start + math.prod(shape):
+    if data[:4] != bytes([0, 0, 8, axes]) or len(data) != start + math.prod(shape):
         raise ValueError(f"{path} is no complete idx file of bytes; delete it and fetch it again")
     return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())

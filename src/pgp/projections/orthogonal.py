@@ -61,6 +61,8 @@ class Orthogonal(Projection):
     def end_task(self, protected: Mapping[str, Protected]) -> dict[str, float]:
         """Extend each basis by this task's moments and forget the moments."""
         for space, target in protected.items():
+            if space not in self._inputs:
+                raise ValueError(f"expected rows of space {space!r} in this task, got none: call observe() first")
             energy = self.config.key_energy if target.role == "key" else self.config.energy
             for second in self._seconds(space):
                 basis = self.bases.get(space, second.new_zeros(*second.shape[:-1], 0))

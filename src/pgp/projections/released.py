@@ -42,6 +42,14 @@ class Released(Projection):
         when: Literal["before", "after"] = "before"
         """Features are collected before each task's training (the published L2P) or after it (DualPrompt, CLIP)."""
 
+        def __post_init__(self) -> None:
+            for name in ("energy", "key_energy"):
+                if not 0 <= getattr(self, name) <= 1:
+                    raise ValueError(f"expected projection.{name} in [0, 1], got {getattr(self, name)}")
+            for name in ("components", "key_components"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"expected projection.{name} of at least 1, got {getattr(self, name)}")
+
         def build(self) -> Released:
             """A projection that has seen no task yet."""
             return Released(self)
@@ -80,13 +88,22 @@ class Released(Projection):
         for space, target in protected.items():
             key = target.role == "key"
             components = self.config.key_components if key else self.config.components
-            images = _gathered(torch.cat(self._images[space]))[: self._widths[space]]
+            images = self._sample(space)
             prompts = self._prompts.get(space, target.parameter.detach()).flatten(0, -2).T  # (D, M * L)
             rows = scores(images, components) + scores(prompts.cpu(), components)
             energy = self.config.key_energy if key else self.config.energy
             self.bases[space] = grow(self.bases.get(space), rows, energy)
         self._images, self._prompts = {}, {}
         return {space: self.rank(space) for space in protected}
+
+    def _sample(self, space: str) -> Tensor:
+        """As many images as the model is wide, `(D, N * D)`: the number on which the published code rests."""
+        width = self._widths.get(space, 0)
+        images = _gathered(torch.cat(self._images[space])) if width else torch.empty(0)
+        if not width or len(images) < width:
+            raise ValueError(f"expected {width or 'the'} images of this task in space {space!r}, got {len(images)}:"
+                             " call observe() until it is sated")  # fmt: skip
+        return images[:width]
 
 
 def scores(samples: Tensor, components: int) -> Tensor:

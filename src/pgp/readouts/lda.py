@@ -39,7 +39,7 @@ class LDA(Readout):
         self.classes, self.shrinkage = classes, shrinkage
         self.state: dict[str, Tensor] = {}
         self._task: dict[str, Tensor] = {}
-        self._weight = self._bias = torch.empty(0)
+        self._weight = self._bias = self._centre = torch.empty(0)
 
     def observe(self, features: Tensor, labels: Tensor) -> None:
         """Add to the counts `(C,)`, sums `(C, D)` and pooled products `(D, D)` of this task, in float64."""
@@ -49,6 +49,8 @@ class LDA(Readout):
 
     def end_task(self) -> None:
         """Fit to the statistics of all tasks so far."""
+        if not self._task:
+            raise ValueError("expected features of this task, got none: call observe() before end_task()")
         for tensor in self._task.values():
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(tensor)
@@ -57,11 +59,13 @@ class LDA(Readout):
         self._fit()
 
     def logits(self, features: Tensor) -> Tensor:
-        """`m_c^T S^-1 x - m_c^T S^-1 m_c / 2`, `(B, C)`; -inf for classes that were never observed."""
+        """`d_c^T S^-1 (x - m) - d_c^T S^-1 d_c / 2`, `(B, C)`, where d_c is how far the mean of class c lies from m,
+        the mean of all class means; -inf for classes that were never observed.
+        """
         if not self.state:
             raise ValueError("expected at least one task before logits(): call observe() and end_task() first")
-        logits = features.double() @ self._weight.to(features.device) + self._bias.to(features.device)
-        return logits.float()
+        weight, bias, centre = (tensor.to(features.device) for tensor in (self._weight, self._bias, self._centre))
+        return ((features.double() - centre) @ weight + bias).float()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Counts, sums and products."""
@@ -81,10 +85,13 @@ class LDA(Readout):
         covariance = within / (counts.sum() - seen.sum()).clamp(min=1)
         round_ = torch.eye(len(covariance)).to(covariance) * covariance.trace() / len(covariance)
         shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * round_
-        if not bool(shrunk.trace() > 0):
+        rounding = len(covariance) * torch.finfo(torch.float64).eps * products.trace()
+        if not bool(within.trace() > rounding):
             raise ValueError("expected features that vary within classes, got a covariance of 0: LDA needs more images")
-        self._weight = torch.linalg.solve(shrunk, means.T)  # (D, C)
-        self._bias = torch.where(seen, -(means * self._weight.T).sum(1) / 2, -torch.inf)  # (C,)
+        self._centre = means[seen].mean(0)
+        centred = means - self._centre
+        self._weight = torch.linalg.solve(shrunk, centred.T)  # (D, C)
+        self._bias = torch.where(seen, -(centred * self._weight.T).sum(1) / 2, -torch.inf)  # (C,)
 
 
 def _add(total: dict[str, Tensor], new: dict[str, Tensor]) -> None:
