@@ -10,6 +10,8 @@ import torch
 from pgp.backbones.vit import ViT
 
 GOLDENS = Path(__file__).parent / "goldens"
+# forward values and gradients; after Adam steps, which divide by tiny sqrt(v)
+TOLERANCE = {torch.float64: (1e-10, 1e-6), torch.float32: (1e-5, 5e-4)}
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +39,16 @@ def golden_vit(dtype: torch.dtype = torch.float64) -> ViT:
     model = tiny_timm().to(torch.float64)
     model.load_state_dict(weights)
     return ViT(model).to(dtype)
+
+
+def close(ours, theirs, tolerance):
+    theirs = theirs.to(ours.dtype)
+    torch.testing.assert_close(
+        ours.detach(), theirs, rtol=tolerance, atol=tolerance * max(1, float(theirs.abs().max()))
+    )
+
+
+def columns(projector):
+    """Orthonormal columns that span the range of a projector."""
+    values, vectors = torch.linalg.eigh(projector)
+    return vectors[:, values > 0.5]

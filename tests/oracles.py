@@ -23,6 +23,12 @@ def gpm(tasks, energy):
     return out
 
 
+def softmax(scores):
+    """Row by row."""
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
 def prefix_attention(q, k, v, prefix_k, prefix_v, scale):
     """One head: softmax((q [pk; k]^T) scale) [pv; v], row by row."""
     k, v = np.concatenate([prefix_k, k]), np.concatenate([prefix_v, v])

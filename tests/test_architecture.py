@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import pgp
+
 SOURCE = Path(__file__).parent.parent / "src" / "pgp"
 MODULES = {path: ast.parse(path.read_text()) for path in SOURCE.rglob("*.py")}
 LEVELS = [
@@ -92,3 +94,12 @@ def test_files_and_functions_stay_short():
 def test_importing_pgp_is_light(heavy):
     code = f"import pgp, sys; sys.exit({heavy!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_public_names_are_found_where_they_are_said_to_be():
+    for name, home in pgp._HOMES.items():
+        assert getattr(pgp, name).__module__ == home or name == "RECIPES"
+        assert f"from {home} import {name} as {name}" in Path(pgp.__file__).read_text()  # type checkers see the same
+        assert name in dir(pgp)
+    with pytest.raises(AttributeError, match="has no attribute 'Orthogona'; it has ViT, Config"):
+        _ = pgp.Orthogona

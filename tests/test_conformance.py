@@ -7,14 +7,22 @@ import torch
 
 from conftest import golden_vit
 from pgp import recipes
+from pgp.methods.dualprompt import DualPrompt
 from pgp.scenario import Task, generator
 
 TASK = Task(0, (0, 1, 2), torch.arange(4), torch.arange(4))
 
 
-@pytest.fixture(params=recipes.METHODS)
+METHODS = {
+    **recipes.METHODS,
+    "dualprompt, values too": DualPrompt.Config(protect="keys+values", top_k=2, prompt_mask=False),
+    "dualprompt, tokens": DualPrompt.Config(experts="token"),
+}
+
+
+@pytest.fixture(params=METHODS)
 def method(request):
-    return recipes.METHODS[request.param].build(golden_vit(), 6, generator(0, "init")).double()
+    return METHODS[request.param].build(golden_vit(), 6, generator(0, "init")).double()
 
 
 def images(count=16, seed=1):
@@ -82,6 +90,10 @@ def test_a_boundary_and_a_step_of_every_projection(method, name):
         for space, rows in method.activations(images(seed=seed)).items():
             projection.observe(space, rows)
         seed += 1
+    if name == "released" and any(target.role == "value" for target in method.protected().values()):
+        with pytest.raises(ValueError, match="never protects values"):
+            projection.attach(torch.optim.SGD(learned(method)), method.protected())
+        return
     ranks = projection.end_task(method.protected())
     assert all(0 <= rank <= method.backbone.width for rank in ranks.values())
     restored = config.build()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import golden, golden_vit
+from conftest import TOLERANCE, close, columns, golden, golden_vit
 from pgp.methods import only
 from pgp.methods.l2p import L2P
 from pgp.projections.orthogonal import Orthogonal
@@ -19,8 +19,6 @@ NAMES = {
     "head.bias": "head.bias",
 }
 TASK = Task(1, (2, 3), torch.tensor([]), torch.tensor([]))
-# forward values and gradients; after Adam steps, which divide by tiny sqrt(v)
-TOLERANCE = {torch.float64: (1e-10, 1e-6), torch.float32: (1e-5, 5e-4)}
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +33,6 @@ def build(arrays, case, dtype):
     state = {ours: arrays[f"{case}/init/{theirs}"].to(dtype) for theirs, ours in NAMES.items()}
     method.load_learned_state(state)
     return method
-
-
-def close(ours, theirs, tolerance):
-    theirs = theirs.to(ours.dtype)
-    torch.testing.assert_close(
-        ours.detach(), theirs, rtol=tolerance, atol=tolerance * max(1, float(theirs.abs().max()))
-    )
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -124,9 +115,3 @@ def test_masked_cross_entropy_ignores_other_classes(arrays):
     logits = arrays["plain_logits0"]
     masked = only(logits, TASK.classes)
     assert masked.isfinite().sum() == 2 * len(logits)
-
-
-def columns(projector):
-    """Orthonormal columns that span the range of a projector."""
-    values, vectors = torch.linalg.eigh(projector)
-    return vectors[:, values > 0.5]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgp.prompts import PromptPool, match, nearest, vote
+from pgp.prompts import PrefixPool, PromptPool, TokenPool, block_of, inherit, match, nearest, vote
 
 
 def seeded(seed=0):
@@ -60,7 +60,7 @@ def test_one_vote_for_the_whole_batch():
 
 def test_a_slot_forces_its_block():
     some, query = pool(), queries()
-    assert some.block(1) == slice(2, 4)
+    assert block_of(1, k=2, size=6) == slice(2, 4)
     forced = some.select(query, slot=1, by_vote=True)
     assert forced.indices.tolist() == [[2, 3]] * 5
     torch.testing.assert_close(forced.pull, forced.similarity[:, 2:4].sum(1).mean())
@@ -69,7 +69,7 @@ def test_a_slot_forces_its_block():
 @pytest.mark.parametrize(("size", "slot"), [(6, 3), (6, 99), (7, 3)])  # a part of a block is none
 def test_past_the_end_of_the_pool_the_match_is_free(size, slot):
     some, query = pool(size=size), queries()
-    assert some.block(slot) is None
+    assert block_of(slot, 2, size) is None
     assert torch.equal(some.select(query, slot=slot).indices, some.select(query).indices)
 
 
@@ -110,7 +110,7 @@ def test_mean_keys_follow_the_prompts():
 def test_inherit_copies_the_block_before():
     some = pool()
     first, others, keys = some.prompts[:2].clone(), some.prompts[4:].clone(), some.key.clone()
-    some.inherit(1)
+    inherit(some.prompts, 1, k=2)
     assert torch.equal(some.prompts, torch.cat([first, first, others]))
     assert torch.equal(some.key, keys)
 
@@ -119,7 +119,7 @@ def test_inherit_copies_the_block_before():
 def test_the_first_block_and_those_past_the_end_inherit_nothing(slot):
     some = pool()
     before = some.prompts.clone()
-    some.inherit(slot)
+    inherit(some.prompts, slot, k=2)
     assert torch.equal(some.prompts, before)
 
 
@@ -127,3 +127,28 @@ def test_the_first_block_and_those_past_the_end_inherit_nothing(slot):
 def test_top_k_must_fit_the_pool(top_k):
     with pytest.raises(ValueError, match=f"top_k between 1 and the pool size 6, got {top_k}"):
         pool(top_k=top_k)
+
+
+def test_each_image_gets_keys_and_values_of_its_own_prefixes():
+    some = PrefixPool(size=5, length=3, heads=2, width=4, generator=seeded())
+    indices = torch.tensor([[4, 1], [0, 2], [1, 4]])
+    prefixes = some(indices)
+    assert prefixes.shape == (3, 2, 2, 6, 4)
+    for image, (first, second) in enumerate(indices.tolist()):
+        for part, pool in enumerate((some.keys, some.values)):
+            for head in range(2):
+                row = torch.cat([pool[first, head], pool[second, head]])
+                assert torch.equal(prefixes[image, part, head], row)
+    assert torch.equal(some(indices[1:2])[0], prefixes[1])
+
+
+def test_keys_can_be_values_too():
+    some = PrefixPool(size=2, length=3, heads=2, width=4, generator=seeded(), shared=True)
+    assert [name for name, _ in some.named_parameters()] == ["keys"]
+    prefixes = some(torch.tensor([[1]]))
+    assert torch.equal(prefixes[:, 0], prefixes[:, 1])
+
+
+def test_token_pools_give_the_chosen_prompts_in_a_row():
+    some = TokenPool(size=4, length=2, width=3, generator=seeded())
+    assert torch.equal(some(torch.tensor([[3, 0]]))[0], torch.cat([some.tokens[3], some.tokens[0]]))

@@ -41,7 +41,7 @@ def test_equals_timm(tag):
     assert torch.equal(vit(x), whole)
     torch.testing.assert_close(vit.encode(x), whole[:, 0], rtol=0, atol=1e-10)
     p = prompts(vit.width, 2)
-    torch.testing.assert_close(vit(x, p, read=5), vit(x, p)[:, :5], rtol=0, atol=1e-10)
+    torch.testing.assert_close(vit(x, {0: p}, read=5), vit(x, {0: p})[:, :5], rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
@@ -51,9 +51,10 @@ def test_prompts_stand_behind_cls_and_share_its_position():
     timms = vit.vit
     tokens = timms._pos_embed(timms.patch_embed(x))
     tokens = torch.cat([tokens[:, :1], p + timms.pos_embed[:, :1], tokens[:, 1:]], dim=1)
-    assert torch.equal(vit(x, p), timms.norm(timms.blocks(tokens)))
-    one_by_one = torch.cat([vit(x[i : i + 1], p[i : i + 1]) for i in range(3)])
-    torch.testing.assert_close(vit(x, p), one_by_one, rtol=0, atol=1e-12)
+    placed = vit.place(p)
+    assert torch.equal(vit(x, {0: placed}), timms.norm(timms.blocks(tokens)))
+    one_by_one = torch.cat([vit(x[i : i + 1], {0: placed[i : i + 1]}) for i in range(3)])
+    torch.testing.assert_close(vit(x, {0: placed}), one_by_one, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -176,4 +177,4 @@ def test_inputs_are_checked():
     with pytest.raises(ValueError, match=r"images \(B, 3, 32, 32\), got \(3, 3, 16, 16\)"):
         vit(images(16))
     with pytest.raises(ValueError, match=r"prompts \(3, P, 48\), got \(3, 4, 47\)"):
-        vit(images(32), prompts(47))
+        vit(images(32), {0: prompts(47)})

@@ -1,6 +1,6 @@
-"""A pool of prompts and the keys by which images choose among them.
+"""Pools of prompts and prefixes, and the keys by which images choose among them.
 
-Shapes: `B` images, `M` prompts of length `L` and width `D`, `k` chosen per image.
+Shapes: `B` images, `M` prompts of length `L` and width `D`, `k` chosen per image, `H` heads of width `d`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,42 @@ def vote(chosen: Tensor, size: int) -> Tensor:
     counts = torch.bincount(chosen.flatten(), minlength=size)
     winners = counts.argsort(descending=True, stable=True)[: chosen.shape[1]]
     return winners.expand_as(chosen)
+
+
+def block_of(slot: int, k: int, size: int) -> slice | None:
+    """The prompts of slot number `slot`, k to a slot, or None past the end of a pool of `size`.
+
+    >>> block_of(1, k=5, size=10), block_of(2, k=5, size=10)
+    (slice(5, 10, None), None)
+    """
+    stop = (slot + 1) * k
+    return slice(stop - k, stop) if stop <= size else None
+
+
+def choose(similarity: Tensor, k: int, *, slot: int | None = None, by_vote: bool = False) -> Tensor:
+    """Indices `(B, k)` of the prompts that each image gets: those nearest to it, unless told otherwise.
+
+    Args:
+        similarity: `(B, M)`.
+        k: prompts per image.
+        slot: force the prompts of slot number `slot` on every image (the published prompt mask); a slot past the end of
+            the pool means a free match.
+        by_vote: give the whole batch the prompts chosen most often in it.
+    """
+    size = similarity.shape[1]
+    block = None if slot is None else block_of(slot, k, size)
+    if block is not None:
+        return torch.arange(block.start, block.stop, device=similarity.device).expand(len(similarity), -1)
+    indices = nearest(similarity, k)
+    return vote(indices, size) if by_vote else indices
+
+
+@torch.no_grad()
+def inherit(pool: Tensor, slot: int, k: int) -> None:
+    """Start slot number `slot` of `pool (M, ...)` as a copy of the one before it (the published shared pool)."""
+    old, new = (block_of(at, k, len(pool)) if at >= 0 else None for at in (slot - 1, slot))
+    if old is not None and new is not None:
+        pool[new] = pool[old]
 
 
 class Selection(NamedTuple):
@@ -99,36 +135,57 @@ class PromptPool(nn.Module):
         return self.prompts.mean(1) if self.learned_key is None else self.learned_key
 
     def select(self, query: Tensor, *, slot: int | None = None, by_vote: bool = False) -> Selection:
-        """Prompts for queries `(B, D)`: those nearest to each, unless told otherwise.
-
-        Args:
-            query: one row per image.
-            slot: force block number `slot` of top_k prompts on every image (the published prompt mask); a slot past the
-                end of the pool means a free match.
-            by_vote: give the whole batch the prompts chosen most often in it.
-        """
+        """Prompts for queries `(B, D)`; `slot` and `by_vote` as in `choose`."""
         similarity = match(query, self.key)
-        block = None if slot is None else self.block(slot)
-        if block is not None:
-            indices = torch.arange(block.start, block.stop, device=query.device).expand(len(query), -1)
-        else:
-            indices = nearest(similarity, self.top_k)
-            if by_vote:
-                indices = vote(indices, len(self.prompts))
-        return Selection(indices, similarity)
+        return Selection(choose(similarity, self.top_k, slot=slot, by_vote=by_vote), similarity)
 
     def tokens(self, selection: Selection) -> Tensor:
         """The chosen prompts in a row, `(B, k * L, D)`."""
         return self.prompts[selection.indices].flatten(1, 2)  # (B, k, L, D) -> (B, k * L, D)
 
-    def block(self, slot: int) -> slice | None:
-        """The prompts of slot number `slot`, or None past the end of the pool."""
-        stop = (slot + 1) * self.top_k
-        return slice(stop - self.top_k, stop) if stop <= len(self.prompts) else None
 
-    @torch.no_grad()
-    def inherit(self, slot: int) -> None:
-        """Start slot number `slot` as a copy of the one before it (the published shared pool)."""
-        old, new = (self.block(slot - 1), self.block(slot)) if slot > 0 else (None, None)
-        if old is not None and new is not None:
-            self.prompts[new] = self.prompts[old]
+class PrefixPool(nn.Module):
+    """M prefixes for the attention of one layer: keys and values `(M, H, L, d)` that it sees before its own.
+
+    Args:
+        size: number of prefixes M.
+        length: positions per prefix L.
+        heads: attention heads H.
+        width: width of a head d.
+        shared: let one parameter be keys and values alike.
+        generator: source of the initial values, uniform in (-1, 1) as published.
+
+    >>> pool = PrefixPool(size=3, length=2, heads=4, width=8, generator=torch.Generator().manual_seed(0))
+    >>> pool(torch.tensor([[0, 2]])).shape
+    torch.Size([1, 2, 4, 4, 8])
+    """
+
+    def __init__(
+        self, size: int, length: int, heads: int, width: int, *, generator: torch.Generator, shared: bool = False
+    ) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(torch.empty(size, heads, length, width).uniform_(-1, 1, generator=generator))
+        own = torch.empty(size, heads, length, width).uniform_(-1, 1, generator=generator)
+        self.own_values = None if shared else nn.Parameter(own)
+
+    @property
+    def values(self) -> nn.Parameter:
+        """Values `(M, H, L, d)`."""
+        return self.keys if self.own_values is None else self.own_values
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """The prefixes `indices (B, k)` in a row, each image its own: `(B, 2, H, k * L, d)`."""
+        chosen = torch.stack([self.keys[indices], self.values[indices]], dim=1)  # (B, 2, k, H, L, d)
+        return chosen.transpose(2, 3).flatten(3, 4)
+
+
+class TokenPool(nn.Module):
+    """M prompts `(M, L, D)` that join the sequence of tokens, uniform in (-1, 1) at first."""
+
+    def __init__(self, size: int, length: int, width: int, *, generator: torch.Generator) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(size, length, width).uniform_(-1, 1, generator=generator))
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """The prompts `indices (B, k)` in a row, each image its own: `(B, k * L, D)`."""
+        return self.tokens[indices].flatten(1, 2)  # (B, k, L, D) -> (B, k * L, D)

@@ -15,6 +15,7 @@ from pgp.datasets.fashion_mnist import FashionMNIST
 from pgp.datasets.folder import Folder
 from pgp.datasets.synthetic import Synthetic
 from pgp.methods import Method
+from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
 from pgp.projections import Projection
@@ -25,7 +26,11 @@ from pgp.readouts import Readout
 from pgp.readouts.lda import LDA
 from pgp.readouts.sequential import Sequential
 
-METHODS: dict[str, Method.Config] = {"l2p": L2P.Config(), "head-only": HeadOnly.Config()}
+METHODS: dict[str, Method.Config] = {
+    "l2p": L2P.Config(),
+    "dualprompt": DualPrompt.Config(),
+    "head-only": HeadOnly.Config(),
+}
 PROJECTIONS: dict[str, Projection.Config] = {
     "orthogonal": Orthogonal.Config(),
     "released": Released.Config(),

@@ -18,7 +18,7 @@ class Protected(NamedTuple):
     parameter: nn.Parameter
     axis: int = -1
     """Axis of length D. Axes before the last two line up with the heads of the rows."""
-    role: Literal["prompt", "key"] = "prompt"
+    role: Literal["prompt", "key", "value"] = "prompt"
 
 
 class Rows(NamedTuple):

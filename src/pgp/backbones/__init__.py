@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class Trace(NamedTuple):
+    """What one block sees of a batch of images: all that its learned prompts and prefixes meet."""
+
+    tokens: Tensor
+    """Tokens as they enter the block, `(B, N, D)`, without those that are inserted before it."""
+    queries: Tensor
+    """What its attention asks with, `(B, H, N, D/H)`."""
+    shares: Tensor | None
+    """How much of its attention each token gives to the positions of the prefix, `(B, H, N, L)`; None without one."""
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -44,21 +56,31 @@ class Backbone(nn.Module, abc.ABC):
     def forward(
         self,
         images: Tensor,
-        prompts: Tensor | None = None,
+        prompts: Mapping[int, Tensor] | None = None,
         prefixes: Mapping[int, Tensor] | None = None,
         read: int | None = None,
     ) -> Tensor:
-        """Final normalised tokens: CLS, then the prompts, then the image's other tokens.
+        """Final normalised tokens: CLS, then the prompts, the latest first, then the image's other tokens.
 
         Args:
             images: `(B, 3, S, S)`.
-            prompts: tokens `(B, P, D)` to insert after CLS.
+            prompts: by layer number, tokens `(B, P, D)` to insert after CLS as they enter that block.
             prefixes: by layer number, keys and values `(B, 2, H, L, D/H)` that its attention sees before its own.
             read: how many leading tokens the caller reads; the last block computes no others. All, where None.
 
         Returns:
             `(B, read, D)`, or `(B, N + P, D)` where `read` is None.
         """
+
+    @abc.abstractmethod
+    def trace(
+        self,
+        images: Tensor,
+        layers: Collection[int],
+        prompts: Mapping[int, Tensor] | None = None,
+        prefixes: Mapping[int, Tensor] | None = None,
+    ) -> dict[int, Trace]:
+        """What the blocks of `layers` see in a pass with these prompts and prefixes; nothing above them is computed."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Final CLS token of the plain pass, `(B, D)`: the query by which prompts are chosen."""

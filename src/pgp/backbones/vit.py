@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from pgp.backbones import Backbone
+from pgp.backbones import Backbone, Trace
 
 _CONTAINERS = ("model", "state_dict", "teacher")
 """Keys under which published checkpoints hide their weights."""
@@ -73,23 +73,47 @@ class ViT(Backbone):
     def forward(
         self,
         images: Tensor,
-        prompts: Tensor | None = None,
+        prompts: Mapping[int, Tensor] | None = None,
         prefixes: Mapping[int, Tensor] | None = None,
         read: int | None = None,
     ) -> Tensor:
         """See `Backbone.forward`."""
+        self._check(prompts, prefixes)
         x = self.embed(images)  # (B, N, D)
-        if prompts is not None:
-            if prompts.dim() != 3 or prompts.shape[::2] != x.shape[::2]:
-                raise ValueError(f"expected prompts ({len(x)}, P, {self.width}), got {tuple(prompts.shape)}")
-            x = torch.cat([x[:, :1], self.place(prompts), x[:, 1:]], dim=1)  # (B, N + P, D)
-        read = x.shape[1] if read is None else read
         for layer, block in enumerate(self.vit.blocks):
+            x = _insert(x, prompts, layer)
             prefix = prefixes.get(layer) if prefixes else None
-            needed = read if layer == self.depth - 1 else x.shape[1]
+            needed = read if read is not None and layer == self.depth - 1 else x.shape[1]
             x = block(x) if prefix is None and needed == x.shape[1] else _block(block, x, needed, prefix)
         tokens: Tensor = self.vit.norm(x)
         return tokens
+
+    def trace(
+        self,
+        images: Tensor,
+        layers: Collection[int],
+        prompts: Mapping[int, Tensor] | None = None,
+        prefixes: Mapping[int, Tensor] | None = None,
+    ) -> dict[int, Trace]:
+        """See `Backbone.trace`."""
+        self._check(prompts, prefixes, layers)
+        seen = {}
+        x, last = self.embed(images), max(layers, default=-1)
+        for layer, block in enumerate(self.vit.blocks[: last + 1]):
+            tokens, x = x, _insert(x, prompts, layer)
+            prefix = prefixes.get(layer) if prefixes else None
+            q, k, v = _heads(block, x, x.shape[1], prefix)
+            if layer in layers:
+                shares = None if prefix is None else _shares(block.attn, q, k)[..., : prefix.shape[3]]
+                seen[layer] = Trace(tokens, q, shares)
+            if layer < last:
+                x = _attend(block, x, q, k, v)
+        return seen
+
+    def _check(self, *by_layer: Collection[int] | None) -> None:
+        strange = sorted({layer for layers in by_layer for layer in layers or () if not 0 <= layer < self.depth})
+        if strange:
+            raise ValueError(f"expected layers between 0 and {self.depth - 1}, got {strange}: this model has no others")
 
     def _sized(self, images: Tensor) -> Tensor:
         expected = tuple(self.vit.patch_embed.img_size)
@@ -98,16 +122,24 @@ class ViT(Backbone):
         return images
 
 
+def _insert(x: Tensor, prompts: Mapping[int, Tensor] | None, layer: int) -> Tensor:
+    """Tokens with the prompts of `layer` behind CLS, `(B, N + P, D)`."""
+    tokens = prompts.get(layer) if prompts else None
+    if tokens is None:
+        return x
+    if tokens.dim() != 3 or tokens.shape[::2] != x.shape[::2]:
+        raise ValueError(f"expected prompts ({len(x)}, P, {x.shape[2]}), got {tuple(tokens.shape)}")
+    return torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1)
+
+
 def _block(block: Any, x: Tensor, read: int, prefix: Tensor | None) -> Tensor:
     """A timm block for its first `read` tokens only, with a prefix in its attention where there is one."""
-    attended = _attention(block.attn, block.norm1(x), read, prefix)
-    x = x[:, :read] + block.ls1(attended)
-    out: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
-    return out
+    return _attend(block, x[:, :read], *_heads(block, x, read, prefix))
 
 
-def _attention(attn: Any, x: Tensor, read: int, prefix: Tensor | None) -> Tensor:
-    """timm's attention from the first `read` tokens to all tokens and the prefix, `(B, read, D)`."""
+def _heads(block: Any, x: Tensor, read: int, prefix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries `(B, H, read, D/H)` of the first `read` tokens; keys and values of the prefix and all tokens."""
+    attn, x = block.attn, block.norm1(x)
     D = attn.qkv.in_features
     weight, bias = attn.qkv.weight, attn.qkv.bias
     q = F.linear(x[:, :read], weight[:D], None if bias is None else bias[:D])
@@ -116,11 +148,29 @@ def _attention(attn: Any, x: Tensor, read: int, prefix: Tensor | None) -> Tensor
     k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, H, N, D/H)
     q, k = attn.q_norm(q), attn.k_norm(k)
     if prefix is not None:
+        expected = (len(k), 2, k.shape[1], k.shape[3])
+        if prefix.dim() != 5 or (*prefix.shape[:3], prefix.shape[4]) != expected:
+            raise ValueError(
+                f"expected a prefix ({len(k)}, 2, {k.shape[1]}, L, {k.shape[3]}), got {tuple(prefix.shape)}"
+            )
         k = torch.cat([prefix[:, 0], k], dim=2)  # (B, H, L + N, D/H)
         v = torch.cat([prefix[:, 1], v], dim=2)
+    return q, k, v
+
+
+def _attend(block: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What a block makes of `x (B, read, D)` with these queries, keys and values, `(B, read, D)`."""
+    attn = block.attn
     heads = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)  # (B, H, read, D/H)
-    out: Tensor = attn.proj(heads.transpose(1, 2).flatten(2))
+    x = x + block.ls1(attn.proj(heads.transpose(1, 2).flatten(2)))
+    out: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
     return out
+
+
+def _shares(attn: Any, q: Tensor, k: Tensor) -> Tensor:
+    """Attention weights `(B, H, N, L + N)`."""
+    scores: Tensor = q @ k.mT * attn.scale
+    return scores.softmax(-1)
 
 
 def _plain(model: Any) -> Any:

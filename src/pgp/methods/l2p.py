@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgp.backbones import Backbone
 from pgp.methods import Method, only
-from pgp.prompts import PromptPool, Selection, match
+from pgp.prompts import PromptPool, Selection, inherit, match
 from pgp.scenario import Task
 from pgp.subspace import Protected, Rows
 
@@ -74,7 +74,7 @@ class L2P(Method):
     def begin_task(self, task: Task) -> None:
         """Hand the last task's prompts on, if the pool is shared."""
         if self.config.shared_pool:
-            self.pool.inherit(task.index)
+            inherit(self.pool.prompts, task.index, self.pool.top_k)
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """See `Method.features`."""
@@ -112,9 +112,9 @@ class L2P(Method):
         return {space: rows[space] for space in self.protected()}
 
     def _read(self, images: Tensor, selection: Selection) -> Tensor:
-        prompts = self.pool.tokens(selection)  # (B, P, D), P = top_k * L
+        prompts = self.backbone.place(self.pool.tokens(selection))  # (B, P, D), P = top_k * L
         reads, P = self.config.reads, prompts.shape[1]
-        tokens = self.backbone(images, prompts, read=1 if reads == "token" else 1 + P)  # CLS, prompts
+        tokens = self.backbone(images, {0: prompts}, read=1 if reads == "token" else 1 + P)  # CLS, prompts
         if reads == "prompt":
             tokens = tokens[:, 1:]
         features: Tensor = tokens.mean(1)

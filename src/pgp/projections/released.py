@@ -20,7 +20,8 @@ from pgp.subspace import Protected, Rows, remove
 
 
 class Released(Projection):
-    """The published code's basis: scores of images plus scores of prompts, energy on fourth powers.
+    """The published code's basis: scores of images plus scores of prompts, energy on fourth powers. For prefix keys it
+    is scores of images alone, over all heads at once.
 
     Differs: where a task has fewer images than the model is wide, which ends the published code with an error, the
     pass repeats in new augmented views; and the principal components are exact where the published ones are a
@@ -74,11 +75,14 @@ class Released(Projection):
 
     def observe(self, space: str, rows: Rows) -> None:
         """Keep each image's rows as one long vector."""
-        self._widths[space] = rows.inputs.shape[-1]
-        self._images.setdefault(space, []).append(rows.inputs.detach().float().flatten(1).cpu())
+        inputs = _joined(rows.inputs) if _has_heads(rows.inputs) else rows.inputs
+        self._widths[space] = inputs.shape[-1]
+        self._images.setdefault(space, []).append(inputs.detach().float().flatten(1).cpu())
 
     def attach(self, optimizer: torch.optim.Optimizer, protected: Mapping[str, Protected]) -> Handle:
         """See `Projection.attach`; also takes down the prompts as they are before this task."""
+        if values := [space for space, target in protected.items() if target.role == "value"]:
+            raise ValueError(f"the published code never protects values, got {values}: choose --method.protect keys")
         if self.config.when == "before":
             self._prompts = {space: target.parameter.detach().clone() for space, target in protected.items()}
         return super().attach(optimizer, protected)
@@ -89,12 +93,22 @@ class Released(Projection):
             key = target.role == "key"
             components = self.config.key_components if key else self.config.components
             images = self._sample(space)
-            prompts = self._prompts.get(space, target.parameter.detach()).flatten(0, -2).T  # (D, M * L)
-            rows = scores(images, components) + scores(prompts.cpu(), components)
+            rows = scores(images, components)
+            if not _has_heads(target.parameter):
+                prompts = self._prompts.get(space, target.parameter.detach()).flatten(0, -2).T  # (D, M * L)
+                rows += scores(prompts.cpu(), components)
             energy = self.config.key_energy if key else self.config.energy
             self.bases[space] = grow(self.bases.get(space), rows, energy)
         self._images, self._prompts = {}, {}
         return {space: self.rank(space) for space in protected}
+
+    def project(self, space: str, tensor: Tensor) -> Tensor:
+        """See `Projection.project`; the published basis of a prefix spans its heads side by side."""
+        if not _has_heads(tensor):
+            return super().project(space, tensor)
+        heads = tensor.shape[-3]
+        projected: Tensor = super().project(space, _joined(tensor)).unflatten(-1, (heads, -1)).transpose(-3, -2)
+        return projected
 
     def _sample(self, space: str) -> Tensor:
         """As many images as the model is wide, `(D, N * D)`: the number on which the published code rests."""
@@ -138,6 +152,16 @@ def grow(basis: Tensor | None, rows: Tensor, energy: float) -> Tensor:
     shares = S.square() / total
     held_before = 1 - shares.sum() + shares.cumsum(0) - shares  # before direction i is added
     return torch.cat([basis, U[:, : int((held_before < energy).sum())]], dim=1)
+
+
+def _has_heads(tensor: Tensor) -> bool:
+    """Whether these are prefixes `(M, H, L, d)` or what meets them `(B, H, N, d)`: all else has three axes or two."""
+    return tensor.dim() == 4
+
+
+def _joined(tensor: Tensor) -> Tensor:
+    """Heads side by side: `(..., H, n, d)` -> `(..., n, H * d)`."""
+    return tensor.transpose(-3, -2).flatten(-2)
 
 
 def _distributed() -> bool:

@@ -1,0 +1,193 @@
+"""DualPrompt (Wang et al., ECCV 2022): prefixes for attention, general ones for all tasks and experts to pick from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pgp.backbones import Backbone
+from pgp.methods import Method, only
+from pgp.prompts import PrefixPool, Selection, TokenPool, choose, inherit, match
+from pgp.scenario import Task
+from pgp.subspace import Protected, Rows
+
+
+class DualPrompt(Method):
+    """Attention in early layers sees a general prefix, and in later ones the experts that an image picks by key.
+
+    Loss: cross-entropy over the task's classes - pull * similarity of the chosen keys.
+    Differs: every image gets keys and values of its own experts; the published reshape mixes those of a batch.
+    """
+
+    @dataclass(frozen=True)
+    class Config(Method.Config):
+        """The published method's settings; the defaults are its values for CIFAR-100."""
+
+        general_layers: tuple[int, ...] = (0, 1)
+        """Layers with a general prefix, which all tasks share; the first is 0."""
+        general_length: int = 5
+        """Positions of a general prefix."""
+        expert_layers: tuple[int, ...] = (2, 3, 4)
+        """Layers with expert prefixes."""
+        expert_length: int = 5
+        """Positions of an expert."""
+        pool_size: int = 10
+        """Experts, M; one key each serves all layers."""
+        top_k: int = 1
+        """Experts that an image picks."""
+        pull: float = 1.0
+        """Weight of the term that pulls chosen keys toward the queries."""
+        experts: Literal["prefix", "token"] = "prefix"
+        """Whether experts are keys and values of attention, or tokens that join the sequence from their layer on."""
+        same_key_and_value: bool = False
+        """Let one parameter be the keys and the values of a prefix."""
+        selection: Literal["image", "batch"] = "image"
+        """Whether in training each image gets its own choice or the batch a majority vote (published). At test each
+        image always gets its own."""
+        prompt_mask: bool = True
+        """Train task t with expert t only; a free match once the pool is used up."""
+        shared_pool: bool = True
+        """Start expert t as a copy of expert t - 1."""
+        protect: Literal["keys", "keys+values"] = "keys"
+        """What of a prefix a projection protects: its keys, by old queries (the paper), or its values too, by the
+        attention that old images gave them; with both, attention answers old images as before."""
+
+        def __post_init__(self) -> None:
+            for name in ("general_length", "expert_length", "pool_size", "top_k"):
+                if getattr(self, name) < 1:
+                    raise ValueError(f"expected method.{name} of at least 1, got {getattr(self, name)}")
+            if self.top_k > self.pool_size:
+                raise ValueError(
+                    f"expected method.top_k of at most method.pool_size {self.pool_size}, got {self.top_k}"
+                )
+            layers = self.general_layers + self.expert_layers
+            if len(set(layers)) < len(layers) or not self.expert_layers:
+                raise ValueError(f"expected method.expert_layers, and each layer at most once in them and in"
+                                 f" method.general_layers {self.general_layers}, got {self.expert_layers}")  # fmt: skip
+
+        def build(self, backbone: Backbone, classes: int, generator: torch.Generator) -> DualPrompt:
+            """An untrained DualPrompt."""
+            return DualPrompt(self, backbone, classes, generator)
+
+    def __init__(self, config: DualPrompt.Config, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
+        super().__init__(backbone, classes, generator)
+        self.config = config
+        if not all(0 <= layer < backbone.depth for layer in config.general_layers + config.expert_layers):
+            raise ValueError(f"expected layers between 0 and {backbone.depth - 1}, the last of this model, got"
+                             f" {config.general_layers} and {config.expert_layers}")  # fmt: skip
+        heads, width = backbone.heads, backbone.width // backbone.heads
+
+        def prefixes(size: int, length: int) -> PrefixPool:
+            return PrefixPool(size, length, heads, width, generator=generator, shared=config.same_key_and_value)
+
+        def expert() -> PrefixPool | TokenPool:
+            if config.experts == "token":
+                return TokenPool(config.pool_size, config.expert_length, backbone.width, generator=generator)
+            return prefixes(config.pool_size, config.expert_length)
+
+        self.general = nn.ModuleDict(
+            {str(layer): prefixes(1, config.general_length) for layer in config.general_layers}
+        )
+        self.experts = nn.ModuleDict({str(layer): expert() for layer in config.expert_layers})
+        self.key = nn.Parameter(torch.empty(config.pool_size, backbone.width).uniform_(-1, 1, generator=generator))
+
+    def begin_task(self, task: Task) -> None:
+        """Hand the last task's experts on, if the pool is shared."""
+        if self.config.shared_pool:
+            for parameter in self.experts.parameters():
+                inherit(parameter, task.index, self.config.top_k)
+
+    def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
+        """CLS, see `Method.features`."""
+        query = self.query(images) if query is None else query
+        return self._read(images, choose(match(query, self.key), self.config.top_k, by_vote=by_vote))
+
+    @torch.no_grad()
+    def prepare(self, images: Tensor, task: Task) -> dict[str, Tensor]:
+        """Queries and the choice of experts, which may be the task's or the batch's."""
+        query = self.query(images)
+        slot = task.index if self.config.prompt_mask else None
+        by_vote = self.config.selection == "batch"
+        indices = choose(match(query, self.key), self.config.top_k, slot=slot, by_vote=by_vote)
+        return {"query": query, "indices": indices}
+
+    def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
+        """Cross-entropy over the classes of `task`, less the pull of the chosen keys."""
+        prepared = prepared or self.prepare(images, task)
+        selection = Selection(prepared["indices"], match(prepared["query"], self.key))
+        logits = only(self.head(self._read(images, selection.indices)), task.classes)
+        return F.cross_entropy(logits, labels) - self.config.pull * selection.pull
+
+    def protected(self) -> dict[str, Protected]:
+        """The keys of all prefixes and, where asked for, their values; expert tokens; the keys that images match."""
+        spaces = {"keys": Protected(self.key, role="key")}
+        for name, _, pool in self._pools():
+            if isinstance(pool, TokenPool):
+                spaces[name] = Protected(pool.tokens)
+            else:
+                spaces[f"{name} keys"] = Protected(pool.keys)
+                if self.config.protect == "keys+values":
+                    spaces[f"{name} values"] = Protected(pool.values, axis=-2, role="value")
+        return spaces
+
+    @torch.no_grad()
+    def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
+        """Queries of the protected layers, head by head; the attention they give to prefixes; queries of images.
+
+        Attention answers an old query q as before if prefix keys move by `q dk^T = 0`, so that its weights S stay, and
+        prefix values by `S dv = 0`. Keys are held for all old images, as in the paper; the values of an expert for the
+        images that picked it.
+        """
+        query = self.query(images) if query is None else query
+        indices = choose(match(query, self.key), self.config.top_k)
+        prompts, prefixes = self._inputs(indices)
+        traces = self.backbone.trace(images, {*prompts, *prefixes}, prompts, prefixes)
+        rows = {"keys": Rows(query.unsqueeze(1))}
+        for name, layer, pool in self._pools():
+            trace = traces[layer]
+            if isinstance(pool, TokenPool):
+                rows[name] = Rows(trace.tokens, prompts[layer])
+            else:
+                rows[f"{name} keys"] = Rows(trace.queries)
+                if self.config.protect == "keys+values":
+                    assert trace.shares is not None
+                    rows[f"{name} values"] = Rows(_by_prefix(trace.shares, indices, len(pool.keys)))
+        return rows
+
+    def _pools(self) -> Iterator[tuple[str, int, PrefixPool | TokenPool]]:
+        """Name, layer and pool."""
+        for kind, pools in (("general", self.general), ("expert", self.experts)):
+            for layer, pool in pools.items():
+                assert isinstance(pool, PrefixPool | TokenPool)
+                yield f"{kind} {layer}", int(layer), pool
+
+    def _inputs(self, indices: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """By layer, the tokens and the prefixes of images that picked the experts `indices (B, k)`."""
+        prompts, prefixes = {}, {}
+        for _, layer, pool in self._pools():
+            if isinstance(pool, TokenPool):
+                prompts[layer] = pool(indices)
+            else:
+                prefixes[layer] = pool(indices if len(pool.keys) > 1 else torch.zeros_like(indices[:, :1]))
+        return prompts, prefixes
+
+    def _read(self, images: Tensor, indices: Tensor) -> Tensor:
+        prompts, prefixes = self._inputs(indices)
+        cls: Tensor = self.backbone(images, prompts, prefixes, read=1)[:, 0]
+        return cls
+
+
+def _by_prefix(shares: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Attention `(B, H, N, k * L)` to the prefixes `indices (B, k)`, sorted by prefix: `(B, M, H, N, L)`, else 0."""
+    if size == 1:
+        return shares.unsqueeze(1)
+    B, H, N, _ = shares.shape
+    parts = shares.unflatten(-1, (indices.shape[1], -1)).movedim(3, 1)  # (B, k, H, N, L)
+    sorted_ = shares.new_zeros(B, size, H, N, parts.shape[-1])
+    sorted_[torch.arange(B, device=indices.device).unsqueeze(1), indices] = parts
+    return sorted_

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import oracles
+from conftest import golden_vit
+from pgp.backbones.vit import ViT
+from pgp.methods.dualprompt import DualPrompt, _by_prefix
+from pgp.projections.none import NoProjection
+from pgp.projections.orthogonal import Orthogonal
+from pgp.scenario import Task, generator
+
+TASK = Task(1, (2, 3), torch.arange(4), torch.arange(4))
+
+
+def images(count, size=32, seed=1):
+    return torch.rand(count, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def build(vit=None, **settings):
+    config = DualPrompt.Config(**{"prompt_mask": False, **settings})
+    return config.build(vit or golden_vit(), 6, generator(0, "init")).double()
+
+
+def few_tokens():
+    """A model with few tokens an image, so that few old images leave directions of every head free."""
+    arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 4, "num_classes": 0}
+    torch.manual_seed(0)
+    return ViT(timm.create_model("vit_tiny_patch16_224", **arguments)).double()
+
+
+def learn(method, projection, steps=25):
+    """A new task, by Adam; its losses."""
+    optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], lr=0.05)
+    projection.attach(optimizer, method.protected())
+    labels, losses = torch.arange(8) % 2 + 2, []
+    x = images(8, 16, seed=2) * 0.2 + images(4, 16, seed=3)[labels]
+    for _ in range(steps):
+        loss = method.loss(x, labels, TASK)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def drift(protect, projection, **settings):
+    """How far a new task moves features of old images, relatively, and how far its loss falls."""
+    method = build(few_tokens(), general_length=12, expert_length=12, protect=protect, **settings)
+    old = images(2, 16)
+    if projection is not None:
+        for space, rows in method.activations(old).items():
+            projection.observe(space, rows)
+        projection.end_task(method.protected())
+        assert all(projection.rank(name) < target.parameter.shape[target.axis]
+                   for name, target in method.protected().items())  # fmt: skip
+    before = method.features(old).detach()
+    first, *_, last = learn(method, projection or NoProjection())
+    return float((method.features(old).detach() - before).norm() / before.norm()), first - last
+
+
+EVERYTHING = {"space": "input", "energy": 1.0, "key_energy": 1.0}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 2, "pull": 0.0}, {"prompt_mask": True}, {"same_key_and_value": True}]
+)
+def test_old_features_stay_through_the_whole_network(settings):
+    """Keys and values, all energy, the update projected: by rounding only. Nothing less holds, by at least this."""
+    moved = {
+        name: drift(protect, projection, **settings)
+        for name, protect, projection in (
+            ("exact", "keys+values", Orthogonal(Orthogonal.Config(**EVERYTHING, on="update"))),
+            ("gradient", "keys+values", Orthogonal(Orthogonal.Config(**EVERYTHING, on="gradient"))),
+            ("keys", "keys", Orthogonal(Orthogonal.Config(**EVERYTHING, on="update"))),
+            ("none", "keys", None),
+        )
+    }
+    far, fall = moved["exact"]
+    assert far < 1e-10
+    assert fall > 0.3
+    assert moved["gradient"][0] > 0.01  # Adam rescales the projected gradient, coordinate by coordinate
+    assert moved["keys"][0] > 0.1  # as in the paper: values are free
+    assert moved["none"][0] > moved["gradient"][0]
+
+
+def test_values_are_held_for_the_images_that_picked_them():
+    shares = torch.rand(3, 2, 4, 6, generator=torch.Generator().manual_seed(0))  # (B, H, N, k * L), k = 2
+    indices = torch.tensor([[4, 1], [1, 0], [2, 3]])
+    by_prefix = _by_prefix(shares, indices, size=5)
+    assert by_prefix.shape == (3, 5, 2, 4, 3)
+    for image, (first, second) in enumerate(indices.tolist()):
+        assert torch.equal(by_prefix[image, first], shares[image, ..., :3])
+        assert torch.equal(by_prefix[image, second], shares[image, ..., 3:])
+        others = [prefix for prefix in range(5) if prefix not in (first, second)]
+        assert not by_prefix[image, others].any()
+
+
+@torch.no_grad()
+def test_traces_against_explicit_softmax():
+    method, x = build(protect="keys+values", general_layers=(0,), expert_layers=(3,)), images(2)
+    rows, vit = method.activations(x), method.backbone
+    block, tokens = vit.vit.blocks[0], vit.embed(x)
+    q, k, _ = block.attn.qkv(block.norm1(tokens)).view(2, 17, 3, 4, 12).permute(2, 0, 3, 1, 4)
+    torch.testing.assert_close(rows["general 0 keys"].inputs, q, rtol=0, atol=1e-12)
+    prefix = method.general["0"].keys[0]
+    for image in range(2):
+        for head in range(4):
+            scores = q[image, head] @ torch.cat([prefix[head], k[image, head]]).T * block.attn.scale
+            expected = oracles.softmax(scores.numpy())[:, :5]
+            np.testing.assert_allclose(rows["general 0 values"].inputs[image, 0, head], expected, atol=1e-12)
+
+
+@torch.no_grad()
+def test_nothing_above_the_deepest_protected_layer_is_computed(monkeypatch):
+    method, x = build(), images(2)
+    query = method.query(x)
+    for block in method.backbone.vit.blocks[5:]:
+        monkeypatch.setattr(block, "forward", None)
+    norms = []
+    for block in method.backbone.vit.blocks:
+        block.norm1.register_forward_hook(lambda *_: norms.append("attention"))
+        block.norm2.register_forward_hook(lambda *_: norms.append("mlp"))
+    method.activations(x, query)
+    assert (norms.count("attention"), norms.count("mlp")) == (5, 4)  # of layer 4, its queries only
+
+
+@torch.no_grad()
+def test_expert_tokens_join_from_their_layer_on():
+    method, x = build(experts="token", general_layers=()), images(2)
+    indices = torch.tensor([[7], [0]])
+    vit = method.backbone
+    tokens = vit.embed(x)
+    for layer, block in enumerate(vit.vit.blocks):
+        if layer in (2, 3, 4):
+            prompts = method.experts[str(layer)].tokens[indices[:, 0]]
+            tokens = torch.cat([prompts, tokens], dim=1)  # anywhere: attention does not know the order
+        tokens = block(tokens)
+    expected = vit.vit.norm(tokens)[:, 15]
+    torch.testing.assert_close(method._read(x, indices), expected, rtol=0, atol=1e-12)
+    assert {"expert 2", "expert 3", "expert 4", "keys"} == method.protected().keys() == method.activations(x).keys()
+
+
+def test_experts_are_handed_on():
+    method = build(shared_pool=True, top_k=2)
+    before = {name: tensor.clone() for name, tensor in method.learned_state().items()}
+    method.begin_task(Task(2, (4,), TASK.train, TASK.test))
+    for name, tensor in method.learned_state().items():
+        expected = before[name].clone()
+        if name.startswith("experts"):
+            expected[4:6] = before[name][2:4]
+        assert torch.equal(tensor, expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top_k": 11}, r"method.top_k of at most method.pool_size 10, got 11"),
+        ({"pool_size": 0}, r"method.pool_size of at least 1, got 0"),
+        ({"general_length": 0}, r"method.general_length of at least 1, got 0"),
+        ({"expert_layers": (1, 2)}, r"each layer at most once .* method.general_layers \(0, 1\), got \(1, 2\)"),
+        ({"expert_layers": ()}, r"expected method.expert_layers"),
+        ({"expert_layers": (2, 6)}, r"layers between 0 and 5.*got \(0, 1\) and \(2, 6\)"),
+        ({"general_layers": (-1,)}, r"layers between 0 and 5"),
+    ],
+)
+def test_settings_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        build(**settings)
