@@ -1,7 +1,8 @@
-"""Seconds and peak memory of L2P-PGP on ViT-B/16, against a plain baseline measured in the same run.
+"""Seconds and peak memory of L2P-PGP and DualPrompt-PGP on ViT-B/16, against a plain L2P measured in the same run.
 
-    python benchmarks/cost.py                     # everything; docs/results/cost.md and cost.jsonl
-    python benchmarks/cost.py --memory train ours # one peak, of this process
+    python benchmarks/cost.py                          # everything: lines of docs/results/cost.jsonl, and cost.md from them
+    python benchmarks/cost.py --only "L2P evaluation"  # a part, anew
+    python benchmarks/cost.py --memory train l2p       # one peak, of this process
 
 The baseline is how this family of methods is usually written: two copies of the timm model (one for queries, one
 prompted), every block computed for every token, the query computed anew whenever it is needed, the batch in one piece.
@@ -32,10 +33,10 @@ from torch import Tensor, nn
 
 from pgp import recipes
 from pgp.backbones.vit import ViT
+from pgp.config import Hardware
 from pgp.datasets import Batch, Loading, batches, in_order
 from pgp.datasets.synthetic import Synthetic
 from pgp.methods import only
-from pgp.methods.l2p import L2P
 from pgp.projections.orthogonal import Orthogonal
 from pgp.run import environment
 from pgp.scenario import Task, generator
@@ -43,6 +44,7 @@ from pgp.subspace import Protected
 from pgp.train import Learner, observe, train_step
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results" / "cost.jsonl"
 MODEL, SIZE, BATCH, CLASSES = "vit_base_patch16_224.orig_in21k", 224, 16, 100
 TASK = Task(0, tuple(range(10)), torch.empty(0), torch.empty(0))
 
@@ -76,15 +78,11 @@ class Baseline(nn.Module):
         return F.cross_entropy(only(self.head(features), TASK.classes), labels) - 0.1 * pull
 
 
-def ours() -> L2P:
-    return L2P(L2P.Config(), ViT.Config(MODEL, "random").build(SIZE), CLASSES, generator(0, "init"))
-
-
 def images(count: int = BATCH) -> Tensor:
     return torch.rand(count, 3, SIZE, SIZE, generator=generator(0, "images"))
 
 
-def train(kind: str) -> Callable[[], Any]:
+def train(kind: str, precision: str) -> Callable[[], Any]:
     """One training step."""
     batch, labels = images(), torch.arange(BATCH) % 10
     if kind == "baseline":
@@ -93,96 +91,119 @@ def train(kind: str) -> Callable[[], Any]:
         optimizer = torch.optim.Adam(learned, lr=0.001875)
 
         def plain() -> None:
-            model.loss(batch, labels).backward()
+            with autocast(precision):
+                loss = model.loss(batch, labels)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
         return plain
-    learner = new_learner()
+    learner = new_learner(kind, precision)
     adam = learner.config.optimizer.build([p for p in learner.method.parameters() if p.requires_grad], BATCH)
     protected = learner.method.protected()
-    half_projection(protected, learner.method.backbone.width).attach(adam, protected)
+    half_projection(protected).attach(adam, protected)
     ready = learner.fabric.setup_optimizers(adam)
     return lambda: train_step(learner, ready, Batch(batch, labels, labels), TASK, BATCH)
 
 
-def new_learner() -> Learner:
+def new_learner(kind: str, precision: str) -> Learner:
     """The published recipe for CIFAR-100, on noise."""
-    recipe = replace(recipes.RECIPES["10cifar100_l2p_pgp"](), dataset=Synthetic(classes=CLASSES, per_class=8))
-    config = replace(recipe, backbone=ViT.Config(MODEL, "random"), method=L2P.Config())
-    return Learner(Fabric(accelerator="cpu", devices=1), config, Progress(disable=True))
+    recipe = recipes.RECIPES[f"10cifar100_{kind}_pgp"]()
+    data = Synthetic(classes=CLASSES, per_class=8)
+    config = replace(recipe, dataset=data, backbone=ViT.Config(MODEL, "random"), batch_size=BATCH)
+    config = replace(config, hardware=Hardware("cpu", precision=precision))
+    return Learner(Fabric(accelerator="cpu", devices=1, precision=precision), config, Progress(disable=True))
 
 
-def half_projection(protected: dict[str, Protected], width: int) -> Orthogonal:
-    """A projection of rank D/2 in every space, as many directions as a run gathers over its tasks."""
+def half_projection(protected: dict[str, Protected]) -> Orthogonal:
+    """A projection of half rank in every space, as many directions as a run gathers over its tasks."""
     projection = Orthogonal()
-    basis = torch.linalg.qr(torch.randn(width, width // 2, generator=generator(0, "basis"), dtype=torch.float64))[0]
-    projection.load_state_dict({space: basis.clone() for space in protected})
+    bases = {}
+    for space, target in protected.items():
+        width = target.parameter.shape[target.axis]
+        draw = torch.randn(width, width // 2, generator=generator(0, "basis"), dtype=torch.float64)
+        bases[space] = torch.linalg.qr(draw).Q
+    projection.load_state_dict(bases)
     return projection
 
 
-def evaluation(kind: str) -> Callable[[], Any]:
+def evaluation(kind: str, precision: str) -> Callable[[], Any]:
     """One test batch of a task that was evaluated before: the query is known to ours, and recomputed by the baseline."""
     batch = images()
-    with torch.no_grad():
-        if kind == "baseline":
-            baseline = Baseline()
-            return torch.no_grad()(lambda: baseline.head(baseline.features(batch)[0]))
-        model = ours()
-        query = model.query(batch)
-    return torch.no_grad()(lambda: model(batch, query))
+    if kind == "baseline":
+        baseline = Baseline()
+
+        def act() -> None:
+            baseline.head(baseline.features(batch)[0])
+    else:
+        model = new_learner(kind, precision).method
+        with torch.no_grad(), autocast(precision):
+            query = model.query(batch)
+
+        def act() -> None:
+            model(batch, query)
+
+    return torch.no_grad()(autocast(precision)(act))
 
 
-def boundary(kind: str, count: int = 192) -> Callable[[], Any]:
+def boundary(kind: str, precision: str, count: int = 192) -> Callable[[], Any]:
     """What follows a task of `count` images: observe them and grow the bases. The baseline is one query pass over them.
 
     A quarter of the 768 images whose memory is measured suffices for the time: the fewer, the more growing counts.
     """
-    learner = new_learner()
+    learner = new_learner("l2p" if kind == "query" else kind, precision)
     task = replace(TASK, train=torch.arange(count))
 
-    def ours() -> None:
+    def looking_back() -> None:
         projection = Orthogonal()
         observe(learner, task, projection, [])
         projection.end_task(learner.method.protected())
 
     @torch.no_grad()
+    @autocast(precision)
     def query() -> None:
         for batch in batches(learner.viewed("test", "observed", task), in_order(task.train, BATCH), Loading()):
             learner.method.query(batch.images)
 
-    return ours if kind == "ours" else query
+    return query if kind == "query" else looking_back
 
 
-MEASURED: dict[str, tuple[Callable[[str], Callable[[], Any]], str]] = {
-    "train": (train, "baseline"),
-    "evaluation": (evaluation, "baseline"),
-    "boundary": (boundary, "one query pass"),
+ACTS: dict[str, Callable[[str, str], Callable[[], Any]]] = {
+    "train": train,
+    "evaluation": evaluation,
+    "boundary": boundary,
 }
-"""By name: what is measured, and against what."""
+MEASURED = {
+    "L2P train step": ("train", "l2p", "baseline"),
+    "L2P evaluation": ("evaluation", "l2p", "baseline"),
+    "L2P boundary": ("boundary", "l2p", "query"),
+    "DualPrompt train step": ("train", "dualprompt", None),
+    "DualPrompt boundary": ("boundary", "dualprompt", None),
+}
+"""By name: what is done, by which method, and against what; memory alone where against nothing."""
+OTHERS = {"baseline": "plain L2P", "query": "a query pass over the same images", None: ""}
 
 
 def autocast(precision: str) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
-def seconds(acts: dict[str, Callable[[], Any]], rounds: int, precision: str) -> dict[str, list[float]]:
+def seconds(acts: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Seconds of each act in each round, the acts taking turns."""
     taken: dict[str, list[float]] = {name: [] for name in acts}
-    with autocast(precision):
-        for number in range(rounds + 1):
-            for name, act in acts.items():
-                started = time.perf_counter()
-                act()
-                if number:  # the first round warms up
-                    taken[name].append(time.perf_counter() - started)
+    for number in range(rounds + 1):
+        for name, act in acts.items():
+            started = time.perf_counter()
+            act()
+            if number:  # the first round warms up
+                taken[name].append(time.perf_counter() - started)
     return taken
 
 
-def peak(what: str, kind: str, precision: str, threads: int) -> float:
+def peak(act: str, kind: str, precision: str, threads: int) -> float:
     """Peak resident memory in GB of a process that does one thing: twice, or the boundary of 768 images once."""
-    command = [sys.executable, __file__, "--memory", what, kind, "--precision", precision, "--threads", str(threads)]
+    command = [sys.executable, __file__, "--memory", act, kind, "--precision", precision, "--threads", str(threads)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
@@ -193,21 +214,25 @@ def peak_of_this_process() -> float:
 
 
 def compare(what: str, precision: str, threads: int, rounds: int) -> dict[str, Any]:
-    """Ours and the other."""
-    make, other = MEASURED[what]
-    taken = seconds({"ours": make("ours"), "other": make(other)}, rounds, precision)
-    ratios = [mine / its for mine, its in zip(taken["ours"], taken["other"], strict=True)]
-    return {
-        "what": what,
-        "against": other,
-        "precision": precision,
-        "ours_seconds": statistics.median(taken["ours"]),
-        "other_seconds": statistics.median(taken["other"]),
-        "ratio": statistics.median(ratios),
-        "ratios": [round(ratio, 3) for ratio in ratios],
-        "ours_peak_gb": peak(what, "ours", precision, threads),
-        "other_peak_gb": peak(what, other, precision, threads),
-    }
+    """One line of figures."""
+    act, kind, other = MEASURED[what]
+    line: dict[str, Any] = {"what": what, "against": OTHERS[other], "precision": precision}
+    if other:
+        acts = {"ours": ACTS[act](kind, precision), "other": ACTS[act](other, precision)}
+        if precision != "32-true":
+            acts["float32"] = ACTS[act](other, "32-true")
+        taken = seconds(acts, rounds)
+        for name in list(acts)[1:]:
+            ratios = [mine / its for mine, its in zip(taken["ours"], taken[name], strict=True)]
+            rounded = [round(ratio, 3) for ratio in ratios]
+            line |= {f"ratio_to_{name}": statistics.median(ratios), f"ratios_to_{name}": rounded}
+        line |= {f"{name}_seconds": statistics.median(taken[name]) for name in acts}
+    line["ours_peak_gb"] = peak(act, kind, precision, threads)
+    if other:
+        line["other_peak_gb"] = peak(act, other, precision, threads)
+    if what == "L2P train step":
+        line["projection_seconds"] = projection_seconds()
+    return line
 
 
 def projection_seconds() -> float:
@@ -218,10 +243,10 @@ def projection_seconds() -> float:
     for on in (False, True):
         optimizer = torch.optim.Adam(prompts.values(), lr=0.001875)
         if on:
-            half_projection(protected, 768).attach(optimizer, protected)
+            half_projection(protected).attach(optimizer, protected)
         for parameter in prompts.values():
             parameter.grad = torch.rand_like(parameter)
-        medians[on] = statistics.median(seconds({"step": optimizer.step}, 30, "32-true")["step"])
+        medians[on] = statistics.median(seconds({"step": optimizer.step}, 30)["step"])
     return medians[True] - medians[False]
 
 
@@ -230,55 +255,79 @@ def has_bf16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def measure(threads: int, rounds: int) -> str:
-    """Everything, as a table; raw figures go to cost.jsonl."""
-    about = environment()
-    head = f"{about['processor']}, {threads} threads, torch {about['versions']['torch']}, commit {about['commit']}, {rounds} rounds"
-    if not has_bf16():
-        head += "; this processor has no bf16 arithmetic, so bf16-mixed is not measured"
-    lines = [
-        head,
-        "",
-        "| what | against | precision | ours, s | other, s | ratio | ours, GB | other, GB |",
-        "|---" * 8 + "|",
+def table() -> str:
+    """The latest line of each kind."""
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    latest = {(line["what"], line["precision"]): line for line in lines}
+    out = [
+        "| what | against | precision | ours, s | other, s | ratio (rounds) | to the other in float32 | ours, GB | other, GB |",
+        "|---" * 9 + "|",
     ]
-    with (ROOT / "docs" / "results" / "cost.jsonl").open("a") as raw:
-        for precision in ("32-true", *(["bf16-mixed"] if has_bf16() else [])):
-            for what in MEASURED:
-                line = compare(what, precision, threads, rounds)
-                raw.write(json.dumps({**line, "commit": about["commit"], "threads": threads}) + "\n")
-                lines.append(
-                    f"| {what} | {line['against']} | {precision} | {line['ours_seconds']:.2f} | {line['other_seconds']:.2f} |"
-                    f" {line['ratio']:.3f} | {line['ours_peak_gb']:.2f} | {line['other_peak_gb']:.2f} |"
-                )
-                print(lines[-1], flush=True)
-                if what == "train":
-                    added = projection_seconds()
-                    share = 100 * added / line["ours_seconds"]
-                    last = f"The projection adds {1000 * added:.1f} ms to a step of {line['ours_seconds']:.2f} s: {share:.2f} %."
-    return "\n".join([*lines, "", last]) + "\n"
+
+    def shown(line: dict[str, Any], name: str, digits: int) -> str:
+        return f"{line[name]:.{digits}f}" if name in line else ""
+
+    def rounds(line: dict[str, Any], name: str) -> str:
+        return f" ({', '.join(f'{ratio:.2f}' for ratio in line[name])})" if name in line else ""
+
+    for (what, precision), line in latest.items():
+        cells = [
+            what,
+            line["against"],
+            precision,
+            shown(line, "ours_seconds", 2),
+            shown(line, "other_seconds", 2),
+            shown(line, "ratio_to_other", 3) + rounds(line, "ratios_to_other"),
+            shown(line, "ratio_to_float32", 3) + rounds(line, "ratios_to_float32"),
+            shown(line, "ours_peak_gb", 2),
+            shown(line, "other_peak_gb", 2),
+        ]
+        out.append("| " + " | ".join(cells) + " |")
+    out.append("")
+    for line in latest.values():
+        if "projection_seconds" in line:
+            added, step = line["projection_seconds"], line["ours_seconds"]
+            out.append(
+                f"The projection adds {1000 * added:.1f} ms to a step of {step:.2f} s: {100 * added / step:.2f} %."
+            )
+    about = lines[-1]
+    out.append(
+        f"{about['processor']}, {about['threads']} threads, torch {about['torch']};"
+        f" commits {', '.join(sorted({line['commit'] for line in latest.values()}))}."
+    )
+    if not has_bf16():
+        out.append("This processor has no bf16 arithmetic, so bf16-mixed is not measured.")
+    return "\n".join(out) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", nargs=2, metavar=("WHAT", "KIND"))
-    parser.add_argument("--precision", default="32-true", choices=("32-true", "bf16-mixed"))
+    parser.add_argument("--memory", nargs=2, metavar=("ACT", "KIND"))
+    parser.add_argument("--only", nargs="+", choices=MEASURED, default=list(MEASURED))
+    both = ("32-true", "bf16-mixed")
+    parser.add_argument("--precision", nargs="+", choices=both, default=both if has_bf16() else both[:1])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.memory:
-        what, kind = options.memory
-        if what == "boundary":
-            seconds({kind: boundary(kind, 768)}, 0, options.precision)
+        (act, kind), (precision, *_) = options.memory, options.precision
+        if act == "boundary":
+            seconds({kind: boundary(kind, precision, 768)}, 0)
         else:
-            seconds({kind: MEASURED[what][0](kind)}, 1, options.precision)
+            seconds({kind: ACTS[act](kind, precision)}, 1)
         print(peak_of_this_process())
         return
-    table = measure(options.threads, options.rounds)
-    (ROOT / "docs" / "results" / "cost.md").write_text(table)
-    print(table)
+    about = environment()
+    kept = {"commit": about["commit"], "processor": about["processor"], "torch": about["versions"]["torch"]}
+    for precision in options.precision:
+        for what in options.only:
+            line = compare(what, precision, options.threads, options.rounds)
+            with RESULTS.open("a") as raw:
+                raw.write(json.dumps({**line, "threads": options.threads, **kept}) + "\n")
+    RESULTS.with_suffix(".md").write_text(table())
+    print(table())
 
 
 if __name__ == "__main__":

@@ -27,13 +27,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning_fabric import Fabric
 from PIL import Image
+from rich.progress import Progress
 
 from pgp import metrics
 from pgp.backbones.vit import ViT
 from pgp.config import Config, Optimizer
-from pgp.datasets import Views
+from pgp.datasets import Loading, Viewed, Views, batches, in_order
 from pgp.datasets.folder import Folder
+from pgp.methods import Method
+from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
 from pgp.projections import Projection
@@ -42,8 +46,9 @@ from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.released import Released
 from pgp.readouts.lda import LDA
 from pgp.readouts.sequential import Sequential
-from pgp.run import environment
-from pgp.train import train
+from pgp.run import Run, environment
+from pgp.scenario import Task
+from pgp.train import Learner, train
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -54,9 +59,13 @@ TUNING = ROOT / "docs" / "results" / "emoji_tuning.jsonl"
 TEST = ("emojione", "emojione-v1")
 VALIDATION = ("openmoji",)
 RATES = (0.03, 0.1, 0.3, 1.0)
-METHOD = L2P.Config(top_k=2, reads="token")
+METHODS: dict[str, Method.Config] = {
+    "head-only": HeadOnly.Config(),
+    "l2p": L2P.Config(top_k=2, reads="token"),
+    "dualprompt": DualPrompt.Config(),
+}
 """Seven pictures of a class are few: a smaller choice of prompts, and CLS as published for the smallest data set."""
-BEST_RATE = {"l2p": 0.3, "head-only": 0.03}
+BEST_RATE = {"l2p": 0.3, "head-only": 0.03, "dualprompt": 0.3}
 """Per 256 images; of what `tune` tried, the best average incremental accuracy (the mean over all stages)."""
 
 
@@ -74,7 +83,12 @@ def folder(held_out: tuple[str, ...], left_out: tuple[str, ...] = ()) -> Path:
             part = "test" if vendors[vendor] in held_out else "train"
             path = _made(partial / part / name) / f"{vendors[vendor]}.png"
             Image.fromarray(picture).save(path)
-    partial.replace(root)
+    try:
+        partial.replace(root)
+    except OSError:  # another process was faster
+        if not root.is_dir():
+            raise
+        shutil.rmtree(partial)
     return root
 
 
@@ -87,7 +101,7 @@ def base(root: Path, seed: int) -> Config:
             size=56, resize=56, scale=(0.6, 1.0), flip=0.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
         ),
         backbone=ViT.Config("vit_small_patch14_dinov2.lvd142m", weights=str(WEIGHTS)),
-        method=METHOD,
+        method=METHODS["l2p"],
         projection=NoProjection.Config(),
         readouts=(Sequential.Config(), LDA.Config()),
         optimizer=Optimizer(lr=BEST_RATE["l2p"]),
@@ -103,7 +117,7 @@ def base(root: Path, seed: int) -> Config:
 def rows() -> dict[str, dict[str, Any]]:
     """By name, how each row of the table differs from `base`."""
     table: dict[str, dict[str, Any]] = {
-        "head only": {"method": HeadOnly.Config(), "optimizer": Optimizer(lr=BEST_RATE["head-only"])},
+        "head only": {"method": METHODS["head-only"], "optimizer": Optimizer(lr=BEST_RATE["head-only"])},
         "L2P": {},
         "L2P-PGP released": {"projection": Released.Config()},
     }
@@ -112,6 +126,15 @@ def rows() -> dict[str, dict[str, Any]]:
             for space in ("sum", "union", "input"):
                 projection: Projection.Config = Orthogonal.Config(space, energy, energy, on)  # type: ignore[arg-type]
                 table[f"L2P-PGP {space} {on} {energy:g}"] = {"projection": projection}
+    rate = Optimizer(lr=BEST_RATE["dualprompt"])
+    table["DualPrompt"] = {"method": METHODS["dualprompt"], "optimizer": rate}
+    for energy in (0.9, 0.99):
+        for protect in ("keys", "keys+values"):
+            table[f"DualPrompt-PGP {protect} {energy:g}"] = {
+                "method": DualPrompt.Config(protect=protect),  # type: ignore[arg-type]
+                "optimizer": rate,
+                "projection": Orthogonal.Config(energy=energy, key_energy=energy, on="update"),
+            }
     return table
 
 
@@ -131,15 +154,36 @@ def measure(config: Config) -> dict[str, Any]:
             for column, matrix in run.matrices().items()
         }
         *_, last = run.events("task")
+        moved = drift(run)
     finally:
         shutil.rmtree(scratch)
-    return {"seconds": round(time.perf_counter() - started, 1), "ranks": last["ranks"], "figures": figures}
+    seconds = round(time.perf_counter() - started, 1)
+    return {"seconds": seconds, "ranks": last["ranks"], "drift": moved, "figures": figures}
+
+
+@torch.no_grad()
+def drift(run: Run) -> float:
+    """How far features of test images moved between the end of their task and the end of the run: the norm of the change
+    by the norm of the features, the mean over all tasks but the last.
+    """
+    learner = Learner(Fabric(accelerator="cpu", devices=1), run.config, Progress(disable=True))
+    viewed = Viewed(learner.data.test, run.config.views.test(), 0, ("test",), skip_bad=False)
+    tasks = learner.scenario.tasks[:-1]
+
+    def features(task: Task, checkpoint: str) -> torch.Tensor:
+        learner.load_state_dict(run.load(checkpoint))
+        (batch,) = batches(viewed, in_order(task.test, len(task.test)), Loading())
+        return learner.method.features(batch.images)
+
+    final = f"task-{len(tasks) + 1:02d}"
+    pairs = [(features(task, f"task-{task.index + 1:02d}"), features(task, final)) for task in tasks]
+    return statistics.mean(float((after - before).norm() / before.norm()) for before, after in pairs)
 
 
 def tune(part: int, parts: int) -> None:
     """Final accuracy per learning rate on a held-out vendor; the test vendors are not looked at."""
     root = folder(VALIDATION, left_out=TEST)
-    jobs = [(name, method, lr) for name, method in (("head-only", HeadOnly.Config()), ("l2p", METHOD)) for lr in RATES]
+    jobs = [(name, method, lr) for name, method in METHODS.items() for lr in RATES]
     for name, method, lr in jobs[part - 1 :: parts]:
         if (name, lr) not in {(line["method"], line["lr"]) for line in _lines(TUNING)}:
             config = replace(
@@ -161,13 +205,13 @@ def run(part: int, parts: int, seeds: list[int]) -> None:
 
 
 def table() -> str:
-    """Mean and standard deviation over seeds, in percent, and the paired difference to L2P."""
+    """Mean and standard deviation over seeds, in percent, and the paired difference to the method without projection."""
     lines = list(_lines(RESULTS))
     by = {(line["row"], line["seed"]): line for line in lines}
     out = [
-        "| row | rank prompts / keys | seeds | own head: accuracy | forgetting | LDA: accuracy | forgetting |"
-        " accuracy, own head, less L2P | forgetting less L2P |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| row | rank prompts / keys | seeds | own head: accuracy | forgetting | LDA: accuracy | forgetting | drift |"
+        " own head, less base: accuracy | forgetting |",
+        "|" + "---|" * 10,
     ]
     for name in rows():
         seeds = sorted(seed for row, seed in by if row == name)
@@ -178,20 +222,24 @@ def table() -> str:
             return spread([100 * by[name, seed]["figures"][readout][figure] for seed in seeds])
 
         def paired(figure: str, name: str = name, seeds: list[int] = seeds) -> str:
-            both = [seed for seed in seeds if ("L2P", seed) in by]
-            own, twin = ([by[row, s]["figures"]["sequential"][figure] for s in both] for row in (name, "L2P"))
-            return "" if name == "L2P" else spread([100 * (a - b) for a, b in zip(own, twin, strict=True)], sign="+")
+            base = name.partition("-PGP")[0]
+            both = [seed for seed in seeds if (base, seed) in by]
+            own, twin = ([by[row, s]["figures"]["sequential"][figure] for s in both] for row in (name, base))
+            return "" if name == base else spread([100 * (a - b) for a, b in zip(own, twin, strict=True)], sign="+")
 
         ranks = [by[name, seed]["ranks"] for seed in seeds]
         mean = {space: statistics.mean(r[space] for r in ranks) for space in ranks[0]}
+        keys = [mean.pop("keys")] if mean else []
+        drifts = [by[name, seed]["drift"] for seed in seeds if "drift" in by[name, seed]]
         cells = [
             name,
-            " / ".join(f"{rank:.0f}" for rank in mean.values()),
+            " / ".join(f"{rank:.0f}" for rank in [statistics.mean(mean.values()), *keys]) if mean else "",
             str(len(seeds)),
             column("sequential", "average_accuracy"),
             column("sequential", "forgetting"),
             column("lda", "average_accuracy"),
             column("lda", "forgetting"),
+            f"{statistics.mean(drifts):.2f}" if drifts else "",
             paired("average_accuracy"),
             paired("forgetting"),
         ]
@@ -201,6 +249,8 @@ def table() -> str:
 
 def spread(values: list[float], sign: str = "") -> str:
     """`mean ± standard deviation`."""
+    if not values:
+        return ""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):{sign}.1f}{deviation}"
 

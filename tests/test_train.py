@@ -87,7 +87,12 @@ def test_resumes_after_a_task_bitwise(whole, tmp_path, monkeypatch):
     assert (resumed.folder / "accuracy.csv").read_bytes() == (whole.folder / "accuracy.csv").read_bytes()
 
 
-def test_resumes_inside_a_task_bitwise(whole, tmp_path, monkeypatch):
+METHODS = [tiny.config().method, replace(tiny.DUALPROMPT, protect="keys+values"), HeadOnly.Config()]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumes_inside_a_task_bitwise(tmp_path, monkeypatch, method):
+    whole = train.train(tiny.config(method=method), tmp_path / "whole")
     train_step, calls = train.train_step, []
 
     def crash(*arguments, **named):
@@ -98,11 +103,12 @@ def test_resumes_inside_a_task_bitwise(whole, tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "train_step", crash)
     with pytest.raises(KeyboardInterrupt):
-        train.train(tiny.config(save_every_steps=1), tmp_path / "run")
+        train.train(tiny.config(method=method, save_every_steps=1), tmp_path / "run")
     monkeypatch.setattr(train, "train_step", train_step)
     assert Run.open(tmp_path / "run").latest_name() == "task-02-step-000002"
     resumed = train.resume(tmp_path / "run")
     same(final(whole), final(resumed))
+    assert resumed.matrices().keys() == whole.matrices().keys()
     kept = {path.name for path in (resumed.folder / "checkpoints").iterdir()}
     assert kept == {"task-01", "task-02", "task-03", "latest"}
 

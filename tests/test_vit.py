@@ -178,3 +178,16 @@ def test_inputs_are_checked():
         vit(images(16))
     with pytest.raises(ValueError, match=r"prompts \(3, P, 48\), got \(3, 4, 47\)"):
         vit(images(32), {0: prompts(47)})
+
+
+@torch.no_grad()
+def test_half_the_memory_and_the_same_results_under_autocast():
+    vit, halved = tiny().float(), tiny().float()
+    halved.load_state_dict(vit.state_dict())
+    halved.halve()
+    assert halved.vit.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
+    x = images(32, dtype=torch.float32)
+    prefix = torch.randn(3, 2, 4, 3, 12, generator=torch.Generator().manual_seed(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(halved(x, prefixes={1: prefix}), vit(x, prefixes={1: prefix}))
+        assert torch.equal(halved(x, read=1), vit(x, read=1))

@@ -8,11 +8,13 @@ from pgp.backbones.vit import ViT
 from pgp.config import Config, Optimizer
 from pgp.datasets import Views
 from pgp.datasets.synthetic import Synthetic
+from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.l2p import L2P
 from pgp.projections.orthogonal import Orthogonal
 from pgp.readouts.lda import LDA
 from pgp.readouts.sequential import Sequential
 
+DUALPROMPT = DualPrompt.Config(general_layers=(0,), expert_layers=(1,), pool_size=4)
 BACKBONE = ViT.Config("vit_tiny_patch16_224", "random", {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4})
 
 

@@ -121,6 +121,8 @@ class Learner:
         _check_tasks(self.scenario)
         backbone = config.backbone.build(config.views.size)
         self.fingerprint = backbone.fingerprint()
+        if config.hardware.precision == "bf16-mixed":
+            backbone.halve()
         self.method = config.method.build(backbone, self.data.classes, generator(config.seed, "init"))
         self.model = fabric.setup_module(self.method)
         self.model.mark_forward_method("loss")
@@ -230,7 +232,8 @@ def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, share
         with fabric.no_backward_sync(model, enabled=number < len(parts)):
             rows = {name: tensor[part] for name, tensor in prepared.items()}
             weight = len(part) * fabric.world_size / share
-            loss = model.loss(images[part], labels[part], task, rows) * weight
+            with fabric.autocast():  # Fabric itself casts for other methods than forward on several devices only
+                loss = model.loss(images[part], labels[part], task, rows) * weight
             fabric.backward(loss)
         total += loss.detach()
     if clip:

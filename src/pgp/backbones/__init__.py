@@ -98,6 +98,15 @@ class Backbone(nn.Module, abc.ABC):
         super().train(False)
         return self
 
+    def halve(self) -> None:
+        """Hold the weights of matrix products in bfloat16, to which autocast would cast them at every use.
+
+        Under autocast all results are the same, in half the memory; outside of it the encoder is of no use any more.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(torch.bfloat16)
+
     def fingerprint(self) -> str:
         """Hash of all weights, by which a checkpoint knows the encoder it was learned on."""
         digest = hashlib.sha256()
