@@ -1,0 +1,226 @@
+"""Any open_clip model with two plain transformer towers, used as a library: its own modules, with prompts let in."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import pickle
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pgp.backbones import Trace, VisionLanguage, packaged
+
+_CONTAINERS = ("state_dict", "model")
+"""Keys under which published checkpoints hide their weights."""
+
+
+class CLIP(VisionLanguage):
+    """A frozen open_clip model: a vision transformer with a class token, and a causal text transformer."""
+
+    @dataclass(frozen=True)
+    class Config(VisionLanguage.Config):
+        """Which model, and with which weights."""
+
+        model: str = "ViT-B-16-quickgelu"
+        """open_clip's name (`open_clip.list_models()`), or the path of a model configuration in open_clip's JSON;
+        `package:NAME` is one that pgp ships."""
+        weights: str = "openai"
+        """A tag of `open_clip.list_pretrained()`, `random`, or the path of a checkpoint in open_clip's naming
+        (.safetensors, or .pt without pickled code); `package:NAME` is one that pgp ships."""
+
+        def build(self, size: int) -> CLIP:
+            """The frozen encoders, for images of `size` pixels a side; position embeddings are resampled to fit."""
+            return CLIP(_create(self, size))
+
+    model: Any
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = _plain(model)
+        self._text = getattr(model, "text", model)
+        visual = model.visual
+        self.width, self.depth = int(visual.class_embedding.shape[0]), len(visual.transformer.resblocks)
+        self.heads = int(visual.transformer.resblocks[0].attn.num_heads)
+        self.joint, self.text_width = int(visual.proj.shape[1]), int(self._text.token_embedding.embedding_dim)
+        self.context_length = int(self._text.positional_embedding.shape[0])
+        self.scale = float(model.logit_scale.detach().exp())
+        self._tokenizer = _open_clip().SimpleTokenizer(context_length=self.context_length)
+        self.freeze()
+
+    def embed(self, images: Tensor) -> Tensor:
+        """See `Backbone.embed`."""
+        tokens: Tensor = self.model.visual.ln_pre(self.positioned(images))
+        return tokens
+
+    def positioned(self, images: Tensor) -> Tensor:
+        """CLS and patches with their position embeddings, before the first norm, `(B, N, D)`."""
+        visual = self.model.visual
+        expected = tuple(visual.image_size)
+        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2:] != expected:
+            raise ValueError(f"expected images (B, 3, {expected[0]}, {expected[1]}), got {tuple(images.shape)}")
+        patches = visual.conv1(images).flatten(2).mT  # (B, N - 1, D)
+        cls = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+        positioned: Tensor = torch.cat([cls, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
+        return positioned
+
+    def place(self, prompts: Tensor) -> Tensor:
+        """Prompts through the first norm, without position embedding, as in the published CLIP-PGP."""
+        placed: Tensor = self.model.visual.ln_pre(prompts)
+        return placed
+
+    def forward(
+        self,
+        images: Tensor,
+        prompts: Mapping[int, Tensor] | None = None,
+        prefixes: Mapping[int, Tensor] | None = None,
+        read: int | None = None,
+    ) -> Tensor:
+        """See `Backbone.forward`; takes no prefixes."""
+        if prefixes:
+            raise ValueError("expected no prefixes: a CLIP encoder takes prompts only; choose --backbone vit")
+        x = self.embed(images)  # (B, N, D)
+        for layer, block in enumerate(self.model.visual.transformer.resblocks):
+            tokens = prompts.get(layer) if prompts else None
+            x = x if tokens is None else torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1)
+            x = block(x)
+        read_tokens: Tensor = self.model.visual.ln_post(x[:, :read])
+        return read_tokens
+
+    def trace(
+        self,
+        images: Tensor,
+        layers: Collection[int],
+        prompts: Mapping[int, Tensor] | None = None,
+        prefixes: Mapping[int, Tensor] | None = None,
+    ) -> dict[int, Trace]:
+        """See `Backbone.trace`; not to be had here."""
+        raise ValueError("expected a method without prefixes: a CLIP encoder takes prompts only; choose --backbone vit")
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """See `VisionLanguage.project`."""
+        projected: Tensor = tokens @ self.model.visual.proj
+        return projected
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """See `VisionLanguage.tokenize`."""
+        for text in texts:
+            if len(self._tokenizer.encode(text)) > self.context_length - 2:
+                raise ValueError(f"expected texts of at most {self.context_length - 2} tokens, got {text!r}")
+        tokens: Tensor = self._tokenizer(list(texts))
+        return tokens
+
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        """See `VisionLanguage.embed_text`."""
+        embedded: Tensor = self._text.token_embedding(tokens)
+        return embedded
+
+    def encode_text(self, embedded: Tensor, tokens: Tensor) -> Tensor:
+        """See `VisionLanguage.encode_text`."""
+        x = embedded + self._text.positional_embedding.to(embedded.dtype)
+        x = self._text.ln_final(self._text.transformer(x, attn_mask=self._text.attn_mask))
+        ends = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]  # the end token has the largest number
+        encoded: Tensor = ends @ self._text.text_projection
+        return encoded
+
+
+def _plain(model: Any) -> Any:
+    """`model`, if its towers are what this file understands."""
+    visual, text = getattr(model, "visual", None), getattr(model, "text", model)
+    blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
+    image_wants = {"attn_pool": None, "pool_type": "tok", "proj": ...}
+    text_pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
+    odd = [name for name, value in image_wants.items()
+           if (getattr(visual, name, None) is None if value is ... else getattr(visual, name, value) != value)]  # fmt: skip
+    if blocks is None or not hasattr(visual, "class_embedding") or odd:
+        raise ValueError(f"expected a CLIP model with a plain vision transformer and a class token, got {type(visual).__name__}"
+                         f" {odd}: choose a ViT-* model of open_clip")  # fmt: skip
+    wanted = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "attn_mask")
+    missing = [name for name in wanted if not isinstance(getattr(text, name, None), Tensor | nn.Module)]
+    vocabulary = getattr(getattr(text, "token_embedding", None), "num_embeddings", None)
+    if missing or text_pool not in ("argmax", None) or vocabulary != _VOCABULARY:
+        raise ValueError(f"expected CLIP's own text transformer and vocabulary of {_VOCABULARY}, got {type(text).__name__},"
+                         f" vocabulary {vocabulary}, pooling {text_pool}, without {missing}: choose another model")  # fmt: skip
+    for tower in (visual.transformer, text.transformer):
+        if not getattr(tower, "batch_first", False):
+            raise ValueError("expected transformers that take the batch first: update open_clip_torch to 2.26 or newer")
+    return model
+
+
+_VOCABULARY = 49408
+"""Tokens of CLIP's byte-pair encoding."""
+
+
+def _open_clip() -> Any:
+    """The library, which is an optional extra."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ValueError("CLIP needs open_clip, which is not installed: pip install 'prompt-gradient-projection[clip]'") from error  # fmt: skip
+    return open_clip
+
+
+def _create(config: CLIP.Config, size: int) -> Any:
+    open_clip = _open_clip()
+    own = config.model.endswith(".json")
+    if not own and config.model not in open_clip.list_models():
+        near = difflib.get_close_matches(config.model, open_clip.list_models(), n=3)
+        raise ValueError(f"unknown open_clip model {config.model!r}" + (f"; perhaps you meant {near}" if near else ""))
+    tag = None if config.weights == "random" or _is_file(config.weights) else config.weights
+    if tag is not None and (own or tag not in open_clip.list_pretrained_tags_by_model(config.model)):
+        tags = [] if own else open_clip.list_pretrained_tags_by_model(config.model)
+        raise ValueError(f"no weights {tag!r} for {config.model}: expected one of {tags}, 'random', or the path of a"
+                         " .safetensors or .pt file")  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # `random` weights are the same every time
+        try:
+            if own:
+                description = json.loads(packaged(config.model).read_text())
+                description["vision_cfg"]["image_size"] = size
+                model: Any = open_clip.CLIP(**description)
+            else:
+                model = open_clip.create_model(config.model, pretrained=tag, force_image_size=size, load_weights=bool(tag))
+        except (TypeError, KeyError, AssertionError, json.JSONDecodeError) as error:
+            raise ValueError(f"open_clip cannot make {config.model} at {size} px: {error!r}") from error
+        except (OSError, RuntimeError) as error:
+            if tag is None:
+                raise
+            raise ValueError(f"no weights {tag} for {config.model}: {error}. Offline, download the checkpoint elsewhere and"
+                             " name the file: --backbone.weights PATH") from error  # fmt: skip
+    if _is_file(config.weights):
+        _load(_plain(model), packaged(config.weights))
+    return model
+
+
+def _is_file(weights: str) -> bool:
+    return weights.startswith("package:") or weights.endswith((".safetensors", ".pt", ".pth", ".bin"))
+
+
+def _load(model: Any, path: Path) -> None:
+    """Fill `model` with a checkpoint; rows of the token embedding that it leaves out keep their initial values."""
+    if not path.is_file():
+        raise ValueError(f"no checkpoint at {path}: expected a tag of open_clip, 'random' or a file")
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} holds pickled code, which is never run; save its weights as .safetensors") from error
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} is no readable checkpoint (truncated?): {error}") from error
+    for container in _CONTAINERS:
+        state = state.get(container, state)
+    state = {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
+    if "token_embedding.ids" in state:
+        whole = model.token_embedding.weight.detach().clone()
+        whole[state.pop("token_embedding.ids").long()] = state.pop("token_embedding.rows")
+        state["token_embedding.weight"] = whole
+    _open_clip().model.resize_pos_embed(state, model)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit this model: {error}") from error

@@ -1,0 +1,199 @@
+"""CLIP prompt tuning: a learned text context per task, one image prompt for all, and class names in between."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pgp.backbones import Backbone, VisionLanguage
+from pgp.methods import Method
+from pgp.scenario import Task, generator
+from pgp.subspace import Protected, Rows
+
+
+class TextHead(nn.Module):
+    """Logits `(B, C)` of image features: scale * cosine with the text features of each class.
+
+    The text of a class is encoded when its task ends, once, and kept: no image and no later task asks for it again.
+    """
+
+    text: Tensor
+    """Unit rows `(C, E)`; zero for a class that no task has brought yet."""
+
+    def __init__(self, classes: int, width: int, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("text", torch.zeros(classes, width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits of features `(B, E)`."""
+        return self.scale * F.normalize(features, dim=-1) @ self.text.T
+
+    def learn(self, labels: Sequence[int], text: Tensor) -> None:
+        """Keep text features `(n, E)` of the classes `labels`."""
+        self.text[list(labels)] = F.normalize(text.detach(), dim=-1).to(self.text)
+
+
+class ZeroShot(Method):
+    """CLIP as it is: class names in a template, and nothing learns. A baseline."""
+
+    @dataclass(frozen=True)
+    class Config(Method.Config):
+        """How class names are put."""
+
+        template: str = "a photo of a {}."
+        """Text of a class; {} is its name."""
+
+        def __post_init__(self) -> None:
+            _check(self.template)
+
+        def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> ZeroShot:
+            """CLIP with this template."""
+            return ZeroShot(self, backbone, class_names)
+
+    backbone: VisionLanguage
+    head: TextHead
+    published_scope = "cut"
+
+    def __init__(self, config: Method.Config, backbone: Backbone, class_names: Sequence[str]) -> None:
+        encoder = _with_text(backbone)
+        super().__init__(encoder, TextHead(len(class_names), encoder.joint, encoder.scale))
+        self.config = config
+        self.class_names = [name.replace("_", " ").strip() for name in class_names]
+
+    def begin_task(self, task: Task) -> None:
+        """Encode the names of its classes."""
+        self.head.learn(task.classes, self.text_features(task))
+
+    def text_features(self, task: Task) -> Tensor:
+        """Text features `(n, E)` of the classes of `task`, in their order."""
+        assert isinstance(self.config, ZeroShot.Config)
+        texts = [self.config.template.format(self.class_names[label]) for label in task.classes]
+        tokens = self.backbone.tokenize(texts).to(self.head.text.device)
+        with torch.no_grad():
+            return self.backbone.encode_text(self.backbone.embed_text(tokens), tokens)
+
+    def query(self, images: Tensor) -> Tensor:
+        """Nothing, `(B, 0)`: no prompt is chosen by the image."""
+        return images.new_empty(len(images), 0)
+
+    def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
+        """Image features `(B, E)`, of no particular length."""
+        return self.backbone.project(self.backbone(images, self._prompts(len(images)), read=1)[:, 0])
+
+    def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
+        """Cross-entropy over the classes of `task`."""
+        text = (prepared or {}).get("text")
+        text = F.normalize(self.text_features(task) if text is None else text, dim=-1)
+        logits = self.head.scale * F.normalize(self.features(images), dim=-1) @ text.T  # (B, n)
+        places = {label: place for place, label in enumerate(task.classes)}
+        return F.cross_entropy(logits, torch.tensor([places[label] for label in labels.tolist()], device=logits.device))
+
+    def _prompts(self, count: int) -> dict[int, Tensor]:
+        """By layer, tokens that join those of `count` images."""
+        return {}
+
+
+class CLIPPrompt(ZeroShot):
+    """Learned context vectors stand around each class name, anew for every task, and learned tokens join every image.
+
+    The loss compares an image with the classes of its task. The context of a closed task is never asked for again, so
+    what old images lose, they lose by the image prompt: that is what a projection protects.
+    Differs: an image is compared with all classes seen so far; the published evaluation lets the task label in.
+    """
+
+    @dataclass(frozen=True)
+    class Config(Method.Config):
+        """The published method's settings; the defaults are its values for CIFAR-100."""
+
+        context: int = 16
+        """Learned vectors of a context, L."""
+        name: Literal["end", "middle", "front"] = "end"
+        """Where the class name stands in its context."""
+        per_class: bool = False
+        """Learn a context for each class instead of one for all classes of a task."""
+        image_prompt: int = 10
+        """Learned tokens of every image."""
+        template: str = "{}."
+        """Text of a class beside its context; {} is its name."""
+
+        def __post_init__(self) -> None:
+            _check(self.template)
+            for field in ("context", "image_prompt"):
+                if getattr(self, field) < 1:
+                    raise ValueError(f"expected method.{field} of at least 1, got {getattr(self, field)}")
+
+        def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> CLIPPrompt:
+            """Untrained CLIP prompts."""
+            return CLIPPrompt(self, backbone, class_names, generator)
+
+    def __init__(
+        self, config: CLIPPrompt.Config, backbone: Backbone, class_names: Sequence[str], draws: torch.Generator
+    ) -> None:
+        super().__init__(config, backbone, class_names)
+        self.settings = config
+        width, text_width = backbone.width, self.backbone.text_width
+        contexts = len(class_names) if config.per_class else 1
+        self._seed = draws.initial_seed()
+        self.image_prompt = nn.Parameter(torch.empty(config.image_prompt, width).normal_(std=0.02, generator=draws))
+        self.context = nn.Parameter(torch.empty(contexts, config.context, text_width).normal_(std=0.02, generator=draws))
+
+    @torch.no_grad()
+    def begin_task(self, task: Task) -> None:
+        """Start a new context, drawn from the run's seed and the task."""
+        if not self.settings.per_class:
+            self.context.normal_(std=0.02, generator=generator(self._seed, "context", task.index))
+        self.end_task(task)
+
+    def end_task(self, task: Task) -> None:
+        """Encode the classes of `task` and keep them."""
+        with torch.no_grad():
+            self.head.learn(task.classes, self.text_features(task))
+
+    def text_features(self, task: Task) -> Tensor:
+        """Text features `(n, E)` of the classes of `task`, each in its context."""
+        config, L = self.settings, self.settings.context
+        front, back = {"end": (L, 0), "middle": (L // 2, L - L // 2), "front": (0, L)}[config.name]
+        names = [config.template.format(self.class_names[label]) for label in task.classes]
+        texts = [" ".join(["x"] * front + [name] + ["x"] * back) for name in names]
+        tokens = self.backbone.tokenize(texts).to(self.context.device)  # (n, T)
+        ends = tokens.argmax(-1, keepdim=True)  # position of the end token
+        before = torch.arange(1, 1 + front, device=tokens.device).expand(len(names), -1)
+        after = ends - back + torch.arange(back, device=tokens.device)
+        places = torch.cat([before, after], dim=1).unsqueeze(-1)  # (n, L, 1): of the placeholders
+        embedded = self.backbone.embed_text(tokens)  # (n, T, W)
+        context = self.context[list(task.classes)] if config.per_class else self.context.expand(len(names), -1, -1)
+        embedded = embedded.scatter(1, places.expand_as(context), context.to(embedded.dtype))
+        return self.backbone.encode_text(embedded, tokens)
+
+    def shared(self, task: Task) -> dict[str, Tensor]:
+        """Text features, the same for all parts of a batch."""
+        return {"text": self.text_features(task)}
+
+    def protected(self) -> dict[str, Protected]:
+        """The image prompt."""
+        return {"prompts": Protected(self.image_prompt)}
+
+    @torch.no_grad()
+    def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
+        """Image tokens and the prompt as they enter the first block: no transformer runs here."""
+        return {"prompts": Rows(self.backbone.embed(images), self._prompts(len(images))[0])}
+
+    def _prompts(self, count: int) -> dict[int, Tensor]:
+        return {0: self.backbone.place(self.image_prompt.expand(count, -1, -1))}
+
+
+def _with_text(backbone: Backbone) -> VisionLanguage:
+    if not isinstance(backbone, VisionLanguage):
+        raise ValueError(f"expected an encoder of images and texts, got {type(backbone).__name__}: choose --backbone clip")
+    return backbone
+
+
+def _check(template: str) -> None:
+    if template.count("{}") != 1 or "{" in template.replace("{}", ""):
+        raise ValueError(f"expected method.template with one {{}} for the class name, got {template!r}")
