@@ -19,7 +19,7 @@ LEVELS = [
     {"backbones", "projections", "readouts", "datasets"},
     {"methods"},
     {"config", "recipes"},
-    {"run", "evaluate", "train"},
+    {"run", "evaluate", "learner", "train"},
     {"predict", "report"},
     {"cli", "__main__"},
 ]
@@ -29,7 +29,7 @@ HOMES = {
     "torchvision": {"datasets"},
     "PIL": {"datasets"},
     "sklearn": {"datasets"},
-    "lightning_fabric": {"evaluate", "train"},
+    "lightning_fabric": {"evaluate", "learner", "train"},
     "matplotlib": {"report"},
     "tyro": {"config", "cli"},
 }

@@ -22,7 +22,7 @@ METHODS = {
 
 @pytest.fixture(params=METHODS)
 def method(request):
-    return METHODS[request.param].build(golden_vit(), 6, generator(0, "init")).double()
+    return METHODS[request.param].build(golden_vit(), "abcdef", generator(0, "init")).double()
 
 
 def images(count=16, seed=1):

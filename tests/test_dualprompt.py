@@ -22,7 +22,7 @@ def images(count, size=32, seed=1):
 
 def build(vit=None, **settings):
     config = DualPrompt.Config(**{"prompt_mask": False, **settings})
-    return config.build(vit or golden_vit(), 6, generator(0, "init")).double()
+    return config.build(vit or golden_vit(), "abcdef", generator(0, "init")).double()
 
 
 def few_tokens():

@@ -16,6 +16,7 @@ from pgp import metrics, train
 from pgp.config import Hardware
 from pgp.datasets import Viewed, batches, in_order
 from pgp.datasets.synthetic import Synthetic
+from pgp.evaluate import Evaluation
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
 from pgp.projections.none import NoProjection
@@ -189,7 +190,7 @@ def test_the_published_protocol_is_a_column_of_its_own(whole):
 
 def test_a_test_image_is_queried_once_and_the_boundary_runs_no_prompted_transformer(tmp_path, monkeypatch):
     inside, queried, prompted = [], [], []
-    row, observe, query = train.Evaluation.row, train.observe, L2P.query
+    row, observe, query = Evaluation.row, train.observe, L2P.query
 
     def spied_row(*arguments):
         inside.append("evaluation")
@@ -214,7 +215,7 @@ def test_a_test_image_is_queried_once_and_the_boundary_runs_no_prompted_transfor
         queried.extend([inside[-1] if inside else "training"] * len(images))
         return query(self, images)
 
-    monkeypatch.setattr(train.Evaluation, "row", spied_row)
+    monkeypatch.setattr(Evaluation, "row", spied_row)
     monkeypatch.setattr(train, "observe", spied_observe)
     monkeypatch.setattr(L2P, "query", spied_query)
     config = tiny.config(readouts=(Sequential.Config(),))

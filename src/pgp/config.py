@@ -6,7 +6,7 @@ import importlib
 import math
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,10 +43,20 @@ class Optimizer:
     """How the rate goes over the steps of a task."""
     clip: float = 1.0
     """Largest norm of all gradients together; 0 clips nothing."""
+    first_lr: float | None = None
+    """Learning rate of the first task, where it differs."""
+    first_weight_decay: float | None = None
+    """Weight decay of the first task, where it differs."""
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and self.clip >= 0 and self.weight_decay >= 0):
             raise ValueError(f"expected optimizer.lr > 0, clip >= 0 and weight_decay >= 0, got {self}")
+
+    def of_task(self, index: int) -> Optimizer:
+        """The settings for task number `index`."""
+        lr = self.lr if index or self.first_lr is None else self.first_lr
+        decay = self.weight_decay if index or self.first_weight_decay is None else self.first_weight_decay
+        return replace(self, lr=lr, weight_decay=decay)
 
     def build(self, parameters: Iterable[nn.Parameter], batch_size: int) -> torch.optim.Optimizer:
         """A new optimizer over `parameters`."""
@@ -114,7 +124,8 @@ class Config:
     """What an unreadable image does."""
     legacy_eval: bool = False
     """Report the published protocol too, in columns named legacy: one majority vote for the prompts of a test batch of
-    `eval_batch_size` images of one task, scored over all classes, seen or not. It leaks the task."""
+    `eval_batch_size` images of one task, scored over all classes, seen or not; for CLIP, over the classes up to the
+    batch's task. It leaks the task."""
     log_every_steps: int = 20
     """Steps between two looks at the loss, each of which waits for the device."""
     save_every_steps: int = 0

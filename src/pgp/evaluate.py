@@ -78,8 +78,13 @@ class Evaluation:
         for readout in readouts:
             yield readout.name, only(readout.logits(features), allowed)
             if voted is not None:
-                every = task.classes if self.config.setting == "til" else range(self.data.classes)
-                yield readout.name + LEGACY, only(readout.logits(voted), tuple(every))
+                yield readout.name + LEGACY, only(readout.logits(voted), self._published(method, task))
+
+    def _published(self, method: Method, task: Task) -> Sequence[int]:
+        """What the published evaluation scores a batch of `task` over."""
+        if self.config.setting == "til":
+            return task.classes
+        return range(self.data.classes) if method.published_scope == "all" else self.scenario.seen(task.index)
 
     def query(self, method: Method, images: Tensor, indices: Tensor) -> Tensor:
         """Queries `(B, D)` of test images, from memory where they are known."""

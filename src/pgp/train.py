@@ -18,12 +18,13 @@ from torch import Tensor
 
 from pgp import metrics
 from pgp.config import Config, Hardware
-from pgp.datasets import Address, Batch, Viewed, batches, in_order
-from pgp.evaluate import Evaluation, tracked
+from pgp.datasets import Address, Batch, batches, in_order
+from pgp.evaluate import tracked
+from pgp.learner import Learner
 from pgp.projections import Collect, Projection
 from pgp.readouts import Readout
 from pgp.run import Run, RunError, free_folder
-from pgp.scenario import Scenario, Task, class_order, generator, split_by_class
+from pgp.scenario import Task, generator
 
 
 def train(config: Config, output: Path | None = None, progress: Progress | None = None) -> Run:
@@ -110,91 +111,18 @@ def _new_run(fabric: Fabric, config: Config, output: Path | None) -> Run:
     return Run(Path(fabric.broadcast(str(output))))
 
 
-class Learner:
-    """Everything that a run is, in memory; its `state_dict` is everything that a checkpoint holds."""
-
-    def __init__(self, fabric: Fabric, config: Config, progress: Progress) -> None:
-        self.fabric, self.config, self.progress = fabric, config, progress
-        self.data = config.dataset.build()
-        order = class_order(self.data.classes, config.seed if config.shuffle else None)
-        self.scenario: Scenario = split_by_class(self.data.train.labels, self.data.test.labels, config.tasks, order)
-        _check_tasks(self.scenario)
-        backbone = config.backbone.build(config.views.size)
-        self.fingerprint = backbone.fingerprint()
-        if config.hardware.precision == "bf16-mixed":
-            backbone.halve()
-        self.method = config.method.build(backbone, self.data.classes, generator(config.seed, "init"))
-        self.model = fabric.setup_module(self.method)
-        self.model.mark_forward_method("loss")
-        self.projection = config.projection.build()
-        if config.save_every_steps and self.projection.collect and self.projection.collect.when == "before":
-            raise ValueError("save_every_steps needs a projection that collects after a task, not before it")
-        self.readouts = [readout.build(self.method.head, self.data.classes) for readout in config.readouts]
-        on_cpu = fabric.device.type == "cpu"
-        self.part = config.hardware.part or (4 if on_cpu else None)
-        self.evaluation = Evaluation(fabric, config, self.data, self.scenario)
-        self.matrices: dict[str, Tensor] = {}
-        self.task, self.step = 0, 0
-        """Where learning goes on: this many tasks are closed, and this many steps of the next are done."""
-        self.optimizer: Any = None
-        """The current task's, while it is being trained."""
-        self.restored: dict[str, Any] | None = None
-        """State of the optimizer of a task that a checkpoint left in the middle."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The run so far."""
-        return {
-            "backbone": self.fingerprint,
-            "task": self.task,
-            "step": self.step,
-            "method": self.method.learned_state(),
-            "projection": self.projection.state_dict(),
-            "readouts": {readout.name: readout.state_dict() for readout in self.readouts},
-            "matrices": self.matrices,
-            "optimizer": self.optimizer.state_dict() if self.step else None,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore a run; refuses one that was learned on another encoder."""
-        if state["backbone"] != self.fingerprint:
-            raise RunError(
-                f"expected the encoder that this run was learned on, weights {state['backbone']}, but"
-                f" {self.config.backbone} now has weights {self.fingerprint}: restore the old ones"
-            )
-        self.task, self.step, self.matrices = state["task"], state["step"], state["matrices"]
-        self.method.load_learned_state(state["method"])
-        device = self.fabric.device
-        self.projection.load_state_dict({name: basis.to(device) for name, basis in state["projection"].items()})
-        for readout in self.readouts:
-            readout.load_state_dict({k: tensor.to(device) for k, tensor in state["readouts"][readout.name].items()})
-        self.restored = state["optimizer"]
-
-    def save(self, run: Run, name: str) -> None:
-        """Write a checkpoint."""
-        if self.fabric.is_global_zero:
-            run.save(name, self.state_dict())
-        self.fabric.barrier()
-
-    def log(self, run: Run, event: str, **values: Any) -> None:
-        """Write one line of metrics."""
-        if self.fabric.is_global_zero:
-            run.log(event, **values)
-
-    def viewed(self, view: str, purpose: str, task: Task) -> Viewed:
-        """The training images under the `train` or `test` view."""
-        chosen = self.config.views.train() if view == "train" else self.config.views.test()
-        skip = self.config.on_bad_image == "skip"
-        return Viewed(self.data.train, chosen, self.config.seed, (purpose, task.index), skip)
-
-
 def fit_task(learner: Learner, task: Task, run: Run) -> None:
     """Train on one task, from the step at which the run stands."""
     config, method, projection = learner.config, learner.method, learner.projection
     if learner.step == 0:
         method.begin_task(task)
+    learned = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    if not learned:
+        return
     if projection.collect and projection.collect.when == "before":
         observe(learner, task, projection, [])
-    plain = config.optimizer.build([p for p in method.parameters() if p.requires_grad], config.batch_size)
+    settings = config.optimizer.of_task(task.index)
+    plain = settings.build(learned, config.batch_size)
     if learner.restored:
         plain.load_state_dict(learner.restored)
     handle = projection.attach(plain, method.protected())
@@ -208,7 +136,7 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     for batch in tracked(learner.progress, stream, len(plan) - learner.step, label):
         if len(batch.indices):
             for group in optimizer.param_groups:
-                group["lr"] = config.optimizer.rate(learner.step, len(plan), config.batch_size)
+                group["lr"] = settings.rate(learner.step, len(plan), config.batch_size)
             losses.append(train_step(learner, optimizer, batch, task, share=len(plan[learner.step])))
         learner.step += 1
         if losses and (learner.step % config.log_every_steps == 0 or learner.step == len(plan)):
@@ -227,15 +155,20 @@ def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, share
     with fabric.autocast():
         prepared = learner.method.prepare(images, task)
     parts = torch.arange(len(images), device=images.device).split(learner.part or len(images))
+    with fabric.autocast():
+        shared = learner.method.shared(task) if len(parts) > 1 and fabric.world_size == 1 else {}
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in shared.items()}
     total = torch.zeros((), device=images.device)
     for number, part in enumerate(parts, 1):  # activations of one part at a time
         with fabric.no_backward_sync(model, enabled=number < len(parts)):
-            rows = {name: tensor[part] for name, tensor in prepared.items()}
+            rows = {name: tensor[part] for name, tensor in prepared.items()} | leaves
             weight = len(part) * fabric.world_size / share
             with fabric.autocast():  # Fabric itself casts for other methods than forward on several devices only
                 loss = model.loss(images[part], labels[part], task, rows) * weight
             fabric.backward(loss)
         total += loss.detach()
+    for name, leaf in leaves.items():
+        shared[name].backward(leaf.grad)
     if clip:
         fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
     optimizer.step()  # the projection's hooks run in here
@@ -246,6 +179,7 @@ def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, share
 def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]) -> None:
     """Learn from a finished task what to protect, evaluate on all tasks so far, and save."""
     method, projection, readouts = learner.method, learner.projection, learner.readouts
+    method.end_task(task)
     started = time.perf_counter()
     fitted = [readout for readout in readouts if readout.fitted]
     if projection.collect == Collect():  # it wants the views that readouts want: one pass serves both
@@ -330,10 +264,3 @@ def _log_losses(learner: Learner, task: Task, run: Run, losses: list[Tensor]) ->
             + (f" The last good state is {run.folder / 'checkpoints' / last}" if last else " No state was saved yet")
         )
     learner.log(run, "train", task=task.index, step=learner.step, loss=sum(values) / len(values))
-
-
-def _check_tasks(scenario: Scenario) -> None:
-    for task in scenario.tasks:
-        if not len(task.train) or not len(task.test):
-            raise ValueError(f"expected training and test images in every task, got {len(task.train)} and"
-                             f" {len(task.test)} in task {task.index + 1} with classes {task.classes}")  # fmt: skip

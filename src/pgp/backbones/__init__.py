@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -114,3 +116,40 @@ class Backbone(nn.Module, abc.ABC):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+class VisionLanguage(Backbone):
+    """An image encoder with a text encoder beside it; features of both have one width `E` and compare by cosine.
+
+    Shapes: `n` texts of `T` tokens, `W` text width.
+    """
+
+    joint: int
+    """Width of image and text features E."""
+    text_width: int
+    """Width of text tokens W."""
+    scale: float
+    """What cosines are multiplied with to become logits."""
+
+    @abc.abstractmethod
+    def project(self, tokens: Tensor) -> Tensor:
+        """Image features `(..., E)` of final tokens `(..., D)`, of no particular length."""
+
+    @abc.abstractmethod
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token numbers `(n, T)`: a start token, the text, an end token with the largest number, zeros."""
+
+    @abc.abstractmethod
+    def embed_text(self, tokens: Tensor) -> Tensor:
+        """Embedded tokens `(n, T, W)`, without position embedding."""
+
+    @abc.abstractmethod
+    def encode_text(self, embedded: Tensor, tokens: Tensor) -> Tensor:
+        """Text features `(n, E)` of embedded tokens, read where `tokens` end; of no particular length."""
+
+
+def packaged(name: str) -> Path:
+    """The path of a file: `package:NAME` is one that pgp ships, any other name a path of the user's."""
+    if name.startswith("package:"):
+        return Path(str(resources.files("pgp") / "weights" / name.removeprefix("package:")))
+    return Path(name).expanduser()

@@ -132,25 +132,28 @@ class CLIP(VisionLanguage):
 
 def _plain(model: Any) -> Any:
     """`model`, if its towers are what this file understands."""
-    visual, text = getattr(model, "visual", None), getattr(model, "text", model)
+    visual, text = model.visual, getattr(model, "text", model)
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
-    image_wants = {"attn_pool": None, "pool_type": "tok", "proj": ...}
-    text_pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
-    odd = [name for name, value in image_wants.items()
-           if (getattr(visual, name, None) is None if value is ... else getattr(visual, name, value) != value)]  # fmt: skip
-    if blocks is None or not hasattr(visual, "class_embedding") or odd:
-        raise ValueError(f"expected a CLIP model with a plain vision transformer and a class token, got {type(visual).__name__}"
-                         f" {odd}: choose a ViT-* model of open_clip")  # fmt: skip
-    wanted = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "attn_mask")
-    missing = [name for name in wanted if not isinstance(getattr(text, name, None), Tensor | nn.Module)]
-    vocabulary = getattr(getattr(text, "token_embedding", None), "num_embeddings", None)
-    if missing or text_pool not in ("argmax", None) or vocabulary != _VOCABULARY:
-        raise ValueError(f"expected CLIP's own text transformer and vocabulary of {_VOCABULARY}, got {type(text).__name__},"
-                         f" vocabulary {vocabulary}, pooling {text_pool}, without {missing}: choose another model")  # fmt: skip
+    pooled = getattr(visual, "pool_type", "tok") != "tok" or getattr(visual, "attn_pool", None) is not None
+    if blocks is None or pooled or not all(_has(visual, name) for name in ("class_embedding", "proj", "ln_pre")):
+        raise ValueError(f"expected a plain vision transformer with a class token in CLIP's place for images, got"
+                         f" {type(visual).__name__}: choose a ViT-* model of open_clip")  # fmt: skip
+    pooling = getattr(text, "text_pool_type", getattr(text, "pool_type", "argmax"))
+    parts = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "attn_mask")
+    if pooling != "argmax" or not all(_has(text, name) for name in parts):
+        raise ValueError(f"expected CLIP's own text transformer, read at the end token, got {type(text).__name__}"
+                         f" read at {pooling!r}: choose another model of open_clip")  # fmt: skip
+    if text.token_embedding.num_embeddings != _VOCABULARY:
+        raise ValueError(f"expected CLIP's own vocabulary of {_VOCABULARY} tokens, got"
+                         f" {text.token_embedding.num_embeddings}: choose another model of open_clip")  # fmt: skip
     for tower in (visual.transformer, text.transformer):
         if not getattr(tower, "batch_first", False):
             raise ValueError("expected transformers that take the batch first: update open_clip_torch to 2.26 or newer")
     return model
+
+
+def _has(module: Any, name: str) -> bool:
+    return isinstance(getattr(module, name, None), Tensor | nn.Module)
 
 
 _VOCABULARY = 49408
@@ -162,7 +165,8 @@ def _open_clip() -> Any:
     try:
         import open_clip
     except ImportError as error:
-        raise ValueError("CLIP needs open_clip, which is not installed: pip install 'prompt-gradient-projection[clip]'") from error  # fmt: skip
+        extra = "pip install 'prompt-gradient-projection[clip]'"
+        raise ValueError(f"CLIP needs open_clip, which is not installed: {extra}") from error
     return open_clip
 
 
@@ -185,14 +189,16 @@ def _create(config: CLIP.Config, size: int) -> Any:
                 description["vision_cfg"]["image_size"] = size
                 model: Any = open_clip.CLIP(**description)
             else:
-                model = open_clip.create_model(config.model, pretrained=tag, force_image_size=size, load_weights=bool(tag))
+                model = open_clip.create_model(
+                    config.model, pretrained=tag, force_image_size=size, load_weights=bool(tag)
+                )
         except (TypeError, KeyError, AssertionError, json.JSONDecodeError) as error:
             raise ValueError(f"open_clip cannot make {config.model} at {size} px: {error!r}") from error
         except (OSError, RuntimeError) as error:
             if tag is None:
                 raise
-            raise ValueError(f"no weights {tag} for {config.model}: {error}. Offline, download the checkpoint elsewhere and"
-                             " name the file: --backbone.weights PATH") from error  # fmt: skip
+            raise ValueError(f"no weights {tag} for {config.model}: {error}. Offline, download the checkpoint elsewhere"
+                             " and name the file: --backbone.weights PATH") from error  # fmt: skip
     if _is_file(config.weights):
         _load(_plain(model), packaged(config.weights))
     return model

@@ -6,7 +6,6 @@ import difflib
 import pickle
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from pgp.backbones import Backbone, Trace
+from pgp.backbones import Backbone, Trace, packaged
 
 _CONTAINERS = ("model", "state_dict", "teacher")
 """Keys under which published checkpoints hide their weights."""
@@ -224,9 +223,7 @@ def _create(config: ViT.Config, size: int) -> Any:
 
 
 def _file(weights: str) -> Path:
-    if weights.startswith("package:"):
-        return Path(str(resources.files("pgp") / "weights" / weights.removeprefix("package:")))
-    path = Path(weights).expanduser()
+    path = packaged(weights)
     if not path.is_file():
         raise ValueError(
             f"no checkpoint at {path}: expected 'hub', 'random' or the path of a .safetensors or .pth file"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,28 +19,32 @@ from pgp.subspace import Protected, Rows
 
 
 class Method(nn.Module, abc.ABC):
-    """A frozen `backbone`, a linear `head`, and what the method learns in between.
+    """A frozen `backbone`, a `head` that reads features, and what the method learns in between.
 
     Shapes: `B` images, `D` feature width, `C` classes (all that will ever come).
     """
+
+    published_scope: Literal["all", "cut"] = "all"
+    """What the published evaluation of this method scores over: all classes, seen or not, or those up to the task of
+    the test batch. Either is only ever reported beside the honest figure."""
 
     @dataclass(frozen=True)
     class Config(abc.ABC):
         """How to make one; `build` is the factory."""
 
         @abc.abstractmethod
-        def build(self, backbone: Backbone, classes: int, generator: torch.Generator) -> Method:
-            """An untrained method; all its initial values come from `generator`."""
+        def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> Method:
+            """An untrained method for C named classes; all its initial values come from `generator`."""
 
-    def __init__(self, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.head = nn.Linear(backbone.width, classes)
-        nn.init.trunc_normal_(self.head.weight, std=0.02, generator=generator)
-        nn.init.zeros_(self.head.bias)
+        self.backbone, self.head = backbone, head
 
     def begin_task(self, task: Task) -> None:
         """Get ready to learn `task`."""
+
+    def end_task(self, task: Task) -> None:
+        """Keep what is to be kept of `task`, which has been trained."""
 
     def query(self, images: Tensor) -> Tensor:
         """What of an image never changes while the method learns, `(B, D)`; computed once and kept for test images."""
@@ -65,6 +70,10 @@ class Method(nn.Module, abc.ABC):
         """What `loss` needs to know of a whole batch before it may be given the batch in parts: one row per image."""
         return {"query": self.query(images)}
 
+    def shared(self, task: Task) -> dict[str, Tensor]:
+        """What the loss of every part of a batch needs alike, with its graph; computed once a step."""
+        return {}
+
     @abc.abstractmethod
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Training loss of a batch of `task`, a scalar: the mean over its images.
@@ -73,7 +82,8 @@ class Method(nn.Module, abc.ABC):
             images: `(B, 3, S, S)`, a batch or a part of one.
             labels: `(B,)`.
             task: the task they belong to.
-            prepared: the rows of `prepare` for these images, where it has been called for the whole batch.
+            prepared: the rows of `prepare` for these images, and what is `shared`, where they have been called for the
+                whole batch.
         """
 
     def protected(self) -> dict[str, Protected]:
@@ -100,6 +110,14 @@ class Method(nn.Module, abc.ABC):
             raise ValueError(f"expected a checkpoint of {type(self).__name__} with {sorted(own)}, got {sorted(state)}"
                              f" (of another shape: {wrong}): it belongs to another model or run")  # fmt: skip
         self.load_state_dict(state, strict=False)
+
+
+def linear_head(width: int, classes: int, generator: torch.Generator) -> nn.Linear:
+    """A linear classifier `(B, D) -> (B, C)`, near zero at first."""
+    head = nn.Linear(width, classes)
+    nn.init.trunc_normal_(head.weight, std=0.02, generator=generator)
+    nn.init.zeros_(head.bias)
+    return head
 
 
 def only(logits: Tensor, classes: Sequence[int]) -> Tensor:

@@ -141,7 +141,9 @@ class CLIPPrompt(ZeroShot):
         contexts = len(class_names) if config.per_class else 1
         self._seed = draws.initial_seed()
         self.image_prompt = nn.Parameter(torch.empty(config.image_prompt, width).normal_(std=0.02, generator=draws))
-        self.context = nn.Parameter(torch.empty(contexts, config.context, text_width).normal_(std=0.02, generator=draws))
+        self.context = nn.Parameter(
+            torch.empty(contexts, config.context, text_width).normal_(std=0.02, generator=draws)
+        )
 
     @torch.no_grad()
     def begin_task(self, task: Task) -> None:
@@ -190,7 +192,9 @@ class CLIPPrompt(ZeroShot):
 
 def _with_text(backbone: Backbone) -> VisionLanguage:
     if not isinstance(backbone, VisionLanguage):
-        raise ValueError(f"expected an encoder of images and texts, got {type(backbone).__name__}: choose --backbone clip")
+        raise ValueError(
+            f"expected an encoder of images and texts, got {type(backbone).__name__}: choose --backbone clip"
+        )
     return backbone
 
 

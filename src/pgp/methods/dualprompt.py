@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgp.backbones import Backbone
-from pgp.methods import Method, only
+from pgp.methods import Method, linear_head, only
 from pgp.prompts import PrefixPool, Selection, TokenPool, choose, inherit, match
 from pgp.scenario import Task
 from pgp.subspace import Protected, Rows
@@ -70,12 +70,12 @@ class DualPrompt(Method):
                 raise ValueError(f"expected method.expert_layers, and each layer at most once in them and in"
                                  f" method.general_layers {self.general_layers}, got {self.expert_layers}")  # fmt: skip
 
-        def build(self, backbone: Backbone, classes: int, generator: torch.Generator) -> DualPrompt:
+        def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> DualPrompt:
             """An untrained DualPrompt."""
-            return DualPrompt(self, backbone, classes, generator)
+            return DualPrompt(self, backbone, len(class_names), generator)
 
     def __init__(self, config: DualPrompt.Config, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
-        super().__init__(backbone, classes, generator)
+        super().__init__(backbone, linear_head(backbone.width, classes, generator))
         self.config = config
         if not all(0 <= layer < backbone.depth for layer in config.general_layers + config.expert_layers):
             raise ValueError(f"expected layers between 0 and {backbone.depth - 1}, the last of this model, got"

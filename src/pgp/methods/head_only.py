@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgp.backbones import Backbone
-from pgp.methods import Method, only
+from pgp.methods import Method, linear_head, only
 from pgp.scenario import Task
 
 
@@ -20,9 +21,9 @@ class HeadOnly(Method):
     class Config(Method.Config):
         """It has no settings."""
 
-        def build(self, backbone: Backbone, classes: int, generator: torch.Generator) -> HeadOnly:
+        def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> HeadOnly:
             """An untrained head."""
-            return HeadOnly(backbone, classes, generator)
+            return HeadOnly(backbone, linear_head(backbone.width, len(class_names), generator))
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """The query itself, `(B, D)`."""

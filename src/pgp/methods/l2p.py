@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pgp.backbones import Backbone
-from pgp.methods import Method, only
+from pgp.methods import Method, linear_head, only
 from pgp.prompts import PromptPool, Selection, inherit, match
 from pgp.scenario import Task
 from pgp.subspace import Protected, Rows
@@ -55,12 +56,12 @@ class L2P(Method):
                     f"expected method.top_k of at most method.pool_size {self.pool_size}, got {self.top_k}"
                 )
 
-        def build(self, backbone: Backbone, classes: int, generator: torch.Generator) -> L2P:
+        def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> L2P:
             """An untrained L2P."""
-            return L2P(self, backbone, classes, generator)
+            return L2P(self, backbone, len(class_names), generator)
 
     def __init__(self, config: L2P.Config, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
-        super().__init__(backbone, classes, generator)
+        super().__init__(backbone, linear_head(backbone.width, classes, generator))
         self.config = config
         self.pool = PromptPool(
             config.pool_size,

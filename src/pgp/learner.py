@@ -1,0 +1,99 @@
+"""Everything that a run is, in memory: what learns, what it learns from, and how far it has come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_fabric import Fabric
+from rich.progress import Progress
+from torch import Tensor
+
+from pgp.config import Config
+from pgp.datasets import Viewed
+from pgp.evaluate import Evaluation
+from pgp.run import Run, RunError
+from pgp.scenario import Scenario, Task, class_order, generator, split_by_class
+
+
+class Learner:
+    """A run in memory; its `state_dict` is everything that a checkpoint holds."""
+
+    def __init__(self, fabric: Fabric, config: Config, progress: Progress) -> None:
+        self.fabric, self.config, self.progress = fabric, config, progress
+        self.data = config.dataset.build()
+        order = class_order(self.data.classes, config.seed if config.shuffle else None)
+        self.scenario: Scenario = split_by_class(self.data.train.labels, self.data.test.labels, config.tasks, order)
+        _check_tasks(self.scenario)
+        backbone = config.backbone.build(config.views.size)
+        self.fingerprint = backbone.fingerprint()
+        if config.hardware.precision == "bf16-mixed":
+            backbone.halve()
+        self.method = config.method.build(backbone, self.data.class_names, generator(config.seed, "init"))
+        self.model = fabric.setup_module(self.method)
+        self.model.mark_forward_method("loss")
+        self.projection = config.projection.build()
+        if config.save_every_steps and self.projection.collect and self.projection.collect.when == "before":
+            raise ValueError("save_every_steps needs a projection that collects after a task, not before it")
+        self.readouts = [readout.build(self.method.head, self.data.classes) for readout in config.readouts]
+        on_cpu = fabric.device.type == "cpu"
+        self.part = config.hardware.part or (4 if on_cpu else None)
+        self.evaluation = Evaluation(fabric, config, self.data, self.scenario)
+        self.matrices: dict[str, Tensor] = {}
+        self.task, self.step = 0, 0
+        """Where learning goes on: this many tasks are closed, and this many steps of the next are done."""
+        self.optimizer: Any = None
+        """The current task's, while it is being trained."""
+        self.restored: dict[str, Any] | None = None
+        """State of the optimizer of a task that a checkpoint left in the middle."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The run so far."""
+        return {
+            "backbone": self.fingerprint,
+            "task": self.task,
+            "step": self.step,
+            "method": self.method.learned_state(),
+            "projection": self.projection.state_dict(),
+            "readouts": {readout.name: readout.state_dict() for readout in self.readouts},
+            "matrices": self.matrices,
+            "optimizer": self.optimizer.state_dict() if self.step else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a run; refuses one that was learned on another encoder."""
+        if state["backbone"] != self.fingerprint:
+            raise RunError(
+                f"expected the encoder that this run was learned on, weights {state['backbone']}, but"
+                f" {self.config.backbone} now has weights {self.fingerprint}: restore the old ones"
+            )
+        self.task, self.step, self.matrices = state["task"], state["step"], state["matrices"]
+        self.method.load_learned_state(state["method"])
+        device = self.fabric.device
+        self.projection.load_state_dict({name: basis.to(device) for name, basis in state["projection"].items()})
+        for readout in self.readouts:
+            readout.load_state_dict({k: tensor.to(device) for k, tensor in state["readouts"][readout.name].items()})
+        self.restored = state["optimizer"]
+
+    def save(self, run: Run, name: str) -> None:
+        """Write a checkpoint."""
+        if self.fabric.is_global_zero:
+            run.save(name, self.state_dict())
+        self.fabric.barrier()
+
+    def log(self, run: Run, event: str, **values: Any) -> None:
+        """Write one line of metrics."""
+        if self.fabric.is_global_zero:
+            run.log(event, **values)
+
+    def viewed(self, view: str, purpose: str, task: Task) -> Viewed:
+        """The training images under the `train` or `test` view."""
+        chosen = self.config.views.train() if view == "train" else self.config.views.test()
+        skip = self.config.on_bad_image == "skip"
+        return Viewed(self.data.train, chosen, self.config.seed, (purpose, task.index), skip)
+
+
+def _check_tasks(scenario: Scenario) -> None:
+    for task in scenario.tasks:
+        if not len(task.train) or not len(task.test):
+            raise ValueError(f"expected training and test images in every task, got {len(task.train)} and"
+                             f" {len(task.test)} in task {task.index + 1} with classes {task.classes}")  # fmt: skip
