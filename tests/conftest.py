@@ -1,14 +1,23 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import timm
 import torch
 
+from pgp.backbones.clip import CLIP
 from pgp.backbones.vit import ViT
 
+CIFAR_NAMES = re.findall(
+    r"\w+",
+    "apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle"
+    " caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur",
+)
+"""The first classes of CIFAR-100, which the CLIP goldens know."""
 GOLDENS = Path(__file__).parent / "goldens"
 # forward values and gradients; after Adam steps, which divide by tiny sqrt(v)
 TOLERANCE = {torch.float64: (1e-10, 1e-6), torch.float32: (1e-5, 5e-4)}
@@ -22,7 +31,7 @@ def _one_thread():
 def golden(name: str) -> dict[str, torch.Tensor]:
     """Arrays of the published code, in float64; see ../shared/goldens."""
     with np.load(GOLDENS / name) as arrays:
-        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files if arrays[key].dtype.kind != "U"}
 
 
 def tiny_timm(**arguments):
@@ -52,3 +61,16 @@ def columns(projector):
     """Orthonormal columns that span the range of a projector."""
     values, vectors = torch.linalg.eigh(projector)
     return vectors[:, values > 0.5]
+
+
+def golden_clip(dtype: torch.dtype = torch.float64) -> CLIP:
+    """The tiny CLIP of the goldens: 32 px, patch 8, 3 layers of width 64 in both towers."""
+    weights = golden("tiny_clip_weights.npz")
+    ids, rows = weights.pop("token_embedding.used_ids").long(), weights.pop("token_embedding.used_rows")
+    vision = {"image_size": 32, "layers": 3, "width": 64, "head_width": 64, "patch_size": 8}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3}
+    model = open_clip.CLIP(32, vision, text, quick_gelu=True).double()
+    others = torch.randn(49408, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    weights["token_embedding.weight"] = others.index_copy(0, ids, rows)
+    model.load_state_dict(weights)
+    return CLIP(model).to(dtype)

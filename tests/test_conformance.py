@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import golden_vit
+from conftest import CIFAR_NAMES, golden_clip, golden_vit
 from pgp import recipes
+from pgp.methods.clip_prompt import CLIPPrompt
 from pgp.methods.dualprompt import DualPrompt
 from pgp.scenario import Task, generator
 
@@ -14,15 +15,20 @@ TASK = Task(0, (0, 1, 2), torch.arange(4), torch.arange(4))
 
 
 METHODS = {
-    **recipes.METHODS,
+    **{name: config for name, config in recipes.METHODS.items() if name != "zero-shot"},  # which learns nothing
     "dualprompt, values too": DualPrompt.Config(protect="keys+values", top_k=2, prompt_mask=False),
     "dualprompt, tokens": DualPrompt.Config(experts="token"),
+    "clip, per class, in the middle": CLIPPrompt.Config(context=5, per_class=True, name="middle"),
 }
 
 
 @pytest.fixture(params=METHODS)
 def method(request):
-    return METHODS[request.param].build(golden_vit(), "abcdef", generator(0, "init")).double()
+    config = METHODS[request.param]
+    encoder = golden_clip() if isinstance(config, CLIPPrompt.Config) else golden_vit()
+    method = config.build(encoder, CIFAR_NAMES[:6], generator(0, "init")).double()
+    method.begin_task(TASK)
+    return method
 
 
 def images(count=16, seed=1):
@@ -46,8 +52,9 @@ def test_what_is_protected_meets_what_is_observed(method):
 def test_loss_falls_and_only_the_method_learns(method):
     optimizer = torch.optim.Adam(learned(method), lr=0.01)
     labels, losses = torch.arange(16) % 3, []
-    for _ in range(8):
-        loss = method.loss(images(), labels, TASK)
+    x = 0.2 * images() + 0.8 * images(3, seed=2)[labels]
+    for _ in range(12):
+        loss = method.loss(x, labels, TASK)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

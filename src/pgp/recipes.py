@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from pgp.backbones import Backbone
+from pgp.backbones.clip import CLIP
 from pgp.backbones.vit import ViT
 from pgp.config import Config
 from pgp.datasets import DatasetConfig, Views
@@ -15,6 +16,7 @@ from pgp.datasets.fashion_mnist import FashionMNIST
 from pgp.datasets.folder import Folder
 from pgp.datasets.synthetic import Synthetic
 from pgp.methods import Method
+from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
@@ -29,6 +31,8 @@ from pgp.readouts.sequential import Sequential
 METHODS: dict[str, Method.Config] = {
     "l2p": L2P.Config(),
     "dualprompt": DualPrompt.Config(),
+    "clip": CLIPPrompt.Config(),
+    "zero-shot": ZeroShot.Config(),
     "head-only": HeadOnly.Config(),
 }
 PROJECTIONS: dict[str, Projection.Config] = {
@@ -46,6 +50,7 @@ DATASETS: dict[str, DatasetConfig] = {
 }
 BACKBONES: dict[str, Backbone.Config] = {
     "vit": ViT.Config(),
+    "clip": CLIP.Config(),
     "demo-vit": ViT.Config(
         "vit_tiny_patch16_224",
         weights="package:demo_vit.safetensors",

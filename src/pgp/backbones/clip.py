@@ -225,8 +225,12 @@ def _load(model: Any, path: Path) -> None:
         whole = model.token_embedding.weight.detach().clone()
         whole[state.pop("token_embedding.ids").long()] = state.pop("token_embedding.rows")
         state["token_embedding.weight"] = whole
-    _open_clip().model.resize_pos_embed(state, model)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit this model: {error}") from error
+    if "visual.positional_embedding" in state:
+        _open_clip().model.resize_pos_embed(state, model)
+    wanted = model.state_dict()
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    wrong = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
+    if missing or extra or wrong:
+        raise ValueError(f"{path} does not fit this model: missing {missing[:3]}, unexpected {extra[:3]},"
+                         f" of another shape {wrong[:3]}")  # fmt: skip
+    model.load_state_dict(state)

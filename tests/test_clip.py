@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+
+import open_clip
+import pytest
+import torch
+
+import tiny
+from conftest import CIFAR_NAMES, golden_clip, golden_vit
+from pgp import train
+from pgp.backbones.clip import CLIP
+from pgp.config import Hardware, Optimizer
+from pgp.evaluate import LEGACY
+from pgp.methods import only
+from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
+from pgp.methods.dualprompt import DualPrompt
+from pgp.methods.l2p import L2P
+from pgp.projections.none import NoProjection
+from pgp.readouts.sequential import Sequential
+from pgp.scenario import Task, generator
+
+TASK = Task(0, (4, 1, 2), torch.arange(4), torch.arange(4))
+ARCHITECTURE = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+@pytest.fixture
+def encoder(tmp_path):
+    path = tmp_path / "clip.json"
+    path.write_text(json.dumps(ARCHITECTURE))
+    return CLIP.Config(str(path), "random")
+
+
+def images(count=6, size=32, seed=1):
+    return torch.rand(count, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def build(clip=None, **settings):
+    config = CLIPPrompt.Config(**{"context": 5, "image_prompt": 3, **settings})
+    return config.build(clip or golden_clip(), CIFAR_NAMES[:6], generator(0, "init")).double()
+
+
+@torch.no_grad()
+def test_equals_open_clip_without_prompts():
+    clip = golden_clip()
+    assert torch.equal(clip.project(clip.encode(images())), clip.model.encode_image(images()))
+    tokens = clip.tokenize(["a photo of a dog.", "bees"])
+    assert torch.equal(clip.encode_text(clip.embed_text(tokens), tokens), clip.model.encode_text(tokens))
+    model = open_clip.create_model("ViT-B-32", load_weights=False).double()
+    torch.testing.assert_close(
+        CLIP(model).project(CLIP(model).encode(images(2, 224))), model.encode_image(images(2, 224)), rtol=0, atol=1e-12
+    )
+
+
+@torch.no_grad()
+def test_contexts_stand_where_they_are_told_to():
+    method, clip = build(), golden_clip()
+    for place, text in (("end", "x x x x x {}."), ("middle", "x x {}. x x x"), ("front", "{}. x x x x x")):
+        method.settings = replace(method.settings, name=place)
+        tokens = clip.tokenize([text.format(CIFAR_NAMES[label].replace("_", " ")) for label in TASK.classes])
+        embedded = clip.embed_text(tokens)
+        x = int(clip.tokenize(["x"])[0, 1])
+        for row in range(3):
+            embedded[row, (tokens[row] == x).nonzero().flatten()] = method.context[0]
+        torch.testing.assert_close(method.text_features(TASK), clip.encode_text(embedded, tokens), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_contexts_of_classes():
+    method = build(per_class=True)
+    assert method.context.shape == (6, 5, 64)
+    before = method.text_features(TASK)
+    method.context[1].normal_()
+    moved = (method.text_features(TASK) - before).abs().amax(1) > 1e-3
+    assert moved.tolist() == [False, True, False]  # class 1 is the second of the task
+
+
+@torch.no_grad()
+def test_closed_classes_keep_their_text():
+    method = build()
+    method.begin_task(TASK)
+    first = method.context.clone()
+    method.context += 1
+    method.end_task(TASK)
+    kept = method.head.text.clone()
+    method.begin_task(Task(1, (0, 3), TASK.train, TASK.test))
+    assert torch.equal(method.head.text[[1, 2, 4]], kept[[1, 2, 4]])
+    assert not method.head.text[5].any()
+    assert not torch.equal(method.context, first)
+    again = build()
+    again.begin_task(Task(1, (0, 3), TASK.train, TASK.test))  # draws are addressed, not streamed
+    assert torch.equal(again.context, method.context)
+
+
+@torch.no_grad()
+def test_the_published_cut_finds_tasks_in_noise():
+    """With random logits, classes cut at the batch's own task lift accuracy above chance; scores over all do not."""
+    noise = torch.randn(100_000, 100, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(100_000) % 100
+    cut = torch.cat([only(noise[labels // 10 == t], range(10 * t + 10)) for t in range(10)])
+    order = torch.cat([labels[labels // 10 == t] for t in range(10)])
+    published = float((cut.argmax(1) == order).double().mean())
+    ours = float((only(noise, range(100)).argmax(1) == labels).double().mean())
+    expected = sum(1 / (10 * t + 10) for t in range(10)) / 10
+    assert published == pytest.approx(expected, abs=0.003)
+    assert expected == pytest.approx(0.029, abs=0.001)
+    assert ours == pytest.approx(0.01, abs=0.001)
+
+
+def config(encoder, **changes):
+    prompts = CLIPPrompt.Config(context=4, image_prompt=3)
+    return tiny.config(**{"backbone": encoder, "method": prompts, "optimizer": Optimizer("sgd", lr=1.0), **changes})
+
+
+def test_learns_asks_the_text_tower_once_a_task_and_resumes_bitwise(encoder, tmp_path, monkeypatch):
+    calls, inside, encode_text = [], [], CLIP.encode_text
+
+    def counted(self, embedded, tokens):
+        calls.append(inside[-1] if inside else "training")
+        return encode_text(self, embedded, tokens)
+
+    close_task = train.close_task
+
+    def watched(learner, task, run, seconds):
+        inside.append("closing")
+        close_task(learner, task, run, seconds)
+        inside.pop()
+        if task.index == 1 and "crash" in str(run.folder):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CLIP, "encode_text", counted)
+    monkeypatch.setattr(train, "close_task", watched)
+    whole = train.train(config(encoder), tmp_path / "whole")
+    assert calls.count("closing") == 3
+    steps = 3 * 2 * 3  # tasks, epochs, steps of 8 of 24 images: in parts of 4, and yet once a step
+    assert calls.count("training") == steps + 3  # and once as each task begins
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(encoder), tmp_path / "crash")
+    calls.clear()
+    resumed = train.resume(tmp_path / "crash")
+    assert calls.count("closing") == 1
+    for column, matrix in whole.matrices().items():
+        torch.testing.assert_close(resumed.matrices()[column], matrix, rtol=0, atol=0, equal_nan=True)
+    calls.clear()
+    row = train.reevaluate(resumed, resumed.config)
+    torch.testing.assert_close(row["sequential"], whole.matrices()["sequential"][2], rtol=0, atol=0)
+    assert not calls
+
+
+def test_the_parts_of_a_batch_add_up(encoder, tmp_path):
+    ends = []
+    for part in (3, 8):
+        run = train.train(config(encoder, hardware=Hardware(part=part)), tmp_path / str(part))
+        ends.append(run.load()["method"])
+    for name, tensor in ends[0].items():
+        torch.testing.assert_close(tensor, ends[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_no_image_depends_on_its_batch_or_its_neighbours_tasks(encoder, tmp_path):
+    """The honest figure is the same at any batch size; the published one, which cuts by task, is higher or the same."""
+    rows = []
+    for size in (1, 5, 128):
+        run = train.train(config(encoder, eval_batch_size=size, legacy_eval=True), tmp_path / str(size))
+        rows.append(run.matrices())
+    for matrices in rows:
+        torch.testing.assert_close(matrices["sequential"], rows[0]["sequential"], rtol=0, atol=0, equal_nan=True)
+        honest, published = (matrices[name].nan_to_num() for name in ("sequential", "sequential" + LEGACY))
+        assert (published >= honest).all()
+    assert (rows[0]["sequential" + LEGACY].nan_to_num() > rows[0]["sequential"].nan_to_num()).any()
+
+
+def test_zero_shot_learns_nothing(encoder, tmp_path):
+    zero = config(encoder, method=ZeroShot.Config(), projection=NoProjection.Config(), readouts=(Sequential.Config(),))
+    run = train.train(zero, tmp_path / "run")
+    (head,) = run.load()["method"].values()
+    method = zero.method.build(encoder.build(32), run.config.dataset.build().class_names, generator(0, "init"))
+    assert list(method.learned_state()) == ["head.text"]
+    assert not [p for p in method.parameters() if p.requires_grad]
+    every = Task(0, tuple(range(6)), TASK.train, TASK.test)
+    method.begin_task(every)
+    torch.testing.assert_close(method.head.text, head)
+    assert not list(run.events("train"))
+
+
+def test_til_masks_to_the_task(encoder, tmp_path):
+    til = train.train(config(encoder, setting="til"), tmp_path / "til").matrices()["sequential"]
+    cil = train.train(config(encoder), tmp_path / "cil").matrices()["sequential"]
+    assert (til.nan_to_num() >= cil.nan_to_num()).all()
+    assert til[2].mean() > cil[2].mean()
+
+
+def test_l2p_runs_on_clip_too(encoder, tmp_path):
+    run = train.train(config(encoder, method=L2P.Config(top_k=2)), tmp_path / "run")
+    assert run.matrices()["sequential"].diagonal().isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"model": "ViT-B-16-quikgelu"},
+            r"unknown open_clip model 'ViT-B-16-quikgelu'; perhaps you meant \['ViT-B-16-q",
+        ),
+        ({"model": "RN50"}, r"plain vision transformer with a class token .* got ModifiedResNet"),
+        ({"model": "ViT-B-16-SigLIP"}, "expected a plain vision transformer|expected CLIP's own text transformer"),
+        ({"model": "ViT-B-32", "weights": "nowhere"}, r"no weights 'nowhere' for ViT-B-32: expected one of \['openai'"),
+        ({"model": "ViT-B-32", "weights": "nowhere.pt"}, "no checkpoint at nowhere.pt"),
+        ({"model": "missing.json"}, "No such file|no model configuration at missing.json"),
+    ],
+)
+def test_models_that_do_not_fit(change, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        CLIP.Config(**{"weights": "random", **change}).build(224)
+
+
+def test_checkpoints(encoder, tmp_path):
+    clip = encoder.build(32)
+    torch.save({"state_dict": clip.model.state_dict()}, tmp_path / "w.pt")
+    with torch.no_grad():
+        clip.model.visual.conv1.weight.add_(1)
+    torch.save({"state_dict": clip.model.state_dict()}, tmp_path / "other.pt")
+    loaded = [replace(encoder, weights=str(tmp_path / name)).build(32).fingerprint() for name in ("w.pt", "other.pt")]
+    assert loaded == [encoder.build(32).fingerprint(), clip.fingerprint()]
+    larger = replace(encoder, weights=str(tmp_path / "w.pt")).build(64)
+    assert larger(torch.rand(1, 3, 64, 64)).shape == (1, 65, 32)
+    (tmp_path / "bad.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:1000])
+    with pytest.raises(ValueError, match="no readable checkpoint"):
+        replace(encoder, weights=str(tmp_path / "bad.pt")).build(32)
+    state = clip.model.state_dict()
+    del state["ln_final.bias"]
+    torch.save(state, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match=r"part.pt does not fit this model: missing \['ln_final.bias'\]"):
+        replace(encoder, weights=str(tmp_path / "part.pt")).build(32)
+
+
+def test_settings_that_do_not_fit(monkeypatch):
+    with pytest.raises(ValueError, match=r"expected an encoder of images and texts, got ViT: choose --backbone clip"):
+        build(golden_vit())
+    with pytest.raises(ValueError, match=r"template with one {} for the class name, got 'a photo'"):
+        ZeroShot.Config("a photo")
+    with pytest.raises(ValueError, match=r"method\.image_prompt of at least 1, got 0"):
+        CLIPPrompt.Config(image_prompt=0)
+    with pytest.raises(ValueError, match="CLIP encoder takes prompts only; choose --backbone vit"):
+        DualPrompt.Config((0,), expert_layers=(1,)).build(golden_clip(), "ab", generator(0, "init"))(images())
+    with pytest.raises(ValueError, match=r"images \(B, 3, 32, 32\), got \(6, 3, 16, 16\)"):
+        build().features(images(size=16))
+    monkeypatch.setitem(sys.modules, "open_clip", None)
+    with pytest.raises(ValueError, match=r"CLIP needs open_clip, which is not installed: pip install .*\[clip\]"):
+        CLIP.Config().build(224)
