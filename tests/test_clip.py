@@ -247,7 +247,7 @@ def test_settings_that_do_not_fit(monkeypatch):
     with pytest.raises(ValueError, match=r"method\.image_prompt of at least 1, got 0"):
         CLIPPrompt.Config(image_prompt=0)
     with pytest.raises(ValueError, match="CLIP encoder takes prompts only; choose --backbone vit"):
-        DualPrompt.Config((0,), expert_layers=(1,)).build(golden_clip(), "ab", generator(0, "init"))(images())
+        DualPrompt.Config((0,), expert_layers=(1,)).build(golden_clip(), "ab", generator(0, "init")).double()(images())
     with pytest.raises(ValueError, match=r"images \(B, 3, 32, 32\), got \(6, 3, 16, 16\)"):
         build().features(images(size=16))
     monkeypatch.setitem(sys.modules, "open_clip", None)
