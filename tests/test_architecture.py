@@ -15,7 +15,7 @@ import pgp
 SOURCE = Path(__file__).parent.parent / "src" / "pgp"
 MODULES = {path: ast.parse(path.read_text()) for path in SOURCE.rglob("*.py")}
 LEVELS = [
-    {"subspace", "prompts", "metrics", "scenario"},
+    {"processes", "subspace", "prompts", "metrics", "scenario"},
     {"backbones", "projections", "readouts", "datasets"},
     {"methods"},
     {"config", "recipes"},
@@ -102,5 +102,5 @@ def test_public_names_are_found_where_they_are_said_to_be():
         assert getattr(pgp, name) is getattr(importlib.import_module(home), name)
         assert f"from {home} import {name} as {name}" in Path(pgp.__file__).read_text()  # type checkers see the same
         assert name in dir(pgp)
-    with pytest.raises(AttributeError, match="has no attribute 'Orthogona'; it has ViT, Config"):
+    with pytest.raises(AttributeError, match="has no attribute 'Orthogona'; it has CLIP, ViT"):
         _ = pgp.Orthogona

@@ -41,14 +41,14 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
             (tmp_path / "PHOTOS" / part / label).mkdir(parents=True)
             Image.new("RGB", (40, 40), (ord(label) % 50 * 5, 0, 90)).save(tmp_path / "PHOTOS" / part / label / "1.jpg")
     commands = [line.split("#")[0] for line in README.splitlines() if line.startswith("pgp ")]
-    assert len(commands) == 10
+    assert len(commands) == 11
     for command in commands:
         words = shlex.split(command)[1:]
         if "PHOTOS" in words:
             words += ["--readouts", "sequential"]  # LDA needs more than one picture of a class
         cli.main(words)
     out = capsys.readouterr().out
-    assert out.count("figure: ") == 8  # all but list and eval
+    assert out.count("figure: ") == 9  # all but list and eval
 
 
 def test_every_file_on_the_map_exists():

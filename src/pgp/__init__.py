@@ -10,10 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pgp.backbones.clip import CLIP as CLIP
     from pgp.backbones.vit import ViT as ViT
     from pgp.config import Config as Config
     from pgp.config import Hardware as Hardware
     from pgp.config import Optimizer as Optimizer
+    from pgp.methods.clip_prompt import CLIPPrompt as CLIPPrompt
+    from pgp.methods.dualprompt import DualPrompt as DualPrompt
     from pgp.methods.head_only import HeadOnly as HeadOnly
     from pgp.methods.l2p import L2P as L2P
     from pgp.projections.orthogonal import Orthogonal as Orthogonal
@@ -27,10 +30,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CLIP": "pgp.backbones.clip",
     "ViT": "pgp.backbones.vit",
     "Config": "pgp.config",
     "Hardware": "pgp.config",
     "Optimizer": "pgp.config",
+    "CLIPPrompt": "pgp.methods.clip_prompt",
+    "DualPrompt": "pgp.methods.dualprompt",
     "HeadOnly": "pgp.methods.head_only",
     "L2P": "pgp.methods.l2p",
     "Orthogonal": "pgp.projections.orthogonal",

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from pgp import __version__, recipes, report, train
 from pgp.config import Config, Hardware
+from pgp.processes import rank
 from pgp.projections.none import NoProjection
 from pgp.run import Run, RunError, free_folder
 from pgp.scenario import Setting
@@ -80,8 +81,8 @@ class EvalCommand:
     """Run folder."""
     legacy_eval: bool = False
     """Show the published protocol too (see pgp train --help)."""
-    batch_size: int = 32
-    """Test images at once; it changes nothing but the legacy columns."""
+    batch_size: int | None = None
+    """Test images at once, as in the run where not given; it changes nothing but the legacy columns."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,9 @@ def train_command(words: list[str]) -> None:
             run = train.resume(chosen.resume, chosen.hardware, bars)
         _show([run])
         return
+    if words and words[0] in ("-h", "--help"):
+        print(USAGE)
+        return
     if not words or words[0].startswith("-"):
         raise ValueError(f"expected a recipe, one of {', '.join(recipes.RECIPES)}; or --resume RUN")
     recipe = _named(recipes.RECIPES, words[0], "recipe", "pgp list")
@@ -131,6 +135,8 @@ def train_command(words: list[str]) -> None:
         description=inspect.getdoc(recipe),
         default=TrainCommand(config),
     )
+    if command.twin and (not command.pgp or isinstance(command.config.projection, NoProjection.Config)):
+        raise ValueError("expected a projection beside --twin: a run without one has no other twin than itself")
     runs = []
     with _progress() as bars:
         configs = [command.config] if command.pgp else []
@@ -141,7 +147,8 @@ def train_command(words: list[str]) -> None:
             if output is not None and len(configs) > 1:
                 output = output / type(config.projection).__module__.rpartition(".")[2]
             runs.append(train.train(config, output, bars))
-            _draw([runs[-1]], runs[-1].folder)
+            if rank() == 0:
+                _draw([runs[-1]], runs[-1].folder)
     _show(runs, command.output)
 
 
@@ -149,7 +156,9 @@ def eval_command(words: list[str]) -> None:
     """`pgp eval RUN`."""
     command = tyro.cli(EvalCommand, args=words, prog="pgp eval")
     run = Run.open(command.run)
-    config = replace(run.config, legacy_eval=command.legacy_eval, eval_batch_size=command.batch_size)
+    hardware = replace(run.config.hardware, accelerator="auto", devices=1)
+    size = command.batch_size or run.config.eval_batch_size
+    config = replace(run.config, hardware=hardware, legacy_eval=command.legacy_eval, eval_batch_size=size)
     with _progress() as bars:
         row = train.reevaluate(run, config, bars)
     stored = run.matrices()
@@ -184,16 +193,9 @@ def list_command(words: list[str]) -> None:
     for name, recipe in recipes.RECIPES.items():
         table.add_row(name, inspect.getdoc(recipe))
     console.print("recipes, for pgp train RECIPE", table, "", sep="\n")
-    shelves: dict[str, dict[str, Any]] = {
-        "--method": recipes.METHODS,
-        "--projection": recipes.PROJECTIONS,
-        "--readouts": recipes.READOUTS,
-        "--dataset": recipes.DATASETS,
-        "--backbone": recipes.BACKBONES,
-    }
     table = Table.grid(padding=(0, 2))
-    for flag, shelf in shelves.items():
-        table.add_row(flag, ", ".join(shelf))
+    for field, shelf in recipes.SHELVES.items():
+        table.add_row(f"--{field}", ", ".join(shelf))
     table.add_row("--setting", ", ".join(get_args(Setting)))
     console.print("parts, each of which can replace a recipe's own", table, sep="\n")
 
@@ -216,18 +218,12 @@ def _named(table: dict[str, Callable[..., Any]], name: str, what: str, where: st
 
 def _shelved(config: Config, words: list[str]) -> Config:
     """`config` with the parts that flags like `--projection none` name, so that the flags of those parts are known."""
-    shelves: dict[str, dict[str, Any]] = {
-        "method": recipes.METHODS,
-        "projection": recipes.PROJECTIONS,
-        "dataset": recipes.DATASETS,
-        "backbone": recipes.BACKBONES,
-    }
-    for field, shelf in shelves.items():
-        names = _values(words, f"--{field}")
-        if names and names[-1] in shelf:
-            config = replace(config, **{field: shelf[names[-1]]})
-    readouts = [recipes.READOUTS[name] for name in _values(words, "--readouts") if name in recipes.READOUTS]
-    return replace(config, readouts=tuple(readouts)) if readouts else config
+    for field, shelf in recipes.SHELVES.items():
+        named = [shelf[name] for name in _values(words, f"--{field}") if name in shelf]
+        part: Any = tuple(named) if field == "readouts" else named[-1:]
+        if named:
+            config = replace(config, **{field: part if field == "readouts" else part[0]})
+    return config
 
 
 def _values(words: list[str], flag: str) -> list[str]:
@@ -245,6 +241,8 @@ def _values(words: list[str], flag: str) -> list[str]:
 
 
 def _resumed(words: list[str]) -> ResumeCommand:
+    if "--help" in words or "-h" in words:
+        return ResumeCommand(Path("RUN"), Hardware())
     folder = Path((_values(words, "--resume") or [""])[0])
     return ResumeCommand(folder, Run.open(folder).config.hardware)
 
@@ -268,7 +266,9 @@ def _draw(runs: list[Run], folder: Path) -> Path:
 
 
 def _show(runs: list[Run], folder: Path | None = None) -> None:
-    """Print the table over runs, and say where the figure and the runs lie."""
+    """Print the table over runs, and say where the figure and the runs lie; of several processes, the first does."""
+    if rank() > 0:
+        return
     lines = report.lines(runs)
     table = Table(title="accuracy in %")
     for heading in ("run", "readout", *report.FIGURES.values()):
@@ -278,9 +278,9 @@ def _show(runs: list[Run], folder: Path | None = None) -> None:
     console.print(table)
     if folder is None:
         folder = runs[0].folder if len(runs) == 1 else free_folder(Path("runs"), f"{runs[0].config.name}-report")
-    console.print(f"figure: {_draw(runs, folder)}", soft_wrap=True)
+    print(f"figure: {_draw(runs, folder)}")
     for run in runs:
-        console.print(f"run:    {run.folder}", soft_wrap=True)
+        print(f"run:    {run.folder}")
 
 
 def _stop(message: str, code: int = 2) -> None:

@@ -140,6 +140,8 @@ class Config:
             raise ValueError(f"expected save_every_steps of at least 0, got {self.save_every_steps}")
         if not self.readouts:
             raise ValueError("expected at least one readout, got none")
+        if len({type(readout) for readout in self.readouts}) < len(self.readouts):
+            raise ValueError(f"expected readouts of different kinds, one column each, got {self.readouts}")
         if self.batch_size < self.hardware.devices:
             raise ValueError(f"expected batch_size of at least devices {self.hardware.devices}, got {self.batch_size}")
         if self.hardware.devices > 1 and (self.legacy_eval or self.on_bad_image == "skip"):
@@ -162,6 +164,8 @@ class Config:
         Raises:
             ValueError: if the tree has unknown, missing or ill-typed fields.
         """
+        if not isinstance(tree, dict):
+            raise ValueError(f"not a configuration: expected an object with its fields, got {tree!r:.80}")
         try:
             return _converter().structure(tree, Config)
         except cattrs.BaseValidationError as error:
@@ -173,6 +177,16 @@ def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     converter.register_unstructure_hook(Path, str)
     converter.register_structure_hook(Path, lambda value, _: Path(value))
+
+    def strict(value: Any, kind: type) -> Any:
+        if type(value) is kind:
+            return value
+        if kind is float and type(value) is int:
+            return float(value)
+        raise ValueError(f"expected a value of type {kind.__name__}, got {value!r}")
+
+    for kind in (bool, int, float, str):
+        converter.register_structure_hook(kind, strict)
 
     def named(value: Any) -> dict[str, Any]:
         fields = converter.unstructure(value, unstructure_as=type(value))

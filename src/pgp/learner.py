@@ -61,6 +61,8 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a run; refuses one that was learned on another encoder."""
+        if missing := self.state_dict().keys() - state.keys():
+            raise RunError(f"expected a checkpoint with {sorted(missing)}, got one without: another program wrote it")
         if state["backbone"] != self.fingerprint:
             raise RunError(
                 f"expected the encoder that this run was learned on, weights {state['backbone']}, but"

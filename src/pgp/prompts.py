@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pgp.processes import add_up
+
 
 def match(query: Tensor, key: Tensor) -> Tensor:
     """Cosine similarity `(B, M)` in [-1, 1] of each query `(B, D)` with each key `(M, D)`.
@@ -34,12 +36,13 @@ def vote(chosen: Tensor, size: int) -> Tensor:
     """The k prompts chosen most often in a batch, for every image of it: `(B, k)` from `chosen (B, k)`, pool of `size`.
 
     The published training rule. It makes an image's prompts depend on its batch, so evaluation here never uses it
-    unless the published protocol is asked for by name. Ties go to the lower index.
+    unless the published protocol is asked for by name. Where processes share a batch, all of them vote. Ties go to the
+    lower index.
 
     >>> vote(torch.tensor([[0, 1], [1, 2], [1, 2]]), size=4)
     tensor([[1, 2], [1, 2], [1, 2]])
     """
-    counts = torch.bincount(chosen.flatten(), minlength=size)
+    counts = add_up(torch.bincount(chosen.flatten(), minlength=size))
     winners = counts.argsort(descending=True, stable=True)[: chosen.shape[1]]
     return winners.expand_as(chosen)
 

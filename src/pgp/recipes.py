@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from pgp.backbones import Backbone
 from pgp.backbones.clip import CLIP
@@ -57,6 +58,16 @@ BACKBONES: dict[str, Backbone.Config] = {
         arguments={"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
     ),
 }
+
+
+SHELVES: dict[str, dict[str, Any]] = {
+    "method": METHODS,
+    "projection": PROJECTIONS,
+    "readouts": READOUTS,
+    "dataset": DATASETS,
+    "backbone": BACKBONES,
+}
+"""By the field of a configuration: what can stand there."""
 
 
 def demo() -> Config:

@@ -47,13 +47,18 @@ def lines(runs: Sequence[Run]) -> list[Line]:
         RunError: if the runs of a group have come to different tasks, so that their figures mean different things.
     """
     groups: dict[str, list[Run]] = {}
-    trees = [_flat(run.config.to_json()) for run in runs]
-    varying = _varying(trees)
-    for run, tree in zip(runs, trees, strict=True):
-        label = ", ".join(_words(key, tree[key]) for key in varying if key in tree) or run.config.name
-        groups.setdefault(label, []).append(run)
+    trees: dict[str, dict[str, Any]] = {}
+    for run in {run.folder.resolve(): run for run in runs}.values():
+        tree = _flat(run.config.to_json())
+        groups.setdefault(repr(tree), []).append(run)
+        trees[repr(tree)] = tree
+    labels = dict(zip(groups, _labels(list(trees.values())), strict=True))
     out = []
-    for label, members in groups.items():
+    for group, members in groups.items():
+        label = labels[group] or members[0].config.name
+        seeds = [run.config.seed for run in members]
+        if len(set(seeds)) < len(seeds):
+            raise RunError(f"expected runs of {label} with seeds of their own, got {sorted(seeds)}: a seed counts once")
         matrices = [run.matrices() for run in members]
         for column in matrices[0]:
             own = [m[column] for m in matrices if column in m]
@@ -144,25 +149,24 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
         return {path: tree}
     out: dict[str, Any] = {}
     for key, item in tree.items():
-        if path or key not in ("seed", "hardware"):
+        hardware = path == "hardware" and key != "precision"
+        if not hardware and (path or key != "seed"):
             out |= _flat(item, f"{path}.{key}" if path else key)
     return out
 
 
-def _varying(trees: Sequence[dict[str, Any]]) -> list[str]:
-    """Keys whose values differ between runs that have them; where a part's class differs, only the class counts."""
-    keys = list(dict.fromkeys(key for tree in trees for key in tree))
-    varying = [key for key in keys if len({repr(tree[key]) for tree in trees if key in tree}) > 1]
-    classes = {key.removesuffix("class") for key in varying if key.endswith(".class")}
-    return [
-        key
-        for key in varying
-        if key.endswith(".class") or len({t.get(_part(key) + "class") for t in trees}) == 1 or _part(key) not in classes
-    ]
-
-
-def _part(key: str) -> str:
-    return key.rpartition(".")[0] + "."
+def _labels(trees: Sequence[dict[str, Any]]) -> list[str]:
+    """What sets each tree apart from the others, in as few words as do: parts of another kind first, then settings."""
+    keys = dict.fromkeys(key for tree in trees for key in tree)
+    varying = [key for key in keys if len({repr(tree.get(key)) for tree in trees}) > 1]
+    chosen = [key for key in varying if key.endswith(".class")] or varying
+    words = [", ".join(_words(key, tree[key]) for key in chosen if key in tree) for tree in trees]
+    for word in set(words):
+        alike = [i for i, own in enumerate(words) if own == word]
+        if 1 < len(alike) < len(trees):
+            for i, more in zip(alike, _labels([trees[i] for i in alike]), strict=True):
+                words[i] = ", ".join(filter(None, (word, more)))
+    return words
 
 
 def _words(key: str, value: Any) -> str:

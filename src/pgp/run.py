@@ -43,15 +43,20 @@ class Run:
     @classmethod
     def create(cls, folder: Path, config: Config) -> Run:
         """A new run in `folder`, which must not exist or be empty."""
+        cls.check_free(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise RunError(f"{folder} is not empty and nothing in it will be overwritten: name another --output, or go"
-                           f" on with it by --resume {folder}")  # fmt: skip
         run = cls(folder)
         (folder / "checkpoints").mkdir()
         _write(folder / "environment.json", json.dumps(environment(), indent=2))
         _write(folder / "config.json", json.dumps(config.to_json(), indent=2))
         return run
+
+    @staticmethod
+    def check_free(folder: Path) -> None:
+        """Raise unless `folder` is missing or empty: no run is ever overwritten."""
+        if folder.is_dir() and any(folder.iterdir()):
+            raise RunError(f"{folder} is not empty and nothing in it will be overwritten: name another --output, or go"
+                           f" on with it by --resume {folder}")  # fmt: skip
 
     @classmethod
     def open(cls, folder: Path) -> Run:
@@ -71,8 +76,15 @@ class Run:
 
     def log(self, event: str, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"event": event, **values}) + "\n")
+        path = self.folder / "metrics.jsonl"
+        line = json.dumps({"event": event, **values}) + "\n"
+        try:
+            with path.open("ab+") as file:
+                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+                    line = "\n" + line  # a crash cut the last line off
+                file.write(line.encode())
+        except OSError as error:
+            raise self._unwritable(path, error) from error
 
     def events(self, event: str) -> Iterator[dict[str, Any]]:
         """The logged events of one kind, oldest first; a last line that a crash cut off is left out."""
@@ -91,7 +103,14 @@ class Run:
         for column, matrix in matrices.items():
             for t, j in matrix.isfinite().nonzero().tolist():
                 writer.writerow([column, t, j, repr(float(matrix[t, j]))])
-        _write(self.folder / "accuracy.csv", text.getvalue())
+        path = self.folder / "accuracy.csv"
+        try:
+            _write(path, text.getvalue())
+        except OSError as error:
+            raise self._unwritable(path, error) from error
+
+    def _unwritable(self, path: Path, error: OSError) -> RunError:
+        return RunError(f"cannot write {path}: {error}. Make room and go on with --resume {self.folder}")
 
     def matrices(self) -> dict[str, Tensor]:
         """The accuracy matrices `(T, T)` by column, as far as the run has come."""
@@ -135,6 +154,14 @@ class Run:
         """Name of the newest checkpoint, or None."""
         path = self.folder / "checkpoints" / "latest"
         return path.read_text().strip() if path.is_file() else None
+
+    def latest_task_name(self) -> str | None:
+        """Name of the newest checkpoint at the end of a task, or None."""
+        name = self.latest_name()
+        if name and "-step-" in name:
+            number = int(name.split("-")[1]) - 1
+            name = f"task-{number:02d}" if number else None
+        return name
 
     def load(self, name: str | None = None) -> dict[str, Any]:
         """The state of checkpoint `name`, the latest where None."""

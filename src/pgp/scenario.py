@@ -36,7 +36,7 @@ def seed_of(seed: int, *address: str | int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: Fabric rebuilds what it passes to a model on several devices
 class Task:
     """One stage of learning."""
 

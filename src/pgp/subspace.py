@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pgp.processes import add_up
+
 
 class Protected(NamedTuple):
     """What a method asks to protect: a parameter, and the axis along which old rows meet it."""
@@ -76,12 +78,10 @@ class Moment:
 
     def all_reduce(self) -> None:
         """Merge the moments of all processes, where there are several; every process must have seen some rows."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            total, products = self._observed(self._sum), self._observed(self._products)
-            count = torch.tensor(self.count, device=total.device)
-            for tensor in (total, products, count):
-                torch.distributed.all_reduce(tensor)
-            self.count = int(count)
+        total, products = self._observed(self._sum), self._observed(self._products)
+        add_up(total)
+        add_up(products)
+        self.count = int(add_up(torch.tensor(self.count, device=total.device)))
 
     def _observed(self, value: Tensor | None) -> Tensor:
         if value is None or self.count == 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from pgp.evaluate import tracked
 from pgp.learner import Learner
 from pgp.projections import Collect, Projection
 from pgp.readouts import Readout
-from pgp.run import Run, RunError, free_folder
+from pgp.run import Run, RunError, environment, free_folder
 from pgp.scenario import Task, generator
 
 
@@ -56,13 +56,16 @@ def resume(folder: Path, hardware: Hardware | None = None, progress: Progress | 
 
 
 def reevaluate(run: Run, config: Config, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Accuracy on each learned task, by column, of the latest checkpoint of `run` under `config` (its own, with other
-    evaluation settings).
+    """Accuracy on each learned task, by column, of `run` as it was when its latest task was done, on one device.
+
+    `config` is its own, with other evaluation settings.
     """
-    learner = Learner(Fabric(accelerator=config.hardware.accelerator, devices=1), config, progress or _quiet())
-    learner.load_state_dict(run.load())
-    if learner.task == 0:
+    name = run.latest_task_name()
+    if name is None:
         raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
+    config = replace(config, hardware=replace(config.hardware, devices=1))
+    learner = Learner(_fabric(config.hardware), config, progress or _quiet())
+    learner.load_state_dict(run.load(name))
     return learner.evaluation.row(learner.method, learner.readouts, learner.task - 1, learner.progress)
 
 
@@ -71,16 +74,24 @@ def _quiet() -> Progress:
 
 
 def _launch(config: Config, output: Path | None, state: dict[str, Any] | None, progress: Progress | None) -> Run:
-    hardware = config.hardware
-    many = hardware.devices > 1
-    fabric = Fabric(
-        accelerator=hardware.accelerator,
-        devices=hardware.devices,
-        precision=hardware.precision,
-        strategy=DDPStrategy(find_unused_parameters=True) if many else "auto",
-    )
+    if state is None and output is not None:
+        Run.check_free(output)  # before other processes start, which would all fail
+    fabric = _fabric(config.hardware)
     fabric.launch()
     return _learn(fabric, config, output, state, progress if progress and fabric.is_global_zero else _quiet())
+
+
+def _fabric(hardware: Hardware) -> Fabric:
+    try:
+        return Fabric(
+            accelerator=hardware.accelerator,
+            devices=hardware.devices,
+            precision=hardware.precision,
+            strategy=DDPStrategy(find_unused_parameters=True) if hardware.devices > 1 else "auto",
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"this machine cannot compute with --accelerator {hardware.accelerator} --devices"
+                         f" {hardware.devices} --precision {hardware.precision}: {error}") from error  # fmt: skip
 
 
 def _learn(
@@ -94,7 +105,10 @@ def _learn(
         assert output is not None
         run = Run.open(output)
         learner.load_state_dict(state)
-        learner.log(run, "resumed", task=learner.task, step=learner.step)
+        where = {"hardware": asdict(config.hardware), "environment": environment()}
+        learner.log(run, "resumed", task=learner.task, step=learner.step, **where)
+        if learner.matrices and fabric.is_global_zero:
+            run.write_matrices(learner.matrices)  # a crash may have come between checkpoint and table
     for task in learner.scenario.tasks[learner.task :]:
         started = time.perf_counter()
         fit_task(learner, task, run)
@@ -115,11 +129,12 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     """Train on one task, from the step at which the run stands."""
     config, method, projection = learner.config, learner.method, learner.projection
     if learner.step == 0:
-        method.begin_task(task)
+        with projection.confined(method.protected()):
+            method.begin_task(task)
     learned = [parameter for parameter in method.parameters() if parameter.requires_grad]
     if not learned:
         return
-    if projection.collect and projection.collect.when == "before":
+    if _collects(learner, "before"):
         observe(learner, task, projection, [])
     settings = config.optimizer.of_task(task.index)
     plain = settings.build(learned, config.batch_size)
@@ -139,10 +154,12 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
                 group["lr"] = settings.rate(learner.step, len(plan), config.batch_size)
             losses.append(train_step(learner, optimizer, batch, task, share=len(plan[learner.step])))
         learner.step += 1
-        if losses and (learner.step % config.log_every_steps == 0 or learner.step == len(plan)):
-            _log_losses(learner, task, run, losses)
+        last, saves = learner.step == len(plan), config.save_every_steps
+        saving = bool(saves) and learner.step % saves == 0 and not last
+        if losses and (saving or last or learner.step % config.log_every_steps == 0):
+            _log_losses(learner, task, run, losses)  # stops before a broken state is saved
             losses = []
-        if config.save_every_steps and learner.step % config.save_every_steps == 0 and learner.step < len(plan):
+        if saving:
             learner.save(run, f"task-{task.index + 1:02d}-step-{learner.step:06d}")
     handle.remove()
     learner.step, learner.optimizer = 0, None
@@ -182,10 +199,11 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
     method.end_task(task)
     started = time.perf_counter()
     fitted = [readout for readout in readouts if readout.fitted]
-    if projection.collect == Collect():  # it wants the views that readouts want: one pass serves both
+    after = _collects(learner, "after")
+    if after and projection.collect == Collect():  # it wants the views that readouts want: one pass serves both
         observe(learner, task, projection, fitted)
     else:
-        if projection.collect and projection.collect.when == "after":
+        if after:
             observe(learner, task, projection, [])
         if fitted:
             observe(learner, task, None, fitted)
@@ -200,13 +218,19 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
         matrix[task.index, : task.index + 1] = accuracies
     learner.task = task.index + 1
     seconds = {**seconds, "boundary": observed - started, "evaluation": time.perf_counter() - observed}
+    learner.save(run, f"task-{learner.task:02d}")
+    if learner.fabric.is_global_zero:
+        run.write_matrices(learner.matrices)
     averages = {column: metrics.average_accuracy(matrix) for column, matrix in learner.matrices.items()}
     learner.log(run, "task", task=task.index, seconds=seconds, ranks=ranks, average_accuracy=averages)
     spoken = ", ".join(f"{100 * average:.1f} % ({column})" for column, average in averages.items())
     learner.progress.console.print(f"task {learner.task} of {len(learner.scenario)}: average accuracy {spoken}")
-    if learner.fabric.is_global_zero:
-        run.write_matrices(learner.matrices)
-    learner.save(run, f"task-{learner.task:02d}")
+
+
+def _collects(learner: Learner, when: str) -> bool:
+    """Whether the projection wants to see the images of a task before, or after, it is trained."""
+    collect = learner.projection.collect
+    return collect is not None and collect.when == when and bool(learner.method.protected())
 
 
 @torch.no_grad()
@@ -217,11 +241,13 @@ def observe(learner: Learner, task: Task, projection: Projection | None, readout
     viewed = learner.viewed(collect.view, "observed", task)
     passes = itertools.count() if collect.repeat else range(1)
     for number in passes:
-        plan = in_order(task.train, learner.part or config.eval_batch_size, number)
+        plan = in_order(task.train, (learner.part or config.eval_batch_size) * fabric.world_size, number)
+        seen = 0
         stream = batches(viewed, plan, learner.evaluation.loading)
         for batch in tracked(learner.progress, stream, len(plan), f"task {task.index + 1}, looking back"):
             if not len(batch.indices):
                 continue
+            seen += len(batch.indices)
             images, labels, _ = batch.to(fabric.device)
             with fabric.autocast():
                 query = method.query(images)
@@ -235,6 +261,8 @@ def observe(learner: Learner, task: Task, projection: Projection | None, readout
                 readout.observe(features, labels)
             if projection and projection.sated:
                 return
+        if not seen:
+            raise ValueError(f"expected training images in task {task.index + 1}, but every single one is unreadable")
 
 
 def training_plan(config: Config, task: Task, world: int) -> list[list[Address]]:
@@ -253,14 +281,17 @@ def training_plan(config: Config, task: Task, world: int) -> list[list[Address]]
 
 
 def _log_losses(learner: Learner, task: Task, run: Run, losses: list[Tensor]) -> None:
-    """Log the mean loss since the last look; stop if it is no number."""
-    values = torch.stack(losses).tolist()
+    """Log the mean loss since the last look; stop all processes if it is no number."""
+    means = learner.fabric.all_reduce(torch.stack(losses), reduce_op="mean")
+    assert isinstance(means, Tensor)
+    values = means.tolist()
     first = learner.step - len(values)
     bad = [first + i for i, value in enumerate(values) if not math.isfinite(value)]
     if bad:
         last = run.latest_name()
         raise RunError(
-            f"the loss is {values[bad[0] - first]} at step {bad[0]} of task {task.index + 1}: lower --optimizer.lr."
+            f"the loss is {values[bad[0] - first]} at step {bad[0]} of task {task.index + 1}: start a new run with a"
+            " lower --optimizer.lr."
             + (f" The last good state is {run.folder / 'checkpoints' / last}" if last else " No state was saved yet")
         )
     learner.log(run, "train", task=task.index, step=learner.step, loss=sum(values) / len(values))

@@ -219,7 +219,9 @@ def _load(model: Any, path: Path) -> None:
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{path} is no readable checkpoint (truncated?): {error}") from error
     for container in _CONTAINERS:
-        state = state.get(container, state)
+        state = state.get(container, state) if isinstance(state, dict) else None
+    if not (isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values())):
+        raise ValueError(f"{path} is no checkpoint: expected tensors by name, or these under one of {_CONTAINERS}")
     state = {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
     if "token_embedding.ids" in state:
         whole = model.token_embedding.weight.detach().clone()

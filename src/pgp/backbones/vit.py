@@ -179,6 +179,9 @@ def _plain(model: Any) -> Any:
         raise ValueError(f"expected a plain timm VisionTransformer, got {name}: choose a vit_*, deit_* or *dinov2* tag")
     if not model.has_class_token:
         raise ValueError("expected a vision transformer with a class token (it is the query), got one without")
+    if isinstance(model.norm, nn.Identity):
+        raise ValueError(f"expected a vision transformer that reads its class token, got one that reads the mean of"
+                         f" patches ({model.global_pool!r}): choose another tag")  # fmt: skip
     attentions = [block.attn for block in model.blocks]
     usual = {"training", "num_heads", "head_dim", "attn_dim", "scale", "fused_attn", "gate"}
     for block, attn in zip(model.blocks, attentions, strict=True):
@@ -240,7 +243,9 @@ def _load(model: Any, path: Path) -> None:
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise ValueError(f"{path} is no readable checkpoint (truncated?): {error}") from error
     for container in _CONTAINERS:
-        state = state.get(container, state)
+        state = state.get(container, state) if isinstance(state, dict) else None
+    if not (isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values())):
+        raise ValueError(f"{path} is no checkpoint: expected tensors by name, or these under one of {_CONTAINERS}")
     state = {name: tensor.float() for name, tensor in state.items() if not name.startswith(("head.", "head_dist."))}
     wanted = model.state_dict()
     width, found = model.embed_dim, state.get("cls_token")

@@ -193,7 +193,10 @@ def batches(data: Viewed, plan: Sequence[Sequence[Address]], loading: Loading) -
         generator=torch.Generator(),  # or the loader would draw its workers' seed from the global one
         pin_memory=torch.cuda.is_available(),
     )
-    yield from loader
+    try:
+        yield from loader
+    except BadImageError as error:  # a worker's comes with its traceback in the text
+        raise BadImageError(str(error).strip().rpartition("BadImageError: ")[2]) from error
 
 
 def in_order(indices: Tensor, batch_size: int, passes: int = 0) -> list[list[Address]]:
@@ -218,4 +221,4 @@ def existing(folder: Path) -> Path:
     folder = folder.expanduser()
     if not folder.is_dir():
         raise ValueError(f"no data folder at {folder.absolute()}")
-    return folder
+    return folder.absolute()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgp.subspace import Protected, Rows, rank_of, remove
 
@@ -99,32 +100,44 @@ class Projection(abc.ABC):
 
         A space of rank 0 is left alone entirely, so a projection that holds nothing changes no bit.
         """
-        active = {space: target for space, target in protected.items() if self.rank(space) > 0}
 
         @torch.no_grad()
         def project_gradients(*_: Any) -> None:
-            for space, (parameter, axis, _role) in active.items():
+            for space, (parameter, axis, _role) in self._held(protected).items():
                 if parameter.grad is not None:
                     parameter.grad.copy_(self._along(axis, space, parameter.grad))
 
-        before: dict[torch.nn.Parameter, Tensor] = {}
-
-        @torch.no_grad()
-        def remember(*_: Any) -> None:
-            before.update({p: p.to(torch.float64, copy=True) for p, _axis, _role in active.values()})
-
-        @torch.no_grad()
-        def project_updates(*_: Any) -> None:
-            for space, (parameter, axis, _role) in active.items():
-                change = parameter.double() - before[parameter]
-                parameter.copy_(before[parameter] + self._along(axis, space, change))
-
         if self.on == "gradient":
             return Handle(optimizer.register_step_pre_hook(project_gradients))
+        before: dict[nn.Parameter, Tensor] = {}
         return Handle(
-            optimizer.register_step_pre_hook(remember),
-            optimizer.register_step_post_hook(project_updates),
+            optimizer.register_step_pre_hook(lambda *_: before.update(self._values(protected))),
+            optimizer.register_step_post_hook(lambda *_: self._confine(protected, before)),
         )
+
+    @contextmanager
+    def confined(self, protected: Mapping[str, Protected]) -> Iterator[None]:
+        """Project what is done to the parameters in between, where updates are projected: a jump is a step, too."""
+        before = self._values(protected) if self.on == "update" else {}
+        yield
+        if self.on == "update":
+            self._confine(protected, before)
+
+    def _held(self, protected: Mapping[str, Protected]) -> dict[str, Protected]:
+        return {space: target for space, target in protected.items() if self._rank_in(space)}
+
+    def _rank_in(self, space: str) -> int:
+        return self.bases[space].shape[-1] if space in self.bases else 0
+
+    def _values(self, protected: Mapping[str, Protected]) -> dict[nn.Parameter, Tensor]:
+        held = {target.parameter for target in self._held(protected).values()}
+        return {parameter: parameter.detach().to(torch.float64, copy=True) for parameter in held}
+
+    @torch.no_grad()
+    def _confine(self, protected: Mapping[str, Protected], before: Mapping[nn.Parameter, Tensor]) -> None:
+        for space, (parameter, axis, _role) in self._held(protected).items():
+            change = parameter.double() - before[parameter]
+            parameter.copy_(before[parameter] + self._along(axis, space, change))
 
     def _along(self, axis: int, space: str, tensor: Tensor) -> Tensor:
         return self.project(space, tensor.transpose(axis, -1)).transpose(axis, -1)

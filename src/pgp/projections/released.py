@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pgp.processes import gathered, world
 from pgp.projections import Collect, Handle, Projection
 from pgp.subspace import Protected, Rows, remove
 
@@ -68,10 +69,8 @@ class Released(Projection):
     @property
     def sated(self) -> bool:
         """Whether as many images as the model is wide have been seen."""
-        world = torch.distributed.get_world_size() if _distributed() else 1
-        return bool(self._images) and all(
-            sum(map(len, parts)) * world >= self._widths[space] for space, parts in self._images.items()
-        )
+        seen = {space: sum(map(len, parts)) * world() for space, parts in self._images.items()}
+        return bool(seen) and all(count >= self._widths[space] for space, count in seen.items())
 
     def observe(self, space: str, rows: Rows) -> None:
         """Keep each image's rows as one long vector."""
@@ -113,7 +112,7 @@ class Released(Projection):
     def _sample(self, space: str) -> Tensor:
         """As many images as the model is wide, `(D, N * D)`: the number on which the published code rests."""
         width = self._widths.get(space, 0)
-        images = _gathered(torch.cat(self._images[space])) if width else torch.empty(0)
+        images = gathered(torch.cat(self._images[space])) if width else torch.empty(0)
         if not width or len(images) < width:
             raise ValueError(f"expected {width or 'the'} images of this task in space {space!r}, got {len(images)}:"
                              " call observe() until it is sated")  # fmt: skip
@@ -162,16 +161,3 @@ def _has_heads(tensor: Tensor) -> bool:
 def _joined(tensor: Tensor) -> Tensor:
     """Heads side by side: `(..., H, n, d)` -> `(..., n, H * d)`."""
     return tensor.transpose(-3, -2).flatten(-2)
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _gathered(rows: Tensor) -> Tensor:
-    """Rows of all processes."""
-    if not _distributed():
-        return rows
-    parts: list[Tensor | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, rows)
-    return torch.cat([part for part in parts if part is not None])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pgp.processes import add_up
 from pgp.readouts import Readout
 
 
@@ -52,8 +53,7 @@ class LDA(Readout):
         if not self._task:
             raise ValueError("expected features of this task, got none: call observe() before end_task()")
         for tensor in self._task.values():
-            if torch.distributed.is_available() and torch.distributed.is_initialized():
-                torch.distributed.all_reduce(tensor)
+            add_up(tensor)
         _add(self.state, self._task)
         self._task = {}
         self._fit()

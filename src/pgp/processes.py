@@ -1,0 +1,37 @@
+"""What several processes that train together tell each other; all of it is nothing for a process that is alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def together() -> bool:
+    """Whether this process is one of several."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return torch.distributed.get_rank() if together() else 0
+
+
+def world() -> int:
+    """How many processes there are."""
+    return torch.distributed.get_world_size() if together() else 1
+
+
+def add_up(tensor: Tensor) -> Tensor:
+    """`tensor`, now the sum over all processes, in place."""
+    if together():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def gathered(rows: Tensor) -> Tensor:
+    """Rows of all processes, on the CPU."""
+    if not together():
+        return rows
+    parts: list[Tensor | None] = [None] * world()
+    torch.distributed.all_gather_object(parts, rows.cpu())
+    return torch.cat([part for part in parts if part is not None])
