@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -75,8 +76,14 @@ def test_list_and_help(capsys):
     cli.main(["list"])
     out = capsys.readouterr().out
     assert all(name in out for name in [*recipes.RECIPES, *recipes.METHODS, *recipes.PROJECTIONS, *recipes.DATASETS])
-    cli.main([])
-    assert "usage: pgp" in capsys.readouterr().out
+    for words in ([], ["--help"], ["train", "--help"]):
+        cli.main(words)
+        assert "usage: pgp" in capsys.readouterr().out
+    for words in (["train", "demo", "--help"], ["train", "--resume", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        assert stop.value.code == 0
+        assert "--precision" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -91,6 +98,10 @@ def test_list_and_help(capsys):
         (["train", "--resume", "nowhere"], "no run at nowhere"),
         (["report"], "expected run folders"),
         (["list", "x"], "takes no arguments"),
+        (["train", "demo", "--accelerator", "gpu"], "this machine cannot compute with --accelerator gpu"),
+        (["train", "demo", "--twin", "--no-pgp"], "expected a projection beside --twin"),
+        (["train", "demo", "--twin", "--projection", "none"], "expected a projection beside --twin"),
+        (["train", "demo", "--readouts", "lda", "lda"], "readouts of different kinds"),
     ],
 )
 def test_errors_are_one_line(capsys, words, message):
@@ -105,6 +116,25 @@ def test_errors_are_one_line(capsys, words, message):
 )
 def test_flags_that_do_not_fit(capsys, words, message):
     assert message in " ".join(fails(capsys, "train", "demo", *words).split())
+
+
+def test_reports_average_over_seeds_and_nothing_else(tmp_path, capsys):
+    energies = {"low": "0.5", "high": "0.9"}
+    for name, energy in energies.items():
+        cli.main(["train", "demo", "--projection.energy", energy, "--output", name])
+    cli.main(["train", "demo", "--no-pgp", "--output", "none"])
+    cli.main(["train", "demo", "--no-pgp", "--seed", "7", "--output", "[/none] 7"])
+    capsys.readouterr()
+    cli.main(["report", "low", "high", "none", "[/none] 7", "none", "--output", "out"])
+    lines = [line.split(" | ") for line in (tmp_path / "out" / "report.md").read_text().splitlines()[2:]]
+    assert {(line[0], line[2]) for line in lines} == {
+        ("| projection orthogonal, energy 0.5", "1"),
+        ("| projection orthogonal, energy 0.9", "1"),
+        ("| projection none", "2"),
+    }
+    assert "run:    [/none] 7" in capsys.readouterr().out
+    shutil.copytree("none", "copy")
+    assert "seeds of their own, got [42, 42]: a seed counts once" in fails(capsys, "report", "none", "copy")
 
 
 def test_another_run_is_kept(tmp_path, capsys):

@@ -264,7 +264,7 @@ def test_bad_images_are_named_or_skipped(photos, content):
     plan = in_order(torch.arange(len(data.train)), 3)
     views = Views(size=8, resize=8).test()
     for workers in (0, 2):
-        with pytest.raises(BadImageError, match=r"cannot read the image .*bad\.jpg"):
+        with pytest.raises(BadImageError, match=r"^cannot read the image .*bad\.jpg"):
             list(batches(Viewed(data.train, views, 0, ("x",), skip_bad=False), plan, Loading(workers)))
     with pytest.warns(UserWarning, match=r"skipped: .*bad\.jpg"):
         got = list(batches(Viewed(data.train, views, 0, ("x",), skip_bad=True), plan, Loading()))

@@ -58,6 +58,8 @@ def drift(protect, projection, **settings):
         assert all(projection.rank(name) < target.parameter.shape[target.axis]
                    for name, target in method.protected().items())  # fmt: skip
     before = method.features(old).detach()
+    with (projection or NoProjection()).confined(method.protected()):
+        method.begin_task(TASK)
     first, *_, last = learn(method, projection or NoProjection())
     return float((method.features(old).detach() - before).norm() / before.norm()), first - last
 

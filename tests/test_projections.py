@@ -370,3 +370,26 @@ def test_released_refuses_fewer_images_than_it_is_wide(images):
     projection.observe("prompts", Rows(draw(images, 2, 16)))
     with pytest.raises(ValueError, match=f"16 images.*got {images}"):
         projection.end_task({"prompts": Protected(Toy().prompts)})
+
+
+@pytest.mark.parametrize("on", ["gradient", "update"])
+def test_a_handle_projects_what_is_learned_after_it_was_attached(on):
+    toy = Toy()
+    projection, optimizer = Orthogonal(Orthogonal.Config("input", 1, 1, on=on)), OPTIMIZERS["sgd"](toy.parameters())
+    projection.attach(optimizer, toy.protected())
+    taught(projection, toy)
+    before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
+    toy.learn(optimizer)
+    assert max(leaks(projection, toy, before)) < 1e-10
+
+
+def test_a_jump_is_confined_where_updates_are():
+    for on in ("gradient", "update"):
+        toy = Toy()
+        projection = taught(Orthogonal(Orthogonal.Config("input", 1, 1, on=on)), toy)
+        before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
+        with torch.no_grad(), projection.confined(toy.protected()):
+            toy.prompts += draw(*toy.prompts.shape, seed=9)
+            toy.keys += draw(*toy.keys.shape, seed=8)
+        leak = max(leaks(projection, toy, before))
+        assert leak < 1e-10 if on == "update" else leak > 0.1

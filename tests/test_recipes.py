@@ -13,6 +13,7 @@ from pgp import recipes
 from pgp.config import Config, Hardware, Optimizer
 from pgp.methods.l2p import L2P
 from pgp.projections.none import NoProjection
+from pgp.readouts.lda import LDA
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -47,8 +48,10 @@ def test_trees_that_do_not_fit():
     tree = tiny.config().to_json()
     with pytest.raises(ValueError, match="sede"):
         Config.from_json({**tree, "sede": 1})
-    with pytest.raises(ValueError, match="seed"):
-        Config.from_json({**tree, "seed": "many"})
+    for field, value in {"seed": "many", "epochs": 2.9, "shuffle": "False", "tasks": True, "name": 3}.items():
+        with pytest.raises(ValueError, match=rf"expected a value of type \w+, got {value!r}.*{field}"):
+            Config.from_json({**tree, field: value})
+    assert Config.from_json({**tree, "optimizer": {**tree["optimizer"], "lr": 1}}).optimizer.lr == 1.0
 
 
 @pytest.mark.parametrize(
@@ -58,6 +61,7 @@ def test_trees_that_do_not_fit():
         (lambda: tiny.config(batch_size=0), "batch_size of at least 1"),
         (lambda: tiny.config(save_every_steps=-1), "save_every_steps of at least 0"),
         (lambda: tiny.config(readouts=()), "at least one readout"),
+        (lambda: tiny.config(readouts=(LDA.Config(0.1), LDA.Config(0.2))), "readouts of different kinds"),
         (lambda: tiny.config(batch_size=1, hardware=Hardware(devices=2)), "batch_size of at least devices 2"),
         (lambda: tiny.config(legacy_eval=True, hardware=Hardware(devices=2)), "need devices 1"),
         (lambda: Hardware(devices=0), "devices >= 1"),

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
@@ -90,9 +91,10 @@ def test_what_is_no_run(tmp_path, run):
         run.load()
     with pytest.raises(RunError, match=r"no accuracy\.csv yet"):
         run.matrices()
-    (run.folder / "config.json").write_text('{"name": 1')
-    with pytest.raises(RunError, match=r"config\.json does not describe a run"):
-        _ = run.config
+    for text in ('{"name": 1', "[]", "null"):
+        (run.folder / "config.json").write_text(text)
+        with pytest.raises(RunError, match=r"config\.json does not describe a run"):
+            _ = run.config
 
 
 def test_a_log_survives_a_crash(run):
@@ -100,6 +102,19 @@ def test_a_log_survives_a_crash(run):
     with (run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"event": "task", "ta')
     assert [event["task"] for event in run.events("task")] == [0]
+    run.log("task", task=1)  # the torn line swallows none
+    assert [event["task"] for event in run.events("task")] == [0, 1]
+
+
+@pytest.mark.parametrize("write", [lambda run: run.log("task", task=1), lambda run: run.write_matrices({})])
+def test_a_full_disk_is_said_for_every_file(run, monkeypatch, write):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(RunError, match=r"cannot write .*No space left on device. Make room and go on with --resume"):
+        write(run)
 
 
 def test_free_folders_differ(tmp_path):

@@ -191,3 +191,17 @@ def test_half_the_memory_and_the_same_results_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(halved(x, prefixes={1: prefix}), vit(x, prefixes={1: prefix}))
         assert torch.equal(halved(x, read=1), vit(x, read=1))
+
+
+def test_models_that_read_the_mean_of_patches_are_refused():
+    with pytest.raises(ValueError, match=r"reads the mean of patches \('avg'\): choose another tag"):
+        ViT.Config("vit_tiny_patch16_224", "random", {"global_pool": "avg", "depth": 1}).build(224)
+
+
+@pytest.mark.parametrize(
+    "content", [[torch.zeros(1)], {"model": [1]}, {"model": {"weight": torch.zeros(1), "epoch": 5}}]
+)
+def test_what_is_no_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w.pth is no checkpoint: expected tensors by name"):
+        ViT.Config("vit_tiny_patch16_224", str(tmp_path / "w.pth"), {"depth": 1}).build(224)

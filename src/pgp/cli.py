@@ -116,7 +116,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def train_command(words: list[str]) -> None:
     """`pgp train …`."""
     if any(word == "--resume" or word.startswith("--resume=") for word in words):
-        chosen = tyro.cli(ResumeCommand, args=words, prog="pgp train", default=_resumed(words))
+        asked = not {"-h", "--help"}.isdisjoint(words)
+        default = ResumeCommand(Path("RUN"), Hardware()) if asked else _resumed(words)
+        chosen = tyro.cli(ResumeCommand, args=["--help"] if asked else words, prog="pgp train", default=default)
         with _progress() as bars:
             run = train.resume(chosen.resume, chosen.hardware, bars)
         _show([run])
@@ -241,8 +243,6 @@ def _values(words: list[str], flag: str) -> list[str]:
 
 
 def _resumed(words: list[str]) -> ResumeCommand:
-    if "--help" in words or "-h" in words:
-        return ResumeCommand(Path("RUN"), Hardware())
     folder = Path((_values(words, "--resume") or [""])[0])
     return ResumeCommand(folder, Run.open(folder).config.hardware)
 
