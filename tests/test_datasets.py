@@ -404,3 +404,13 @@ def test_views_map_bytes_to_shares():
 def test_bad_views(settings, message):
     with pytest.raises(ValueError, match=message):
         Views(**settings)
+
+
+def test_folders_may_be_called_otherwise(photos):
+    names = photos / "names.txt"
+    for text in ("b only\n", "b\ncafé au lait x\n", ""):
+        names.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"a line 'FOLDER NAME' .*names.txt for each folder, got none for"):
+            Folder(photos).build()
+    names.write_text("café au lait\tGroßer Bär\n\nb a bee \n", encoding="utf-8")
+    assert Folder(photos).build().class_names == ("a bee", "Großer Bär")

@@ -11,6 +11,7 @@ from PIL import Image
 
 import tiny
 from pgp import cli, recipes
+from pgp.methods.clip_prompt import CLIPPrompt
 from pgp.methods.dualprompt import DualPrompt
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -32,8 +33,12 @@ def test_the_loop_of_ones_own_runs():
 def test_every_command_runs(tmp_path, monkeypatch, capsys):
     small = {"backbone": tiny.BACKBONE, "epochs": 1}
     for name, recipe in list(recipes.RECIPES.items()):
-        method = tiny.DUALPROMPT if isinstance(recipe().method, DualPrompt.Config) else tiny.config().method
-        config = replace(tiny.config(), name=name, method=method, projection=recipe().projection, **small)
+        whole = recipe()
+        if isinstance(whole.method, CLIPPrompt.Config):
+            own = {"backbone": recipes.BACKBONES["demo-clip"], "method": whole.method}
+        else:
+            own = {"method": tiny.DUALPROMPT if isinstance(whole.method, DualPrompt.Config) else tiny.config().method}
+        config = replace(tiny.config(), **{**small, **own}, name=name, projection=whole.projection)
         monkeypatch.setitem(recipes.RECIPES, name, lambda config=config: config)
     monkeypatch.chdir(tmp_path)
     for part in ("train", "test"):
@@ -41,14 +46,14 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
             (tmp_path / "PHOTOS" / part / label).mkdir(parents=True)
             Image.new("RGB", (40, 40), (ord(label) % 50 * 5, 0, 90)).save(tmp_path / "PHOTOS" / part / label / "1.jpg")
     commands = [line.split("#")[0] for line in README.splitlines() if line.startswith("pgp ")]
-    assert len(commands) == 11
+    assert len(commands) == 13
     for command in commands:
         words = shlex.split(command)[1:]
         if "PHOTOS" in words:
             words += ["--readouts", "sequential"]  # LDA needs more than one picture of a class
         cli.main(words)
     out = capsys.readouterr().out
-    assert out.count("figure: ") == 9  # all but list and eval
+    assert out.count("figure: ") == 11  # all but list and eval
 
 
 def test_every_file_on_the_map_exists():

@@ -17,7 +17,10 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 
 @dataclass(frozen=True)
 class Folder(DatasetConfig):
-    """Images in `root/train/<class>/*` and `root/test/<class>/*`, read in place."""
+    """Images in `root/train/<class>/*` and `root/test/<class>/*`, read in place.
+
+    A class is called by its folder, or as `root/names.txt` says, where it exists: lines of a folder and its name.
+    """
 
     root: Path = Path("data")
     """Folder that holds `train` and `test`."""
@@ -29,7 +32,7 @@ class Folder(DatasetConfig):
         strangers = sorted(path.name for path in test.iterdir() if path.is_dir() and path.name not in names)
         if strangers:
             raise ValueError(f"expected every class of {test} in {train} too, got {strangers[:5]} in test only")
-        return Dataset(FileSplit.of(train, names), FileSplit.of(test, names), names)
+        return Dataset(FileSplit.of(train, names), FileSplit.of(test, names), _spoken(self.root / "names.txt", names))
 
 
 class FileSplit(Split):
@@ -54,6 +57,21 @@ class FileSplit(Split):
     def image(self, index: int) -> Tensor:
         """See `Split.image`."""
         return read_image(self.paths[index])
+
+
+def _spoken(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
+    """What the classes of `folders` are called."""
+    if not path.is_file():
+        return folders
+    names = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        fitting = [folder for folder in folders if line.strip().startswith((f"{folder} ", f"{folder}\t"))]
+        if fitting:
+            folder = max(fitting, key=len)
+            names[folder] = line.strip().removeprefix(folder).strip()
+    if without := [folder for folder in folders if folder not in names]:
+        raise ValueError(f"expected a line 'FOLDER NAME' in {path} for each folder, got none for {without[:5]}")
+    return tuple(names[folder] for folder in folders)
 
 
 def read_image(path: Path) -> Tensor:
