@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -102,14 +103,14 @@ def upright_accuracy(model: torch.nn.Module, split: ArraySplit) -> float:
 
 
 @torch.no_grad()
-def digits_accuracy(model: torch.nn.Module) -> dict[str, float]:
+def digits_accuracy(encode: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, float]:
+    """Test accuracy of a logistic regression on `encode(images)` of digits, and of one on their raw pixels."""
     data, view = Digits().build(), Views(size=SIZE, resize=SIZE).test()
-    model.eval()
     features, pixels, labels = [], [], []
     for split in (data.train, data.test):
         assert isinstance(split, ArraySplit)
         images = torch.stack([view(split.image(i)) for i in range(len(split))])
-        features.append(model.forward_features(images)[:, 0].numpy())
+        features.append(encode(images).numpy())
         pixels.append(split.images.flatten(1).numpy() / 255)
         labels.append(split.labels.numpy())
     scores = {}
@@ -130,7 +131,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model, measured = train(options.epochs, options.batch, options.lr, options.seed)
-    measured |= digits_accuracy(model)
+    measured |= digits_accuracy(lambda images: model.eval().forward_features(images)[:, 0])
     options.output.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.half() for name, tensor in model.state_dict().items() if not name.startswith("head.")}
     save_file(weights, options.output / "demo_vit.safetensors")

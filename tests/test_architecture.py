@@ -104,3 +104,8 @@ def test_public_names_are_found_where_they_are_said_to_be():
         assert name in dir(pgp)
     with pytest.raises(AttributeError, match="has no attribute 'Orthogona'; it has CLIP, ViT"):
         _ = pgp.Orthogona
+
+
+def test_optional_libraries_are_optional():
+    code = "import sys; sys.modules['open_clip'] = None; import pgp.cli; pgp.cli.main(['list'])"
+    assert "clip" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -6,8 +6,6 @@ import abc
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -146,10 +144,3 @@ class VisionLanguage(Backbone):
     @abc.abstractmethod
     def encode_text(self, embedded: Tensor, tokens: Tensor) -> Tensor:
         """Text features `(n, E)` of embedded tokens, read where `tokens` end; of no particular length."""
-
-
-def packaged(name: str) -> Path:
-    """The path of a file: `package:NAME` is one that pgp ships, any other name a path of the user's."""
-    if name.startswith("package:"):
-        return Path(str(resources.files("pgp") / "weights" / name.removeprefix("package:")))
-    return Path(name).expanduser()

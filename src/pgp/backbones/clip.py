@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-import pickle
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pgp.backbones import Trace, VisionLanguage, packaged
-
-_CONTAINERS = ("state_dict", "model")
-"""Keys under which published checkpoints hide their weights."""
+from pgp.backbones import Trace, VisionLanguage, checkpoints
 
 
 class CLIP(VisionLanguage):
@@ -185,7 +179,7 @@ def _create(config: CLIP.Config, size: int) -> Any:
         torch.manual_seed(0)  # `random` weights are the same every time
         try:
             if own:
-                description = json.loads(packaged(config.model).read_text())
+                description = json.loads(checkpoints.packaged(config.model).read_text())
                 description["vision_cfg"]["image_size"] = size
                 model: Any = open_clip.CLIP(**description)
             else:
@@ -200,7 +194,7 @@ def _create(config: CLIP.Config, size: int) -> Any:
             raise ValueError(f"no weights {tag} for {config.model}: {error}. Offline, download the checkpoint elsewhere"
                              " and name the file: --backbone.weights PATH") from error  # fmt: skip
     if _is_file(config.weights):
-        _load(_plain(model), packaged(config.weights))
+        _load(_plain(model), checkpoints.packaged(config.weights))
     return model
 
 
@@ -210,29 +204,11 @@ def _is_file(weights: str) -> bool:
 
 def _load(model: Any, path: Path) -> None:
     """Fill `model` with a checkpoint; rows of the token embedding that it leaves out keep their initial values."""
-    if not path.is_file():
-        raise ValueError(f"no checkpoint at {path}: expected a tag of open_clip, 'random' or a file")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds pickled code, which is never run; save its weights as .safetensors") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is no readable checkpoint (truncated?): {error}") from error
-    for container in _CONTAINERS:
-        state = state.get(container, state) if isinstance(state, dict) else None
-    if not (isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values())):
-        raise ValueError(f"{path} is no checkpoint: expected tensors by name, or these under one of {_CONTAINERS}")
-    state = {name.removeprefix("module."): tensor.float() for name, tensor in state.items()}
+    state = {name.removeprefix("module."): tensor for name, tensor in checkpoints.read(path).items()}
     if "token_embedding.ids" in state:
         whole = model.token_embedding.weight.detach().clone()
         whole[state.pop("token_embedding.ids").long()] = state.pop("token_embedding.rows")
         state["token_embedding.weight"] = whole
     if "visual.positional_embedding" in state:
         _open_clip().model.resize_pos_embed(state, model)
-    wanted = model.state_dict()
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    wrong = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
-    if missing or extra or wrong:
-        raise ValueError(f"{path} does not fit this model: missing {missing[:3]}, unexpected {extra[:3]},"
-                         f" of another shape {wrong[:3]}")  # fmt: skip
-    model.load_state_dict(state)
+    checkpoints.fill(model, state, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import pickle
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +11,10 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from pgp.backbones import Backbone, Trace, packaged
-
-_CONTAINERS = ("model", "state_dict", "teacher")
-"""Keys under which published checkpoints hide their weights."""
+from pgp.backbones import Backbone, Trace, checkpoints
 
 
 class ViT(Backbone):
@@ -221,41 +215,16 @@ def _create(config: ViT.Config, size: int) -> Any:
     if size % side:
         raise ValueError(f"expected an image size that is a multiple of the patch size {side}, got {size}")
     if not hub and config.weights != "random":
-        _load(model, _file(config.weights))
+        _load(model, checkpoints.packaged(config.weights))
     return model
-
-
-def _file(weights: str) -> Path:
-    path = packaged(weights)
-    if not path.is_file():
-        raise ValueError(
-            f"no checkpoint at {path}: expected 'hub', 'random' or the path of a .safetensors or .pth file"
-        )
-    return path
 
 
 def _load(model: Any, path: Path) -> None:
     """Fill `model` with a checkpoint in timm's naming; the head is left out, positions are resampled."""
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds pickled code, which is never run; save its weights as .safetensors") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is no readable checkpoint (truncated?): {error}") from error
-    for container in _CONTAINERS:
-        state = state.get(container, state) if isinstance(state, dict) else None
-    if not (isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values())):
-        raise ValueError(f"{path} is no checkpoint: expected tensors by name, or these under one of {_CONTAINERS}")
-    state = {name: tensor.float() for name, tensor in state.items() if not name.startswith(("head.", "head_dist."))}
-    wanted = model.state_dict()
+    state = checkpoints.read(path)
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "head_dist."))}
     width, found = model.embed_dim, state.get("cls_token")
     if found is not None and found.shape[-1] != width:
         raise ValueError(f"expected weights of width {width}, got {found.shape[-1]} in {path}: name the model they"
                          " belong to with --backbone.model")  # fmt: skip
-    state = checkpoint_filter_fn(state, model)
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    wrong = [name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape]
-    if missing or extra or wrong:
-        raise ValueError(f"{path} does not fit this model: missing {missing[:3]}, unexpected {extra[:3]},"
-                         f" of another shape {sorted(wrong)[:3]}")  # fmt: skip
-    model.load_state_dict(state)
+    checkpoints.fill(model, checkpoint_filter_fn(state, model), path)
