@@ -134,7 +134,7 @@ def demo_clip() -> Config:
         backbone=BACKBONES["demo-clip"],
         method=CLIPPrompt.Config(),
         projection=Orthogonal.Config(energy=0.9),
-        optimizer=Optimizer("sgd", lr=0.5, schedule="cosine"),
+        optimizer=Optimizer("sgd", lr=1.0, schedule="cosine"),
     )
 
 
