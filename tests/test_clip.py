@@ -13,6 +13,7 @@ from conftest import CIFAR_NAMES, golden_clip, golden_vit
 from pgp import train
 from pgp.backbones.clip import CLIP
 from pgp.config import Hardware, Optimizer
+from pgp.datasets import Loading, Viewed, batches, in_order
 from pgp.evaluate import LEGACY
 from pgp.methods import only
 from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
@@ -173,6 +174,23 @@ def test_no_image_depends_on_its_batch_or_its_neighbours_tasks(encoder, tmp_path
         honest, published = (matrices[name].nan_to_num() for name in ("sequential", "sequential" + LEGACY))
         assert (published >= honest).all()
     assert (rows[0]["sequential" + LEGACY].nan_to_num() > rows[0]["sequential"].nan_to_num()).any()
+
+
+def test_neighbours_in_a_batch_decide_nothing(encoder, tmp_path):
+    run = train.train(config(encoder, epochs=1), tmp_path / "run")
+    learner = train.Learner(train.Fabric(accelerator="cpu", devices=1), run.config, train._quiet())
+    learner.load_state_dict(run.load())
+    tests = torch.arange(len(learner.data.test))
+    viewed = Viewed(learner.data.test, run.config.views.test(), 0, ("test",), skip_bad=False)
+    (batch,) = batches(viewed, in_order(tests, 1000), Loading())
+    order = tests[torch.randperm(len(tests), generator=generator(0, "mixed"))]
+    with torch.no_grad():
+        mixed = learner.method(batch.images[order])
+        for task in learner.scenario.tasks:
+            own = torch.isin(order, task.test)
+            alone = learner.method(batch.images[order[own]])
+            torch.testing.assert_close(alone, mixed[own], rtol=0, atol=1e-5)
+            assert torch.equal(alone.argmax(1), mixed[own].argmax(1))
 
 
 def test_zero_shot_learns_nothing(encoder, tmp_path):

@@ -167,7 +167,7 @@ def eval_command(words: list[str]) -> None:
     tasks = len(next(iter(row.values())))
     table = Table(title=f"{run.folder}: accuracy after task {tasks}, %")
     for heading in ("readout", *(f"task {j + 1}" for j in range(tasks)), "average", "as stored"):
-        table.add_column(heading, justify="left" if heading == "readout" else "right")
+        table.add_column(heading, justify="left" if heading == "readout" else "right", overflow="fold")
     for column, accuracies in row.items():
         known = column in stored and bool((stored[column][tasks - 1, :tasks] - accuracies).abs().max() < 1e-9)
         agrees = ("yes" if known else "no") if column in stored else ""
@@ -272,7 +272,7 @@ def _show(runs: list[Run], folder: Path | None = None) -> None:
     lines = report.lines(runs)
     table = Table(title="accuracy in %")
     for heading in ("run", "readout", *report.FIGURES.values()):
-        table.add_column(heading, justify="left" if heading in ("run", "readout") else "right")
+        table.add_column(heading, justify="left" if heading in ("run", "readout") else "right", overflow="fold")
     for line in lines:
         table.add_row(line.label, line.column, *report.cells(line))
     console.print(table)
