@@ -46,7 +46,7 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
             (tmp_path / "PHOTOS" / part / label).mkdir(parents=True)
             Image.new("RGB", (40, 40), (ord(label) % 50 * 5, 0, 90)).save(tmp_path / "PHOTOS" / part / label / "1.jpg")
     commands = [line.split("#")[0] for line in README.splitlines() if line.startswith("pgp ")]
-    assert len(commands) == 13
+    assert len(commands) == 14
     for command in commands:
         words = shlex.split(command)[1:]
         if "PHOTOS" in words:

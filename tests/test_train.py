@@ -50,7 +50,7 @@ def learner_of(run, config=None):
 
 def test_leaves_a_whole_run_folder(whole):
     names = {path.name for path in whole.folder.iterdir()}
-    assert names == {"config.json", "environment.json", "metrics.jsonl", "accuracy.csv", "checkpoints"}
+    assert names == {"config.json", "classes.json", "environment.json", "metrics.jsonl", "accuracy.csv", "checkpoints"}
     assert whole.latest_name() == "task-03"
     assert whole.config == tiny.config()
     assert json.loads((whole.folder / "environment.json").read_text())["versions"]["torch"]

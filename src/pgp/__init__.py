@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pgp.methods.dualprompt import DualPrompt as DualPrompt
     from pgp.methods.head_only import HeadOnly as HeadOnly
     from pgp.methods.l2p import L2P as L2P
+    from pgp.predict import Predictor as Predictor
     from pgp.projections.orthogonal import Orthogonal as Orthogonal
     from pgp.projections.released import Released as Released
     from pgp.readouts.lda import LDA as LDA
@@ -39,6 +40,7 @@ _HOMES = {
     "DualPrompt": "pgp.methods.dualprompt",
     "HeadOnly": "pgp.methods.head_only",
     "L2P": "pgp.methods.l2p",
+    "Predictor": "pgp.predict",
     "Orthogonal": "pgp.projections.orthogonal",
     "Released": "pgp.projections.released",
     "LDA": "pgp.readouts.lda",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -18,6 +19,9 @@ from rich.table import Table
 
 from pgp import __version__, recipes, report, train
 from pgp.config import Config, Hardware
+from pgp.datasets import BadImageError
+from pgp.evaluate import tracked
+from pgp.predict import Predictor, images_in
 from pgp.processes import rank
 from pgp.projections.none import NoProjection
 from pgp.run import Run, RunError, free_folder
@@ -29,6 +33,7 @@ usage: pgp COMMAND ...
   train RECIPE [overrides]   learn a stream of tasks; pgp train RECIPE --help lists every override
   train --resume RUN         go on with a run that stopped
   eval RUN                   evaluate a run's latest checkpoint again
+  predict RUN IMAGE ...      name what is on images or in folders of images
   report RUN ...             tables and figures over runs: mean and deviation over seeds
   list                       recipes, and what they can be made of
 
@@ -83,6 +88,24 @@ class EvalCommand:
     """Show the published protocol too (see pgp train --help)."""
     batch_size: int | None = None
     """Test images at once, as in the run where not given; it changes nothing but the legacy columns."""
+
+
+@dataclass(frozen=True)
+class PredictCommand:
+    """Name what is on images, by all that a run has learned so far."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, and folders of images at any depth."""
+    top: int = 1
+    """How many classes to name, the likeliest first."""
+    json: bool = False
+    """One JSON object a line instead of text."""
+    readout: str | None = None
+    """One of the run's readouts; its first, where not given."""
+    batch_size: int = 32
+    """Images at once; it changes no answer."""
 
 
 @dataclass(frozen=True)
@@ -175,6 +198,32 @@ def eval_command(words: list[str]) -> None:
     console.print(table)
 
 
+def predict_command(words: list[str]) -> None:
+    """`pgp predict RUN image …`."""
+    command = tyro.cli(PredictCommand, args=words, prog="pgp predict")
+    if not command.images:
+        raise ValueError("expected image files or folders, got none: pgp predict RUN photo.jpg folder/")
+    if command.top < 1 or command.batch_size < 1:
+        raise ValueError(f"expected --top and --batch-size of at least 1, got {command.top} and {command.batch_size}")
+    paths, bad = images_in(command.images), 0
+    predictor = Predictor(Run.open(command.run), command.readout)
+    with _progress() as bars:
+        for path, found in tracked(
+            bars, predictor.stream(paths, command.top, command.batch_size), len(paths), "images"
+        ):
+            if isinstance(found, BadImageError):
+                bad += 1
+                print(f"pgp: skipped: {found}", file=sys.stderr)
+                continue
+            scores = dict(zip(found.names, found.probabilities, strict=True))
+            if command.json:
+                print(json.dumps({"image": str(path), "classes": scores}, ensure_ascii=False))
+            else:
+                print(path, *(f"{name} {100 * score:.1f} %" for name, score in scores.items()), sep="\t")
+    if bad == len(paths):
+        raise ValueError(f"expected at least one readable image, got none among {len(paths)}")
+
+
 def report_command(words: list[str]) -> None:
     """`pgp report RUN …`."""
     command = tyro.cli(ReportCommand, args=words, prog="pgp report")
@@ -205,6 +254,7 @@ def list_command(words: list[str]) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train_command,
     "eval": eval_command,
+    "predict": predict_command,
     "report": report_command,
     "list": list_command,
 }
@@ -286,7 +336,3 @@ def _show(runs: list[Run], folder: Path | None = None) -> None:
 def _stop(message: str, code: int = 2) -> None:
     print(f"pgp: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()

@@ -63,11 +63,7 @@ class Learner:
         """Restore a run; refuses one that was learned on another encoder."""
         if missing := self.state_dict().keys() - state.keys():
             raise RunError(f"expected a checkpoint with {sorted(missing)}, got one without: another program wrote it")
-        if state["backbone"] != self.fingerprint:
-            raise RunError(
-                f"expected the encoder that this run was learned on, weights {state['backbone']}, but"
-                f" {self.config.backbone} now has weights {self.fingerprint}: restore the old ones"
-            )
+        Run.check_encoder(state["backbone"], self.fingerprint)
         self.task, self.step, self.matrices = state["task"], state["step"], state["matrices"]
         self.method.load_learned_state(state["method"])
         device = self.fabric.device

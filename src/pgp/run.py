@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,8 @@ class RunError(RuntimeError):
 class Run:
     """A run folder.
 
-    `config.json`, `environment.json`, `metrics.jsonl` (one event a line), `accuracy.csv` (the full matrices),
-    `checkpoints/<name>/{state.safetensors,state.json}` and `checkpoints/latest`, which names the newest.
+    `config.json`, `classes.json`, `environment.json`, `metrics.jsonl` (one event a line), `accuracy.csv` (the full
+    matrices), `checkpoints/<name>/{state.safetensors,state.json}` and `checkpoints/latest`, which names the newest.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -124,6 +124,28 @@ class Run:
                 matrix = matrices.setdefault(row["column"], torch.full((size, size), torch.nan, dtype=torch.float64))
                 matrix[int(row["after_task"]), int(row["task"])] = float(row["accuracy"])
         return matrices
+
+    def write_classes(self, names: Sequence[str], tasks: Sequence[Sequence[int]]) -> None:
+        """Write `classes.json`: names by label, and the labels of each task, so that a run can be used without data."""
+        _write(self.folder / "classes.json", json.dumps({"names": list(names), "tasks": [list(t) for t in tasks]}))
+
+    def classes(self) -> tuple[list[str], list[list[int]]]:
+        """Class names by label, and the labels of each task."""
+        path = self.folder / "classes.json"
+        try:
+            known = json.loads(path.read_text())
+            return known["names"], known["tasks"]
+        except (OSError, ValueError, KeyError) as error:
+            raise RunError(
+                f"{path} does not name the classes of this run ({error}): was it made by an older pgp?"
+            ) from error
+
+    @staticmethod
+    def check_encoder(expected: str, got: str) -> None:
+        """Raise unless the encoder's fingerprint is the one that a checkpoint was learned on."""
+        if expected != got:
+            raise RunError(f"expected the encoder that this run was learned on, weights {expected}, got weights {got}:"
+                           " restore the old ones")  # fmt: skip
 
     def save(self, name: str, state: Mapping[str, Any]) -> None:
         """Write checkpoint `name` in one atomic move, and make it the latest; older steps of a task are dropped."""

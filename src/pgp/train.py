@@ -100,7 +100,7 @@ def _learn(
     """The whole run: task after task, fit it and close it."""
     learner = Learner(fabric, config, progress)
     if state is None:
-        run = _new_run(fabric, config, output)
+        run = _new_run(learner, output)
     else:
         assert output is not None
         run = Run.open(output)
@@ -117,12 +117,13 @@ def _learn(
     return run
 
 
-def _new_run(fabric: Fabric, config: Config, output: Path | None) -> Run:
-    if fabric.is_global_zero:
-        folder = output or free_folder(Path("runs"), f"{config.name}-seed{config.seed}")
-        Run.create(folder, config)
-        output = folder
-    return Run(Path(fabric.broadcast(str(output))))
+def _new_run(learner: Learner, output: Path | None) -> Run:
+    if learner.fabric.is_global_zero:
+        config = learner.config
+        output = output or free_folder(Path("runs"), f"{config.name}-seed{config.seed}")
+        run = Run.create(output, config)
+        run.write_classes(learner.data.class_names, [task.classes for task in learner.scenario.tasks])
+    return Run(Path(learner.fabric.broadcast(str(output))))
 
 
 def fit_task(learner: Learner, task: Task, run: Run) -> None:

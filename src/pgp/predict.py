@@ -1,0 +1,127 @@
+"""What a run has learned, put to use: names and probabilities for any image, with no data set at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pgp.backbones import Backbone
+from pgp.datasets import BadImageError
+from pgp.datasets.folder import SUFFIXES, read_image
+from pgp.methods import only
+from pgp.run import Run, RunError
+from pgp.scenario import generator
+
+
+class Prediction(NamedTuple):
+    """What an image shows, the likeliest class first."""
+
+    names: tuple[str, ...]
+    probabilities: tuple[float, ...]
+    """In [0, 1]; over all classes learned so far they add up to 1."""
+
+
+class Predictor:
+    """Classifies images by the latest finished task of a run, image by image: no image's answer depends on its batch.
+
+    Args:
+        run: a run, or its folder.
+        readout: name of one of the run's readouts; its first, where None.
+        device: where to compute; a GPU where there is one, if None.
+
+    Raises:
+        RunError: if no task of the run is finished, or the encoder is not the one it was learned on.
+        ValueError: if the run has no such readout.
+    """
+
+    def __init__(self, run: Run | Path | str, readout: str | None = None, device: str | None = None) -> None:
+        run = run if isinstance(run, Run) else Run.open(Path(run))
+        config, name = run.config, run.latest_task_name()
+        if name is None:
+            raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
+        state = run.load(name)
+        names, tasks = run.classes()
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        backbone: Backbone = config.backbone.build(config.views.size)
+        run.check_encoder(state["backbone"], backbone.fingerprint())
+        self._half = config.hardware.precision == "bf16-mixed"
+        if self._half:
+            backbone.halve()
+        self._method = config.method.build(backbone, names, generator(config.seed, "init"))
+        self._method.load_learned_state(state["method"])
+        self._method.to(self.device)
+        readouts = {one.name: one for one in (r.build(self._method.head, len(names)) for r in config.readouts)}
+        if readout is not None and readout not in readouts:
+            raise ValueError(f"expected a readout of this run, one of {', '.join(readouts)}, got {readout!r}")
+        self._readout = readouts[readout or next(iter(readouts))]
+        self._readout.load_state_dict({k: v.to(self.device) for k, v in state["readouts"][self._readout.name].items()})
+        self._view = config.views.test()
+        self._learned = [label for task in tasks[: state["task"]] for label in task]
+        self.classes = tuple(names[label] for label in self._learned)
+        """Names of the classes learned so far."""
+
+    @torch.no_grad()
+    def probabilities(self, images: Sequence[Path | Tensor]) -> Tensor:
+        """`(B, len(classes))` in [0, 1], in the order of `classes`.
+
+        Args:
+            images: paths of image files, or images `(3, H, W)` uint8.
+
+        Raises:
+            BadImageError: naming the file that cannot be read.
+        """
+        if not images:
+            return torch.empty(0, len(self.classes))
+        pixels = [read_image(image) if isinstance(image, Path) else image for image in images]
+        batch = torch.stack([self._view(image) for image in pixels]).to(self.device)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
+            features = self._method.features(batch).float()
+        logits = only(self._readout.logits(features), self._learned)[:, self._learned]
+        return logits.softmax(-1).cpu()
+
+    def __call__(self, images: Sequence[Path | Tensor], top: int = 1) -> list[Prediction]:
+        """The `top` likeliest classes of each image; see `probabilities`."""
+        found = self.probabilities(images).topk(min(top, len(self.classes)), dim=-1)
+        return [
+            Prediction(tuple(self.classes[i] for i in places), tuple(values))
+            for places, values in zip(found.indices.tolist(), found.values.tolist(), strict=True)
+        ]
+
+    def stream(
+        self, paths: Sequence[Path], top: int = 1, batch_size: int = 32
+    ) -> Iterator[tuple[Path, Prediction | BadImageError]]:
+        """Each path in turn with what is on it, or with why it cannot be read."""
+        for start in range(0, len(paths), batch_size):
+            read = {path: _readable(path) for path in paths[start : start + batch_size]}
+            found = iter(self([image for image in read.values() if isinstance(image, Tensor)], top))
+            for path, image in read.items():
+                yield path, image if isinstance(image, BadImageError) else next(found)
+
+
+def _readable(path: Path) -> Tensor | BadImageError:
+    try:
+        return read_image(path)
+    except BadImageError as error:
+        return error
+
+
+def images_in(places: Iterable[Path]) -> list[Path]:
+    """The files among `places`, and all images in the folders among them at any depth, alphabetically; each path once.
+
+    Raises:
+        ValueError: if a place does not exist.
+    """
+    found: dict[Path, None] = {}
+    for place in places:
+        if place.is_dir():
+            inside = (path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+            found |= dict.fromkeys(sorted(inside))
+        elif place.exists():
+            found[place] = None
+        else:
+            raise ValueError(f"no file or folder at {place}")
+    return list(found)
