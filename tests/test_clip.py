@@ -154,6 +154,25 @@ def test_learns_asks_the_text_tower_once_a_task_and_resumes_bitwise(encoder, tmp
     assert not calls
 
 
+def test_resumes_inside_a_task_bitwise(encoder, tmp_path, monkeypatch):
+    whole = train.train(config(encoder), tmp_path / "whole")
+    train_step, calls = train.train_step, []
+
+    def crash(*arguments, **named):
+        calls.append(None)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return train_step(*arguments, **named)
+
+    monkeypatch.setattr(train, "train_step", crash)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config(encoder, save_every_steps=1), tmp_path / "run")
+    monkeypatch.setattr(train, "train_step", train_step)
+    resumed = train.resume(tmp_path / "run").load()
+    for name, tensor in whole.load()["method"].items():
+        assert torch.equal(resumed["method"][name], tensor)
+
+
 def test_the_parts_of_a_batch_add_up(encoder, tmp_path):
     ends = []
     for part in (3, 8):
