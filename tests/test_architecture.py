@@ -21,6 +21,7 @@ LEVELS = [
     {"config", "recipes"},
     {"run", "evaluate", "learner", "train"},
     {"predict", "report"},
+    {"commands"},
     {"cli", "__main__"},
 ]
 HOMES = {
@@ -31,7 +32,7 @@ HOMES = {
     "sklearn": {"datasets"},
     "lightning_fabric": {"evaluate", "learner", "train"},
     "matplotlib": {"report"},
-    "tyro": {"config", "cli"},
+    "tyro": {"config", "commands", "cli"},
 }
 
 

@@ -184,11 +184,14 @@ def test_folder(photos):
 
 
 def test_folders_that_do_not_fit(tmp_path):
-    with pytest.raises(ValueError, match=rf"no data folder at {tmp_path / 'nowhere' / 'train'}"):
+    with pytest.raises(ValueError, match=rf"no data folder at {tmp_path / 'nowhere'}"):
         Folder(tmp_path / "nowhere").build()
-    (tmp_path / "half" / "train").mkdir(parents=True)
-    with pytest.raises(ValueError, match=rf"no data folder at {tmp_path / 'half' / 'test'}"):
+    (tmp_path / "half" / "test").mkdir(parents=True)
+    with pytest.raises(ValueError, match=rf"no data folder at {tmp_path / 'half' / 'train'}, beside"):
         Folder(tmp_path / "half").build()
+    (tmp_path / "whole" / "train").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"no images in .*train/<class>/"):
+        Folder(tmp_path / "whole").build()
     for part in ("train", "test"):
         (tmp_path / part / "empty").mkdir(parents=True)
     with pytest.raises(ValueError, match="no images in"):
@@ -414,3 +417,23 @@ def test_folders_may_be_called_otherwise(photos):
             Folder(photos).build()
     names.write_text("café au lait\tGroßer Bär\n\nb a bee \n", encoding="utf-8")
     assert Folder(photos).build().class_names == ("a bee", "Großer Bär")
+
+
+@pytest.mark.parametrize("inside", ["", "train"])
+def test_a_folder_without_a_test_part_is_split_class_by_class(tmp_path, inside):
+    for name, count in (("a", 10), ("b", 2), ("c", 3)):
+        for i in range(count):
+            save(tmp_path / inside / name / f"{i}.png", Image.new("RGB", (4, 4)))
+    (tmp_path / inside / ".hidden").mkdir()
+    data = Folder(tmp_path, test_share=0.3).build()
+    assert data.class_names == ("a", "b", "c")
+    assert torch.bincount(data.test.labels).tolist() == [3, 1, 1]
+    assert torch.bincount(data.train.labels).tolist() == [7, 1, 2]
+    assert not {*data.train.paths} & {*data.test.paths}
+    assert Folder(tmp_path, test_share=0.3).build().test.paths == data.test.paths
+    assert Folder(tmp_path, test_share=0.3, split_seed=1).build().test.paths != data.test.paths
+    (tmp_path / inside / "b" / "1.png").unlink()
+    with pytest.raises(ValueError, match=r"at least 2 images of every class.* got one in .*b$"):
+        Folder(tmp_path).build()
+    with pytest.raises(ValueError, match="test_share between 0 and 1, got 1"):
+        Folder(tmp_path, test_share=1)

@@ -49,7 +49,7 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
     assert len(commands) == 14
     for command in commands:
         words = shlex.split(command)[1:]
-        if "PHOTOS" in words:
+        if "own" in words:
             words += ["--readouts", "sequential"]  # LDA needs more than one picture of a class
         cli.main(words)
     out = capsys.readouterr().out

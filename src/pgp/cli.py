@@ -8,9 +8,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, get_args
 
 import tyro
 from rich.console import Console
@@ -18,8 +18,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from pgp import __version__, recipes, report, train
+from pgp.commands import EvalCommand, PredictCommand, ReportCommand, ResumeCommand, TrainCommand
 from pgp.config import Config, Hardware
 from pgp.datasets import BadImageError
+from pgp.datasets.folder import Folder
 from pgp.evaluate import tracked
 from pgp.predict import Predictor, images_in
 from pgp.processes import rank
@@ -41,81 +43,6 @@ PGP_DEBUG=1 shows where in the code an error comes from."""
 
 console = Console()
 progress_console = Console(stderr=True)
-
-Choice = tyro.conf.arg
-"""Short for an argument whose name is not that of its field."""
-
-
-@dataclass(frozen=True)
-class TrainCommand:
-    """Learn a stream of tasks, and leave everything in a run folder."""
-
-    config: Annotated[Config, Choice(name="")]
-    output: Path | None = None
-    """Run folder, new or empty; a free one below runs/, where not given."""
-    pgp: bool = True
-    """Project; --no-pgp trains the base method."""
-    twin: bool = False
-    """Train the unprojected twin too, all else the same, and report both."""
-    method_name: Annotated[Literal[tuple(recipes.METHODS)] | None, Choice(name="method")] = None  # type: ignore[valid-type]
-    """Another method than the recipe's, from its defaults."""
-    projection_name: Annotated[Literal[tuple(recipes.PROJECTIONS)] | None, Choice(name="projection")] = None  # type: ignore[valid-type]
-    """Another projection than the recipe's, from its defaults."""
-    dataset_name: Annotated[Literal[tuple(recipes.DATASETS)] | None, Choice(name="dataset")] = None  # type: ignore[valid-type]
-    """Another data set than the recipe's."""
-    backbone_name: Annotated[Literal[tuple(recipes.BACKBONES)] | None, Choice(name="backbone")] = None  # type: ignore[valid-type]
-    """Another encoder than the recipe's."""
-    readout_names: Annotated[tuple[Literal[tuple(recipes.READOUTS)], ...] | None, Choice(name="readouts")] = None  # type: ignore[valid-type]
-    """Other readouts than the recipe's; the first is the headline."""
-
-
-@dataclass(frozen=True)
-class ResumeCommand:
-    """Go on with a run from its latest checkpoint. Only where it computes can change."""
-
-    resume: Path
-    """Run folder."""
-    hardware: Annotated[Hardware, Choice(name="")]
-
-
-@dataclass(frozen=True)
-class EvalCommand:
-    """Evaluate a run's latest checkpoint again, on all tasks it has learned."""
-
-    run: tyro.conf.Positional[Path]
-    """Run folder."""
-    legacy_eval: bool = False
-    """Show the published protocol too (see pgp train --help)."""
-    batch_size: int | None = None
-    """Test images at once, as in the run where not given; it changes nothing but the legacy columns."""
-
-
-@dataclass(frozen=True)
-class PredictCommand:
-    """Name what is on images, by all that a run has learned so far."""
-
-    run: tyro.conf.Positional[Path]
-    """Run folder."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, and folders of images at any depth."""
-    top: int = 1
-    """How many classes to name, the likeliest first."""
-    json: bool = False
-    """One JSON object a line instead of text."""
-    readout: str | None = None
-    """One of the run's readouts; its first, where not given."""
-    batch_size: int = 32
-    """Images at once; it changes no answer."""
-
-
-@dataclass(frozen=True)
-class ReportCommand:
-    """Tables and figures over runs; runs that differ in their seed only are one line."""
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders."""
-    output: Path | None = None
-    """Folder for report.md and report.png; the run's own where there is a single run, else the working folder."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -275,6 +202,8 @@ def _shelved(config: Config, words: list[str]) -> Config:
         part: Any = tuple(named) if field == "readouts" else named[-1:]
         if named:
             config = replace(config, **{field: part if field == "readouts" else part[0]})
+    if photos := _values(words, "--data"):
+        config = replace(config, dataset=Folder(Path(photos[-1])))
     return config
 
 

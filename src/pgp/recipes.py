@@ -155,8 +155,23 @@ def cifar100_10_clip_pgp() -> Config:
     )
 
 
+def own() -> Config:
+    """Your own images: pgp train own --data ./photos --tasks 5. L2P-PGP on ViT-B/16 (in21k) with LDA."""
+    return Config(
+        name="own",
+        dataset=Folder(),
+        backbone=ViT.Config(),
+        method=L2P.Config(),
+        projection=Orthogonal.Config(),
+        readouts=(LDA.Config(), Sequential.Config()),
+        views=Views(scale=(0.4, 1.0)),
+        tasks=5,
+    )
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "demo": demo,
+    "own": own,
     "10cifar100_l2p_pgp": cifar100_10_l2p_pgp,
     "20cifar100_l2p_pgp": cifar100_20_l2p_pgp,
     "demo-dualprompt": demo_dualprompt,

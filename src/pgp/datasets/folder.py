@@ -11,28 +11,49 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from pgp.datasets import BadImageError, Dataset, DatasetConfig, Split, existing
+from pgp.scenario import generator
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
 @dataclass(frozen=True)
 class Folder(DatasetConfig):
-    """Images in `root/train/<class>/*` and `root/test/<class>/*`, read in place.
+    """Images in `root/train/<class>/*` and `root/test/<class>/*`, read in place; or in `root/<class>/*`, some of each
+    for the test.
 
     A class is called by its folder, or as `root/names.txt` says, where it exists: lines of a folder and its name.
     """
 
     root: Path = Path("data")
-    """Folder that holds `train` and `test`."""
+    """Folder that holds `train` and `test`, or a folder per class."""
+    test_share: float = 0.2
+    """Share of each class that is kept for the test where there is no folder `test`; one image at least."""
+    split_seed: int = 0
+    """Decides which images these are."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.test_share < 1:
+            raise ValueError(f"expected dataset.test_share between 0 and 1, got {self.test_share}")
 
     def build(self) -> Dataset:
-        """Classes are the folders of `train`, in alphabetical order."""
-        train, test = existing(self.root / "train"), existing(self.root / "test")
-        names = tuple(sorted(path.name for path in train.iterdir() if path.is_dir()))
-        strangers = sorted(path.name for path in test.iterdir() if path.is_dir() and path.name not in names)
-        if strangers:
-            raise ValueError(f"expected every class of {test} in {train} too, got {strangers[:5]} in test only")
-        return Dataset(FileSplit.of(train, names), FileSplit.of(test, names), _spoken(self.root / "names.txt", names))
+        """Classes are the folders of `train`, or of `root`, in alphabetical order."""
+        root = existing(self.root)
+        train = root / "train" if (root / "train").is_dir() else root
+        if train == root and (root / "test").is_dir():
+            raise ValueError(f"no data folder at {root / 'train'}, beside {root / 'test'}")
+        names = _classes(train)
+        spoken = _spoken(root / "names.txt", names)
+        if not (root / "test").is_dir():
+            return Dataset(*FileSplit.of(train, names).parted(self.test_share, self.split_seed), spoken)
+        if strangers := [name for name in _classes(root / "test") if name not in names]:
+            raise ValueError(
+                f"expected every class of {root / 'test'} in {train} too, got {strangers[:5]} in test only"
+            )
+        return Dataset(FileSplit.of(train, names), FileSplit.of(root / "test", names), spoken)
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
 
 
 class FileSplit(Split):
@@ -53,6 +74,21 @@ class FileSplit(Split):
         if not pairs:
             raise ValueError(f"no images in {folder}/<class>/: expected files ending in {', '.join(sorted(SUFFIXES))}")
         return cls([path for path, _ in pairs], [label for _, label in pairs])
+
+    def parted(self, share: float, seed: int) -> tuple[FileSplit, FileSplit]:
+        """Training and test images: of each class, `share` of its images drawn for the test, and one at least."""
+        chosen: set[int] = set()
+        for label in self.labels.unique().tolist():
+            places = (self.labels == label).nonzero().flatten()
+            if len(places) < 2:
+                raise ValueError(f"expected at least 2 images of every class, one of them for the test, got one in"
+                                 f" {self.paths[int(places)].parent}")  # fmt: skip
+            order = torch.randperm(len(places), generator=generator(seed, "part", label))
+            chosen |= set(places[order[: max(1, round(share * len(places)))]].tolist())
+        return self._only([i for i in range(len(self)) if i not in chosen]), self._only(sorted(chosen))
+
+    def _only(self, places: list[int]) -> FileSplit:
+        return FileSplit([self.paths[i] for i in places], [int(self.labels[i]) for i in places])
 
     def image(self, index: int) -> Tensor:
         """See `Split.image`."""

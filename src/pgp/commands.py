@@ -1,0 +1,89 @@
+"""What each command of the command line takes: fields are flags, docstrings are their help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from pgp import recipes
+from pgp.config import Config, Hardware
+
+Choice = tyro.conf.arg
+"""Short for an argument whose name is not that of its field."""
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Learn a stream of tasks, and leave everything in a run folder."""
+
+    config: Annotated[Config, Choice(name="")]
+    output: Path | None = None
+    """Run folder, new or empty; a free one below runs/, where not given."""
+    pgp: bool = True
+    """Project; --no-pgp trains the base method."""
+    data: Path | None = None
+    """A folder of your own images, for --dataset folder --dataset.root."""
+    twin: bool = False
+    """Train the unprojected twin too, all else the same, and report both."""
+    method_name: Annotated[Literal[tuple(recipes.METHODS)] | None, Choice(name="method")] = None  # type: ignore[valid-type]
+    """Another method than the recipe's, from its defaults."""
+    projection_name: Annotated[Literal[tuple(recipes.PROJECTIONS)] | None, Choice(name="projection")] = None  # type: ignore[valid-type]
+    """Another projection than the recipe's, from its defaults."""
+    dataset_name: Annotated[Literal[tuple(recipes.DATASETS)] | None, Choice(name="dataset")] = None  # type: ignore[valid-type]
+    """Another data set than the recipe's."""
+    backbone_name: Annotated[Literal[tuple(recipes.BACKBONES)] | None, Choice(name="backbone")] = None  # type: ignore[valid-type]
+    """Another encoder than the recipe's."""
+    readout_names: Annotated[tuple[Literal[tuple(recipes.READOUTS)], ...] | None, Choice(name="readouts")] = None  # type: ignore[valid-type]
+    """Other readouts than the recipe's; the first is the headline."""
+
+
+@dataclass(frozen=True)
+class ResumeCommand:
+    """Go on with a run from its latest checkpoint. Only where it computes can change."""
+
+    resume: Path
+    """Run folder."""
+    hardware: Annotated[Hardware, Choice(name="")]
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Evaluate a run's latest checkpoint again, on all tasks it has learned."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    legacy_eval: bool = False
+    """Show the published protocol too (see pgp train --help)."""
+    batch_size: int | None = None
+    """Test images at once, as in the run where not given; it changes nothing but the legacy columns."""
+
+
+@dataclass(frozen=True)
+class PredictCommand:
+    """Name what is on images, by all that a run has learned so far."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files, and folders of images at any depth."""
+    top: int = 1
+    """How many classes to name, the likeliest first."""
+    json: bool = False
+    """One JSON object a line instead of text."""
+    readout: str | None = None
+    """One of the run's readouts; its first, where not given."""
+    batch_size: int = 32
+    """Images at once; it changes no answer."""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Tables and figures over runs; runs that differ in their seed only are one line."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders."""
+    output: Path | None = None
+    """Folder for report.md and report.png; the run's own where there is a single run, else the working folder."""
