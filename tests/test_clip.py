@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import torch
 
+import test_conformance as conformance
 import tiny
 from conftest import CIFAR_NAMES, golden_clip, golden_vit
 from pgp import train
@@ -60,6 +61,24 @@ def test_equals_open_clip_without_prompts():
 
 
 @torch.no_grad()
+@torch.no_grad()
+@pytest.mark.parametrize("block", ["default", "custom"])
+def test_both_attention_classes_of_open_clip_work(block):
+    towers = {name: {**ARCHITECTURE[name], "block_type": block} for name in ("vision_cfg", "text_cfg")}
+    model = open_clip.CLIP(**{**ARCHITECTURE, **towers}).double()
+    kinds = {type(tower.resblocks[0].attn) for tower in (model.visual.transformer, model.transformer)}
+    assert kinds == {torch.nn.MultiheadAttention if block == "default" else open_clip.transformer.Attention}
+    clip = CLIP(model)
+    assert clip.heads == 2
+    torch.testing.assert_close(clip.project(clip.encode(images())), model.encode_image(images()), rtol=0, atol=1e-12)
+    tokens = clip.tokenize(["a photo of a dog.", "bees"])
+    ours = clip.encode_text(clip.embed_text(tokens), tokens)
+    torch.testing.assert_close(ours, model.encode_text(tokens), rtol=0, atol=1e-12)
+    prompted = clip(images(), {0: clip.place(torch.zeros(6, 3, 32, dtype=torch.float64))}, read=1)
+    assert prompted.shape == (6, 1, 32)
+    assert not torch.allclose(prompted[:, 0], clip.encode(images()))
+
+
 def test_contexts_stand_where_they_are_told_to():
     method, clip = build(), golden_clip()
     for place, text in (("end", "x x x x x {}."), ("middle", "x x {}. x x x"), ("front", "{}. x x x x x")):
@@ -80,6 +99,25 @@ def test_contexts_of_classes():
     method.context[1].normal_()
     moved = (method.text_features(TASK) - before).abs().amax(1) > 1e-3
     assert moved.tolist() == [False, True, False]  # class 1 is the second of the task
+
+
+def test_contexts_of_classes_keep_the_promises_of_every_method():
+    def variant():
+        return conformance.built(CLIPPrompt.Config(context=5, per_class=True, name="middle"))
+
+    conformance.test_what_is_protected_meets_what_is_observed(variant())
+    conformance.test_state_goes_round_without_the_encoder(variant())
+    conformance.test_no_image_depends_on_its_batch(variant())
+    conformance.test_a_boundary_and_a_step_of_every_projection(variant(), "orthogonal")
+    method = variant()  # three times the contexts learn more slowly
+    optimizer = torch.optim.Adam(conformance.learned(method), lr=0.01)
+    labels, losses = torch.arange(16) % 3, []
+    for _ in range(32):
+        losses.append(method.loss(images(16), labels, conformance.TASK))
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 0.05
 
 
 @torch.no_grad()
@@ -254,6 +292,14 @@ def test_l2p_runs_on_clip_too(encoder, tmp_path):
 def test_models_that_do_not_fit(change, message):
     with pytest.raises((ValueError, OSError), match=message):
         CLIP.Config(**{"weights": "random", **change}).build(224)
+
+
+def test_attention_of_an_unknown_kind_is_refused():
+    model = open_clip.CLIP(**ARCHITECTURE)
+    for block in model.visual.transformer.resblocks:
+        block.attn = torch.nn.Identity()
+    with pytest.raises(ValueError, match="expected a plain vision transformer"):
+        CLIP(model)
 
 
 def test_checkpoints(encoder, tmp_path):

@@ -8,23 +8,21 @@ import torch
 from conftest import CIFAR_NAMES, golden_clip, golden_vit
 from pgp import recipes
 from pgp.methods.clip_prompt import CLIPPrompt
-from pgp.methods.dualprompt import DualPrompt
 from pgp.scenario import Task, generator
 
 TASK = Task(0, (0, 1, 2), torch.arange(4), torch.arange(4))
 
 
-METHODS = {
-    **{name: config for name, config in recipes.METHODS.items() if name != "zero-shot"},  # which learns nothing
-    "dualprompt, values too": DualPrompt.Config(protect="keys+values", top_k=2, prompt_mask=False),
-    "dualprompt, tokens": DualPrompt.Config(experts="token"),
-    "clip, per class, in the middle": CLIPPrompt.Config(context=5, per_class=True, name="middle"),
-}
+METHODS = {name: config for name, config in recipes.METHODS.items() if name != "zero-shot"}  # which learns nothing
 
 
 @pytest.fixture(params=METHODS)
 def method(request):
-    config = METHODS[request.param]
+    return built(METHODS[request.param])
+
+
+def built(config):
+    """An untrained method at the start of its first task, on an encoder that it can use."""
     encoder = golden_clip() if isinstance(config, CLIPPrompt.Config) else golden_vit()
     method = config.build(encoder, CIFAR_NAMES[:6], generator(0, "init")).double()
     method.begin_task(TASK)
@@ -52,9 +50,8 @@ def test_what_is_protected_meets_what_is_observed(method):
 def test_loss_falls_and_only_the_method_learns(method):
     optimizer = torch.optim.Adam(learned(method), lr=0.01)
     labels, losses = torch.arange(16) % 3, []
-    x = 0.2 * images() + 0.8 * images(3, seed=2)[labels]
-    for _ in range(12):
-        loss = method.loss(x, labels, TASK)
+    for _ in range(8):
+        loss = method.loss(images(), labels, TASK)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -97,10 +94,6 @@ def test_a_boundary_and_a_step_of_every_projection(method, name):
         for space, rows in method.activations(images(seed=seed)).items():
             projection.observe(space, rows)
         seed += 1
-    if name == "released" and any(target.role == "value" for target in method.protected().values()):
-        with pytest.raises(ValueError, match="never protects values"):
-            projection.attach(torch.optim.SGD(learned(method)), method.protected())
-        return
     ranks = projection.end_task(method.protected())
     assert all(0 <= rank <= method.backbone.width for rank in ranks.values())
     restored = config.build()

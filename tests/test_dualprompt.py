@@ -6,11 +6,13 @@ import timm
 import torch
 
 import oracles
+import test_conformance as conformance
 from conftest import golden_vit
 from pgp.backbones.vit import ViT
 from pgp.methods.dualprompt import DualPrompt, _by_prefix
 from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
+from pgp.projections.released import Released
 from pgp.scenario import Task, generator
 
 TASK = Task(1, (2, 3), torch.arange(4), torch.arange(4))
@@ -175,3 +177,23 @@ def test_experts_are_handed_on():
 def test_settings_that_do_not_fit(settings, message):
     with pytest.raises(ValueError, match=message):
         build(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"protect": "keys+values", "top_k": 2, "prompt_mask": False}, {"experts": "token"}]
+)
+def test_variants_keep_the_promises_of_every_method(settings):
+    def variant():
+        return conformance.built(DualPrompt.Config(**settings))
+
+    conformance.test_what_is_protected_meets_what_is_observed(variant())
+    conformance.test_loss_falls_and_only_the_method_learns(variant())
+    conformance.test_state_goes_round_without_the_encoder(variant())
+    conformance.test_no_image_depends_on_its_batch(variant())
+    conformance.test_a_boundary_and_a_step_of_every_projection(variant(), "orthogonal")
+
+
+def test_the_released_projection_refuses_values():
+    method = conformance.built(DualPrompt.Config(protect="keys+values"))
+    with pytest.raises(ValueError, match="never protects values"):
+        Released.Config().build().attach(torch.optim.SGD(conformance.learned(method)), method.protected())

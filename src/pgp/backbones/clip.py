@@ -129,7 +129,8 @@ def _plain(model: Any) -> Any:
     visual, text = model.visual, getattr(model, "text", model)
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
     pooled = getattr(visual, "pool_type", "tok") != "tok" or getattr(visual, "attn_pool", None) is not None
-    if blocks is None or pooled or not all(_has(visual, name) for name in ("class_embedding", "proj", "ln_pre")):
+    known = blocks and hasattr(getattr(blocks[0], "attn", None), "num_heads")
+    if not known or pooled or not all(_has(visual, name) for name in ("class_embedding", "proj", "ln_pre")):
         raise ValueError(f"expected a plain vision transformer with a class token in CLIP's place for images, got"
                          f" {type(visual).__name__}: choose a ViT-* model of open_clip")  # fmt: skip
     pooling = getattr(text, "text_pool_type", getattr(text, "pool_type", "argmax"))
