@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pgp import __version__, recipes, report, train
+from pgp import __version__, display, published, recipes, report, train
 from pgp.commands import EvalCommand, PredictCommand, ReportCommand, ResumeCommand, TrainCommand
 from pgp.config import Config, Hardware
 from pgp.datasets import BadImageError
@@ -40,9 +38,13 @@ usage: pgp COMMAND ...
   list                       recipes, and what they can be made of
 
 PGP_DEBUG=1 shows where in the code an error comes from."""
+PUBLISHED_USAGE = """\
+usage: python main.py RECIPE [--model NAME] [--output_dir DIR] [--data-path DIR] [--epochs N] [--seed N] [--no_pgp] ...
+       python main.py RECIPE --eval
 
-console = Console()
-progress_console = Console(stderr=True)
+The published command line. All its flags are there, and all of pgp train; python main.py RECIPE --help lists them."""
+PUBLISHED_OUTPUT = Path("output")
+"""Where the published command line leaves its run."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,14 +55,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif words[0] == "--version":
         print(f"pgp {__version__}")
     else:
-        try:
-            _named(COMMANDS, words[0], "command", "pgp --help")(words[1:])
-        except (ValueError, RunError, OSError) as error:
-            if os.environ.get("PGP_DEBUG"):
-                raise
-            _stop(str(error))
-        except KeyboardInterrupt:
-            _stop("interrupted; a run with a checkpoint goes on by pgp train --resume RUN", code=130)
+        _guarded(lambda: _named(COMMANDS, words[0], "command", "pgp --help")(words[1:]))
+
+
+def published_main(argv: Sequence[str] | None = None) -> None:
+    """`python main.py RECIPE …`: as `main`, with the words, the folder and the file names of the published code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(PUBLISHED_USAGE)
+    elif "--eval" in words:
+        _guarded(lambda: _published_eval([word for word in words if word != "--eval"]))
+    else:
+        _guarded(lambda: _published_train(words))
+
+
+def _guarded(work: Callable[[], None]) -> None:
+    try:
+        work()
+    except (ValueError, RunError, OSError) as error:
+        if os.environ.get("PGP_DEBUG"):
+            raise
+        _stop(str(error))
+    except KeyboardInterrupt:
+        _stop("interrupted; a run with a checkpoint goes on by pgp train --resume RUN", code=130)
 
 
 def train_command(words: list[str]) -> None:
@@ -69,39 +86,83 @@ def train_command(words: list[str]) -> None:
         asked = not {"-h", "--help"}.isdisjoint(words)
         default = ResumeCommand(Path("RUN"), Hardware()) if asked else _resumed(words)
         chosen = tyro.cli(ResumeCommand, args=["--help"] if asked else words, prog="pgp train", default=default)
-        with _progress() as bars:
+        with display.progress() as bars:
             run = train.resume(chosen.resume, chosen.hardware, bars)
-        _show([run])
-        return
-    if words and words[0] in ("-h", "--help"):
+        display.show([run])
+    elif words and words[0] in ("-h", "--help"):
         print(USAGE)
-        return
+    else:
+        command = _train_command(words, "pgp train")
+        display.show(_trained(command), command.output)
+
+
+def _train_command(words: list[str], program: str) -> TrainCommand:
+    """What `RECIPE --flags` asks for."""
     if not words or words[0].startswith("-"):
         raise ValueError(f"expected a recipe, one of {', '.join(recipes.RECIPES)}; or --resume RUN")
     recipe = _named(recipes.RECIPES, words[0], "recipe", "pgp list")
     config = _shelved(recipe(), words[1:])
+    if note := published.says(words[1:], config):
+        print(f"pgp: {note}", file=sys.stderr)
     command = tyro.cli(
         TrainCommand,
-        args=words[1:],
-        prog=f"pgp train {words[0]}",
+        args=published.translated(words[1:], config),
+        prog=f"{program} {words[0]}",
         description=inspect.getdoc(recipe),
         default=TrainCommand(config),
     )
     if command.twin and (not command.pgp or isinstance(command.config.projection, NoProjection.Config)):
         raise ValueError("expected a projection beside --twin: a run without one has no other twin than itself")
+    return command
+
+
+def _trained(command: TrainCommand) -> list[Run]:
+    """The finished run, or the run and its twin."""
+    configs = [command.config] if command.pgp else []
+    if command.twin or not command.pgp:
+        configs.append(replace(command.config, projection=NoProjection.Config()))
     runs = []
-    with _progress() as bars:
-        configs = [command.config] if command.pgp else []
-        if command.twin or not command.pgp:
-            configs.append(replace(command.config, projection=NoProjection.Config()))
+    with display.progress() as bars:
         for config in configs:
             output = command.output
             if output is not None and len(configs) > 1:
                 output = output / type(config.projection).__module__.rpartition(".")[2]
             runs.append(train.train(config, output, bars))
             if rank() == 0:
-                _draw([runs[-1]], runs[-1].folder)
-    _show(runs, command.output)
+                display.draw([runs[-1]], runs[-1].folder)
+    return runs
+
+
+def _published_train(words: list[str]) -> None:
+    """`python main.py RECIPE …`: trains into `--output_dir`, or into the next free folder beside it."""
+    command = _train_command(words, "python main.py")
+    folder = command.output or PUBLISHED_OUTPUT
+    if folder.is_dir() and any(folder.iterdir()):
+        folder = free_folder(folder.parent, folder.name)
+        print(f"pgp: {command.output or PUBLISHED_OUTPUT} is not empty: this run goes to {folder}", file=sys.stderr)
+    command = replace(command, output=folder)
+    try:
+        display.show(_trained(command), folder)
+    finally:
+        for path in (folder, *folder.glob("*/")):
+            if rank() == 0 and (path / "config.json").is_file():
+                published.leave_checkpoints(Run.open(path))
+
+
+def _published_eval(words: list[str]) -> None:
+    """`python main.py RECIPE --eval`: the newest run of the recipe in `--output_dir`, after each of its tasks."""
+    command = _train_command(words, "python main.py")
+    run = published.newest(words[0], command.output or PUBLISHED_OUTPUT)
+    changed = published.changed(command.config, recipes.RECIPES[words[0]](), run.config)
+    if changed:
+        raise ValueError(f"{run.folder} was trained with other settings of {', '.join(changed)}, which --eval cannot"
+                         " change: leave those flags out, or train again")  # fmt: skip
+    hardware = replace(command.config.hardware, devices=1, precision=run.config.hardware.precision)
+    config = replace(run.config, hardware=hardware, legacy_eval=command.config.legacy_eval)
+    if _values(words, "--data-path"):
+        config = replace(config, dataset=command.config.dataset)
+    with display.progress() as bars:
+        display.show_evaluation(run, train.reevaluate(run, config, bars, every_task=True))
 
 
 def eval_command(words: list[str]) -> None:
@@ -111,18 +172,8 @@ def eval_command(words: list[str]) -> None:
     hardware = replace(run.config.hardware, accelerator="auto", devices=1)
     size = command.batch_size or run.config.eval_batch_size
     config = replace(run.config, hardware=hardware, legacy_eval=command.legacy_eval, eval_batch_size=size)
-    with _progress() as bars:
-        row = train.reevaluate(run, config, bars)
-    stored = run.matrices()
-    tasks = len(next(iter(row.values())))
-    table = Table(title=f"{run.folder}: accuracy after task {tasks}, %")
-    for heading in ("readout", *(f"task {j + 1}" for j in range(tasks)), "average", "as stored"):
-        table.add_column(heading, justify="left" if heading == "readout" else "right", overflow="fold")
-    for column, accuracies in row.items():
-        known = column in stored and bool((stored[column][tasks - 1, :tasks] - accuracies).abs().max() < 1e-9)
-        agrees = ("yes" if known else "no") if column in stored else ""
-        table.add_row(column, *(f"{100 * a:.2f}" for a in accuracies), f"{100 * accuracies.mean():.2f}", agrees)
-    console.print(table)
+    with display.progress() as bars:
+        display.show_evaluation(run, train.reevaluate(run, config, bars, every_task=command.every_task))
 
 
 def predict_command(words: list[str]) -> None:
@@ -134,7 +185,7 @@ def predict_command(words: list[str]) -> None:
         raise ValueError(f"expected --top and --batch-size of at least 1, got {command.top} and {command.batch_size}")
     paths, bad = images_in(command.images), 0
     predictor = Predictor(Run.open(command.run), command.readout)
-    with _progress() as bars:
+    with display.progress() as bars:
         for path, found in tracked(
             bars, predictor.stream(paths, command.top, command.batch_size), len(paths), "images"
         ):
@@ -160,7 +211,7 @@ def report_command(words: list[str]) -> None:
     output = command.output or (runs[0].folder if len(runs) == 1 else Path())
     output.mkdir(parents=True, exist_ok=True)
     (output / "report.md").write_text(report.markdown(report.lines(runs)))
-    _show(runs, output)
+    display.show(runs, output)
 
 
 def list_command(words: list[str]) -> None:
@@ -170,12 +221,12 @@ def list_command(words: list[str]) -> None:
     table = Table.grid(padding=(0, 2))
     for name, recipe in recipes.RECIPES.items():
         table.add_row(name, inspect.getdoc(recipe))
-    console.print("recipes, for pgp train RECIPE", table, "", sep="\n")
+    display.console.print("recipes, for pgp train RECIPE", table, "", sep="\n")
     table = Table.grid(padding=(0, 2))
     for field, shelf in recipes.SHELVES.items():
         table.add_row(f"--{field}", ", ".join(shelf))
     table.add_row("--setting", ", ".join(get_args(Setting)))
-    console.print("parts, each of which can replace a recipe's own", table, sep="\n")
+    display.console.print("parts, each of which can replace a recipe's own", table, sep="\n")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -224,42 +275,6 @@ def _values(words: list[str], flag: str) -> list[str]:
 def _resumed(words: list[str]) -> ResumeCommand:
     folder = Path((_values(words, "--resume") or [""])[0])
     return ResumeCommand(folder, Run.open(folder).config.hardware)
-
-
-def _progress() -> Progress:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=progress_console, transient=True)
-
-
-def _draw(runs: list[Run], folder: Path) -> Path:
-    path = folder / ("accuracy.png" if len(runs) == 1 and folder == runs[0].folder else "report.png")
-    report.draw(report.lines(runs), path)
-    return path
-
-
-def _show(runs: list[Run], folder: Path | None = None) -> None:
-    """Print the table over runs, and say where the figure and the runs lie; of several processes, the first does."""
-    if rank() > 0:
-        return
-    lines = report.lines(runs)
-    table = Table(title="accuracy in %")
-    for heading in ("run", "readout", *report.FIGURES.values()):
-        table.add_column(heading, justify="left" if heading in ("run", "readout") else "right", overflow="fold")
-    for line in lines:
-        table.add_row(line.label, line.column, *report.cells(line))
-    console.print(table)
-    if folder is None:
-        folder = runs[0].folder if len(runs) == 1 else free_folder(Path("runs"), f"{runs[0].config.name}-report")
-    print(f"figure: {_draw(runs, folder)}")
-    for run in runs:
-        print(f"run:    {run.folder}")
 
 
 def _stop(message: str, code: int = 2) -> None:

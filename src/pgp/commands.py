@@ -57,6 +57,8 @@ class EvalCommand:
     """Run folder."""
     legacy_eval: bool = False
     """Show the published protocol too (see pgp train --help)."""
+    every_task: bool = False
+    """Evaluate the checkpoint of each task, not of the latest only: the whole accuracy matrix."""
     batch_size: int | None = None
     """Test images at once, as in the run where not given; it changes nothing but the legacy columns."""
 

@@ -82,6 +82,8 @@ class Hardware:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     workers: int = 0
     """Processes that load images, per device."""
+    pin_memory: bool = True
+    """Load images into page-locked memory where there is a GPU: faster to move, but held in RAM."""
     part: int | None = None
     """Images whose activations are in memory at once in training and at task boundaries; the gradient of a batch is
     the sum over its parts. 4 on a CPU, where smaller parts are no faster, and the whole batch on a GPU, where None."""

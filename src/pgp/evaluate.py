@@ -97,7 +97,13 @@ class Evaluation:
     def loading(self) -> Loading:
         """How this process loads its share."""
         hardware = self.config.hardware
-        return Loading(hardware.workers, self.config.on_bad_image, self.fabric.global_rank, self.fabric.world_size)
+        return Loading(
+            hardware.workers,
+            self.config.on_bad_image,
+            self.fabric.global_rank,
+            self.fabric.world_size,
+            hardware.pin_memory,
+        )
 
     def _columns(self, readouts: Sequence[Readout]) -> list[str]:
         names = [readout.name for readout in readouts]

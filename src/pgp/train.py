@@ -55,18 +55,36 @@ def resume(folder: Path, hardware: Hardware | None = None, progress: Progress | 
     return _launch(config, folder, run.load(), progress)
 
 
-def reevaluate(run: Run, config: Config, progress: Progress | None = None) -> dict[str, Tensor]:
-    """Accuracy on each learned task, by column, of `run` as it was when its latest task was done, on one device.
+def reevaluate(
+    run: Run, config: Config, progress: Progress | None = None, *, every_task: bool = False
+) -> dict[str, Tensor]:
+    """Accuracy matrices `(T, T)` by column, measured anew on one device; NaN where nothing was measured.
 
-    `config` is its own, with other evaluation settings.
+    Args:
+        run: a run with at least one finished task.
+        config: the run's own, with other evaluation settings.
+        progress: where to draw progress bars; nowhere, where None.
+        every_task: measure after each finished task, by its checkpoint; after the latest only, where False.
     """
     name = run.latest_task_name()
     if name is None:
         raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
     config = replace(config, hardware=replace(config.hardware, devices=1))
     learner = Learner(_fabric(config.hardware), config, progress or _quiet())
-    learner.load_state_dict(run.load(name))
-    return learner.evaluation.row(learner.method, learner.readouts, learner.task - 1, learner.progress)
+    last = int(name.rpartition("-")[2])
+    matrices: dict[str, Tensor] = {}
+    for number in range(1 if every_task else last, last + 1):
+        learner.load_state_dict(run.load(f"task-{number:02d}"))
+        row = learner.evaluation.row(learner.method, learner.readouts, number - 1, learner.progress)
+        _write_row(matrices, row, number - 1, len(learner.scenario))
+    return matrices
+
+
+def _write_row(matrices: dict[str, Tensor], row: dict[str, Tensor], t: int, size: int) -> None:
+    """Put the accuracies after task t, by column, in the matrices `(size, size)`."""
+    for column, accuracies in row.items():
+        matrix = matrices.setdefault(column, torch.full((size, size), torch.nan, dtype=torch.float64))
+        matrix[t, : t + 1] = accuracies
 
 
 def _quiet() -> Progress:
@@ -213,10 +231,7 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
         readout.end_task()
     observed = time.perf_counter()
     row = learner.evaluation.row(method, readouts, task.index, learner.progress)
-    for column, accuracies in row.items():
-        size = len(learner.scenario)
-        matrix = learner.matrices.setdefault(column, torch.full((size, size), torch.nan, dtype=torch.float64))
-        matrix[task.index, : task.index + 1] = accuracies
+    _write_row(learner.matrices, row, task.index, len(learner.scenario))
     learner.task = task.index + 1
     seconds = {**seconds, "boundary": observed - started, "evaluation": time.perf_counter() - observed}
     learner.save(run, f"task-{learner.task:02d}")

@@ -179,6 +179,8 @@ class Loading(NamedTuple):
     rank: int = 0
     world: int = 1
     """This process and how many there are: each takes every world-th image of a batch."""
+    pin_memory: bool = True
+    """Whether images go to page-locked memory where there is a GPU."""
 
 
 def batches(data: Viewed, plan: Sequence[Sequence[Address]], loading: Loading) -> Iterator[Batch]:
@@ -191,7 +193,7 @@ def batches(data: Viewed, plan: Sequence[Sequence[Address]], loading: Loading) -
         num_workers=workers,
         collate_fn=_collate,
         generator=torch.Generator(),  # or the loader would draw its workers' seed from the global one
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=loading.pin_memory and torch.cuda.is_available(),
     )
     try:
         yield from loader

@@ -1,0 +1,77 @@
+"""What the command line shows: bars while it works, tables and figures when it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from pgp import report
+from pgp.processes import rank
+from pgp.run import Run, free_folder
+
+console = Console()
+progress_console = Console(stderr=True)
+
+
+def progress() -> Progress:
+    """Bars with the time that is left, on stderr."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=progress_console, transient=True)
+
+
+def draw(runs: list[Run], folder: Path) -> Path:
+    """The figure over runs, drawn to a file in `folder`."""
+    path = folder / ("accuracy.png" if len(runs) == 1 and folder == runs[0].folder else "report.png")
+    report.draw(report.lines(runs), path)
+    return path
+
+
+def show(runs: list[Run], folder: Path | None = None) -> None:
+    """Print the table over runs, and say where the figure and the runs lie; of several processes, the first does."""
+    if rank() > 0:
+        return
+    table = _table("accuracy in %", ("run", "readout"), report.FIGURES.values())
+    for line in report.lines(runs):
+        table.add_row(line.label, line.column, *report.cells(line))
+    console.print(table)
+    if folder is None:
+        folder = runs[0].folder if len(runs) == 1 else free_folder(Path("runs"), f"{runs[0].config.name}-report")
+    print(f"figure: {draw(runs, folder)}")
+    for run in runs:
+        print(f"run:    {run.folder}")
+
+
+def show_evaluation(run: Run, matrices: Mapping[str, Tensor]) -> None:
+    """Print accuracies that were measured anew, `(T, T)` by readout, and whether they are those that `run` stores."""
+    stored, tasks = run.matrices(), max(int(matrix.isfinite().sum(1).max()) for matrix in matrices.values())
+    headings = (*(f"task {j + 1}" for j in range(tasks)), "average", "as stored")
+    table = _table(f"{run.folder}: accuracy, %", ("readout", "after"), headings)
+    for column, matrix in matrices.items():
+        for t in matrix.isfinite().any(1).nonzero().flatten().tolist():
+            row = matrix[t, : t + 1]
+            cells = [f"{100 * a:.2f}" for a in row] + [""] * (tasks - t - 1) + [f"{100 * row.mean():.2f}"]
+            same = column in stored and bool((stored[column][t, : t + 1] - row).abs().max() < 1e-9)
+            agrees = ("yes" if same else "no") if column in stored else ""
+            table.add_row(column, f"task {t + 1}", *cells, agrees)
+    console.print(table)
+
+
+def _table(title: str, names: tuple[str, ...], figures: Iterable[str]) -> Table:
+    table = Table(title=title)
+    for heading in names:
+        table.add_column(heading, overflow="fold")
+    for heading in figures:
+        table.add_column(heading, justify="right", overflow="fold")
+    return table
