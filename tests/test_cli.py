@@ -61,6 +61,31 @@ def test_twin(tmp_path, capsys):
     assert kinds == {NoProjection.Config, Orthogonal.Config}
 
 
+def test_baselines(tmp_path, capsys):
+    cli.main(["train", "demo", "--baselines", "--output", "all"])
+    out = capsys.readouterr().out
+    runs = {path.name: Run.open(path) for path in (tmp_path / "all").iterdir() if path.is_dir()}
+    assert runs.keys() == {"orthogonal", *recipes.BASELINES}
+    assert out.count("run:    all/") == 5
+    assert {name: list(run.matrices()) for name, run in runs.items()} == {
+        "orthogonal": ["sequential", "lda"],
+        "sequential": ["sequential", "lda"],
+        "linear": ["sequential"],
+        "ncm": ["ncm"],
+        "joint": ["sequential", "lda"],
+    }
+    steps = {name: sum(1 for _ in run.events("train")) for name, run in runs.items()}
+    assert steps["ncm"] == 0
+    assert steps["orthogonal"] == steps["linear"] == 3
+    assert runs["joint"].matrices()["lda"].shape == (1, 1)
+    assert float(runs["joint"].matrices()["lda"]) >= float(runs["sequential"].matrices()["lda"][-1].mean()) - 0.1
+    for name in ("linear", "joint"):
+        cli.main(["train", "demo", "--method", name, "--output", name])
+        assert Run.open(tmp_path / name).config == runs[name].config
+    cli.main(["eval", "linear", "--every-task"])
+    assert capsys.readouterr().out.count("yes") == 3
+
+
 def test_parts_can_be_replaced(tmp_path):
     words = (
         "--projection orthogonal --projection.space union --readouts lda --readouts.0.shrinkage 0.5 --method head-only"
@@ -101,6 +126,7 @@ def test_list_and_help(capsys):
         (["train", "demo", "--accelerator", "gpu"], "this machine cannot compute with --accelerator gpu"),
         (["train", "demo", "--twin", "--no-pgp"], "expected a projection beside --twin"),
         (["train", "demo", "--twin", "--projection", "none"], "expected a projection beside --twin"),
+        (["train", "demo", "--twin", "--baselines"], "expected --twin or --baselines, got both"),
         (["train", "demo", "--readouts", "lda", "lda"], "readouts of different kinds"),
     ],
 )

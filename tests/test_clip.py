@@ -188,7 +188,7 @@ def test_learns_asks_the_text_tower_once_a_task_and_resumes_bitwise(encoder, tmp
         torch.testing.assert_close(resumed.matrices()[column], matrix, rtol=0, atol=0, equal_nan=True)
     calls.clear()
     row = train.reevaluate(resumed, resumed.config)
-    torch.testing.assert_close(row["sequential"], whole.matrices()["sequential"][2], rtol=0, atol=0)
+    torch.testing.assert_close(row["sequential"][2], whole.matrices()["sequential"][2], rtol=0, atol=0)
     assert not calls
 
 

@@ -111,22 +111,25 @@ def _train_command(words: list[str], program: str) -> TrainCommand:
         description=inspect.getdoc(recipe),
         default=TrainCommand(config),
     )
+    if command.twin and command.baselines:
+        raise ValueError("expected --twin or --baselines, got both: the baselines hold the twin, as sequential")
     if command.twin and (not command.pgp or isinstance(command.config.projection, NoProjection.Config)):
         raise ValueError("expected a projection beside --twin: a run without one has no other twin than itself")
     return command
 
 
 def _trained(command: TrainCommand) -> list[Run]:
-    """The finished run, or the run and its twin."""
-    configs = [command.config] if command.pgp else []
-    if command.twin or not command.pgp:
-        configs.append(replace(command.config, projection=NoProjection.Config()))
+    """The finished run, and its twin or baselines."""
+    own = command.config if command.pgp else recipes.sequential(command.config)
+    configs = {type(own.projection).__module__.rpartition(".")[2]: own}  # by the folder's name, if there are several
+    if command.twin:
+        configs["none"] = recipes.sequential(own)
+    if command.baselines:
+        configs |= {name: baseline(own) for name, baseline in recipes.BASELINES.items() if baseline(own) != own}
     runs = []
     with display.progress() as bars:
-        for config in configs:
-            output = command.output
-            if output is not None and len(configs) > 1:
-                output = output / type(config.projection).__module__.rpartition(".")[2]
+        for name, config in configs.items():
+            output = command.output / name if command.output and len(configs) > 1 else command.output
             runs.append(train.train(config, output, bars))
             if rank() == 0:
                 display.draw([runs[-1]], runs[-1].folder)
@@ -248,6 +251,9 @@ def _named(table: dict[str, Callable[..., Any]], name: str, what: str, where: st
 
 def _shelved(config: Config, words: list[str]) -> Config:
     """`config` with the parts that flags like `--projection none` name, so that the flags of those parts are known."""
+    for name in _values(words, "--method"):
+        if name in recipes.BASELINES:
+            config = recipes.BASELINES[name](config)
     for field, shelf in recipes.SHELVES.items():
         named = [shelf[name] for name in _values(words, f"--{field}") if name in shelf]
         part: Any = tuple(named) if field == "readouts" else named[-1:]

@@ -28,8 +28,14 @@ class TrainCommand:
     """A folder of your own images, for --dataset folder --dataset.root."""
     twin: bool = False
     """Train the unprojected twin too, all else the same, and report both."""
-    method_name: Annotated[Literal[tuple(recipes.METHODS)] | None, Choice(name="method")] = None  # type: ignore[valid-type]
-    """Another method than the recipe's, from its defaults."""
+    baselines: bool = False
+    """Train what the recipe is to be compared with, too, under the same budget, and report all: its prompts without
+    projection, a linear head and the nearest class mean on frozen features, and all tasks at once."""
+    method_name: Annotated[
+        Literal[tuple(recipes.METHODS | recipes.BASELINES)] | None,  # type: ignore[valid-type]
+        Choice(name="method"),
+    ] = None
+    """Another method than the recipe's, from its defaults; or a baseline of the recipe's own."""
     projection_name: Annotated[Literal[tuple(recipes.PROJECTIONS)] | None, Choice(name="projection")] = None  # type: ignore[valid-type]
     """Another projection than the recipe's, from its defaults."""
     dataset_name: Annotated[Literal[tuple(recipes.DATASETS)] | None, Choice(name="dataset")] = None  # type: ignore[valid-type]

@@ -116,6 +116,8 @@ class Config:
     """Decides every random draw."""
     shuffle: bool = False
     """Order of the classes: natural, or shuffled by the seed."""
+    joint: bool = False
+    """Learn the images of all tasks at once, as a single task: no continual learning, but its upper bound."""
     epochs: int = 5
     """Passes over each task's images; oil makes one whatever this says."""
     batch_size: int = 16

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -42,10 +43,8 @@ def show(runs: list[Run], folder: Path | None = None) -> None:
     """Print the table over runs, and say where the figure and the runs lie; of several processes, the first does."""
     if rank() > 0:
         return
-    table = _table("accuracy in %", ("run", "readout"), report.FIGURES.values())
-    for line in report.lines(runs):
-        table.add_row(line.label, line.column, *report.cells(line))
-    console.print(table)
+    rows = [(line.label, line.column, *report.cells(line)) for line in report.lines(runs)]
+    console.print(_table("accuracy in %", ("run", "readout"), tuple(report.FIGURES.values()), rows))
     if folder is None:
         folder = runs[0].folder if len(runs) == 1 else free_folder(Path("runs"), f"{runs[0].config.name}-report")
     print(f"figure: {draw(runs, folder)}")
@@ -57,21 +56,25 @@ def show_evaluation(run: Run, matrices: Mapping[str, Tensor]) -> None:
     """Print accuracies that were measured anew, `(T, T)` by readout, and whether they are those that `run` stores."""
     stored, tasks = run.matrices(), max(int(matrix.isfinite().sum(1).max()) for matrix in matrices.values())
     headings = (*(f"task {j + 1}" for j in range(tasks)), "average", "as stored")
-    table = _table(f"{run.folder}: accuracy, %", ("readout", "after"), headings)
+    rows = []
     for column, matrix in matrices.items():
         for t in matrix.isfinite().any(1).nonzero().flatten().tolist():
             row = matrix[t, : t + 1]
             cells = [f"{100 * a:.2f}" for a in row] + [""] * (tasks - t - 1) + [f"{100 * row.mean():.2f}"]
             same = column in stored and bool((stored[column][t, : t + 1] - row).abs().max() < 1e-9)
             agrees = ("yes" if same else "no") if column in stored else ""
-            table.add_row(column, f"task {t + 1}", *cells, agrees)
-    console.print(table)
+            rows.append((column, f"task {t + 1}", *cells, agrees))
+    console.print(_table(f"{run.folder}: accuracy, %", ("readout", "after"), headings, rows))
 
 
-def _table(title: str, names: tuple[str, ...], figures: Iterable[str]) -> Table:
-    table = Table(title=title)
+def _table(title: str, names: Sequence[str], figures: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
+    """Rows of names and then figures; figures are never broken over two lines."""
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for heading in names:
         table.add_column(heading, overflow="fold")
-    for heading in figures:
-        table.add_column(heading, justify="right", overflow="fold")
+    for place, heading in enumerate(figures, len(names)):
+        longest = max(len(text) for text in (*heading.split(), *(row[place] for row in rows)))
+        table.add_column(heading, justify="right", width=longest)
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -23,6 +23,8 @@ class Learner:
         self.data = config.dataset.build()
         order = class_order(self.data.classes, config.seed if config.shuffle else None)
         self.scenario: Scenario = split_by_class(self.data.train.labels, self.data.test.labels, config.tasks, order)
+        if config.joint:
+            self.scenario = self.scenario.joint()
         _check_tasks(self.scenario)
         backbone = config.backbone.build(config.views.size)
         self.fingerprint = backbone.fingerprint()

@@ -27,6 +27,7 @@ from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.released import Released
 from pgp.readouts import Readout
 from pgp.readouts.lda import LDA
+from pgp.readouts.ncm import NCM
 from pgp.readouts.sequential import Sequential
 
 METHODS: dict[str, Method.Config] = {
@@ -41,7 +42,7 @@ PROJECTIONS: dict[str, Projection.Config] = {
     "released": Released.Config(),
     "none": NoProjection.Config(),
 }
-READOUTS: dict[str, Readout.Config] = {"sequential": Sequential.Config(), "lda": LDA.Config()}
+READOUTS: dict[str, Readout.Config] = {"sequential": Sequential.Config(), "lda": LDA.Config(), "ncm": NCM.Config()}
 DATASETS: dict[str, DatasetConfig] = {
     "digits": Digits(),
     "fashion-mnist": FashionMNIST(),
@@ -180,3 +181,32 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "demo-clip": demo_clip,
     "10cifar100_clip_pgp": cifar100_10_clip_pgp,
 }
+
+
+def sequential(config: Config) -> Config:
+    """The recipe's prompts without projection, as --no-pgp."""
+    return replace(config, projection=NoProjection.Config())
+
+
+def linear(config: Config) -> Config:
+    """No prompts: a linear head on frozen features."""
+    return replace(sequential(config), method=HeadOnly.Config(), readouts=(Sequential.Config(),))
+
+
+def ncm(config: Config) -> Config:
+    """No prompts, and nothing learns: the nearest class mean of frozen features."""
+    return replace(sequential(config), method=HeadOnly.Config(learns=False), readouts=(NCM.Config(),))
+
+
+def joint(config: Config) -> Config:
+    """The recipe's prompts on the images of all tasks at once, without projection: the upper bound."""
+    return replace(sequential(config), joint=True)
+
+
+BASELINES: dict[str, Callable[[Config], Config]] = {
+    "sequential": sequential,
+    "linear": linear,
+    "ncm": ncm,
+    "joint": joint,
+}
+"""What a recipe is to be compared with, under the same budget; `--method NAME` trains one, `--baselines` all."""

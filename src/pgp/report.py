@@ -159,8 +159,9 @@ def _labels(trees: Sequence[dict[str, Any]]) -> list[str]:
     """What sets each tree apart from the others, in as few words as do: parts of another kind first, then settings."""
     keys = dict.fromkeys(key for tree in trees for key in tree)
     varying = [key for key in keys if len({repr(tree.get(key)) for tree in trees}) > 1]
-    chosen = [key for key in varying if key.endswith(".class")] or varying
-    words = [", ".join(_words(key, tree[key]) for key in chosen if key in tree) for tree in trees]
+    telling = [key for key in varying if not key.startswith("readouts.")] or varying  # readouts have their columns
+    chosen = [key for key in telling if key.endswith(".class")] or telling
+    words = [", ".join(filter(None, (_words(key, tree[key]) for key in chosen if key in tree))) for tree in trees]
     for word in set(words):
         alike = [i for i, own in enumerate(words) if own == word]
         if 1 < len(alike) < len(trees):
@@ -170,7 +171,12 @@ def _labels(trees: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _words(key: str, value: Any) -> str:
-    """`projection.class`, `pgp.projections.none:NoProjection.Config` -> `projection none`; else `key value`."""
+    """`projection.class`, `pgp.projections.none:NoProjection.Config` -> `projection none`; a switch that is on -> its
+    name, one that is off -> nothing; else `key value`.
+    """
+    name = key.rpartition(".")[2]
     if key.endswith(".class"):
         return f"{key.removesuffix('.class')} {str(value).partition(':')[0].rpartition('.')[2]}"
-    return f"{key.rpartition('.')[2]} {value}"
+    if isinstance(value, bool):
+        return name if value else ""
+    return f"{name} {value}"

@@ -117,7 +117,7 @@ class Run:
         path = self.folder / "accuracy.csv"
         if not path.is_file():
             raise RunError(f"{self.folder} has no accuracy.csv yet: no task of this run is finished")
-        size = self.config.tasks
+        size = len(self.classes()[1])
         matrices: dict[str, Tensor] = {}
         with path.open(newline="") as file:
             for row in csv.DictReader(file):

@@ -59,6 +59,12 @@ class Scenario:
     def __len__(self) -> int:
         return len(self.tasks)
 
+    def joint(self) -> Scenario:
+        """One task that holds all of these."""
+        classes = self.seen(len(self) - 1)
+        train, test = (torch.cat([getattr(task, part) for task in self.tasks]) for part in ("train", "test"))
+        return Scenario((Task(0, classes, train, test),))
+
     def seen(self, t: int) -> tuple[int, ...]:
         """Labels of tasks 0 to t, in the order of their learning."""
         return tuple(label for task in self.tasks[: t + 1] for label in task.classes)

@@ -19,11 +19,15 @@ class HeadOnly(Method):
 
     @dataclass(frozen=True)
     class Config(Method.Config):
-        """It has no settings."""
+        """Whether even the head learns."""
+
+        learns: bool = True
+        """False leaves the head as it is: for readouts that are fitted to statistics, and need no training at all."""
 
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> HeadOnly:
             """An untrained head."""
-            return HeadOnly(backbone, linear_head(backbone.width, len(class_names), generator))
+            head = linear_head(backbone.width, len(class_names), generator).requires_grad_(self.learns)
+            return HeadOnly(backbone, head)
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """The query itself, `(B, D)`."""
