@@ -150,6 +150,12 @@ def test_poor_servers(tape, server, tmp_path, server_can):
     assert (tmp_path / "data" / "toy" / "blob").read_bytes() == BLOB
 
 
+def test_a_server_that_tells_no_length_may_break_too(tape, server, tmp_path):
+    server.length, server.breaks = False, [300_000]
+    unpacked(tape, tmp_path / "data")
+    assert [wanted for _, wanted, _ in server.requests] == [None, "bytes=300000-"]
+
+
 def test_compression_is_left_alone(tape, server, tmp_path):
     server.headers = {"Content-Encoding": "x-gzip"}  # as some servers say of a .tgz
     unpacked(tape, tmp_path / "data")

@@ -112,7 +112,7 @@ class Transfer:
         tag = answer.headers.get("ETag", "")
         version = tag if tag.startswith('"') else answer.headers.get("Last-Modified")  # weak tags promise too little
         length = answer.headers.get("Content-Length", "")
-        source = _Source(url, version, int(length) if length.isdigit() else None)
+        source = _Source(url, version, int(length) if length.isdigit() else self.size)
         self.part.unlink(missing_ok=True)
         self._note.write_text(json.dumps(source), encoding="utf-8")
         return source
