@@ -117,7 +117,8 @@ def _downloaded(archive: Archive, root: Path, bars: Progress) -> Path:
             ) from error
         except ValueError as error:  # pooch deleted what has another digest
             if not transfer.continued:
-                raise ArchiveError(f"{url} does not give the published file ({error}). Get {archive.name} elsewhere"
+                said = str(error).partition(". ")[0]
+                raise ArchiveError(f"{url} does not give the published file ({said}). Get {archive.name} elsewhere"
                                    f" and put it into {root}") from error  # fmt: skip
 
 
