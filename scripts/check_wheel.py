@@ -19,7 +19,12 @@ def main() -> None:
         names = zipfile.ZipFile(wheel).namelist()
         modules = [name[:-3].replace("/", ".").removesuffix(".__init__") for name in names if name.endswith(".py")]
         modules = [module for module in modules if not module.endswith("__main__")]
-        for needed in ("pgp/py.typed", "pgp/weights/demo_vit.safetensors"):
+        for needed in (
+            "pgp/py.typed",
+            "pgp/weights/demo_vit.safetensors",
+            "pgp/datasets/lists/imagenet_r_test.txt.gz",
+            "pgp/datasets/lists/imagenet_r_classnames.txt",
+        ):
             if needed not in names:
                 sys.exit(f"{needed} is missing from {wheel.name}")
         lines = [f"import sys; sys.path.insert(0, {str(wheel)!r})", *(f"import {module}" for module in modules)]

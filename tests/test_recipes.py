@@ -11,6 +11,11 @@ import pytest
 import tiny
 from pgp import recipes
 from pgp.config import Config, Hardware, Optimizer
+from pgp.datasets.cifar100 import CIFAR100
+from pgp.datasets.cub200 import CUB200
+from pgp.datasets.imagenet_r import ImageNetR
+from pgp.datasets.tiny_imagenet import TinyImageNet
+from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.l2p import L2P
 from pgp.projections.none import NoProjection
 from pgp.readouts.lda import LDA
@@ -83,6 +88,39 @@ def test_rates():
     assert [cosine.rate(step, 4, 1) for step in (0, 2, 4)] == pytest.approx([0.001, 0.0005, 0])
     for name in ("adam", "adamw", "sgd"):
         assert Optimizer(name=name).build(tiny_parameters(), 256).param_groups[0]["lr"] == 0.03
+
+
+PUBLISHED = {  # tasks, epochs, batch, lr, seed, and what the method's settings differ in
+    "10cifar100_l2p_pgp": (10, 5, 16, 0.03, 42, {"reads": "prompt", "selection": "batch"}),
+    "20cifar100_l2p_pgp": (20, 5, 16, 0.03, 53, {"reads": "prompt", "selection": "batch"}),
+    "imr_l2p_pgp": (10, 5, 16, 0.03, 42, {"reads": "prompt", "selection": "batch"}),
+    "tinyimagenet_l2p_pgp": (10, 5, 16, 0.03, 52, {"reads": "prompt", "selection": "batch"}),
+    "cub200_l2p_pgp": (5, 5, 16, 0.03, 42, {"reads": "token", "selection": "batch"}),
+    "10cifar100_dualprompt_pgp": (10, 20, 24, 0.03, 59, {"expert_length": 5, "selection": "batch"}),
+    "20cifar100_dualprompt_pgp": (20, 20, 24, 0.03, 42, {"expert_length": 5, "selection": "batch"}),
+    "imr_dualprompt_pgp": (10, 50, 24, 0.005, 43, {"expert_length": 20, "selection": "image"}),
+    "tinyimagenet_dualprompt_pgp": (10, 5, 24, 0.03, 52, {"expert_length": 5, "selection": "batch"}),
+    "cub200_dualprompt_pgp": (5, 10, 24, 0.03, 51, {"expert_length": 5, "selection": "batch"}),
+}
+SETS = {
+    "cifar100": (CIFAR100, 100),
+    "imr": (ImageNetR, 200),
+    "tinyimagenet": (TinyImageNet, 200),
+    "cub200": (CUB200, 200),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_settings(name):
+    config = recipes.RECIPES[name]()
+    tasks, epochs, batch_size, lr, seed, own = PUBLISHED[name]
+    assert (config.tasks, config.epochs, config.batch_size, config.seed) == (tasks, epochs, batch_size, seed)
+    assert config.optimizer == Optimizer(lr=lr)
+    assert config.method == replace(L2P.Config() if "l2p" in name else DualPrompt.Config(), **own)
+    kind, classes = SETS[name.split("_")[0].removeprefix("10").removeprefix("20")]
+    assert config.dataset == kind()
+    assert kind.expected.classes == classes
+    assert classes % tasks == 0
 
 
 def tiny_parameters():

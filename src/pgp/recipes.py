@@ -12,10 +12,13 @@ from pgp.backbones.vit import ViT
 from pgp.config import Config, Optimizer
 from pgp.datasets import DatasetConfig, Views
 from pgp.datasets.cifar100 import CIFAR100
+from pgp.datasets.cub200 import CUB200
 from pgp.datasets.digits import Digits
 from pgp.datasets.fashion_mnist import FashionMNIST
 from pgp.datasets.folder import Folder
+from pgp.datasets.imagenet_r import ImageNetR
 from pgp.datasets.synthetic import Synthetic
+from pgp.datasets.tiny_imagenet import TinyImageNet
 from pgp.methods import Method
 from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
 from pgp.methods.dualprompt import DualPrompt
@@ -47,6 +50,9 @@ DATASETS: dict[str, DatasetConfig] = {
     "digits": Digits(),
     "fashion-mnist": FashionMNIST(),
     "cifar100": CIFAR100(),
+    "imagenet-r": ImageNetR(),
+    "tiny-imagenet": TinyImageNet(),
+    "cub200": CUB200(),
     "folder": Folder(),
     "synthetic": Synthetic(),
 }
@@ -105,6 +111,27 @@ def cifar100_20_l2p_pgp() -> Config:
     return replace(cifar100_10_l2p_pgp(), name="20cifar100_l2p_pgp", tasks=20, seed=53)
 
 
+def imr_l2p_pgp() -> Config:
+    """Split ImageNet-R, 10 tasks of 20 classes, L2P-PGP on ViT-B/16 (in21k). The release has no settings for it."""
+    return replace(cifar100_10_l2p_pgp(), name="imr_l2p_pgp", dataset=ImageNetR())
+
+
+def tinyimagenet_l2p_pgp() -> Config:
+    """Split TinyImageNet, 10 tasks of 20 classes, L2P-PGP on ViT-B/16 (in21k), as published but for the right basis."""
+    return replace(cifar100_10_l2p_pgp(), name="tinyimagenet_l2p_pgp", dataset=TinyImageNet(), seed=52)
+
+
+def cub200_l2p_pgp() -> Config:
+    """Split CUB-200, 5 tasks of 40 classes, L2P-PGP on ViT-B/16 (in21k), as published but for the right basis."""
+    return replace(
+        cifar100_10_l2p_pgp(),
+        name="cub200_l2p_pgp",
+        dataset=CUB200(),
+        method=L2P.Config(reads="token", selection="batch"),
+        tasks=5,
+    )
+
+
 def demo_dualprompt() -> Config:
     """Digits in 5 tasks of 2 classes by DualPrompt-PGP, on a small encoder that pgp ships. Offline, minutes."""
     return replace(demo(), name="demo-dualprompt", method=DualPrompt.Config())
@@ -125,6 +152,33 @@ def cifar100_10_dualprompt_pgp() -> Config:
 def cifar100_20_dualprompt_pgp() -> Config:
     """Split CIFAR-100, 20 tasks of 5 classes, DualPrompt-PGP on ViT-B/16 (in21k), as published but for its reshape."""
     return replace(cifar100_10_dualprompt_pgp(), name="20cifar100_dualprompt_pgp", tasks=20, seed=42)
+
+
+def imr_dualprompt_pgp() -> Config:
+    """Split ImageNet-R, 10 tasks of 20 classes, DualPrompt-PGP on ViT-B/16, as published but for its reshape."""
+    return replace(
+        cifar100_10_dualprompt_pgp(),
+        name="imr_dualprompt_pgp",
+        dataset=ImageNetR(),
+        method=DualPrompt.Config(expert_length=20),
+        optimizer=Optimizer(lr=0.005),
+        epochs=50,
+        seed=43,
+    )
+
+
+def tinyimagenet_dualprompt_pgp() -> Config:
+    """Split TinyImageNet, 10 tasks of 20 classes, DualPrompt-PGP on ViT-B/16, as published but for its reshape."""
+    return replace(
+        cifar100_10_dualprompt_pgp(), name="tinyimagenet_dualprompt_pgp", dataset=TinyImageNet(), epochs=5, seed=52
+    )
+
+
+def cub200_dualprompt_pgp() -> Config:
+    """Split CUB-200, 5 tasks of 40 classes, DualPrompt-PGP on ViT-B/16 (in21k), as published but for its reshape."""
+    return replace(
+        cifar100_10_dualprompt_pgp(), name="cub200_dualprompt_pgp", dataset=CUB200(), tasks=5, epochs=10, seed=51
+    )
 
 
 def demo_clip() -> Config:
@@ -175,9 +229,15 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "own": own,
     "10cifar100_l2p_pgp": cifar100_10_l2p_pgp,
     "20cifar100_l2p_pgp": cifar100_20_l2p_pgp,
+    "imr_l2p_pgp": imr_l2p_pgp,
+    "tinyimagenet_l2p_pgp": tinyimagenet_l2p_pgp,
+    "cub200_l2p_pgp": cub200_l2p_pgp,
     "demo-dualprompt": demo_dualprompt,
     "10cifar100_dualprompt_pgp": cifar100_10_dualprompt_pgp,
     "20cifar100_dualprompt_pgp": cifar100_20_dualprompt_pgp,
+    "imr_dualprompt_pgp": imr_dualprompt_pgp,
+    "tinyimagenet_dualprompt_pgp": tinyimagenet_dualprompt_pgp,
+    "cub200_dualprompt_pgp": cub200_dualprompt_pgp,
     "demo-clip": demo_clip,
     "10cifar100_clip_pgp": cifar100_10_clip_pgp,
 }

@@ -10,13 +10,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 
+from pgp.datasets.archives import Archive
 from pgp.scenario import seed_of
 
 
@@ -69,13 +71,37 @@ class Dataset(NamedTuple):
         return len(self.class_names)
 
 
+class Counts(NamedTuple):
+    """How large a data set is."""
+
+    train: int
+    test: int
+    classes: int
+
+
 @dataclass(frozen=True)
 class DatasetConfig(abc.ABC):
     """How to make a data set; `build` is the factory."""
 
+    archives: ClassVar[tuple[Archive, ...]] = ()
+    """What it is published as, where `fetch` downloads."""
+    expected: ClassVar[Counts | None] = None
+    """Its published size, where it has one."""
+
     @abc.abstractmethod
     def build(self) -> Dataset:
         """The data set, downloaded first where it is missing and can be had."""
+
+    def fetch(self, progress: Progress | None = None) -> None:  # noqa: B027 (most sets have nothing to fetch)
+        """Nothing; what `read` needs is now on this disk, downloaded and unpacked where it was missing.
+
+        Args:
+            progress: where to draw bars, in bytes; on the error stream, where None.
+        """
+
+    def read(self) -> Dataset:
+        """The data set as it lies on this disk; nothing is downloaded."""
+        return self.build()
 
 
 @dataclass(frozen=True)

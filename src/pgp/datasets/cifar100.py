@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torchvision import datasets as torchvision_sets
 
-from pgp.datasets import ArraySplit, Dataset, DatasetConfig
+from pgp.datasets import ArraySplit, Counts, Dataset
+from pgp.datasets.archives import Archive
+from pgp.datasets.published import Published
 
 
 @dataclass(frozen=True)
-class CIFAR100(DatasetConfig):
-    """Read from `root/cifar-100-python`, downloaded by torchvision on first use; its checksums are verified."""
+class CIFAR100(Published):
+    """Read from `root/cifar-100-python`, downloaded on first use; its checksums are verified every time."""
 
-    root: Path = Path("data")
-    """Folder that holds `cifar-100-python`, or where a download goes."""
+    archives: ClassVar[tuple[Archive, ...]] = (
+        Archive(
+            "cifar-100-python.tar.gz",
+            torchvision_sets.CIFAR100.url,
+            f"md5:{torchvision_sets.CIFAR100.tgz_md5}",
+            "cifar-100-python",
+            169_001_437,
+        ),
+    )
+    expected: ClassVar[Counts | None] = Counts(50_000, 10_000, 100)
 
-    def build(self) -> Dataset:
+    def read(self) -> Dataset:
         """50,000 training and 10,000 test images, labels in alphabetical order of the names."""
+        folder = self.folder()
         try:
             # torchvision unpickles these files, and only after their md5 has proved them to be the published ones
-            train, test = (
-                torchvision_sets.CIFAR100(str(self.root), train=part, download=True) for part in (True, False)
-            )
-        except (RuntimeError, OSError) as error:
+            train, test = (torchvision_sets.CIFAR100(str(folder.parent), train=part) for part in (True, False))
+        except RuntimeError as error:
             raise ValueError(
-                f"CIFAR-100 is not in {self.root.absolute()} and its download failed ({error}): fetch"
-                f" cifar-100-python.tar.gz elsewhere and put it there"
+                f"{folder} is not the published CIFAR-100: the checksums of its files are others, or one is missing."
+                f" Move it away, and it is fetched anew"
             ) from error
         return Dataset(_split(train), _split(test), tuple(train.classes))
 

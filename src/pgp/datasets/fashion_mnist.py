@@ -7,13 +7,15 @@ import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
+from rich.progress import Progress
 from torch import Tensor
 from torchvision import datasets as torchvision_sets
 
-from pgp.datasets import ArraySplit, Dataset, DatasetConfig
+from pgp.datasets import ArraySplit, Counts, Dataset, DatasetConfig
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package `dataset-fashion-mnist` puts the four files."""
@@ -23,16 +25,20 @@ DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 class FashionMNIST(DatasetConfig):
     """Read in place where its four idx files lie (plain or .gz), else downloaded by torchvision."""
 
+    expected: ClassVar[Counts | None] = Counts(60_000, 10_000, 10)
+
     root: Path = Path("data")
     """Folder with the files, or where a download goes."""
 
     def build(self) -> Dataset:
         """60,000 training and 10,000 test images."""
-        for folder in (self.root, self.root / "FashionMNIST" / "raw", DEBIAN):
-            if _file(folder, "train-images-idx3-ubyte"):
-                return Dataset(
-                    _split(folder, "train"), _split(folder, "t10k"), tuple(torchvision_sets.FashionMNIST.classes)
-                )
+        self.fetch()
+        return self.read()
+
+    def fetch(self, progress: Progress | None = None) -> None:
+        """See `DatasetConfig.fetch`; torchvision downloads and shows its own bars."""
+        if self._folder() is not None:
+            return
         try:
             torchvision_sets.FashionMNIST(str(self.root), download=True)
         except (RuntimeError, OSError) as error:
@@ -40,8 +46,18 @@ class FashionMNIST(DatasetConfig):
                 f"Fashion-MNIST is neither in {self.root.absolute()} nor in {DEBIAN}; its download failed ({error}):"
                 " put its four idx files there, or install Debian's dataset-fashion-mnist"
             ) from error
-        folder = self.root / "FashionMNIST" / "raw"
+
+    def read(self) -> Dataset:
+        """See `DatasetConfig.read`."""
+        folder = self._folder()
+        if folder is None:
+            raise ValueError(f"Fashion-MNIST is neither in {self.root.absolute()} nor in {DEBIAN}: pgp data get"
+                             f" fetches it")  # fmt: skip
         return Dataset(_split(folder, "train"), _split(folder, "t10k"), tuple(torchvision_sets.FashionMNIST.classes))
+
+    def _folder(self) -> Path | None:
+        folders = (self.root, self.root / "FashionMNIST" / "raw", DEBIAN)
+        return next((folder for folder in folders if _file(folder, "train-images-idx3-ubyte")), None)
 
 
 def _split(folder: Path, name: str) -> ArraySplit:

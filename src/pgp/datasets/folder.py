@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from pgp.datasets import BadImageError, Dataset, DatasetConfig, Split, existing
+from pgp.datasets.memory import Memory
 from pgp.scenario import generator
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -57,10 +58,11 @@ def _classes(folder: Path) -> tuple[str, ...]:
 
 
 class FileSplit(Split):
-    """Image files, decoded when asked for."""
+    """Image files, decoded when asked for, and once where memory allows."""
 
     def __init__(self, paths: list[Path], labels: list[int]) -> None:
         self.paths, self.labels = paths, torch.tensor(labels, dtype=torch.int64)
+        self.memory = Memory(len(paths))
 
     @classmethod
     def of(cls, folder: Path, names: tuple[str, ...]) -> FileSplit:
@@ -92,7 +94,7 @@ class FileSplit(Split):
 
     def image(self, index: int) -> Tensor:
         """See `Split.image`."""
-        return read_image(self.paths[index])
+        return self.memory.kept(index, lambda: read_image(self.paths[index]))
 
 
 def _spoken(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:

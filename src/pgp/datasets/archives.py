@@ -1,0 +1,140 @@
+"""Archives in which data sets are published, and an unpacking that writes nowhere but where it is told."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import IO, NamedTuple
+
+from rich.progress import Progress
+
+CHUNK = 1 << 20
+DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, NotImplementedError)
+"""What the standard library says of an archive that it cannot read."""
+
+
+class ArchiveError(ValueError):
+    """An archive that cannot be had or unpacked; the message says what to do."""
+
+
+class Archive(NamedTuple):
+    """A file that holds a data set."""
+
+    name: str
+    """What it is called in the data folder, and below a mirror."""
+    url: str
+    """Where its authors publish it."""
+    digest: str
+    """Proves it, such as `md5:…` or `sha256:…`."""
+    folder: str
+    """The folder in it that is the data set."""
+    size: int | None = None
+    """Bytes, where known."""
+
+
+class _Member(NamedTuple):
+    """A file or a folder in an archive."""
+
+    name: str
+    size: int
+    kind: str
+    """`file`, `folder`, or in words what else it is."""
+    open: Callable[[], IO[bytes]]
+
+    @property
+    def path(self) -> PurePosixPath:
+        return PurePosixPath(self.name)
+
+
+def extract(archive: Path, folder: str, target: Path, progress: Progress) -> None:
+    """Nothing; `target/folder` is now what `folder` is in the archive, and what lies beside it there is left out.
+
+    Every member is looked at before anything is written: paths out of the archive, links and devices are refused.
+
+    Raises:
+        ArchiveError: if the archive is damaged or refused, or the disk has too little room.
+        OSError: if it cannot be written.
+    """
+    try:
+        with _members(archive) as members:
+            wanted = _proved(archive, folder, members)
+            size = sum(member.size for member in wanted)
+            if (free := shutil.disk_usage(target).free) < size:
+                raise ArchiveError(f"no room to unpack {archive}: {size:,} bytes are needed and {free:,} are free")
+            bar = progress.add_task(f"unpacking {archive.name}", total=size)
+            for member in wanted:
+                _write(member, target)
+                progress.advance(bar, member.size)
+            progress.remove_task(bar)
+    except DAMAGE as error:
+        raise ArchiveError(f"{archive} is damaged ({error}): fetch it again") from error
+
+
+def _proved(archive: Path, folder: str, members: list[_Member]) -> list[_Member]:
+    """Members of `folder`, after all of `members` proved harmless."""
+    for member in members:
+        path = PureWindowsPath(member.name)  # which knows both slashes and drives
+        if path.anchor or ".." in path.parts or "\0" in member.name:
+            raise ArchiveError(f"{archive} was not unpacked: its member {member.name!r} would lie outside the folder")
+        if member.kind not in ("file", "folder"):
+            raise ArchiveError(f"{archive} was not unpacked: its member {member.name!r} is {member.kind}")
+    wanted = [member for member in members if member.path.parts[:1] == (folder,)]
+    if not any(member.kind == "file" for member in wanted):
+        tops = sorted({member.path.parts[0] for member in members if member.path.parts})
+        raise ArchiveError(f"expected files in a folder {folder} in {archive}, got {tops[:5]}")
+    return wanted
+
+
+def _write(member: _Member, target: Path) -> None:
+    place = target / member.path
+    if member.kind == "folder":
+        place.mkdir(parents=True, exist_ok=True)
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with member.open() as source, place.open("wb") as sink:
+        shutil.copyfileobj(source, sink, CHUNK)
+
+
+@contextmanager
+def _members(archive: Path) -> Iterator[list[_Member]]:
+    """All members, in the order in which they lie in the archive."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as zipped:
+            yield [
+                _Member(info.filename, info.file_size, _zip_kind(info), partial(zipped.open, info))
+                for info in zipped.infolist()
+            ]
+        return
+    with tarfile.open(archive) as tape:
+        yield [
+            _Member(info.name, info.size, _tar_kind(info), partial(_tar_open, tape, info)) for info in tape.getmembers()
+        ]
+
+
+def _zip_kind(info: zipfile.ZipInfo) -> str:
+    mode = info.external_attr >> 16  # as Unix has it; 0 where the archive was made elsewhere
+    if info.is_dir():
+        return "folder"
+    return "file" if stat.S_IFMT(mode) in (0, stat.S_IFREG) else "no plain file"
+
+
+def _tar_kind(info: tarfile.TarInfo) -> str:
+    if info.isfile():
+        return "file"
+    if info.isdir():
+        return "folder"
+    return f"a link to {info.linkname!r}" if info.issym() or info.islnk() else "no plain file"
+
+
+def _tar_open(tape: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    file = tape.extractfile(info)
+    assert file is not None  # plain files only come here
+    return file

@@ -1,0 +1,90 @@
+"""Whether a data set on this disk is whole: its size, and every image file of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from rich.progress import Progress
+
+from pgp.datasets import BadImageError, Counts, Dataset, DatasetConfig, Split
+from pgp.datasets.folder import FileSplit, read_image
+
+
+class Census(NamedTuple):
+    """What was found in a data set."""
+
+    found: Counts
+    expected: Counts | None
+    """The published size, where there is one."""
+    without: tuple[str, ...]
+    """Classes that lack training or test images."""
+    bad: tuple[str, ...]
+    """What is wrong with each image that cannot be read."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is missing or broken."""
+        return self.expected in (None, self.found) and not self.without and not self.bad
+
+    def lines(self) -> list[str]:
+        """The same in words, one finding a line."""
+        found = self.found
+        lines = [f"{found.train:,} training and {found.test:,} test images of {found.classes:,} classes"]
+        if self.expected not in (None, found):
+            assert self.expected is not None
+            train, test, classes = self.expected
+            lines.append(f"expected {train:,} training and {test:,} test images of {classes:,} classes")
+        lines += [f"no training or no test image of {name}" for name in self.without]
+        return lines + list(self.bad)
+
+
+def checked(config: DatasetConfig, progress: Progress | None = None) -> Census:
+    """What there is of a data set on this disk, after every image file of it was decoded; nothing is downloaded.
+
+    Args:
+        config: the data set.
+        progress: where to draw a bar; nowhere, where None.
+
+    Raises:
+        ValueError: if the set is not there, or its index names files that are not.
+    """
+    data = config.read()
+    bad = []
+    bar = progress.add_task("checking images", total=len(data.train) + len(data.test)) if progress else None
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        for problem in pool.map(lambda look: look(), _looks(data)):
+            bad += [problem] if problem else []
+            if progress and bar is not None:
+                progress.advance(bar)
+    finally:
+        pool.shutdown(cancel_futures=True)  # or an interrupt would wait for all the rest
+    found = Counts(len(data.train), len(data.test), data.classes)
+    return Census(found, config.expected, _without(data), tuple(bad))
+
+
+def _looks(data: Dataset) -> Iterator[Callable[[], str | None]]:
+    for split in (data.train, data.test):
+        yield from (partial(_problem, split, index) for index in range(len(split)))
+
+
+def _problem(split: Split, index: int) -> str | None:
+    """What is wrong with an image; None if nothing is."""
+    try:
+        if isinstance(split, FileSplit):
+            read_image(split.paths[index])  # past the memory, which is for training
+        else:
+            split.image(index)
+    except BadImageError as error:
+        return str(error)
+    return None
+
+
+def _without(data: Dataset) -> tuple[str, ...]:
+    counts = [torch.bincount(split.labels, minlength=data.classes) for split in (data.train, data.test)]
+    return tuple(name for name, *each in zip(data.class_names, *counts, strict=True) if not all(each))

@@ -1,0 +1,177 @@
+"""Published archives, fetched once and unpacked whole or not at all, however often it was interrupted.
+
+What is not finished lies in `.pgp` in the data folder; files of the user are read, and never moved or deleted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+
+import filelock
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from pgp.datasets.archives import Archive, ArchiveError, extract
+
+WORK = ".pgp"
+"""Folder, in the data folder, of locks and of what is not finished."""
+MIRROR = "PGP_MIRROR"
+"""Environment variable: an address below which archives are fetched by their names, instead of from their authors."""
+
+
+def unpacked(archive: Archive, root: Path, progress: Progress | None = None) -> Path:
+    """The folder below `root` that `archive` unpacks to; where it is not there, the archive is fetched and unpacked.
+
+    A folder that is there is taken as it is. The archive stays in `root`, whoever put it there. Of several processes
+    that come at once, one fetches and the others wait.
+
+    Raises:
+        ArchiveError: if the archive cannot be had, is not the published one, or cannot be unpacked.
+    """
+    root = root.expanduser().absolute()
+    folder = root / archive.folder
+    if there(folder):
+        return folder
+    with _shown(progress) as bars, _explained(archive, root), _alone(archive, root, bars):
+        if not there(folder):
+            path = _had(archive, root, bars)
+            with tempfile.TemporaryDirectory(dir=root / WORK, prefix=_scratch(archive)) as scratch:
+                extract(path, archive.folder, Path(scratch), bars)
+                if hasattr(os, "sync"):
+                    os.sync()  # or a power cut could leave a whole folder of empty files
+                (Path(scratch) / archive.folder).rename(folder)
+    return folder
+
+
+def fetched(archive: Archive, root: Path, progress: Progress | None = None) -> Path:
+    """The archive in `root`, proved by its digest; where it is not there, it is fetched.
+
+    Raises:
+        ArchiveError: if it cannot be had, or is not the published one.
+    """
+    root = root.expanduser().absolute()
+    with _shown(progress) as bars, _explained(archive, root), _alone(archive, root, bars):
+        return _had(archive, root, bars)
+
+
+def there(folder: Path) -> bool:
+    """Whether `folder` is one, and holds something."""
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def address(archive: Archive) -> str:
+    """Where the archive is fetched from: its authors' place, or the mirror that the environment names."""
+    mirror = os.environ.get(MIRROR)
+    return f"{mirror.rstrip('/')}/{archive.name}" if mirror else archive.url
+
+
+def _had(archive: Archive, root: Path, bars: Progress) -> Path:
+    path = root / archive.name
+    if path.exists():
+        _prove(archive, path)
+        return path
+    whole = _downloaded(archive, root, bars)
+    if path.exists():  # it was put there in the meantime, and is not ours to replace
+        return whole
+    return whole.rename(path)
+
+
+def _prove(archive: Archive, path: Path) -> None:
+    import pooch  # here, for it takes time that those who have their data need not pay
+
+    method, _, wanted = archive.digest.partition(":")
+    if (got := pooch.file_hash(str(path), method)) != wanted.lower():
+        size = f"{path.stat().st_size:,} bytes" + (f" of {archive.size:,}" if archive.size else "")
+        raise ArchiveError(
+            f"{path} is not the published file: expected {archive.digest}, got {method}:{got} ({size}). Move it away"
+            f" and start again, or put in its place what {address(archive)} gives"
+        )
+
+
+def _downloaded(archive: Archive, root: Path, bars: Progress) -> Path:
+    """The archive in our working folder, fetched and proved."""
+    import pooch
+    import requests
+
+    from pgp.datasets.transfer import Transfer
+
+    url, work = address(archive), root / WORK
+    pooch.get_logger().setLevel("WARNING")
+    while True:
+        transfer = Transfer(work / f"{archive.name}.part", archive.size, bars)
+        try:
+            return Path(pooch.retrieve(url, archive.digest, archive.name, work, downloader=transfer))
+        except ArchiveError:
+            raise
+        except requests.RequestException as error:  # before ValueError, which some of them are too
+            kept = f"; {transfer.have:,} bytes of it are kept for the next start" if transfer.have else ""
+            raise ArchiveError(
+                f"cannot fetch {archive.name} ({_reason(error)}){kept}. Without a network, get it from {archive.url}"
+                f" elsewhere and put it, as it is, into {root}; or set {MIRROR} to an address that has it"
+            ) from error
+        except ValueError as error:  # pooch deleted what has another digest
+            if not transfer.continued:
+                said = str(error).partition(". ")[0]
+                raise ArchiveError(f"{url} does not give the published file ({said}). Get {archive.name} elsewhere"
+                                   f" and put it into {root}") from error  # fmt: skip
+
+
+def _reason(error: Exception) -> object:
+    """What was behind it, where requests says no more than that it gave up."""
+    return getattr(error.args[0], "reason", error) if error.args else error
+
+
+@contextmanager
+def _alone(archive: Archive, root: Path, bars: Progress) -> Iterator[None]:
+    """Nobody else works on the archive in `root` meanwhile, and nothing of an earlier crash is in the way."""
+    work = root / WORK
+    work.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(work / f"{archive.name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        bar = bars.add_task(f"waiting for another process that fetches {archive.name}", total=None)
+        lock.acquire()
+        bars.remove_task(bar)
+    try:
+        for stale in work.glob(f"{_scratch(archive)}*"):
+            shutil.rmtree(stale, ignore_errors=True)
+        yield
+    finally:
+        lock.release()
+
+
+def _scratch(archive: Archive) -> str:
+    return f"unpacking-{archive.name}-"
+
+
+@contextmanager
+def _explained(archive: Archive, root: Path) -> Iterator[None]:
+    """Turns what a disk answers into what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            needs = f" ({archive.size:,} bytes packed, and as many again unpacked)" if archive.size else ""
+            raise ArchiveError(f"no room left in {root} for {archive.name}{needs}: make room, or choose another folder"
+                               f" by --dataset.root; what has come so far is kept") from error  # fmt: skip
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise ArchiveError(f"cannot write in {root} ({error.strerror}): choose another folder by --dataset.root,"
+                               f" or put {archive.folder} there, unpacked") from error  # fmt: skip
+        raise
+
+
+def _shown(progress: Progress | None) -> AbstractContextManager[Progress]:
+    """Where bars are drawn: in `progress`, else on the error stream."""
+    if progress is not None:
+        return nullcontext(progress)
+    left = (TransferSpeedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), *left, console=Console(stderr=True)
+    )

@@ -1,0 +1,96 @@
+"""What published data sets have in common: they are downloaded where they are missing, and read where they lie."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.progress import Progress
+
+from pgp.datasets import Dataset, DatasetConfig
+from pgp.datasets.download import there, unpacked
+from pgp.datasets.folder import SUFFIXES, FileSplit
+
+
+@dataclass(frozen=True)
+class Published(DatasetConfig):
+    """Read in place from `root/<its folder>`, or from `root` where that is the folder itself; else downloaded."""
+
+    root: Path = Path("data")
+    """Folder that holds the data set's own folder, or where a download goes."""
+
+    def build(self) -> Dataset:
+        """See `DatasetConfig.build`."""
+        self.fetch()
+        return self.read()
+
+    def fetch(self, progress: Progress | None = None) -> None:
+        """See `DatasetConfig.fetch`; a folder that is there is never downloaded again, nor written to."""
+        if self._found() is None:
+            for archive in self.archives:
+                unpacked(archive, self.root, progress)
+
+    @abc.abstractmethod
+    def read(self) -> Dataset:
+        """See `DatasetConfig.read`."""
+
+    def folder(self) -> Path:
+        """Where the data set lies.
+
+        Raises:
+            ValueError: if it is not on this disk.
+        """
+        if folder := self._found():
+            return folder
+        (archive,) = self.archives
+        place = self.root.expanduser().absolute()
+        raise ValueError(f"no data folder at {place / archive.folder}: pgp data get fetches it, or put what"
+                         f" {archive.name} holds there")  # fmt: skip
+
+    def _found(self) -> Path | None:
+        (archive,) = self.archives
+        root = self.root.expanduser().absolute()
+        folders = [root / archive.folder] + [root] * (root.name == archive.folder)
+        return next((folder for folder in folders if there(folder)), None)
+
+
+def labelled(pairs: Iterable[tuple[Path, int]]) -> FileSplit:
+    """Images with their labels, in an order that no layout changes: by label, then by file name."""
+    ordered = sorted(pairs, key=lambda pair: (pair[1], pair[0].name))
+    return FileSplit([path for path, _ in ordered], [label for _, label in ordered])
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Image files right in `folder`, by name; none where it is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _is_image(path))
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")  # macOS leaves ._x.jpg beside x.jpg
+
+
+def folders_in(folder: Path, fits: Callable[[str], object]) -> list[str]:
+    """Names of the folders in `folder` that fit, sorted; none where it is no folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and fits(path.name))
+
+
+def present(paths: Iterable[Path], index: Path) -> list[Path]:
+    """The files `paths`, which `index` names.
+
+    Raises:
+        ValueError: if some are not there; it names the first.
+    """
+    found = list(paths)
+    if missing := [path for path in found if not path.is_file()]:
+        names = ", ".join(str(path) for path in missing[:3])
+        raise ValueError(
+            f"{len(missing)} of {len(found)} files that {index} names are missing, such as {names}: unpack the"
+            f" archive again"
+        )
+    return found

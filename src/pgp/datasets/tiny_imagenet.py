@@ -1,0 +1,78 @@
+"""TinyImageNet (Stanford CS231n, 2015): 110,000 labelled images of 64 x 64 pixels, 200 classes of ImageNet."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pgp.datasets import Counts, Dataset
+from pgp.datasets.archives import Archive
+from pgp.datasets.published import Published, folders_in, images_in, labelled, present
+
+WNID = re.compile(r"n\d{8}").fullmatch
+
+
+@dataclass(frozen=True)
+class TinyImageNet(Published):
+    """Read from `root/tiny-imagenet-200`; the test is its `val`, whose labels are published.
+
+    Test images lie in `val/images`, or as other tools leave them, in a folder per class in `val` or in `test`.
+    """
+
+    archives: ClassVar[tuple[Archive, ...]] = (
+        Archive(
+            "tiny-imagenet-200.zip",
+            "https://cs231n.stanford.edu/tiny-imagenet-200.zip",
+            "md5:90528d7ca1a48142e341f4ef8d21d0de",
+            "tiny-imagenet-200",
+            248_100_043,
+        ),
+    )
+    expected: ClassVar[Counts | None] = Counts(100_000, 10_000, 200)
+
+    def read(self) -> Dataset:
+        """100,000 training and 10,000 test images, labels in the order of the WordNet ids."""
+        folder = self.folder()
+        wnids = folders_in(folder / "train", WNID)
+        train = [(path, label) for label, wnid in enumerate(wnids) for path in _of_class(folder / "train" / wnid)]
+        if not train:
+            raise ValueError(f"expected images in {folder / 'train'}/<wnid>/images, got none")
+        return Dataset(labelled(train), labelled(_test(folder, wnids)), _names(folder / "words.txt", wnids))
+
+
+def _test(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
+    """Test images and their labels."""
+    index = folder / "val" / "val_annotations.txt"
+    if index.is_file() and images_in(folder / "val" / "images"):
+        lines = [line.split("\t") for line in index.read_text(encoding="utf-8").splitlines() if line]
+        if strangers := [line for line in lines if len(line) < 2 or line[1] not in wnids]:
+            raise ValueError(f"expected lines of an image and a class of {folder / 'train'} in {index}, got"
+                             f" {strangers[0]}")  # fmt: skip
+        paths = present((folder / "val" / "images" / line[0] for line in lines), index)
+        return [(path, wnids.index(line[1])) for path, line in zip(paths, lines, strict=True)]
+    for part in (folder / "val", folder / "test"):
+        if strangers := [[wnid] for wnid in folders_in(part, WNID) if wnid not in wnids]:
+            raise ValueError(f"expected every class of {part} in {folder / 'train'} too, got {strangers[0]}")
+        if pairs := [(path, label) for label, wnid in enumerate(wnids) for path in _of_class(part / wnid)]:
+            return pairs
+    raise ValueError(f"expected test images in {folder}: val/images with val/val_annotations.txt, or"
+                     f" val/<wnid>/images, or test/<wnid>/images, got none")  # fmt: skip
+
+
+def _of_class(folder: Path) -> list[Path]:
+    return images_in(folder / "images") or images_in(folder)
+
+
+def _names(words: Path, wnids: list[str]) -> tuple[str, ...]:
+    """The first synonym of each class; its WordNet id where words.txt is not there."""
+    if not words.is_file():
+        warnings.warn(f"no {words}: classes are called by their WordNet ids", stacklevel=2)
+        return tuple(wnids)
+    lines = (line.partition("\t") for line in words.read_text(encoding="utf-8").splitlines())
+    said = {wnid: synonyms.split(",")[0].strip() for wnid, _, synonyms in lines}
+    if silent := [wnid for wnid in wnids if not said.get(wnid)]:
+        raise ValueError(f"expected a line 'WNID<tab>NAME' in {words} for each class, got none for {silent[:5]}")
+    return tuple(said[wnid] for wnid in wnids)
