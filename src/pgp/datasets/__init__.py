@@ -103,6 +103,11 @@ class DatasetConfig(abc.ABC):
         """The data set as it lies on this disk; nothing is downloaded."""
         return self.build()
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """Where it is looked for on this disk, the first place first; none for what needs no files."""
+        return ()
+
 
 @dataclass(frozen=True)
 class Views:

@@ -55,9 +55,13 @@ class FashionMNIST(DatasetConfig):
                              f" fetches it")  # fmt: skip
         return Dataset(_split(folder, "train"), _split(folder, "t10k"), tuple(torchvision_sets.FashionMNIST.classes))
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """See `DatasetConfig.places`."""
+        return (self.root, self.root / "FashionMNIST" / "raw", DEBIAN)
+
     def _folder(self) -> Path | None:
-        folders = (self.root, self.root / "FashionMNIST" / "raw", DEBIAN)
-        return next((folder for folder in folders if _file(folder, "train-images-idx3-ubyte")), None)
+        return next((folder for folder in self.places if _file(folder, "train-images-idx3-ubyte")), None)
 
 
 def _split(folder: Path, name: str) -> ArraySplit:

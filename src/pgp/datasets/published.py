@@ -32,6 +32,13 @@ class Published(DatasetConfig):
             for archive in self.archives:
                 unpacked(archive, self.root, progress)
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """See `DatasetConfig.places`."""
+        (archive,) = self.archives
+        root = self.root.expanduser().absolute()
+        return (root / archive.folder, *([root] * (root.name == archive.folder)))
+
     @abc.abstractmethod
     def read(self) -> Dataset:
         """See `DatasetConfig.read`."""
@@ -44,16 +51,11 @@ class Published(DatasetConfig):
         """
         if folder := self._found():
             return folder
-        (archive,) = self.archives
-        place = self.root.expanduser().absolute()
-        raise ValueError(f"no data folder at {place / archive.folder}: pgp data get fetches it, or put what"
-                         f" {archive.name} holds there")  # fmt: skip
+        raise ValueError(f"no data folder at {self.places[0]}: pgp data get fetches it, or put what"
+                         f" {self.archives[0].name} holds there")  # fmt: skip
 
     def _found(self) -> Path | None:
-        (archive,) = self.archives
-        root = self.root.expanduser().absolute()
-        folders = [root / archive.folder] + [root] * (root.name == archive.folder)
-        return next((folder for folder in folders if there(folder)), None)
+        return next((folder for folder in self.places if there(folder)), None)
 
 
 def labelled(pairs: Iterable[tuple[Path, int]]) -> FileSplit:
