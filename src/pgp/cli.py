@@ -21,7 +21,7 @@ from pgp import __version__, recipes, report, train
 from pgp.commands import EvalCommand, PredictCommand, ReportCommand, ResumeCommand, TrainCommand
 from pgp.config import Config, Hardware
 from pgp.datasets import BadImageError
-from pgp.datasets.folder import Folder
+from pgp.datasets.own import own_data
 from pgp.evaluate import tracked
 from pgp.predict import Predictor, images_in
 from pgp.processes import rank
@@ -202,8 +202,8 @@ def _shelved(config: Config, words: list[str]) -> Config:
         part: Any = tuple(named) if field == "readouts" else named[-1:]
         if named:
             config = replace(config, **{field: part if field == "readouts" else part[0]})
-    if photos := _values(words, "--data"):
-        config = replace(config, dataset=Folder(Path(photos[-1])))
+    if places := _values(words, "--data"):  # the recipe's number of tasks was that of its own data
+        config = replace(config, dataset=own_data(places[-1]), tasks=None)
     return config
 
 
@@ -250,10 +250,11 @@ def _show(runs: list[Run], folder: Path | None = None) -> None:
         return
     lines = report.lines(runs)
     table = Table(title="accuracy in %")
-    for heading in ("run", "readout", *report.FIGURES.values()):
+    shown = report.figures(lines)
+    for heading in ("run", "readout", *shown.values()):
         table.add_column(heading, justify="left" if heading in ("run", "readout") else "right", overflow="fold")
     for line in lines:
-        table.add_row(line.label, line.column, *report.cells(line))
+        table.add_row(line.label, line.column, *report.cells(line, shown))
     console.print(table)
     if folder is None:
         folder = runs[0].folder if len(runs) == 1 else free_folder(Path("runs"), f"{runs[0].config.name}-report")

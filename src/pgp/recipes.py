@@ -15,6 +15,8 @@ from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.digits import Digits
 from pgp.datasets.fashion_mnist import FashionMNIST
 from pgp.datasets.folder import Folder
+from pgp.datasets.hugging_face import HuggingFace
+from pgp.datasets.manifest import Manifest
 from pgp.datasets.synthetic import Synthetic
 from pgp.methods import Method
 from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
@@ -47,6 +49,8 @@ DATASETS: dict[str, DatasetConfig] = {
     "fashion-mnist": FashionMNIST(),
     "cifar100": CIFAR100(),
     "folder": Folder(),
+    "manifest": Manifest(),
+    "hugging-face": HuggingFace(),
     "synthetic": Synthetic(),
 }
 BACKBONES: dict[str, Backbone.Config] = {
@@ -165,7 +169,7 @@ def own() -> Config:
         projection=Orthogonal.Config(),
         readouts=(LDA.Config(), Sequential.Config()),
         views=Views(scale=(0.4, 1.0)),
-        tasks=5,
+        tasks=None,
     )
 
 
