@@ -98,7 +98,7 @@ def _by_domain(config: Config, data: Dataset) -> Scenario:
     else:
         order = class_order(len(domains), config.seed if config.shuffle else None)
         groups = [(domains[number], [number]) for number in order]
-    _check_count(config, len(groups), f"{file or 'dil: one per domain'}")
+    _check_count(config, len(groups), str(file or "dil with its domains"))
     return split_by_domain(data.train.labels, train, test, groups)
 
 
@@ -122,8 +122,8 @@ def _beside(data: Dataset, name: str) -> Path | None:
 
 def _check_count(config: Config, count: int, source: str) -> None:
     if config.tasks not in (None, count):
-        raise ValueError(f"expected {count} tasks, as {source} has it, got --tasks {config.tasks}: leave it out, or say"
-                         " --tasks None")  # fmt: skip
+        raise ValueError(f"expected {count} tasks, as {source} has it, got tasks {config.tasks}: leave --tasks out, or"
+                         " say --tasks None; a run that goes on needs the file that it began with")  # fmt: skip
 
 
 def _read(file: Path) -> str:

@@ -66,7 +66,7 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a run; refuses one that was learned on another encoder."""
-        if missing := self.state_dict().keys() - state.keys():
+        if missing := self.state_dict().keys() - state.keys() - {"stream"}:  # pgp 0.1 had none
             raise RunError(f"expected a checkpoint with {sorted(missing)}, got one without: another program wrote it")
         Run.check_encoder(state["backbone"], self.fingerprint)
         self.task, self.step, self.matrices = state["task"], state["step"], state["matrices"]
@@ -75,7 +75,7 @@ class Learner:
         self.projection.load_state_dict({name: basis.to(device) for name, basis in state["projection"].items()})
         for readout in self.readouts:
             readout.load_state_dict({k: tensor.to(device) for k, tensor in state["readouts"][readout.name].items()})
-        if self.stream:
+        if self.stream and "stream" in state:
             self.stream.load_state_dict(state["stream"])
         self.restored = state["optimizer"]
 

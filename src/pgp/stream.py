@@ -16,7 +16,8 @@ class Stream:
     """Counts of images that came, and of those whose class was told before they were learned, by task.
 
     A prediction is the method's own head's over the classes of all tasks so far, the current one's among them, with no
-    task label and image by image. It costs a query and a forward pass of each training image more.
+    task label and image by image, in its test view. It costs another loading, query and forward pass of each training
+    image (and for CLIP, in each step, its class names in their context); nothing that is learned changes.
     """
 
     def __init__(self, tasks: int) -> None:

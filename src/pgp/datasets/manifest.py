@@ -45,19 +45,20 @@ class Manifest(DatasetConfig):
         file = self.file.expanduser().absolute()
         rows = list(_rows(file))
         paths = _existing(file, rows)
-        names = ranked(row.label for row in rows)
-        domains = ranked(_domain(row) for row in rows) if all(_domain(row) for row in rows) else ()
-        whole = FileSplit(
-            paths,
-            [names.index(row.label) for row in rows],
-            [domains.index(_domain(row)) for row in rows] if domains else None,
-        )
+        names, labels = _numbered([row.label for row in rows])
+        domains, numbers = _numbered([row.domain or row.task for row in rows])
+        if "" in domains:
+            domains = ()
+        whole = FileSplit(paths, labels, numbers if domains else None)
         if rows[0].split:
             train, test = (whole.at(i for i, row in enumerate(rows) if row.split == part) for part in _PARTS)
             _check_parts(file, rows)
         else:
             train, test = whole.parted(self.test_share, self.split_seed)
-        taught = {row.task: {one.label for one in rows if one.task == row.task} for row in rows if row.task}
+        taught: dict[str, set[str]] = {}
+        for row in rows:
+            if row.task:
+                taught.setdefault(row.task, set()).add(row.label)
         tasks = tuple((task, tuple(name for name in names if name in taught[task])) for task in ranked(taught))
         return Dataset(train, test, names, tasks, domains, file.parent)
 
@@ -76,8 +77,11 @@ class Row(NamedTuple):
 _REQUIRED, _OPTIONAL, _PARTS = ("path", "label"), ("split", "task", "domain"), ("train", "test")
 
 
-def _domain(row: Row) -> str:
-    return row.domain or row.task
+def _numbered(words: list[str]) -> tuple[tuple[str, ...], list[int]]:
+    """Each word once, and the number of each in that order."""
+    once = ranked(words)
+    place = {word: number for number, word in enumerate(once)}
+    return once, [place[word] for word in words]
 
 
 def _rows(file: Path) -> Iterator[Row]:
