@@ -19,9 +19,9 @@ LEVELS = [
     {"backbones", "projections", "readouts", "datasets"},
     {"methods"},
     {"config", "recipes"},
-    {"run", "evaluate", "learner", "train"},
+    {"run", "evaluate", "curriculum", "stream", "learner", "train"},
     {"predict", "report", "published"},
-    {"commands", "display"},
+    {"commands", "display", "catalogue"},
     {"cli", "__main__"},
 ]
 HOMES = {
@@ -34,6 +34,7 @@ HOMES = {
     "urllib3": {"datasets"},
     "pooch": {"datasets"},
     "filelock": {"datasets"},
+    "datasets": {"datasets"},
     "lightning_fabric": {"evaluate", "learner", "train"},
     "matplotlib": {"report"},
     "tyro": {"config", "commands", "cli"},

@@ -85,6 +85,23 @@ def test_no_image_depends_on_its_batch(method):
     torch.testing.assert_close(method(x, method.query(x)), together, rtol=0, atol=1e-12)
 
 
+def test_classes_may_come_again(method):
+    """As in setting dil: another task with the same classes, another image of each."""
+    method.end_task(TASK)
+    again = Task(1, TASK.classes, torch.arange(4, 8), torch.arange(4, 8))
+    method.begin_task(again)
+    assert method.activations(images(3)).keys() == method.protected().keys()
+    labels = torch.arange(16) % 3
+    loss = method.loss(images(), labels, again)
+    loss.backward()
+    assert loss.isfinite()
+    method.end_task(again)
+    state = {name: tensor.clone() for name, tensor in method.learned_state().items()}
+    method.end_task(again)  # a task may be closed again, as its accuracy along the stream asks for
+    assert all(torch.equal(state[name], tensor) for name, tensor in method.learned_state().items())
+    assert method(images(2))[:, list(again.classes)].isfinite().all()
+
+
 @pytest.mark.parametrize("name", recipes.PROJECTIONS)
 def test_a_boundary_and_a_step_of_every_projection(method, name):
     config = recipes.PROJECTIONS[name]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgp.scenario import class_order, generator, seed_of, split_by_class
+from pgp.scenario import class_order, generator, held_out, seed_of, split_by_class, split_by_domain, split_by_name
 
 
 def labels(count, classes, seed):
@@ -46,6 +46,55 @@ def test_seen_classes_come_in_the_order_of_learning():
 def test_there_are_no_more_tasks_than_classes(tasks):
     with pytest.raises(ValueError, match=f"between 1 and 5 tasks.*got {tasks}"):
         split_by_class(torch.arange(5), torch.arange(5), tasks, list(range(5)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=5), st.integers(0, 99))
+def test_named_tasks_partition_the_images(sizes, seed):
+    order, train, test = class_order(sum(sizes), seed), labels(60, sum(sizes), seed=1), labels(30, sum(sizes), seed=2)
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    groups = [(f"t{size}", order[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
+    scenario = split_by_name(train, test, groups)
+    assert [(task.name, list(task.classes)) for task in scenario.tasks] == groups
+    for part, count in (("train", 60), ("test", 30)):
+        assert sorted(torch.cat([getattr(task, part) for task in scenario.tasks]).tolist()) == list(range(count))
+    even = split_by_class(train, test, len(sizes), order)
+    same = split_by_name(train, test, [("", task.classes) for task in even.tasks])
+    assert all(torch.equal(a.train, b.train) for a, b in zip(even.tasks, same.tasks, strict=True))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 6), st.integers(1, 5), st.integers(0, 99))
+def test_domains_partition_the_images_and_share_their_classes(classes, domains, seed):
+    whole, where, tested = labels(60, classes, seed), labels(60, domains, seed + 1), labels(30, domains, seed + 2)
+    scenario = split_by_domain(whole, where, tested, [(f"d{d}", [d]) for d in class_order(domains, seed)])
+    for part, count in (("train", 60), ("test", 30)):
+        assert sorted(torch.cat([getattr(task, part) for task in scenario.tasks]).tolist()) == list(range(count))
+    for task in scenario.tasks:
+        assert set(where[task.train].tolist()) | set(tested[task.test].tolist()) <= {int(task.name[1:])}
+        assert set(task.classes) == set(whole[task.train].tolist())
+    seen = scenario.seen(len(scenario) - 1)
+    assert len(set(seen)) == len(seen)
+    assert set(seen) == set(whole.tolist())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(2, 30), min_size=1, max_size=5), st.floats(0.01, 0.99), st.integers(0, 99))
+def test_a_share_of_each_class_is_held_out(sizes, share, seed):
+    strata = torch.cat([torch.full((size,), stratum) for stratum, size in enumerate(sizes)])
+    test = held_out(strata, share, seed)
+    assert torch.equal(test, held_out(strata, share, seed))
+    for stratum, size in enumerate(sizes):
+        count = int(test[strata == stratum].sum())
+        assert 1 <= count <= size - 1
+        assert abs(count - share * size) <= 1
+    more = held_out(torch.cat([strata, torch.full((5,), len(sizes))]), share, seed)
+    assert torch.equal(more[: len(strata)], test)  # another class moves none of the others
+
+
+def test_a_task_is_spoken_of_by_number_and_name():
+    scenario = split_by_name(torch.arange(3), torch.arange(3), [("", [0]), ("birds [/x]", [2, 1])])
+    assert [scenario.title(task) for task in scenario.tasks] == ["task 1 of 2", "task 2 of 2 (birds [/x])"]
 
 
 def test_the_order_of_classes_depends_on_the_seed_only():

@@ -19,7 +19,7 @@ from pgp import __version__, display, published, recipes, report, train
 from pgp.commands import EvalCommand, PredictCommand, ReportCommand, ResumeCommand, TrainCommand
 from pgp.config import Config, Hardware
 from pgp.datasets import BadImageError
-from pgp.datasets.folder import Folder
+from pgp.datasets.own import own_data
 from pgp.evaluate import tracked
 from pgp.predict import Predictor, images_in
 from pgp.processes import rank
@@ -259,8 +259,8 @@ def _shelved(config: Config, words: list[str]) -> Config:
         part: Any = tuple(named) if field == "readouts" else named[-1:]
         if named:
             config = replace(config, **{field: part if field == "readouts" else part[0]})
-    if photos := _values(words, "--data"):
-        config = replace(config, dataset=Folder(Path(photos[-1])))
+    if places := _values(words, "--data"):  # the recipe's number of tasks was that of its own data
+        config = replace(config, dataset=own_data(places[-1]), tasks=None)
     return config
 
 

@@ -24,8 +24,9 @@ class TrainCommand:
     """Run folder, new or empty; a free one below runs/, where not given."""
     pgp: bool = True
     """Project; --no-pgp trains the base method."""
-    data: Path | None = None
-    """A folder of your own images, for --dataset folder --dataset.root."""
+    data: str | None = None
+    """Your own images: a folder, a table of them (CSV, TSV, JSONL), or hf: and the name or path of a Hugging Face data
+    set. What recipe they come with says nothing about their tasks: --tasks, tasks.json or the data do."""
     twin: bool = False
     """Train the unprojected twin too, all else the same, and report both."""
     baselines: bool = False

@@ -108,14 +108,23 @@ class Config:
     views: Views = field(default_factory=Views)
     optimizer: Optimizer = field(default_factory=Optimizer)
     hardware: Annotated[Hardware, tyro.conf.arg(name="")] = field(default_factory=Hardware)
-    tasks: int = 10
-    """Tasks into which the classes are split."""
+    tasks: int | None = 10
+    """Tasks into which the classes are split; None: as many as the data name (domains, tasks), else 5."""
     setting: Setting = "cil"
-    """cil: class-incremental. til: the task of a test image is known. oil: online, each image is seen once."""
+    """cil: class-incremental. til: the task of a test image is known. dil: domain-incremental, each task brings all
+    classes in a new domain. oil: online, each image is seen once, and predicted before it is learned."""
     seed: int = 42
     """Decides every random draw."""
     shuffle: bool = False
-    """Order of the classes: natural, or shuffled by the seed."""
+    """Order of the classes (dil: of the domains): natural, or shuffled by the seed."""
+    class_order: Path | None = None
+    """Text file with the classes in the order of learning, one a line; class_order.txt beside the data, where None and
+    it is there."""
+    task_file: Path | None = None
+    """JSON file with the tasks in the order of learning, an object of their names with the list of classes (dil: of
+    domains) of each; tasks.json beside the data, where None and it is there."""
+    arrival: Literal["shuffled", "listed"] = "shuffled"
+    """oil: whether the images of a task come in an order drawn from the seed, or as the data list them."""
     joint: bool = False
     """Learn the images of all tasks at once, as a single task: no continual learning, but its upper bound."""
     epochs: int = 5
@@ -138,10 +147,13 @@ class Config:
     def __post_init__(self) -> None:
         positive = ("tasks", "epochs", "batch_size", "eval_batch_size", "log_every_steps")
         for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"expected {name} of at least 1, got {value}")
         if self.save_every_steps < 0:
             raise ValueError(f"expected save_every_steps of at least 0, got {self.save_every_steps}")
+        if self.arrival == "listed" and self.setting != "oil":
+            raise ValueError(f"expected setting oil for arrival=listed, got {self.setting}: others shuffle each pass")
+        self._check_order()
         if not self.readouts:
             raise ValueError("expected at least one readout, got none")
         if len({type(readout) for readout in self.readouts}) < len(self.readouts):
@@ -150,6 +162,14 @@ class Config:
             raise ValueError(f"expected batch_size of at least devices {self.hardware.devices}, got {self.batch_size}")
         if self.hardware.devices > 1 and (self.legacy_eval or self.on_bad_image == "skip"):
             raise ValueError("legacy_eval and on_bad_image=skip need devices 1: they depend on whole batches")
+
+    def _check_order(self) -> None:
+        """Raise if two settings decide the order of learning."""
+        chosen = [name for name in ("class_order", "task_file", "shuffle") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(f"expected one of {' and '.join(chosen)}: each decides the order of learning")
+        if self.class_order and self.setting == "dil":
+            raise ValueError("expected task_file for the order of domains in setting dil, got class_order")
 
     @property
     def passes(self) -> int:

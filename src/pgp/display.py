@@ -43,8 +43,10 @@ def show(runs: list[Run], folder: Path | None = None) -> None:
     """Print the table over runs, and say where the figure and the runs lie; of several processes, the first does."""
     if rank() > 0:
         return
-    rows = [(line.label, line.column, *report.cells(line)) for line in report.lines(runs)]
-    console.print(_table("accuracy in %", ("run", "readout"), tuple(report.FIGURES.values()), rows))
+    lines = report.lines(runs)
+    shown = report.figures(lines)
+    rows = [(line.label, line.column, *report.cells(line, shown)) for line in lines]
+    console.print(_table("accuracy in %", ("run", "readout"), tuple(shown.values()), rows))
     if folder is None:
         folder = runs[0].folder if len(runs) == 1 else free_folder(Path("runs"), f"{runs[0].config.name}-report")
     print(f"figure: {draw(runs, folder)}")

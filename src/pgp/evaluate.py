@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from lightning_fabric import Fabric
+from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor
 
@@ -26,7 +27,7 @@ LEGACY = "/legacy"
 
 def tracked(progress: Progress, items: Iterable[T], total: int, description: str) -> Iterator[T]:
     """`items`, under a progress bar that goes when they are through."""
-    bar = progress.add_task(description, total=total)
+    bar = progress.add_task(escape(description), total=total)
     try:
         for item in items:
             yield item

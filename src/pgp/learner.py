@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from lightning_fabric import Fabric
@@ -9,23 +10,25 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pgp.config import Config
+from pgp.curriculum import described, located, scenario_of
 from pgp.datasets import Viewed
 from pgp.evaluate import Evaluation
 from pgp.run import Run, RunError
-from pgp.scenario import Scenario, Task, class_order, generator, split_by_class
+from pgp.scenario import Scenario, Task, generator
+from pgp.stream import Stream
 
 
 class Learner:
     """A run in memory; its `state_dict` is everything that a checkpoint holds."""
 
     def __init__(self, fabric: Fabric, config: Config, progress: Progress) -> None:
-        self.fabric, self.config, self.progress = fabric, config, progress
+        config = located(config)
         self.data = config.dataset.build()
-        order = class_order(self.data.classes, config.seed if config.shuffle else None)
-        self.scenario: Scenario = split_by_class(self.data.train.labels, self.data.test.labels, config.tasks, order)
+        self.scenario: Scenario = scenario_of(config, self.data)
+        self.config = config = replace(config, tasks=len(self.scenario))
         if config.joint:
             self.scenario = self.scenario.joint()
-        _check_tasks(self.scenario)
+        self.fabric, self.progress = fabric, progress
         backbone = config.backbone.build(config.views.size)
         self.fingerprint = backbone.fingerprint()
         if config.hardware.precision == "bf16-mixed":
@@ -40,6 +43,7 @@ class Learner:
         on_cpu = fabric.device.type == "cpu"
         self.part = config.hardware.part or (4 if on_cpu else None)
         self.evaluation = Evaluation(fabric, config, self.data, self.scenario)
+        self.stream = Stream(len(self.scenario)) if config.setting == "oil" else None
         self.matrices: dict[str, Tensor] = {}
         self.task, self.step = 0, 0
         """Where learning goes on: this many tasks are closed, and this many steps of the next are done."""
@@ -50,7 +54,7 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """The run so far."""
-        return {
+        state = {
             "backbone": self.fingerprint,
             "task": self.task,
             "step": self.step,
@@ -60,10 +64,11 @@ class Learner:
             "matrices": self.matrices,
             "optimizer": self.optimizer.state_dict() if self.step else None,
         }
+        return state | ({"stream": self.stream.state_dict()} if self.stream else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a run; refuses one that was learned on another encoder."""
-        if missing := self.state_dict().keys() - state.keys():
+        if missing := self.state_dict().keys() - state.keys() - {"stream"}:  # pgp 0.1 had none
             raise RunError(f"expected a checkpoint with {sorted(missing)}, got one without: another program wrote it")
         Run.check_encoder(state["backbone"], self.fingerprint)
         self.task, self.step, self.matrices = state["task"], state["step"], state["matrices"]
@@ -72,6 +77,8 @@ class Learner:
         self.projection.load_state_dict({name: basis.to(device) for name, basis in state["projection"].items()})
         for readout in self.readouts:
             readout.load_state_dict({k: tensor.to(device) for k, tensor in state["readouts"][readout.name].items()})
+        if self.stream and "stream" in state:
+            self.stream.load_state_dict(state["stream"])
         self.restored = state["optimizer"]
 
     def save(self, run: Run, name: str) -> None:
@@ -91,9 +98,7 @@ class Learner:
         skip = self.config.on_bad_image == "skip"
         return Viewed(self.data.train, chosen, self.config.seed, (purpose, task.index), skip)
 
-
-def _check_tasks(scenario: Scenario) -> None:
-    for task in scenario.tasks:
-        if not len(task.train) or not len(task.test):
-            raise ValueError(f"expected training and test images in every task, got {len(task.train)} and"
-                             f" {len(task.test)} in task {task.index + 1} with classes {task.classes}")  # fmt: skip
+    @property
+    def description(self) -> dict[str, Any]:
+        """What the run remembers of its data."""
+        return described(self.data, self.scenario)

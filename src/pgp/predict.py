@@ -60,7 +60,7 @@ class Predictor:
         self._readout = readouts[readout or next(iter(readouts))]
         self._readout.load_state_dict({k: v.to(self.device) for k, v in state["readouts"][self._readout.name].items()})
         self._view = config.views.test()
-        self._learned = [label for task in tasks[: state["task"]] for label in task]
+        self._learned = list(dict.fromkeys(label for task in tasks[: state["task"]] for label in task))
         self.classes = tuple(names[label] for label in self._learned)
         """Names of the classes learned so far."""
 

@@ -16,7 +16,9 @@ from pgp.datasets.cub200 import CUB200
 from pgp.datasets.digits import Digits
 from pgp.datasets.fashion_mnist import FashionMNIST
 from pgp.datasets.folder import Folder
+from pgp.datasets.hugging_face import HuggingFace
 from pgp.datasets.imagenet_r import ImageNetR
+from pgp.datasets.manifest import Manifest
 from pgp.datasets.synthetic import Synthetic
 from pgp.datasets.tiny_imagenet import TinyImageNet
 from pgp.methods import Method
@@ -54,6 +56,8 @@ DATASETS: dict[str, DatasetConfig] = {
     "tiny-imagenet": TinyImageNet(),
     "cub200": CUB200(),
     "folder": Folder(),
+    "manifest": Manifest(),
+    "hugging-face": HuggingFace(),
     "synthetic": Synthetic(),
 }
 BACKBONES: dict[str, Backbone.Config] = {
@@ -220,7 +224,7 @@ def own() -> Config:
         projection=Orthogonal.Config(),
         readouts=(LDA.Config(), Sequential.Config()),
         views=Views(scale=(0.4, 1.0)),
-        tasks=5,
+        tasks=None,
     )
 
 

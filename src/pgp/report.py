@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +24,17 @@ class Line(NamedTuple):
     column: str
     matrices: list[Tensor]
     """Accuracy matrix `(T, T)` of each run."""
+    tasks: list[str]
+    """What the tasks are called, "" for nothing."""
+    streams: list[dict[int, float]]
+    """Of each run, if it is online: accuracy over all images that had come, by their number; see `pgp.stream`."""
 
     def spread(self, figure: str) -> tuple[float, float | None]:
         """Mean and standard deviation (None for a single run) of a function of `pgp.metrics`, in [0, 1]."""
-        values = [getattr(metrics, figure)(matrix) for matrix in self.matrices]
+        if figure == STREAM:
+            values = [stream[max(stream)] for stream in self.streams]
+        else:
+            values = [getattr(metrics, figure)(matrix) for matrix in self.matrices]
         return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
 
 
@@ -38,6 +45,12 @@ FIGURES = {
     "average_incremental_accuracy": "average incremental accuracy",
 }
 """What a table shows: functions of `pgp.metrics` and their headings."""
+STREAM = "stream"
+
+
+def figures(table: Sequence[Line]) -> dict[str, str]:
+    """What `table` shows, with its headings: `FIGURES`, and the accuracy along the stream where a run is online."""
+    return FIGURES | ({STREAM: "along the stream, own head"} if any(line.streams for line in table) else {})
 
 
 def lines(runs: Sequence[Run]) -> list[Line]:
@@ -50,8 +63,9 @@ def lines(runs: Sequence[Run]) -> list[Line]:
     trees: dict[str, dict[str, Any]] = {}
     for run in {run.folder.resolve(): run for run in runs}.values():
         tree = _flat(run.config.to_json())
-        groups.setdefault(repr(tree), []).append(run)
-        trees[repr(tree)] = tree
+        key = repr(_anywhere(tree, run))
+        groups.setdefault(key, []).append(run)
+        trees.setdefault(key, tree)
     labels = dict(zip(groups, _labels(list(trees.values())), strict=True))
     out = []
     for group, members in groups.items():
@@ -60,41 +74,52 @@ def lines(runs: Sequence[Run]) -> list[Line]:
         if len(set(seeds)) < len(seeds):
             raise RunError(f"expected runs of {label} with seeds of their own, got {sorted(seeds)}: a seed counts once")
         matrices = [run.matrices() for run in members]
+        streams = [stream for run in members if (stream := _stream(run))]
         for column in matrices[0]:
             own = [m[column] for m in matrices if column in m]
             if len({metrics.learned(matrix) for matrix in own}) > 1:
                 raise RunError(f"expected runs of {label} that have all come to the same task; finish them first, by"
                                " pgp train --resume")  # fmt: skip
-            out.append(Line(label, column, own))
+            out.append(Line(label, column, own, members[0].task_names(), streams))
     return out
 
 
 def markdown(table: Sequence[Line]) -> str:
     """A table in percent, mean ± standard deviation over seeds."""
-    head = ["run", "readout", "seeds", *FIGURES.values()]
+    shown = figures(table)
+    head = ["run", "readout", "seeds", *shown.values()]
     rows = [head, ["---"] * len(head)]
-    rows += [[line.label, line.column, str(len(line.matrices)), *cells(line)] for line in table]
+    rows += [[line.label, line.column, str(len(line.matrices)), *cells(line, shown)] for line in table]
     return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
-def cells(line: Line) -> list[str]:
-    """The figures of a line, in percent."""
+def cells(line: Line, shown: Mapping[str, str] = FIGURES) -> list[str]:
+    """The figures of a line, in percent; nothing for the stream of a run that is not online."""
     out = []
-    for figure in FIGURES:
+    for figure in shown:
+        if figure == STREAM and not line.streams:
+            out.append("")
+            continue
         mean, deviation = line.spread(figure)
         out.append(f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}"))
     return out
 
 
 def draw(table: Sequence[Line], path: Path) -> None:
-    """Curves of the average accuracy over tasks, and each line's accuracy matrix (mean over seeds), as a PNG."""
+    """Curves of the average accuracy over tasks, and each line's accuracy matrix (mean over seeds), as a PNG; and of
+    the accuracy along the stream, where a run is online.
+    """
     matrices = [torch.stack(line.matrices).mean(0) for line in table]
     wide = 2 if len(matrices) == 4 else min(3, len(matrices))
     tall = -(-len(matrices) // wide)
-    figure = Figure(figsize=(4.6 + 3.1 * wide, max(3.6, 3.1 * tall)), layout="constrained")
+    online = any(line.streams for line in table)
+    figure = Figure(figsize=(4.6 + 3.1 * wide, max(6.2 if online else 3.6, 3.1 * tall)), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(4.6, 3.1 * wide))
     left, right = halves
-    axes: Any = left.subplots()
+    columns: Any = left.subplots(1 + online, squeeze=False)
+    axes = columns[0, 0]
+    if online:
+        _streams(columns[1, 0], table)
     for line in table:
         curves = 100 * torch.tensor([metrics.curve(matrix) for matrix in line.matrices])  # (seeds, t)
         x, mean = range(1, curves.shape[1] + 1), curves.mean(0).numpy()
@@ -111,13 +136,28 @@ def draw(table: Sequence[Line], path: Path) -> None:
     for i, axis in enumerate(grid.flat):
         axis.axis("on" if i < len(matrices) else "off")
         if i < len(matrices):
-            _matrix(axis, matrices[i], _name(table[i], table))
+            _matrix(axis, matrices[i], _name(table[i], table), table[i].tasks)
     partial = path.with_name(f".{path.name}.{os.getpid()}.png")
     FigureCanvasAgg(figure).print_png(str(partial))
     partial.replace(path)
 
 
-def _matrix(axis: Any, matrix: Tensor, title: str) -> None:
+def _streams(axes: Any, table: Sequence[Line]) -> None:
+    """Accuracy along the stream, a curve for each run; the readouts of a run share it."""
+    known: list[list[dict[int, float]]] = []
+    for line in table:
+        if line.streams in known:
+            continue
+        known.append(line.streams)
+        for number, stream in enumerate(line.streams):
+            label = line.label if number == 0 else None
+            axes.plot(list(stream), [100 * value for value in stream.values()], color=f"C{len(known) - 1}", label=label)
+    axes.set(xlabel="images that came", ylabel="accuracy along the stream, %", ylim=(0, 102))
+    axes.legend(fontsize=7, loc="lower left")
+    axes.grid(alpha=0.3)
+
+
+def _matrix(axis: Any, matrix: Tensor, title: str, tasks: Sequence[str]) -> None:
     percent = 100 * matrix
     axis.imshow(percent.numpy(), cmap="viridis", vmin=0, vmax=100)
     small = 8 if len(matrix) <= 5 else 6 if len(matrix) <= 10 else 4
@@ -128,7 +168,7 @@ def _matrix(axis: Any, matrix: Tensor, title: str) -> None:
         )
     ticks = range(0, len(matrix), 1 if len(matrix) <= 10 else 5)
     axis.set_xticks(ticks, [str(i + 1) for i in ticks], fontsize=7)
-    axis.set_yticks(ticks, [str(i + 1) for i in ticks], fontsize=7)
+    axis.set_yticks(ticks, [tasks[i].replace("$", r"\$") or str(i + 1) for i in ticks], fontsize=7)
     axis.set_xlabel("accuracy on task, %", fontsize=8)
     axis.set_ylabel("after task", fontsize=8)
     axis.set_title(title, fontsize=8)
@@ -139,6 +179,20 @@ def _name(line: Line, table: Sequence[Line]) -> str:
     labels, columns = {one.label for one in table}, {one.column for one in table}
     parts = [line.label] * (len(labels) > 1) + [line.column] * (len(columns) > 1)
     return ", ".join(parts) or line.label
+
+
+def _stream(run: Run) -> dict[int, float]:
+    """Accuracy over all images that had come, by their number; nothing for a run that is not online."""
+    looks = {event["images"]: event["accuracy"] for event in run.events("stream")}  # a resumed run says some twice
+    return dict(sorted(looks.items()))
+
+
+def _anywhere(tree: dict[str, Any], run: Run) -> dict[str, Any]:
+    """The settings `tree` of a run with what its data and tasks are known by in place of where they lie."""
+    if run.data_fingerprint is None:
+        return tree
+    known = {"data": run.data_fingerprint, "tasks of": None if tree["shuffle"] else run.classes()[1]}
+    return {key: value for key, value in tree.items() if key not in ("dataset.root", "dataset.file")} | known
 
 
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:

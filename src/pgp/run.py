@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -125,20 +125,49 @@ class Run:
                 matrix[int(row["after_task"]), int(row["task"])] = float(row["accuracy"])
         return matrices
 
-    def write_classes(self, names: Sequence[str], tasks: Sequence[Sequence[int]]) -> None:
-        """Write `classes.json`: names by label, and the labels of each task, so that a run can be used without data."""
-        _write(self.folder / "classes.json", json.dumps({"names": list(names), "tasks": [list(t) for t in tasks]}))
+    def write_classes(self, description: Mapping[str, Any]) -> None:
+        """Write `classes.json`: what the run remembers of its data; see `pgp.curriculum.described`."""
+        _write(self.folder / "classes.json", json.dumps(description))
 
     def classes(self) -> tuple[list[str], list[list[int]]]:
         """Class names by label, and the labels of each task."""
+        known = self._remembered()
+        return known["names"], known["tasks"]
+
+    def task_names(self) -> list[str]:
+        """What each task is called, "" for nothing."""
+        known = self._remembered()
+        names: list[str] = known.get("task_names") or [""] * len(known["tasks"])
+        return names
+
+    @property
+    def data_fingerprint(self) -> str | None:
+        """What its data are known by, wherever they lie; None for a run of pgp 0.1."""
+        return self._remembered().get("fingerprint")
+
+    def check_data(self, description: Mapping[str, Any], *, images: bool = True) -> None:
+        """Raise unless the data are what the run began with: classes and tasks and, where `images`, the images too."""
+        known = self._remembered()
+        keys = {"names": "classes", "tasks": "classes in each task", "task_names": "names of tasks"}
+        if images:
+            keys |= {"images": "number of images in each task", "fingerprint": "labels or names of images"}
+        for key, what in keys.items():
+            if key in known and known[key] != description[key]:
+                expected, got = _difference(known[key], description[key])
+                raise RunError(f"expected the data that {self.folder} began with, but the {what} differ ({expected}"
+                               f" before, {got} now): restore the data, or begin another run")  # fmt: skip
+
+    def _remembered(self) -> dict[str, Any]:
         path = self.folder / "classes.json"
         try:
-            known = json.loads(path.read_text())
-            return known["names"], known["tasks"]
-        except (OSError, ValueError, KeyError) as error:
+            known: dict[str, Any] = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
             raise RunError(
                 f"{path} does not name the classes of this run ({error}): was it made by an older pgp?"
             ) from error
+        if not isinstance(known, dict) or not {"names", "tasks"} <= known.keys():
+            raise RunError(f"{path} does not name the classes of this run: was it made by an older pgp?")
+        return known
 
     @staticmethod
     def check_encoder(expected: str, got: str) -> None:
@@ -237,6 +266,17 @@ def environment() -> dict[str, Any]:
         "commit": _commit(),
         "versions": versions,
     }
+
+
+def _difference(one: Any, other: Any) -> tuple[Any, Any]:
+    """The first values in which two JSON values differ."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return next(_difference(one[key], other[key]) for key in one if one[key] != other[key])
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return next(_difference(*pair) for pair in zip(one, other, strict=True) if pair[0] != pair[1])
+    if isinstance(one, list) and isinstance(other, list):
+        return f"{len(one)} of them", f"{len(other)}"
+    return one, other
 
 
 def _processor() -> str:

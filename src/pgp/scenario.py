@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Setting = Literal["cil", "til", "oil"]
-"""What is known at test: `cil` nothing, `til` each image's task, `oil` nothing, and training sees each image once."""
+Setting = Literal["cil", "til", "dil", "oil"]
+"""What a task brings, and what is known at test: `cil` new classes, nothing; `til` new classes, each image's task;
+`dil` the same classes in a new domain, nothing; `oil` new classes, nothing, and training sees each image once."""
+
+
+Groups = Sequence[tuple[str, Sequence[int]]]
+"""What each task is called ("" for nothing) and what it brings, in the order of learning."""
 
 
 def generator(seed: int, *address: str | int) -> torch.Generator:
@@ -48,6 +54,8 @@ class Task:
     """Indices of its training images `(n,)`."""
     test: Tensor
     """Indices of its test images `(m,)`."""
+    name: str = ""
+    """What it is called, if anything."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,12 @@ class Scenario:
         return Scenario((Task(0, classes, train, test),))
 
     def seen(self, t: int) -> tuple[int, ...]:
-        """Labels of tasks 0 to t, in the order of their learning."""
-        return tuple(label for task in self.tasks[: t + 1] for label in task.classes)
+        """Labels of tasks 0 to t, each once, in the order of their learning."""
+        return tuple(dict.fromkeys(label for task in self.tasks[: t + 1] for label in task.classes))
+
+    def title(self, task: Task) -> str:
+        """How a task is spoken of: `task 2 of 5 (birds)`."""
+        return f"task {task.index + 1} of {len(self)}" + (f" ({task.name})" if task.name else "")
 
 
 def class_order(classes: int, seed: int | None) -> list[int]:
@@ -84,7 +96,7 @@ def class_order(classes: int, seed: int | None) -> list[int]:
     return order
 
 
-def split_by_class(train_labels: Tensor, test_labels: Tensor, tasks: int, order: list[int]) -> Scenario:
+def split_by_class(train_labels: Tensor, test_labels: Tensor, tasks: int, order: Sequence[int]) -> Scenario:
     """A scenario in which each task brings new classes.
 
     Args:
@@ -100,15 +112,70 @@ def split_by_class(train_labels: Tensor, test_labels: Tensor, tasks: int, order:
     if not 1 <= tasks <= len(order):
         raise ValueError(f"expected between 1 and {len(order)} tasks (the number of classes), got {tasks}")
     base, extra = divmod(len(order), tasks)
-    stages, start = [], 0
+    groups, start = [], 0
     for index in range(tasks):
         stop = start + base + (index < extra)
-        classes = tuple(order[start:stop])
-        wanted = torch.tensor(classes)
-        stages.append(Task(index, classes, _where(train_labels, wanted), _where(test_labels, wanted)))
+        groups.append(("", order[start:stop]))
         start = stop
-    return Scenario(tuple(stages))
+    return split_by_name(train_labels, test_labels, groups)
 
 
-def _where(labels: Tensor, wanted: Tensor) -> Tensor:
-    return torch.isin(labels, wanted).nonzero().flatten()
+def split_by_name(train_labels: Tensor, test_labels: Tensor, groups: Groups) -> Scenario:
+    """A scenario in which each task brings the classes that its group lists; sizes may differ.
+
+    >>> labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    >>> scenario = split_by_name(labels, labels, [("birds", [2]), ("fish", [0, 1])])
+    >>> [(scenario.title(task), task.classes) for task in scenario.tasks]
+    [('task 1 of 2 (birds)', (2,)), ('task 2 of 2 (fish)', (0, 1))]
+    """
+    return Scenario(
+        tuple(
+            Task(index, tuple(classes), _where(train_labels, classes), _where(test_labels, classes), name)
+            for index, (name, classes) in enumerate(groups)
+        )
+    )
+
+
+def split_by_domain(train_labels: Tensor, train_domains: Tensor, test_domains: Tensor, groups: Groups) -> Scenario:
+    """A scenario in which each task brings the domains that its group lists, with all classes that they show.
+
+    Args:
+        train_labels: label of every training image `(n,)`; a task's classes are those of its training images.
+        train_domains: domain of every training image `(n,)`.
+        test_domains: domain of every test image `(m,)`.
+        groups: name and domains of each task.
+
+    >>> labels, domains = torch.tensor([0, 1, 0, 1, 0]), torch.tensor([0, 0, 1, 1, 2])
+    >>> scenario = split_by_domain(labels, domains, domains, [("photos", [0]), ("art", [1, 2])])
+    >>> [(task.classes, task.train.tolist()) for task in scenario.tasks], scenario.seen(1)
+    ([((0, 1), [0, 1]), ((0, 1), [2, 3, 4])], (0, 1))
+    """
+    tasks = []
+    for index, (name, domains) in enumerate(groups):
+        train = _where(train_domains, domains)
+        classes = tuple(train_labels[train].unique().tolist())
+        tasks.append(Task(index, classes, train, _where(test_domains, domains), name))
+    return Scenario(tuple(tasks))
+
+
+def held_out(strata: Tensor, share: float, seed: int) -> Tensor:
+    """Which images are kept for the test, bool `(n,)`: `share` of each stratum, one image at least and never all.
+
+    Args:
+        strata: what each image is, `(n,)`, such as its label; at least 2 images of each.
+        share: in (0, 1).
+        seed: decides which images these are.
+
+    >>> held_out(torch.tensor([0, 0, 0, 0, 1, 1]), share=0.5, seed=0).tolist()
+    [True, True, False, False, False, True]
+    """
+    chosen = torch.zeros(len(strata), dtype=torch.bool)
+    for stratum in strata.unique().tolist():
+        places = (strata == stratum).nonzero().flatten()
+        order = torch.randperm(len(places), generator=generator(seed, "part", stratum))
+        chosen[places[order[: min(len(places) - 1, max(1, round(share * len(places))))]]] = True
+    return chosen
+
+
+def _where(labels: Tensor, wanted: Sequence[int]) -> Tensor:
+    return torch.isin(labels, torch.tensor(wanted)).nonzero().flatten()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def reevaluate(
         raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
     config = replace(config, hardware=replace(config.hardware, devices=1))
     learner = Learner(_fabric(config.hardware), config, progress or _quiet())
+    run.check_data(learner.description, images=False)
     last = int(name.rpartition("-")[2])
     matrices: dict[str, Tensor] = {}
     for number in range(1 if every_task else last, last + 1):
@@ -122,6 +124,7 @@ def _learn(
     else:
         assert output is not None
         run = Run.open(output)
+        run.check_data(learner.description)
         learner.load_state_dict(state)
         where = {"hardware": asdict(config.hardware), "environment": environment()}
         learner.log(run, "resumed", task=learner.task, step=learner.step, **where)
@@ -140,7 +143,7 @@ def _new_run(learner: Learner, output: Path | None) -> Run:
         config = learner.config
         output = output or free_folder(Path("runs"), f"{config.name}-seed{config.seed}")
         run = Run.create(output, config)
-        run.write_classes(learner.data.class_names, [task.classes for task in learner.scenario.tasks])
+        run.write_classes(learner.description)
     return Run(Path(learner.fabric.broadcast(str(output))))
 
 
@@ -150,8 +153,14 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     if learner.step == 0:
         with projection.confined(method.protected()):
             method.begin_task(task)
+    plan = training_plan(config, task, learner.fabric.world_size)
+    ahead = foretold(learner, task, plan[learner.step :]) if learner.stream else itertools.repeat(None)
     learned = [parameter for parameter in method.parameters() if parameter.requires_grad]
     if not learned:
+        if learner.stream:
+            learner.step = sum(1 for _ in ahead)
+            _log_stream(learner, task, run)
+            learner.step = 0
         return
     if _collects(learner, "before"):
         observe(learner, task, projection, [])
@@ -163,11 +172,10 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     optimizer: Any = learner.fabric.setup_optimizers(plain)
     learner.optimizer, learner.restored = optimizer, None
 
-    plan = training_plan(config, task, learner.fabric.world_size)
     stream = batches(learner.viewed("train", "view", task), plan[learner.step :], learner.evaluation.loading)
-    label = f"task {task.index + 1} of {len(learner.scenario)}, training"
+    stream = tracked(learner.progress, stream, len(plan) - learner.step, f"{learner.scenario.title(task)}, training")
     losses: list[Tensor] = []
-    for batch in tracked(learner.progress, stream, len(plan) - learner.step, label):
+    for batch, _ in zip(stream, ahead, strict=False):  # a batch is predicted before it is learned
         if len(batch.indices):
             for group in optimizer.param_groups:
                 group["lr"] = settings.rate(learner.step, len(plan), config.batch_size)
@@ -177,11 +185,29 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
         saving = bool(saves) and learner.step % saves == 0 and not last
         if losses and (saving or last or learner.step % config.log_every_steps == 0):
             _log_losses(learner, task, run, losses)  # stops before a broken state is saved
+            _log_stream(learner, task, run)
             losses = []
         if saving:
             learner.save(run, f"task-{task.index + 1:02d}-step-{learner.step:06d}")
     handle.remove()
     learner.step, learner.optimizer = 0, None
+
+
+@torch.no_grad()
+def foretold(learner: Learner, task: Task, plan: Sequence[Sequence[Address]]) -> Iterator[None]:
+    """Predict the images of one batch of `plan` after the other, in their test view, each when it is asked for."""
+    assert learner.stream is not None
+    fabric, seen = learner.fabric, learner.scenario.seen(task.index)
+    coming = batches(learner.viewed("test", "arriving", task), plan, learner.evaluation.loading)
+    left = len(task.train) - learner.step * learner.config.batch_size  # what is above fills a last batch up
+    for batch, addresses in zip(coming, plan, strict=True):
+        images, labels, _ = batch.to(fabric.device)
+        own = len(range(fabric.global_rank, min(left, len(addresses)), fabric.world_size))
+        left -= len(addresses)
+        if own and len(images):
+            with fabric.autocast():
+                learner.stream.predict(learner.method, images[:own], labels[:own], task, seen)
+        yield
 
 
 def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, share: int) -> Tensor:
@@ -238,9 +264,11 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
     if learner.fabric.is_global_zero:
         run.write_matrices(learner.matrices)
     averages = {column: metrics.average_accuracy(matrix) for column, matrix in learner.matrices.items()}
-    learner.log(run, "task", task=task.index, seconds=seconds, ranks=ranks, average_accuracy=averages)
+    streamed = {"stream_accuracy": learner.stream.accuracy(task)} if learner.stream else {}
+    learner.log(run, "task", task=task.index, seconds=seconds, ranks=ranks, average_accuracy=averages, **streamed)
     spoken = ", ".join(f"{100 * average:.1f} % ({column})" for column, average in averages.items())
-    learner.progress.console.print(f"task {learner.task} of {len(learner.scenario)}: average accuracy {spoken}")
+    spoken += "".join(f"; along the stream {100 * accuracy:.1f} %" for accuracy in streamed.values())
+    learner.progress.console.print(f"{learner.scenario.title(task)}: average accuracy {spoken}", markup=False)
 
 
 def _collects(learner: Learner, when: str) -> bool:
@@ -260,7 +288,7 @@ def observe(learner: Learner, task: Task, projection: Projection | None, readout
         plan = in_order(task.train, (learner.part or config.eval_batch_size) * fabric.world_size, number)
         seen = 0
         stream = batches(viewed, plan, learner.evaluation.loading)
-        for batch in tracked(learner.progress, stream, len(plan), f"task {task.index + 1}, looking back"):
+        for batch in tracked(learner.progress, stream, len(plan), f"{learner.scenario.title(task)}, looking back"):
             if not len(batch.indices):
                 continue
             seen += len(batch.indices)
@@ -282,14 +310,17 @@ def observe(learner: Learner, task: Task, projection: Projection | None, readout
 
 
 def training_plan(config: Config, task: Task, world: int) -> list[list[Address]]:
-    """The batches of all passes over a task: a new order each pass, drawn from the seed, the task and the pass.
+    """The batches of all passes over a task: a new order each pass, drawn from the seed, the task and the pass; or the
+    order in which the data list the images.
 
     A last batch with fewer images than there are processes is filled up with the first images of its pass.
     """
     plan = []
     for number in range(config.passes):
         draw = generator(config.seed, "order", task.index, number)
-        order = task.train[torch.randperm(len(task.train), generator=draw)]
+        order = task.train
+        if config.arrival == "shuffled":
+            order = order[torch.randperm(len(order), generator=draw)]
         passing = in_order(order, config.batch_size, number)
         passing[-1] += [Address(i, number) for i in order[: max(0, world - len(passing[-1]))].tolist()]
         plan += passing
@@ -311,3 +342,9 @@ def _log_losses(learner: Learner, task: Task, run: Run, losses: list[Tensor]) ->
             + (f" The last good state is {run.folder / 'checkpoints' / last}" if last else " No state was saved yet")
         )
     learner.log(run, "train", task=task.index, step=learner.step, loss=sum(values) / len(values))
+
+
+def _log_stream(learner: Learner, task: Task, run: Run) -> None:
+    """Log the accuracy along the stream, in an online run."""
+    if learner.stream:
+        learner.log(run, "stream", task=task.index, step=learner.step, **learner.stream.look(task))

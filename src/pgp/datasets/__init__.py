@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import abc
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -31,6 +31,8 @@ class Split(abc.ABC):
 
     labels: Tensor
     """`(n,)`, int64."""
+    domains: Tensor | None = None
+    """Number of each image's domain, `(n,)`, where the data have domains."""
 
     @abc.abstractmethod
     def image(self, index: int) -> Tensor:
@@ -40,6 +42,10 @@ class Split(abc.ABC):
             BadImageError: if its file cannot be read.
         """
 
+    def names(self) -> Iterable[str]:
+        """What its images are called, in their order; nothing where they have no names."""
+        return ()
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -47,10 +53,10 @@ class Split(abc.ABC):
 class ArraySplit(Split):
     """Images that lie in memory: `images (n, H, W)` gray or `(n, 3, H, W)`, uint8."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, domains: Tensor | None = None) -> None:
         if len(images) != len(labels):
             raise ValueError(f"expected one label per image, got {len(images)} images and {len(labels)} labels")
-        self.images, self.labels = images, labels.long()
+        self.images, self.labels, self.domains = images, labels.long(), domains
 
     def image(self, index: int) -> Tensor:
         """See `Split.image`."""
@@ -64,6 +70,12 @@ class Dataset(NamedTuple):
     train: Split
     test: Split
     class_names: tuple[str, ...]
+    tasks: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Tasks that the data themselves propose, in their order: the name and the classes of each."""
+    domains: tuple[str, ...] = ()
+    """Names of the domains, by number."""
+    folder: Path | None = None
+    """Where `class_order.txt` or `tasks.json` may lie."""
 
     @property
     def classes(self) -> int:
@@ -107,6 +119,16 @@ class DatasetConfig(abc.ABC):
     def places(self) -> tuple[Path, ...]:
         """Where it is looked for on this disk, the first place first; none for what needs no files."""
         return ()
+
+    def located(self) -> DatasetConfig:
+        """The same with absolute paths: what a run records, for it may go on from another working folder."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        paths = {name: value.expanduser().absolute() for name, value in values.items() if isinstance(value, Path)}
+        return replace(self, **paths)
+
+    def by_domain(self) -> DatasetConfig:
+        """The same with its domains told apart, if that takes another setting."""
+        return self
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
-"""Your own images: a folder per class."""
+"""Your own images: a folder per class, and perhaps one per domain."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import io
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from pgp.datasets import BadImageError, Dataset, DatasetConfig, Split, existing
 from pgp.datasets.memory import Memory
-from pgp.scenario import generator
+from pgp.datasets.parts import check_share, part_for_test
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
@@ -22,6 +25,8 @@ class Folder(DatasetConfig):
     """Images in `root/train/<class>/*` and `root/test/<class>/*`, read in place; or in `root/<class>/*`, some of each
     for the test.
 
+    With domains the folders of a class lie in those of their domain: `root/train/<domain>/<class>/*` and
+    `root/test/<domain>/<class>/*`, or `root/<domain>/<class>/*`.
     A class is called by its folder, or as `root/names.txt` says, where it exists: lines of a folder and its name.
     """
 
@@ -31,66 +36,93 @@ class Folder(DatasetConfig):
     """Share of each class that is kept for the test where there is no folder `test`; one image at least."""
     split_seed: int = 0
     """Decides which images these are."""
+    domains: bool = False
+    """Whether the folders of classes lie in folders of domains; --setting dil turns it on."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.test_share < 1:
-            raise ValueError(f"expected dataset.test_share between 0 and 1, got {self.test_share}")
+        check_share(self.test_share)
 
     def build(self) -> Dataset:
-        """Classes are the folders of `train`, or of `root`, in alphabetical order."""
+        """Classes and domains are the folders of `train`, or of `root`, in alphabetical order."""
         root = existing(self.root)
         train = root / "train" if (root / "train").is_dir() else root
         if train == root and (root / "test").is_dir():
             raise ValueError(f"no data folder at {root / 'train'}, beside {root / 'test'}")
-        names = _classes(train)
-        spoken = _spoken(root / "names.txt", names)
-        if not (root / "test").is_dir():
-            return Dataset(*FileSplit.of(train, names).parted(self.test_share, self.split_seed), spoken)
-        if strangers := [name for name in _classes(root / "test") if name not in names]:
-            raise ValueError(
-                f"expected every class of {root / 'test'} in {train} too, got {strangers[:5]} in test only"
-            )
-        return Dataset(FileSplit.of(train, names), FileSplit.of(root / "test", names), spoken)
+        names, domains = self._levels(train)
+        whole = FileSplit.of(train, names, domains)
+        if (root / "test").is_dir():
+            for kind, own, all_ in zip(("class", "domain"), self._levels(root / "test"), (names, domains), strict=True):
+                if strangers := [name for name in own if name not in all_]:
+                    raise ValueError(f"expected every {kind} of {root / 'test'} in {train} too, got {strangers[:5]} in"
+                                     " test only")  # fmt: skip
+            parts = whole, FileSplit.of(root / "test", names, domains)
+        else:
+            parts = whole.parted(self.test_share, self.split_seed)
+        return Dataset(*parts, _spoken(root / "names.txt", names), domains=domains, folder=root)
+
+    def by_domain(self) -> Folder:
+        """The same with folders of domains."""
+        return replace(self, domains=True)
+
+    def _levels(self, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the classes below `folder`, and of the domains, if it has any."""
+        if not self.domains:
+            return _folders(folder), ()
+        domains = _folders(folder)
+        classes = tuple(sorted({name for domain in domains for name in _folders(folder / domain)}))
+        if not classes or set(classes) <= {"train", "test"}:
+            raise ValueError(f"expected folders DOMAIN/CLASS in {folder}, got folders {list(domains[:5])} with"
+                             f" {list(classes) or 'none'} inside; put train and test above the domains")  # fmt: skip
+        return classes, domains
 
 
-def _classes(folder: Path) -> tuple[str, ...]:
+def _folders(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
 
 
 class FileSplit(Split):
     """Image files, decoded when asked for, and once where memory allows."""
 
-    def __init__(self, paths: list[Path], labels: list[int]) -> None:
+    def __init__(self, paths: list[Path], labels: list[int], domains: list[int] | None = None) -> None:
         self.paths, self.labels = paths, torch.tensor(labels, dtype=torch.int64)
         self.memory = Memory(len(paths))
+        self.domains = None if domains is None else torch.tensor(domains, dtype=torch.int64)
 
     @classmethod
-    def of(cls, folder: Path, names: tuple[str, ...]) -> FileSplit:
-        """All images below `folder/<name>`, in alphabetical order, labelled by the place of the name in `names`."""
-        pairs = [
-            (path, label)
+    def of(cls, folder: Path, names: Sequence[str], domains: Sequence[str] = ()) -> FileSplit:
+        """All images below `folder/<name>`, in alphabetical order, labelled by the place of the name in `names`; or
+        below `folder/<domain>/<name>`, where there are domains.
+        """
+        found = [
+            (path, label, number)
+            for number, domain in enumerate(domains or [""])
             for label, name in enumerate(names)
-            for path in sorted((folder / name).rglob("*"))
+            for path in sorted((folder / domain / name).rglob("*"))
             if path.suffix.lower() in SUFFIXES and path.is_file()
         ]
-        if not pairs:
-            raise ValueError(f"no images in {folder}/<class>/: expected files ending in {', '.join(sorted(SUFFIXES))}")
-        return cls([path for path, _ in pairs], [label for _, label in pairs])
+        if not found:
+            inside = "<domain>/<class>" if domains else "<class>"
+            raise ValueError(f"no images in {folder}/{inside}/: expected files ending in {', '.join(sorted(SUFFIXES))}")
+        paths, labels, numbers = (list(column) for column in zip(*found, strict=True))
+        return cls(paths, labels, numbers if domains else None)
 
     def parted(self, share: float, seed: int) -> tuple[FileSplit, FileSplit]:
-        """Training and test images: of each class, `share` of its images drawn for the test, and one at least."""
-        chosen: set[int] = set()
-        for label in self.labels.unique().tolist():
-            places = (self.labels == label).nonzero().flatten()
-            if len(places) < 2:
-                raise ValueError(f"expected at least 2 images of every class, one of them for the test, got one in"
-                                 f" {self.paths[int(places)].parent}")  # fmt: skip
-            order = torch.randperm(len(places), generator=generator(seed, "part", label))
-            chosen |= set(places[order[: max(1, round(share * len(places)))]].tolist())
-        return self._only([i for i in range(len(self)) if i not in chosen]), self._only(sorted(chosen))
+        """Training and test images: of each class, `share` of its images drawn for the test, and one at least; of each
+        class in each domain, where there are domains.
+        """
+        test = part_for_test(self, share, seed, lambda place: str(self.paths[place].parent))
+        return self.at((~test).nonzero().flatten().tolist()), self.at(test.nonzero().flatten().tolist())
 
-    def _only(self, places: list[int]) -> FileSplit:
-        return FileSplit([self.paths[i] for i in places], [int(self.labels[i]) for i in places])
+    def at(self, places: Iterable[int]) -> FileSplit:
+        """The images at these places only, in this order."""
+        places = list(places)
+        domains = None if self.domains is None else self.domains[places].tolist()
+        return FileSplit([self.paths[i] for i in places], self.labels[places].tolist(), domains)
+
+    def names(self) -> list[str]:
+        """Their paths, as far as they differ."""
+        shared = os.path.commonpath([path.parent for path in self.paths])
+        return [path.relative_to(shared).as_posix() for path in self.paths]
 
     def image(self, index: int) -> Tensor:
         """See `Split.image`."""
@@ -112,14 +144,16 @@ def _spoken(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(names[folder] for folder in folders)
 
 
-def read_image(path: Path) -> Tensor:
+def read_image(path: Path, content: bytes | None = None) -> Tensor:
     """The image at `path` as the eye sees it, `(3, H, W)` uint8: upright, in RGB, transparency over white.
+
+    Where its bytes are at hand as `content`, `path` is only what to call it.
 
     Raises:
         BadImageError: naming `path`, if it cannot be decoded.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(path if content is None else io.BytesIO(content)) as file:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):  # 16 bit gray
                 image = Image.fromarray(

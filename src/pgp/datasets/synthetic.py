@@ -23,22 +23,27 @@ class Synthetic(DatasetConfig):
     noise: float = 0.15
     """Standard deviation of the noise, of a value range of 1."""
     seed: int = 0
+    domains: int = 0
+    """Domains, for --setting dil; each tints all its images in its own way, and has `per_class` of every class."""
 
     def build(self) -> Dataset:
         """The same images for the same settings."""
         patterns = torch.rand(self.classes, 3, 4, 4, generator=generator(self.seed, "patterns"))
         patterns = F.interpolate(patterns, self.size, mode="bicubic").clamp(0, 1)
         names = tuple(f"pattern {label}" for label in range(self.classes))
-        return Dataset(
-            self._split(patterns, "train", self.per_class), self._split(patterns, "test", self._tests), names
-        )
+        train, test = self._split(patterns, "train", self.per_class), self._split(patterns, "test", self._tests)
+        return Dataset(train, test, names, domains=tuple(f"tint {domain}" for domain in range(self.domains)))
 
     @property
     def _tests(self) -> int:
         return max(1, self.per_class // 3)
 
     def _split(self, patterns: torch.Tensor, part: str, per_class: int) -> ArraySplit:
-        labels = torch.arange(self.classes).repeat_interleave(per_class)
+        labels = torch.arange(self.classes).repeat_interleave(per_class).repeat(max(1, self.domains))
         noise = torch.randn(len(labels), 3, self.size, self.size, generator=generator(self.seed, part))
         images = (patterns[labels] + self.noise * noise).clamp(0, 1) * 255
-        return ArraySplit(images.to(torch.uint8), labels)
+        domains = torch.arange(self.domains).repeat_interleave(self.classes * per_class) if self.domains else None
+        if domains is not None:
+            tints = torch.rand(self.domains, 3, 1, 1, generator=generator(self.seed, "tints"))
+            images = (images + 255 * tints[domains]) / 2
+        return ArraySplit(images.to(torch.uint8), labels, domains)

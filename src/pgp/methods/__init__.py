@@ -44,7 +44,7 @@ class Method(nn.Module, abc.ABC):
         """Get ready to learn `task`."""
 
     def end_task(self, task: Task) -> None:
-        """Keep what is to be kept of `task`, which has been trained."""
+        """Keep what is to be kept of `task` as it is trained by now; a later call keeps it anew."""
 
     def query(self, images: Tensor) -> Tensor:
         """What of an image never changes while the method learns, `(B, D)`; computed once and kept for test images."""

@@ -1,0 +1,179 @@
+"""What comes when: the scenario of a run, from its settings and from what lies beside its data."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pgp.config import Config
+from pgp.datasets import Dataset, Split
+from pgp.scenario import Groups, Scenario, class_order, split_by_class, split_by_domain, split_by_name
+
+ORDER, TASKS = "class_order.txt", "tasks.json"
+"""Files that are heeded where they lie beside the data: class names in the order of learning, one a line; and an object
+of task names, in the order of learning, each with a list of its class names (under dil, of its domains)."""
+USUAL = 5
+"""Tasks, where neither the settings nor the data say how many."""
+
+
+def located(config: Config) -> Config:
+    """`config` as a run records it: with absolute paths, and domains told apart where the setting asks for them."""
+    dataset = config.dataset.by_domain() if config.setting == "dil" else config.dataset
+    files = {name: getattr(config, name) for name in ("class_order", "task_file")}
+    paths = {name: file.expanduser().absolute() for name, file in files.items() if file is not None}
+    return replace(config, dataset=dataset.located(), **paths)
+
+
+def scenario_of(config: Config, data: Dataset) -> Scenario:
+    """The tasks that `config` makes of `data`.
+
+    A file that the settings name outranks those that lie beside the data.
+
+    Raises:
+        ValueError: if two sources of equal rank decide the order, their number of tasks is not that of the settings, a
+            file does not name every class once, or a task has no images.
+    """
+    scenario = _by_domain(config, data) if config.setting == "dil" else _by_class(config, data)
+    for task in scenario.tasks:
+        if not len(task.train) or not len(task.test):
+            raise ValueError(f"expected training and test images in every task, got {len(task.train)} and"
+                             f" {len(task.test)} in {scenario.title(task)} with classes {task.classes}")  # fmt: skip
+    return scenario
+
+
+def described(data: Dataset, scenario: Scenario) -> dict[str, Any]:
+    """What a run remembers of its data, as JSON values: classes and tasks, to use them without the data; the number of
+    images in each task and a fingerprint of all labels, domains and file names, to know the data again.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for split in (data.train, data.test):
+        _digest(split, digest)
+    return {
+        "names": list(data.class_names),
+        "tasks": [list(task.classes) for task in scenario.tasks],
+        "task_names": [task.name for task in scenario.tasks],
+        "images": {part: [len(getattr(task, part)) for task in scenario.tasks] for part in ("train", "test")},
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def _digest(split: Split, digest: Any) -> None:
+    digest.update(split.labels.numpy().tobytes())
+    if split.domains is not None:
+        digest.update(split.domains.numpy().tobytes())
+    for name in split.names():
+        digest.update(name.encode(errors="surrogateescape") + b"\0")
+
+
+def _by_class(config: Config, data: Dataset) -> Scenario:
+    labels, names = (data.train.labels, data.test.labels), data.class_names
+    groups, source = _named_tasks(config, data, names)
+    order = config.class_order or (None if config.task_file else _beside(data, ORDER))
+    if groups and order:
+        raise ValueError(f"{source} and {order} both decide the order of classes: leave one")
+    if (beside := source if groups else order) and config.shuffle:
+        raise ValueError(f"{beside} decides the order of classes, and so does shuffle: leave one")
+    if groups:
+        _check_count(config, len(groups), source)
+        return split_by_name(*labels, groups)
+    wanted = _read_order(order, names) if order else class_order(len(names), config.seed if config.shuffle else None)
+    return split_by_class(*labels, config.tasks or min(USUAL, len(names)), wanted)
+
+
+def _by_domain(config: Config, data: Dataset) -> Scenario:
+    train, test, domains = data.train.domains, data.test.domains, data.domains
+    if train is None or test is None:
+        raise ValueError("expected data with domains for setting dil: folders DOMAIN/CLASS, a table with a column"
+                         " domain or task in every row, or a Hugging Face data set with --dataset.domain")  # fmt: skip
+    groups: Groups
+    if file := config.task_file or _beside(data, TASKS):
+        groups = _grouped(_read_tasks(file), domains, f"{file}", "domain")
+        if config.shuffle:
+            raise ValueError(f"{file} decides the order of domains, and so does shuffle: leave one")
+    else:
+        order = class_order(len(domains), config.seed if config.shuffle else None)
+        groups = [(domains[number], [number]) for number in order]
+    _check_count(config, len(groups), str(file or "dil with its domains"))
+    return split_by_domain(data.train.labels, train, test, groups)
+
+
+def _named_tasks(config: Config, data: Dataset, names: Sequence[str]) -> tuple[Groups, str]:
+    """Tasks by name, where anything names them, and what does."""
+    if config.class_order:
+        return [], ""
+    file = config.task_file or _beside(data, TASKS)
+    if file and data.tasks and not config.task_file:
+        raise ValueError(f"{file} and the data's own column of tasks both make tasks: leave one")
+    if file:
+        return _grouped(_read_tasks(file), names, str(file), "class"), str(file)
+    source = "the data's column of tasks"
+    return _grouped(data.tasks, names, source, "class") if data.tasks else [], source
+
+
+def _beside(data: Dataset, name: str) -> Path | None:
+    file = data.folder / name if data.folder else None
+    return file if file and file.is_file() else None
+
+
+def _check_count(config: Config, count: int, source: str) -> None:
+    if config.tasks not in (None, count):
+        raise ValueError(f"expected {count} tasks, as {source} has it, got tasks {config.tasks}: leave --tasks out, or"
+                         " say --tasks None; a run that goes on needs the file that it began with")  # fmt: skip
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read {file} as a text in UTF-8: {error}") from error
+
+
+def _read_order(file: Path, names: Sequence[str]) -> list[int]:
+    """Labels in the order in which the lines of `file` name their classes."""
+    words = [line.strip() for line in _read(file).splitlines() if line.strip()]
+    return _all_once(words, names, str(file), "class")
+
+
+def _read_tasks(file: Path) -> list[tuple[str, list[str]]]:
+    """Name and members of each task in `file`."""
+    try:
+        pairs = json.loads(_read(file), object_pairs_hook=list)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected JSON in {file}: {error}") from error
+    form = 'an object of task names with a list of names each, such as {"birds": ["crow", "owl"], "fish": ["eel"]}'
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise ValueError(f"expected {form}, got another value in {file}")
+    for name, members in pairs:
+        if not (isinstance(members, list) and members and all(isinstance(member, str) for member in members)):
+            raise ValueError(f"expected {form}, got {name!r} with {members!r:.80} in {file}")
+    tasks = [name for name, _ in pairs]
+    if twice := sorted({name for name in tasks if tasks.count(name) > 1}):
+        raise ValueError(f"expected every task once in {file}, got {twice} again")
+    return pairs
+
+
+def _grouped(tasks: Sequence[tuple[str, Sequence[str]]], names: Sequence[str], source: str, kind: str) -> Groups:
+    """The tasks with numbers for the names of their members, of which each stands in one task."""
+    numbers = iter(_all_once([member for _, members in tasks for member in members], names, source, kind))
+    return [(name, [next(numbers) for _ in members]) for name, members in tasks]
+
+
+def _all_once(words: Sequence[str], names: Sequence[str], source: str, kind: str) -> list[int]:
+    """The place in `names` of each word; a clear error unless the words are the names, each once."""
+    place = {name: number for number, name in enumerate(names)}
+    for word in words:
+        if word not in place:
+            near = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+            hint = f"perhaps you meant {near[0]!r}" if near else f"there are {list(names[:5])}"
+            raise ValueError(f"unknown {kind} {word!r} in {source}: {hint}")
+    if twice := [name for name in names if words.count(name) > 1]:
+        more = "; where tasks share their classes, it is --setting dil that is wanted" if kind == "class" else ""
+        raise ValueError(f"expected every {kind} once in {source}, got {twice[:5]} again{more}")
+    if missing := [name for name in names if name not in words]:
+        raise ValueError(f"expected every {kind} in {source}, got none of {missing[:5]}, {len(missing)} in all")
+    return [place[word] for word in words]

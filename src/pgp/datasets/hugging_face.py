@@ -1,0 +1,149 @@
+"""Image data sets of the Hugging Face hub, or in its formats on disk. The library comes with the extra `hf`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgp.datasets import BadImageError, Dataset, DatasetConfig, Split
+from pgp.datasets.folder import read_image
+from pgp.datasets.parts import check_share, part_for_test, ranked
+
+
+@dataclass(frozen=True)
+class HuggingFace(DatasetConfig):
+    """A data set of the hub, one that `save_to_disk` left, or a folder of files that the library knows (parquet).
+
+    It is tested on its part `test`, else `validation`, else on some of each class of the only part. No code that comes
+    with a data set is ever run: from version 4 on, which pgp asks for, the library cannot.
+    """
+
+    name: str = ""
+    """Name on the hub, such as `beans`, or a path."""
+    subset: str | None = None
+    """Which of its configurations, where it has several."""
+    image: str | None = None
+    """Column of the images; the only one with images, where None."""
+    label: str | None = None
+    """Column of the classes; the only one of type ClassLabel, else `label` or `labels`, where None."""
+    domain: str | None = None
+    """Column of the domains, for --setting dil."""
+    test_share: float = 0.2
+    """Share of each class that is kept for the test where there is one part only; one image at least."""
+    split_seed: int = 0
+    """Decides which images these are."""
+
+    def __post_init__(self) -> None:
+        check_share(self.test_share)
+
+    def build(self) -> Dataset:
+        """Classes come as its ClassLabel says, by number where they are whole numbers, else as they first appear."""
+        parts = _load(self.name, self.subset)
+        train = parts.get("train", next(iter(parts.values())))
+        columns = self._columns(train.features)
+        tested = [parts[name] for name in ("test", "validation") if name in parts and parts[name] is not train]
+        test = next((part for part in tested if -1 not in part[columns["label"]]), None)  # -1: labels are kept secret
+        both = [train] if test is None else [train, test]
+        names, labels = _coded(both, columns["label"])
+        domains, numbers = _coded(both, columns["domain"]) if self.domain else ((), [None] * len(both))
+        splits = [HubSplit(self.name, *one) for one in zip(both, [columns["image"]] * 2, labels, numbers, strict=False)]
+        if test is None:
+            chosen = part_for_test(splits[0], self.test_share, self.split_seed, lambda i: f"row {i} of {self.name}")
+            splits = [splits[0].at(~chosen), splits[0].at(chosen)]
+        folder = Path(self.name).expanduser()
+        return Dataset(splits[0], splits[1], names, domains=domains, folder=folder if folder.is_dir() else None)
+
+    def located(self) -> DatasetConfig:
+        """See `DatasetConfig.located`; a name on the hub stays as it is."""
+        path = Path(self.name).expanduser()
+        return replace(self, name=str(path.absolute())) if path.exists() else self
+
+    def _columns(self, features: Mapping[str, Any]) -> dict[str, str]:
+        """Which column is what."""
+        chosen = {"image": self.image, "label": self.label, "domain": self.domain}
+        for role, column in chosen.items():
+            if column is not None and column not in features:
+                raise ValueError(f"expected a column of {self.name} as dataset.{role}, one of {list(features)}, got"
+                                 f" {column!r}")  # fmt: skip
+        kinds = {column: type(feature).__name__ for column, feature in features.items()}
+        images = [column for column, kind in kinds.items() if kind == "Image"]
+        labels = [column for column, kind in kinds.items() if kind == "ClassLabel"]
+        labels = labels or [column for column in ("label", "labels") if column in kinds]
+        for role, found in (("image", images), ("label", labels)):
+            if chosen[role] is None and len(found) != 1:
+                raise ValueError(f"expected one {role} column in {self.name}, got {found or 'none'} among {kinds}: name"
+                                 f" it by --dataset.{role}")  # fmt: skip
+            chosen[role] = chosen[role] or found[0]
+        return {role: column for role, column in chosen.items() if column is not None}
+
+
+class HubSplit(Split):
+    """Rows of a part of a Hugging Face data set, decoded when asked for."""
+
+    def __init__(self, name: str, rows: Any, column: str, labels: Tensor, domains: Tensor | None = None) -> None:
+        from datasets import Image
+
+        self.rows = rows.select_columns([column]).cast_column(column, Image(decode=False))
+        self.name, self.column, self.labels, self.domains = name, column, labels, domains
+
+    def image(self, index: int) -> Tensor:
+        """See `Split.image`."""
+        cell = self.rows[index][self.column] or {}
+        called = Path(f"{index} ({cell.get('path') or 'unnamed'}) of {self.name}")
+        if cell.get("bytes") is None and not cell.get("path"):
+            raise BadImageError(f"cannot read the image {called}: there is none in column {self.column}")
+        return read_image(called, cell["bytes"]) if cell.get("bytes") is not None else read_image(Path(cell["path"]))
+
+    def at(self, chosen: Tensor) -> HubSplit:
+        """The rows that `chosen`, bool `(n,)`, chooses."""
+        rows = self.rows.select(chosen.nonzero().flatten().tolist())
+        domains = None if self.domains is None else self.domains[chosen]
+        return HubSplit(self.name, rows, self.column, self.labels[chosen], domains)
+
+
+def _load(name: str, subset: str | None) -> dict[str, Any]:
+    """The parts of a data set by name."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"Hugging Face data sets need the library datasets, which is not installed ({error}): pip"
+                         " install 'prompt-gradient-projection[hf]'") from error  # fmt: skip
+    path = Path(name).expanduser()
+    saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    try:
+        if saved:
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = datasets.load_dataset(str(path) if path.exists() else name, subset)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"cannot load the Hugging Face data set {name!r}: {error}. Check its name and the network, or name a folder"
+            " where save_to_disk left it"
+        ) from error
+    return dict(found) if isinstance(found, dict) else {"train": found}
+
+
+def _coded(parts: list[Any], column: str) -> tuple[tuple[str, ...], list[Tensor]]:
+    """What the values of a column are called, and the number of each row's, for each part."""
+    values = [list(part[column]) for part in parts]
+    kind = parts[0].features[column]
+    if hasattr(kind, "names"):
+        names = tuple(kind.names)
+        numbers = values
+    else:
+        texts = [["" if value is None else str(value) for value in part] for part in values]
+        names = ranked(text for part in texts for text in part if text)
+        place = {name: number for number, name in enumerate(names)}
+        numbers = [[place.get(text, -1) for text in part] for part in texts]
+    codes = [torch.tensor([-1 if number is None else number for number in part]) for part in numbers]
+    for part in codes:
+        if bool((part < 0).any()):
+            raise ValueError(
+                f"expected a value of {column} in every row, got none in row {int((part < 0).nonzero()[0])}"
+            )
+    return names, codes

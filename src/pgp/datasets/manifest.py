@@ -1,0 +1,193 @@
+"""Your own images: a table that lists them."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pgp.datasets import Dataset, DatasetConfig
+from pgp.datasets.folder import FileSplit
+from pgp.datasets.parts import check_share, ranked
+
+SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
+
+
+@dataclass(frozen=True)
+class Manifest(DatasetConfig):
+    """Images listed in a CSV, TSV or JSONL file in UTF-8, with a column for each of these:
+
+    `path` of the image, from the folder of the file; `label`, its class; `split`, train or test (without it, some of
+    each class are kept for the test); `task`, the name or number of the task that brings the class; `domain`, for
+    --setting dil, where `task` serves as well. Other columns are let be.
+
+    Classes, tasks and domains come in the order in which they first appear, or by number where all are whole numbers.
+    """
+
+    file: Path = Path("images.csv")
+    """The table."""
+    test_share: float = 0.2
+    """Share of each class that is kept for the test where the table has no split; one image at least."""
+    split_seed: int = 0
+    """Decides which images these are."""
+
+    def __post_init__(self) -> None:
+        check_share(self.test_share)
+
+    def build(self) -> Dataset:
+        """The images in the order of the table."""
+        file = self.file.expanduser().absolute()
+        rows = list(_rows(file))
+        paths = _existing(file, rows)
+        names, labels = _numbered([row.label for row in rows])
+        domains, numbers = _numbered([row.domain or row.task for row in rows])
+        if "" in domains:
+            domains = ()
+        whole = FileSplit(paths, labels, numbers if domains else None)
+        if rows[0].split:
+            train, test = (whole.at(i for i, row in enumerate(rows) if row.split == part) for part in _PARTS)
+            _check_parts(file, rows)
+        else:
+            train, test = whole.parted(self.test_share, self.split_seed)
+        taught: dict[str, set[str]] = {}
+        for row in rows:
+            if row.task:
+                taught.setdefault(row.task, set()).add(row.label)
+        tasks = tuple((task, tuple(name for name in names if name in taught[task])) for task in ranked(taught))
+        return Dataset(train, test, names, tasks, domains, file.parent)
+
+
+class Row(NamedTuple):
+    """A line of the table; "" stands for what it does not say."""
+
+    line: int
+    path: str
+    label: str
+    split: str
+    task: str
+    domain: str
+
+
+_REQUIRED, _OPTIONAL, _PARTS = ("path", "label"), ("split", "task", "domain"), ("train", "test")
+
+
+def _numbered(words: list[str]) -> tuple[tuple[str, ...], list[int]]:
+    """Each word once, and the number of each in that order."""
+    once = ranked(words)
+    place = {word: number for number, word in enumerate(once)}
+    return once, [place[word] for word in words]
+
+
+def _rows(file: Path) -> Iterator[Row]:
+    """The rows of the table at `file`, each of them complete."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"cannot read the table of images {file}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"expected {file} in UTF-8, got another encoding at byte {error.start}") from error
+    count = 0
+    full: tuple[str, ...] = ()  # of split and domain, what the first row fills
+    for line, record in _from_json(file, text) if file.suffix.lower() == ".jsonl" else _from_table(file, text):
+        row = Row(line, **{name: record.get(name, "").strip() for name in _REQUIRED + _OPTIONAL})
+        row = row._replace(split=row.split.lower())
+        if not (row.path and row.label):
+            raise ValueError(f"expected a path and a label in line {line} of {file}, got {record}")
+        if row.split and row.split not in _PARTS:
+            raise ValueError(f"expected split train or test in line {line} of {file}, got {record['split']!r}")
+        says = tuple(name for name in ("split", "domain") if getattr(row, name))
+        if count and says != full:
+            raise ValueError(f"expected all rows of {file} to fill the same of split and domain, got {list(says)} in"
+                             f" line {line} and {list(full)} in the first row")  # fmt: skip
+        count, full = count + 1, says
+        yield row
+    if not count:
+        raise ValueError(f"expected rows of images in {file}, got none")
+
+
+def _from_table(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True
+    )
+    header: list[str] = []
+    try:
+        for fields in reader:
+            if not header and fields:
+                header = [word.strip().lower() for word in fields]
+                _check_columns(file, reader.line_num, header)
+            elif fields:
+                if len(fields) != len(header):
+                    raise ValueError(f"expected {len(header)} fields in line {reader.line_num} of {file}, got"
+                                     f" {len(fields)}: {fields}")  # fmt: skip
+                yield reader.line_num, dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"cannot read line {reader.line_num} of {file}: {error}") from error
+
+
+def _from_json(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
+    for line, content in enumerate(text.split("\n"), 1):
+        if not content.strip():
+            continue
+        try:
+            record: Any = json.loads(content)
+        except ValueError as error:
+            raise ValueError(f"expected a JSON object in line {line} of {file}: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"expected a JSON object in line {line} of {file}, got {content.strip():.80}")
+        _check_columns(file, line, record)
+        known = {name: record[name] for name in _REQUIRED + _OPTIONAL if record.get(name) is not None}
+        for name, value in known.items():
+            if not isinstance(value, (str, int)) or isinstance(value, bool):
+                raise ValueError(f"expected a text or a whole number as {name} in line {line} of {file}, got {value!r}")
+        yield line, {name: str(value) for name, value in known.items()}
+
+
+def _check_columns(file: Path, line: int, columns: Iterable[str]) -> None:
+    """Raise if a required column is missing, one is there twice, or the name of one looks mistyped."""
+    columns = list(columns)
+    known = [name for name in columns if name in _REQUIRED + _OPTIONAL]
+    if not {*_REQUIRED} <= {*known}:
+        raise ValueError(f"expected columns path and label (and perhaps split, task, domain) in line {line} of {file},"
+                         f" got {columns}")  # fmt: skip
+    if len(set(known)) < len(known):
+        raise ValueError(f"expected each column once in line {line} of {file}, got {columns}")
+    for name in columns:
+        near = difflib.get_close_matches(name, [other for other in _OPTIONAL if other not in known], 1, cutoff=0.75)
+        if name not in known and near:
+            raise ValueError(f"unknown column {name!r} in line {line} of {file}: perhaps you meant {near[0]!r}; if not,"
+                             " name it otherwise")  # fmt: skip
+
+
+def _existing(file: Path, rows: list[Row]) -> list[Path]:
+    """The paths of all rows, absolute; a clear error if an image is missing or listed twice."""
+    lines: dict[str, Row] = {}
+    missing = []
+    for row in rows:
+        path = os.path.normpath(file.parent / row.path)
+        if (other := lines.setdefault(path, row)) is not row:
+            leak = " and in both parts, so that the test would leak" if other.split != row.split else ""
+            raise ValueError(f"expected every image once in {file}, got {row.path!r} in lines {other.line} and"
+                             f" {row.line}{leak}")  # fmt: skip
+        if not os.path.isfile(path):  # noqa: PTH113  (a Path per image of a long table takes seconds)
+            missing.append(row.path)
+    if missing:
+        raise ValueError(f"{len(missing)} of the {len(rows)} images of {file} do not exist, such as {missing[:5]};"
+                         f" paths are taken from {file.parent}")  # fmt: skip
+    return [Path(path) for path in lines]
+
+
+def _check_parts(file: Path, rows: list[Row]) -> None:
+    """Raise unless both parts have images, and training has those of every class."""
+    labels = {part: {row.label for row in rows if row.split == part} for part in _PARTS}
+    for part in _PARTS:
+        if not labels[part]:
+            raise ValueError(f"expected rows with split {part} in {file}, got none; without the column, a test part is"
+                             " drawn")  # fmt: skip
+    if strangers := sorted(labels["test"] - labels["train"]):
+        raise ValueError(f"expected training images of every class in {file}, got {strangers[:5]} in test only")

@@ -1,0 +1,64 @@
+"""Accuracy along the stream of an online run: every image is predicted when it comes, and learned after that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pgp.methods import Method, only
+from pgp.processes import add_up
+from pgp.scenario import Task
+
+
+class Stream:
+    """Counts of images that came, and of those whose class was told before they were learned, by task.
+
+    A prediction is the method's own head's over the classes of all tasks so far, the current one's among them, with no
+    task label and image by image, in its test view. It costs another loading, query and forward pass of each training
+    image (and for CLIP, in each step, its class names in their context); nothing that is learned changes.
+    """
+
+    def __init__(self, tasks: int) -> None:
+        self.counts = torch.zeros(tasks, 2, dtype=torch.int64)
+        """Right predictions and images by task `(T, 2)`, over all processes."""
+        self._new = torch.zeros(2, dtype=torch.int64)
+        self._looked = self.counts.sum(0)
+
+    @torch.no_grad()
+    def predict(self, method: Method, images: Tensor, labels: Tensor, task: Task, seen: Sequence[int]) -> None:
+        """Predict images `(B, 3, S, S)` of `task` that are about to be learned; `seen` are the classes to choose from.
+
+        No device is waited for.
+        """
+        method.end_task(task)  # what the head keeps of this task, up to the last step
+        logits = only(method(images).float(), seen)
+        right = (logits.argmax(1) == labels).sum()
+        self._new = self._new.to(right.device) + torch.stack([right, torch.full_like(right, len(labels))])
+
+    def look(self, task: Task) -> dict[str, float]:
+        """Images so far, the accuracy over all of them, and over those since the last look; waits for the device."""
+        self.counts[task.index] += add_up(self._new).cpu()
+        self._new = torch.zeros_like(self._new)
+        total = self.counts.sum(0)
+        since, self._looked = total - self._looked, total
+        return {"images": int(total[1]), "accuracy": _share(total), "recent": _share(since)}
+
+    def accuracy(self, task: Task) -> float:
+        """Accuracy over the images of one task, as they came."""
+        return _share(self.counts[task.index])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The counts, after a `look`."""
+        return {"counts": self.counts}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore a `state_dict`."""
+        self.counts = state["counts"].clone()
+        self._looked = self.counts.sum(0)
+
+
+def _share(counts: Tensor) -> float:
+    right, images = counts.tolist()
+    return right / images if images else 0.0

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import tiny
+from pgp import train
+from pgp.datasets import BadImageError, Loading, Viewed, Views, batches, in_order
+from pgp.datasets.hugging_face import HuggingFace
+from pgp.datasets.own import own_data
+from pgp.methods.head_only import HeadOnly
+
+hub = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def _quiet(tmp_path, monkeypatch):
+    hub.disable_progress_bars()
+    monkeypatch.setattr(hub.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def rows(count, labels=None, **more):
+    """Images whose red is their number, of the classes cat, dog and eel in turn."""
+    pixels = [Image.new("RGB", (6, 4), (10 * i, 0, 0)) for i in range(count)]
+    columns = {"picture": pixels, "kind": labels or [i % 3 for i in range(count)], **more}
+    kind = hub.Value("string") if labels else hub.ClassLabel(names=["cat", "dog", "eel"])
+    known = hub.Features({"picture": hub.Image(), "kind": kind} | {name: hub.Value("string") for name in more})
+    return hub.Dataset.from_dict(columns, features=known)
+
+
+def test_parts_saved_to_disk(tmp_path):
+    hub.DatasetDict(train=rows(9), validation=rows(3), test=rows(6)).save_to_disk(str(tmp_path / "saved"))
+    data = own_data(f"hf:{tmp_path / 'saved'}").build()
+    assert (len(data.train), len(data.test), data.class_names) == (9, 6, ("cat", "dog", "eel"))
+    assert data.train.labels.tolist() == [0, 1, 2] * 3
+    assert data.test.image(4)[:, 0, 0].tolist() == [40, 0, 0]
+    assert data.train.image(0).shape == (3, 4, 6)
+    viewed = Viewed(data.train, Views(size=4, resize=4).test(), 0, ("x",), skip_bad=False)
+    first, second = batches(viewed, in_order(torch.tensor([8, 0, 5]), 2), Loading(workers=2))
+    assert (first.labels.tolist(), second.labels.tolist()) == ([2, 0], [2])
+
+
+def test_secret_labels_are_no_test(tmp_path):
+    secret = rows(6, None).remove_columns("kind").add_column("kind", [-1] * 6, feature=rows(1).features["kind"])
+    hub.DatasetDict(train=rows(9), validation=rows(3), test=secret).save_to_disk(str(tmp_path / "saved"))
+    assert len(HuggingFace(str(tmp_path / "saved")).build().test) == 3
+    hub.DatasetDict(train=secret).save_to_disk(str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="expected a value of kind in every row, got none in row 0"):
+        HuggingFace(str(tmp_path / "none")).build()
+
+
+def test_one_part_of_parquet_files_with_names_and_domains(tmp_path):
+    labels = ["wolf", "ant", "wolf", "ant"] * 5
+    domains = ["photo"] * 10 + ["art"] * 10
+    (tmp_path / "mine").mkdir()
+    rows(20, labels, style=domains).to_parquet(str(tmp_path / "mine" / "all.parquet"))
+    config = HuggingFace(str(tmp_path / "mine"), label="kind", domain="style")
+    data = config.build()
+    assert (data.class_names, data.domains) == (("wolf", "ant"), ("photo", "art"))
+    assert torch.bincount(data.test.labels + 2 * data.test.domains).tolist() == [1, 1, 1, 1]
+    assert (len(data.train), len(data.test.domains)) == (16, 4)
+    assert data.folder == tmp_path / "mine"
+    red = sorted(int(split.image(i)[0, 0, 0]) for split in (data.train, data.test) for i in range(len(split)))
+    assert red == [10 * i for i in range(20)]
+    with pytest.raises(ValueError, match=r"expected one label column in .*, got none among .*--dataset.label"):
+        HuggingFace(str(tmp_path / "mine")).build()
+    with pytest.raises(ValueError, match=r"as dataset.image, one of .*'picture', .*got 'photo'"):
+        HuggingFace(str(tmp_path / "mine"), image="photo").build()
+
+
+def test_trains_from_any_working_folder(tmp_path, monkeypatch):
+    rows(24, None).save_to_disk(str(tmp_path / "saved"))
+    monkeypatch.chdir(tmp_path)
+    config = tiny.config(dataset=HuggingFace("saved"), method=HeadOnly.Config(), epochs=1)
+    run = train.train(config, tmp_path / "run")
+    assert run.config.dataset.name == str(tmp_path / "saved")
+    assert HuggingFace("nowhere/beans").located().name == "nowhere/beans"
+
+
+def test_bad_images_are_named(tmp_path):
+    raw = [{"bytes": b"no image", "path": "x.jpg"}, None] * 6
+    features = hub.Features({"picture": hub.Image(decode=False), "label": hub.Value("int64")})
+    part = hub.Dataset.from_dict({"picture": raw, "label": [0, 1] * 6}, features=features)
+    part.save_to_disk(str(tmp_path / "saved"))
+    data = HuggingFace(str(tmp_path / "saved")).build()
+    assert data.class_names == ("0", "1")
+    for place in (0, 1):
+        with pytest.raises(BadImageError, match=r"cannot read the image \d \((x.jpg|unnamed)\) of .*saved"):
+            data.train.image(place)
+
+
+def test_what_cannot_be_loaded(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"cannot load the Hugging Face data set .*Check its name and the network"):
+        HuggingFace(str(tmp_path)).build()
+
+    def offline(*_, **__):
+        raise ConnectionError("Couldn't reach 'beans' on the Hub")
+
+    monkeypatch.setattr(hub, "load_dataset", offline)
+    with pytest.raises(ValueError, match=r"cannot load .*'beans': Couldn't reach 'beans' on the Hub"):
+        HuggingFace("beans").build()
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"not installed .*pip install 'prompt-gradient-projection\[hf\]'"):
+        HuggingFace("beans").build()
