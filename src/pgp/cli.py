@@ -10,22 +10,22 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import tyro
-from rich.table import Table
 
-from pgp import __version__, display, published, recipes, report, train
+from pgp import __version__, catalogue, display, published, recipes, report, train
 from pgp.commands import EvalCommand, PredictCommand, ReportCommand, ResumeCommand, TrainCommand
 from pgp.config import Config, Hardware
+from pgp.curriculum import located, scenario_of
 from pgp.datasets import BadImageError
+from pgp.datasets.check import checked
 from pgp.datasets.own import own_data
 from pgp.evaluate import tracked
 from pgp.predict import Predictor, images_in
 from pgp.processes import rank
 from pgp.projections.none import NoProjection
 from pgp.run import Run, RunError, free_folder
-from pgp.scenario import Setting
 
 USAGE = """\
 usage: pgp COMMAND ...
@@ -35,7 +35,9 @@ usage: pgp COMMAND ...
   eval RUN                   evaluate a run's latest checkpoint again
   predict RUN IMAGE ...      name what is on images or in folders of images
   report RUN ...             tables and figures over runs: mean and deviation over seeds
-  list                       recipes, and what they can be made of
+  list                       recipes, data sets, settings, what each needs and where it is looked for
+  data get RECIPE            download what a recipe learns from, and nothing else
+  data check RECIPE          look at every file of it, before an hour is spent
 
 PGP_DEBUG=1 shows where in the code an error comes from."""
 PUBLISHED_USAGE = """\
@@ -126,6 +128,7 @@ def _trained(command: TrainCommand) -> list[Run]:
         configs["none"] = recipes.sequential(own)
     if command.baselines:
         configs |= {name: baseline(own) for name, baseline in recipes.BASELINES.items() if baseline(own) != own}
+    own.dataset.fetch()  # with bars of its own
     runs = []
     with display.progress() as bars:
         for name, config in configs.items():
@@ -221,15 +224,38 @@ def list_command(words: list[str]) -> None:
     """`pgp list`."""
     if words:
         raise ValueError(f"pgp list takes no arguments, got {' '.join(words)}")
-    table = Table.grid(padding=(0, 2))
-    for name, recipe in recipes.RECIPES.items():
-        table.add_row(name, inspect.getdoc(recipe))
-    display.console.print("recipes, for pgp train RECIPE", table, "", sep="\n")
-    table = Table.grid(padding=(0, 2))
-    for field, shelf in recipes.SHELVES.items():
-        table.add_row(f"--{field}", ", ".join(shelf))
-    table.add_row("--setting", ", ".join(get_args(Setting)))
-    display.console.print("parts, each of which can replace a recipe's own", table, sep="\n")
+    display.console.print(catalogue.catalogue(), highlight=False)
+
+
+def data_command(words: list[str]) -> None:
+    """`pgp data get RECIPE …` and `pgp data check RECIPE …`; data flags are those of pgp train."""
+    actions: dict[str, Callable[[Config], None]] = {"get": _get, "check": _check}
+    if not words or words[0].startswith("-"):
+        raise ValueError("expected pgp data get RECIPE or pgp data check RECIPE")
+    action = _named(actions, words[0], "action", "pgp --help")
+    action(_train_command(words[1:], f"pgp data {words[0]}").config)
+
+
+def _get(config: Config) -> None:
+    config.dataset.fetch()
+    places = [place for place in config.dataset.places if place.exists()]
+    print(f"{config.name}: its data are at {places[0]}" if places else f"{config.name} needs no files")
+
+
+def _check(config: Config) -> None:
+    """Raises unless the data are whole and make the tasks that the recipe wants."""
+    with display.progress() as bars:
+        census = checked(config.dataset, bars)
+    for line in census.lines():
+        print(line)
+    config = located(config)
+    scenario = scenario_of(config, config.dataset.read())
+    for task in scenario.tasks:
+        print(f"{scenario.title(task)}: {len(task.classes)} classes, {len(task.train):,} training and"
+              f" {len(task.test):,} test images")  # fmt: skip
+    if not census.whole:
+        raise ValueError("the data are not whole; see above")
+    print("whole")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -238,6 +264,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "predict": predict_command,
     "report": report_command,
     "list": list_command,
+    "data": data_command,
 }
 
 

@@ -42,6 +42,11 @@ class Folder(DatasetConfig):
     def __post_init__(self) -> None:
         check_share(self.test_share)
 
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """See `DatasetConfig.places`."""
+        return (self.root,)
+
     def build(self) -> Dataset:
         """Classes and domains are the folders of `train`, or of `root`, in alphabetical order."""
         root = existing(self.root)

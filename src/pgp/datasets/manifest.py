@@ -21,7 +21,7 @@ SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
 
 @dataclass(frozen=True)
 class Manifest(DatasetConfig):
-    """Images listed in a CSV, TSV or JSONL file in UTF-8, with a column for each of these:
+    """Images listed in a CSV, TSV or JSONL file in UTF-8, with columns by these names.
 
     `path` of the image, from the folder of the file; `label`, its class; `split`, train or test (without it, some of
     each class are kept for the test); `task`, the name or number of the task that brings the class; `domain`, for
@@ -39,6 +39,11 @@ class Manifest(DatasetConfig):
 
     def __post_init__(self) -> None:
         check_share(self.test_share)
+
+    @property
+    def places(self) -> tuple[Path, ...]:
+        """See `DatasetConfig.places`."""
+        return (self.file,)
 
     def build(self) -> Dataset:
         """The images in the order of the table."""
