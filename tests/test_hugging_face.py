@@ -102,6 +102,9 @@ def test_what_cannot_be_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "load_dataset", offline)
     with pytest.raises(ValueError, match=r"cannot load .*'beans': Couldn't reach 'beans' on the Hub"):
         HuggingFace("beans").build()
+    monkeypatch.setattr(hub, "__version__", "3.6.0")
+    with pytest.raises(ValueError, match=r"from version 4 on, which runs no code of the hub, got 3\.6\.0: pip install"):
+        HuggingFace("beans").build()
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"not installed .*pip install 'prompt-gradient-projection\[hf\]'"):
         HuggingFace("beans").build()

@@ -384,7 +384,7 @@ def test_reports_show_the_stream_where_there_is_one(tmp_path, capsys):
     train.train(replace(online, setting="cil"), tmp_path / "cil")
     runs = {name: Run.open(tmp_path / name) for name in ("oil1", "oil2", "cil")}
     text = report.markdown(report.lines(list(runs.values())))
-    assert "along the stream, own head |" in text
+    assert "stream accuracy |" in text
     rows = [line.split(" | ") for line in text.splitlines()[2:]]
     assert {row[0]: "±" in row[-1] for row in rows} == {"| setting oil": True, "| setting cil": False}
     assert "stream" not in report.markdown(report.lines([runs["cil"]]))

@@ -325,8 +325,8 @@ def test_two_processes_learn_the_same(tmp_path, precision, selection):
     for devices in (1, 2):
         folder = tmp_path / f"run{devices}"
         command = [sys.executable, str(script), str(devices), str(folder), precision, selection]
-        here = str(Path(__file__).parent)
-        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": here}, timeout=300)
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path}, timeout=300)
         runs[devices] = Run.open(folder)
     one, two = final(runs[1]), final(runs[2])
     for name in one:

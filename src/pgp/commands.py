@@ -26,7 +26,7 @@ class TrainCommand:
     """Project; --no-pgp trains the base method."""
     data: str | None = None
     """Your own images: a folder, a table of them (CSV, TSV, JSONL), or hf: and the name or path of a Hugging Face data
-    set. What recipe they come with says nothing about their tasks: --tasks, tasks.json or the data do."""
+    set. Their tasks are those that lie beside them, or --tasks, not the recipe's."""
     twin: bool = False
     """Train the unprojected twin too, all else the same, and report both."""
     baselines: bool = False

@@ -1,4 +1,4 @@
-"""What comes when: the scenario of a run, from its settings and from what lies beside its data."""
+"""What comes when: the tasks of a run, from its settings and from what lies beside its data, and their images."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pgp.config import Config
-from pgp.datasets import Dataset, Split
-from pgp.scenario import Groups, Scenario, class_order, split_by_class, split_by_domain, split_by_name
+from pgp.datasets import Address, Dataset, Split, in_order
+from pgp.scenario import Groups, Scenario, Task, class_order, generator, split_by_class, split_by_domain, split_by_name
 
 ORDER, TASKS = "class_order.txt", "tasks.json"
 """Files that are heeded where they lie beside the data: class names in the order of learning, one a line; and an object
@@ -60,6 +62,24 @@ def described(data: Dataset, scenario: Scenario) -> dict[str, Any]:
         "images": {part: [len(getattr(task, part)) for task in scenario.tasks] for part in ("train", "test")},
         "fingerprint": digest.hexdigest(),
     }
+
+
+def training_plan(config: Config, task: Task, world: int) -> list[list[Address]]:
+    """The batches of all passes over a task: a new order each pass, drawn from the seed, the task and the pass; or the
+    order in which the data list the images.
+
+    A last batch with fewer images than there are processes is filled up with the first images of its pass.
+    """
+    plan = []
+    for number in range(config.passes):
+        draw = generator(config.seed, "order", task.index, number)
+        order = task.train
+        if config.arrival == "shuffled":
+            order = order[torch.randperm(len(order), generator=draw)]
+        passing = in_order(order, config.batch_size, number)
+        passing[-1] += [Address(i, number) for i in order[: max(0, world - len(passing[-1]))].tolist()]
+        plan += passing
+    return plan
 
 
 def _digest(split: Split, digest: Any) -> None:

@@ -50,7 +50,7 @@ STREAM = "stream"
 
 def figures(table: Sequence[Line]) -> dict[str, str]:
     """What `table` shows, with its headings: `FIGURES`, and the accuracy along the stream where a run is online."""
-    return FIGURES | ({STREAM: "along the stream, own head"} if any(line.streams for line in table) else {})
+    return FIGURES | ({STREAM: "stream accuracy"} if any(line.streams for line in table) else {})
 
 
 def lines(runs: Sequence[Run]) -> list[Line]:
@@ -168,10 +168,15 @@ def _matrix(axis: Any, matrix: Tensor, title: str, tasks: Sequence[str]) -> None
         )
     ticks = range(0, len(matrix), 1 if len(matrix) <= 10 else 5)
     axis.set_xticks(ticks, [str(i + 1) for i in ticks], fontsize=7)
-    axis.set_yticks(ticks, [tasks[i].replace("$", r"\$") or str(i + 1) for i in ticks], fontsize=7)
+    axis.set_yticks(ticks, [_short(tasks[i]) or str(i + 1) for i in ticks], fontsize=7)
     axis.set_xlabel("accuracy on task, %", fontsize=8)
     axis.set_ylabel("after task", fontsize=8)
     axis.set_title(title, fontsize=8)
+
+
+def _short(name: str) -> str:
+    """The beginning of a task's name, as text that no character turns into a formula."""
+    return (name if len(name) <= 14 else f"{name[:13]}…").replace("$", r"\$")
 
 
 def _name(line: Line, table: Sequence[Line]) -> str:

@@ -7,11 +7,8 @@ import csv
 import io
 import json
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pgp.config import Config
+from pgp.environment import environment
 
 FORMAT = 1
 """Version of the checkpoint format."""
@@ -248,26 +246,6 @@ def free_folder(parent: Path, stem: str) -> Path:
         number += 1
 
 
-def environment() -> dict[str, Any]:
-    """Versions, commit and hardware, for the record."""
-    packages = ("prompt-gradient-projection", "torch", "torchvision", "timm", "lightning-fabric", "numpy")
-    versions = {}
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[package] = metadata.version(package)
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpus": devices,
-        "commit": _commit(),
-        "versions": versions,
-    }
-
-
 def _difference(one: Any, other: Any) -> tuple[Any, Any]:
     """The first values in which two JSON values differ."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
@@ -277,22 +255,6 @@ def _difference(one: Any, other: Any) -> tuple[Any, Any]:
     if isinstance(one, list) and isinstance(other, list):
         return f"{len(one)} of them", f"{len(other)}"
     return one, other
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
-
-
-def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return None
 
 
 def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from pgp import metrics
 from pgp.config import Config, Hardware
+from pgp.curriculum import training_plan
 from pgp.datasets import Address, Batch, batches, in_order
+from pgp.environment import environment
 from pgp.evaluate import tracked
 from pgp.learner import Learner
 from pgp.projections import Collect, Projection
 from pgp.readouts import Readout
-from pgp.run import Run, RunError, environment, free_folder
-from pgp.scenario import Task, generator
+from pgp.run import Run, RunError, free_folder
+from pgp.scenario import Task
 
 
 def train(config: Config, output: Path | None = None, progress: Progress | None = None) -> Run:
@@ -307,24 +309,6 @@ def observe(learner: Learner, task: Task, projection: Projection | None, readout
                 return
         if not seen:
             raise ValueError(f"expected training images in task {task.index + 1}, but every single one is unreadable")
-
-
-def training_plan(config: Config, task: Task, world: int) -> list[list[Address]]:
-    """The batches of all passes over a task: a new order each pass, drawn from the seed, the task and the pass; or the
-    order in which the data list the images.
-
-    A last batch with fewer images than there are processes is filled up with the first images of its pass.
-    """
-    plan = []
-    for number in range(config.passes):
-        draw = generator(config.seed, "order", task.index, number)
-        order = task.train
-        if config.arrival == "shuffled":
-            order = order[torch.randperm(len(order), generator=draw)]
-        passing = in_order(order, config.batch_size, number)
-        passing[-1] += [Address(i, number) for i in order[: max(0, world - len(passing[-1]))].tolist()]
-        plan += passing
-    return plan
 
 
 def _log_losses(learner: Learner, task: Task, run: Run, losses: list[Tensor]) -> None:

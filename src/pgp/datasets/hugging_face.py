@@ -113,6 +113,9 @@ def _load(name: str, subset: str | None) -> dict[str, Any]:
     except ImportError as error:
         raise ValueError(f"Hugging Face data sets need the library datasets, which is not installed ({error}): pip"
                          " install 'prompt-gradient-projection[hf]'") from error  # fmt: skip
+    if int(datasets.__version__.partition(".")[0]) < 4:
+        raise ValueError(f"expected the library datasets from version 4 on, which runs no code of the hub, got"
+                         f" {datasets.__version__}: pip install 'prompt-gradient-projection[hf]'")  # fmt: skip
     path = Path(name).expanduser()
     saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
     try:
