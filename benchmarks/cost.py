@@ -36,9 +36,9 @@ from pgp.backbones.vit import ViT
 from pgp.config import Hardware
 from pgp.datasets import Batch, Loading, batches, in_order
 from pgp.datasets.synthetic import Synthetic
+from pgp.environment import environment
 from pgp.methods import only
 from pgp.projections.orthogonal import Orthogonal
-from pgp.run import environment
 from pgp.scenario import Task, generator
 from pgp.subspace import Protected
 from pgp.train import Learner, observe, train_step

@@ -36,6 +36,7 @@ from pgp.backbones.vit import ViT
 from pgp.config import Config, Optimizer
 from pgp.datasets import Loading, Viewed, Views, batches, in_order
 from pgp.datasets.folder import Folder
+from pgp.environment import environment
 from pgp.methods import Method
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.head_only import HeadOnly
@@ -46,7 +47,7 @@ from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.released import Released
 from pgp.readouts.lda import LDA
 from pgp.readouts.sequential import Sequential
-from pgp.run import Run, environment
+from pgp.run import Run
 from pgp.scenario import Task
 from pgp.train import Learner, train
 

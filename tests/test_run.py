@@ -123,6 +123,6 @@ def test_free_folders_differ(tmp_path):
 
 def test_matrices_go_round(run):
     matrix = torch.tensor([[0.1, torch.nan, torch.nan], [1 / 3, 0.2, torch.nan], [torch.nan] * 3], dtype=torch.float64)
-    run.write_classes("abc", [[0], [1], [2]])
+    run.write_classes({"names": ["a", "b", "c"], "tasks": [[0], [1], [2]]})
     run.write_matrices({"lda": matrix})
     torch.testing.assert_close(run.matrices()["lda"], matrix, rtol=0, atol=0, equal_nan=True)

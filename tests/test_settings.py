@@ -277,7 +277,7 @@ def test_every_method_learns_domain_after_domain(tmp_path, monkeypatch, method):
 
 def test_clip_knows_a_class_by_the_context_of_the_last_domain_that_showed_it(tmp_path):
     run = train.train(of("clip", dataset=DOMAINS, setting="dil"), tmp_path / "run")
-    learner = Learner(train._fabric(Hardware("cpu")), run.config, train._quiet())
+    learner = Learner(train.fabric_for(Hardware("cpu")), run.config, train._quiet())
     learner.load_state_dict(run.load())
     last = learner.scenario.tasks[2]
     with torch.no_grad():

@@ -31,7 +31,7 @@ USAGE = """\
 usage: pgp COMMAND ...
 
   train RECIPE [overrides]   learn a stream of tasks; pgp train RECIPE --help lists every override
-  train --resume RUN         go on with a run that stopped
+  train --resume RUN         go on with a run that stopped; --add FOLDER teaches it the classes of a folder
   eval RUN                   evaluate a run's latest checkpoint again
   predict RUN IMAGE ...      name what is on images or in folders of images
   report RUN ...             tables and figures over runs: mean and deviation over seeds
@@ -86,10 +86,11 @@ def train_command(words: list[str]) -> None:
     """`pgp train …`."""
     if any(word == "--resume" or word.startswith("--resume=") for word in words):
         asked = not {"-h", "--help"}.isdisjoint(words)
-        default = ResumeCommand(Path("RUN"), Hardware()) if asked else _resumed(words)
+        default = ResumeCommand(Path("RUN"), hardware=Hardware()) if asked else _resumed(words)
         chosen = tyro.cli(ResumeCommand, args=["--help"] if asked else words, prog="pgp train", default=default)
         with display.progress() as bars:
-            run = train.resume(chosen.resume, chosen.hardware, bars)
+            more = own_data(chosen.add) if chosen.add else None
+            run = train.resume(chosen.resume, chosen.hardware, bars, more)
         display.show([run])
     elif words and words[0] in ("-h", "--help"):
         print(USAGE)
@@ -307,7 +308,7 @@ def _values(words: list[str], flag: str) -> list[str]:
 
 def _resumed(words: list[str]) -> ResumeCommand:
     folder = Path((_values(words, "--resume") or [""])[0])
-    return ResumeCommand(folder, Run.open(folder).config.hardware)
+    return ResumeCommand(folder, hardware=Run.open(folder).config.hardware)
 
 
 def _stop(message: str, code: int = 2) -> None:

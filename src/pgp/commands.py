@@ -54,6 +54,8 @@ class ResumeCommand:
     resume: Path
     """Run folder."""
     hardware: Annotated[Hardware, Choice(name="")]
+    add: str | None = None
+    """Data to learn as one more task of a finished run: a folder, a table or hf:NAME, as for --data."""
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,8 @@ class Config:
     domains) of each; tasks.json beside the data, where None and it is there."""
     arrival: Literal["shuffled", "listed"] = "shuffled"
     """oil: whether the images of a task come in an order drawn from the seed, or as the data list them."""
+    added: Annotated[tuple[DatasetConfig, ...], tyro.conf.Suppress] = ()
+    """Data sets that joined a finished run, each as one more task; pgp train --resume RUN --add PLACE appends one."""
     joint: bool = False
     """Learn the images of all tasks at once, as a single task: no continual learning, but its upper bound."""
     epochs: int = 5

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pgp.config import Config
-from pgp.datasets import Address, Dataset, Split, in_order
+from pgp.datasets import Address, Dataset, DatasetConfig, Joined, Split, in_order
 from pgp.scenario import Groups, Scenario, Task, class_order, generator, split_by_class, split_by_domain, split_by_name
 
 ORDER, TASKS = "class_order.txt", "tasks.json"
@@ -28,7 +28,41 @@ def located(config: Config) -> Config:
     dataset = config.dataset.by_domain() if config.setting == "dil" else config.dataset
     files = {name: getattr(config, name) for name in ("class_order", "task_file")}
     paths = {name: file.expanduser().absolute() for name, file in files.items() if file is not None}
-    return replace(config, dataset=dataset.located(), **paths)
+    return replace(config, dataset=dataset.located(), added=tuple(more.located() for more in config.added), **paths)
+
+
+def assembled(config: Config) -> tuple[Dataset, Scenario]:
+    """All data of a run and their tasks: those that it began with, and one more for each data set that was added."""
+    data = config.dataset.build()
+    scenario = scenario_of(config, data)
+    if config.joint:
+        scenario = scenario.joint()
+    for more in config.added:
+        data, scenario = _with(data, scenario, more, config)
+    return data, scenario
+
+
+def _with(data: Dataset, scenario: Scenario, more: DatasetConfig, config: Config) -> tuple[Dataset, Scenario]:
+    """The same and one task more; its classes are new, but in another domain."""
+    new, where = more.build(), ", ".join(map(str, more.places))
+    known = [name for name in new.class_names if name in data.class_names]
+    if known and config.setting != "dil":
+        raise ValueError(f"expected new classes in {where}, got {known[:5]}, which this run has learned already: give"
+                         " them other names, or leave them out")  # fmt: skip
+    names = (*data.class_names, *(name for name in new.class_names if name not in known))
+    labels = torch.tensor([names.index(name) for name in new.class_names])
+    train, test = (labels[split.labels] for split in (new.train, new.test))
+    if not len(train) or not len(test):
+        raise ValueError(f"expected training and test images in {where}, got {len(train)} and {len(test)}")
+    task = Task(
+        len(scenario),
+        tuple(train.unique().tolist()),
+        torch.arange(len(train)) + len(data.train),
+        torch.arange(len(test)) + len(data.test),
+        more.places[0].stem if more.places else "",
+    )
+    both = Joined(data.train, new.train, train), Joined(data.test, new.test, test)
+    return data._replace(train=both[0], test=both[1], class_names=names), Scenario((*scenario.tasks, task))
 
 
 def scenario_of(config: Config, data: Dataset) -> Scenario:
@@ -50,17 +84,15 @@ def scenario_of(config: Config, data: Dataset) -> Scenario:
 
 def described(data: Dataset, scenario: Scenario) -> dict[str, Any]:
     """What a run remembers of its data, as JSON values: classes and tasks, to use them without the data; the number of
-    images in each task and a fingerprint of all labels, domains and file names, to know the data again.
+    images in each task and a fingerprint of all labels, domains and file names of what was put together, to know it
+    again.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for split in (data.train, data.test):
-        _digest(split, digest)
     return {
         "names": list(data.class_names),
         "tasks": [list(task.classes) for task in scenario.tasks],
         "task_names": [task.name for task in scenario.tasks],
         "images": {part: [len(getattr(task, part)) for task in scenario.tasks] for part in ("train", "test")},
-        "fingerprint": digest.hexdigest(),
+        "fingerprint": [_digest(*both) for both in zip(data.train.parts(), data.test.parts(), strict=True)],
     }
 
 
@@ -82,12 +114,15 @@ def training_plan(config: Config, task: Task, world: int) -> list[list[Address]]
     return plan
 
 
-def _digest(split: Split, digest: Any) -> None:
-    digest.update(split.labels.numpy().tobytes())
-    if split.domains is not None:
-        digest.update(split.domains.numpy().tobytes())
-    for name in split.names():
-        digest.update(name.encode(errors="surrogateescape") + b"\0")
+def _digest(*splits: Split) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for split in splits:
+        digest.update(split.labels.numpy().tobytes())
+        if split.domains is not None:
+            digest.update(split.domains.numpy().tobytes())
+        for name in split.names():
+            digest.update(name.encode(errors="surrogateescape") + b"\0")
+    return digest.hexdigest()
 
 
 def _by_class(config: Config, data: Dataset) -> Scenario:

@@ -6,15 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
 from rich.progress import Progress
 from torch import Tensor
 
-from pgp.config import Config
-from pgp.curriculum import described, located, scenario_of
+from pgp import metrics
+from pgp.config import Config, Hardware
+from pgp.curriculum import assembled, described, located
 from pgp.datasets import Viewed
 from pgp.evaluate import Evaluation
 from pgp.run import Run, RunError
-from pgp.scenario import Scenario, Task, generator
+from pgp.scenario import Task, generator
 from pgp.stream import Stream
 
 
@@ -23,11 +25,8 @@ class Learner:
 
     def __init__(self, fabric: Fabric, config: Config, progress: Progress) -> None:
         config = located(config)
-        self.data = config.dataset.build()
-        self.scenario: Scenario = scenario_of(config, self.data)
-        self.config = config = replace(config, tasks=len(self.scenario))
-        if config.joint:
-            self.scenario = self.scenario.joint()
+        self.data, self.scenario = assembled(config)
+        self.config = config if config.joint else replace(config, tasks=len(self.scenario) - len(config.added))
         self.fabric, self.progress = fabric, progress
         backbone = config.backbone.build(config.views.size)
         self.fingerprint = backbone.fingerprint()
@@ -71,7 +70,9 @@ class Learner:
         if missing := self.state_dict().keys() - state.keys() - {"stream"}:  # pgp 0.1 had none
             raise RunError(f"expected a checkpoint with {sorted(missing)}, got one without: another program wrote it")
         Run.check_encoder(state["backbone"], self.fingerprint)
-        self.task, self.step, self.matrices = state["task"], state["step"], state["matrices"]
+        self.task, self.step = state["task"], state["step"]
+        size = len(self.scenario)  # tasks may have been added since
+        self.matrices = {name: metrics.grown(matrix, size) for name, matrix in state["matrices"].items()}
         self.method.load_learned_state(state["method"])
         device = self.fabric.device
         self.projection.load_state_dict({name: basis.to(device) for name, basis in state["projection"].items()})
@@ -92,6 +93,11 @@ class Learner:
         if self.fabric.is_global_zero:
             run.log(event, **values)
 
+    def log_stream(self, run: Run, task: Task) -> None:
+        """Write the accuracy along the stream, in an online run."""
+        if self.stream:
+            self.log(run, "stream", task=task.index, step=self.step, **self.stream.look(task))
+
     def viewed(self, view: str, purpose: str, task: Task) -> Viewed:
         """The training images under the `train` or `test` view."""
         chosen = self.config.views.train() if view == "train" else self.config.views.test()
@@ -102,3 +108,17 @@ class Learner:
     def description(self) -> dict[str, Any]:
         """What the run remembers of its data."""
         return described(self.data, self.scenario)
+
+
+def fabric_for(hardware: Hardware) -> Fabric:
+    """Fabric on this hardware, if the machine has it."""
+    try:
+        return Fabric(
+            accelerator=hardware.accelerator,
+            devices=hardware.devices,
+            precision=hardware.precision,
+            strategy=DDPStrategy(find_unused_parameters=True) if hardware.devices > 1 else "auto",
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"this machine cannot compute with --accelerator {hardware.accelerator} --devices"
+                         f" {hardware.devices} --precision {hardware.precision}: {error}") from error  # fmt: skip

@@ -73,6 +73,17 @@ def curve(matrix: Tensor) -> list[float]:
     return [float(matrix[t, : t + 1].mean()) for t in range(_some(matrix))]
 
 
+def grown(matrix: Tensor, size: int) -> Tensor:
+    """The matrix of a run that more tasks joined, `(size, size)`, NaN for what they bring.
+
+    >>> grown(torch.tensor([[0.5]]), 2)
+    tensor([[0.5000,    nan],
+            [   nan,    nan]])
+    """
+    more = size - len(matrix)
+    return torch.nn.functional.pad(matrix, (0, more, 0, more), value=float("nan"))
+
+
 def _some(matrix: Tensor) -> int:
     if (t := learned(matrix)) == 0:
         raise ValueError("expected at least one learned task, got an empty accuracy matrix")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -197,7 +198,8 @@ def _anywhere(tree: dict[str, Any], run: Run) -> dict[str, Any]:
     if run.data_fingerprint is None:
         return tree
     known = {"data": run.data_fingerprint, "tasks of": None if tree["shuffle"] else run.classes()[1]}
-    return {key: value for key, value in tree.items() if key not in ("dataset.root", "dataset.file")} | known
+    places = {key for key in tree if re.fullmatch(r"(dataset|added\.\d+)\.(root|file)", key)}
+    return {key: value for key, value in tree.items() if key not in places} | known
 
 
 def _flat(tree: Any, path: str = "") -> dict[str, Any]:

@@ -139,9 +139,16 @@ class Run:
         return names
 
     @property
-    def data_fingerprint(self) -> str | None:
-        """What its data are known by, wherever they lie; None for a run of pgp 0.1."""
+    def data_fingerprint(self) -> list[str] | None:
+        """What its data are known by, wherever they lie: those it began with, and each that was added; None for a run
+        of pgp 0.1.
+        """
         return self._remembered().get("fingerprint")
+
+    def add(self, config: Config, description: Mapping[str, Any]) -> None:
+        """Let the data that `config` added join the run; `description` is of all its data."""
+        _write(self.folder / "config.json", json.dumps(config.to_json(), indent=2))
+        self.write_classes(description)
 
     def check_data(self, description: Mapping[str, Any], *, images: bool = True) -> None:
         """Raise unless the data are what the run began with: classes and tasks and, where `images`, the images too."""

@@ -55,7 +55,8 @@ class Stream:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state_dict`."""
-        self.counts = state["counts"].clone()
+        self.counts = torch.zeros_like(self.counts)
+        self.counts[: len(state["counts"])] = state["counts"]  # tasks may have been added since
         self._looked = self.counts.sum(0)
 
 

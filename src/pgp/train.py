@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies.ddp import DDPStrategy
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -20,10 +19,10 @@ from torch import Tensor
 from pgp import metrics
 from pgp.config import Config, Hardware
 from pgp.curriculum import training_plan
-from pgp.datasets import Address, Batch, batches, in_order
+from pgp.datasets import Address, Batch, DatasetConfig, batches, in_order
 from pgp.environment import environment
 from pgp.evaluate import tracked
-from pgp.learner import Learner
+from pgp.learner import Learner, fabric_for
 from pgp.projections import Collect, Projection
 from pgp.readouts import Readout
 from pgp.run import Run, RunError, free_folder
@@ -48,13 +47,31 @@ def train(config: Config, output: Path | None = None, progress: Progress | None 
     return _launch(config, output, None, progress)
 
 
-def resume(folder: Path, hardware: Hardware | None = None, progress: Progress | None = None) -> Run:
+def resume(
+    folder: Path,
+    hardware: Hardware | None = None,
+    progress: Progress | None = None,
+    add: DatasetConfig | None = None,
+) -> Run:
     """Go on with the run in `folder` from its latest checkpoint; on the same CPU the result is bitwise the same.
 
-    `hardware` replaces what the run was started with; nothing else of a run can change.
+    Args:
+        folder: run folder.
+        hardware: replaces what the run was started with; nothing else of it can change.
+        progress: where to draw progress bars; nowhere, where None.
+        add: data to learn as one more task, once all tasks so far are closed.
+
+    Raises:
+        ValueError: if `add` does not fit: its classes are learned already, or it lacks images.
+        RunError: if the run cannot go on: its data are others, or `add` comes before its tasks are closed.
     """
     run = Run.open(folder)
     config = replace(run.config, hardware=hardware) if hardware else run.config
+    if add is not None:
+        if run.latest_name() != f"task-{len(run.classes()[1]):02d}":
+            raise RunError(f"expected a run whose tasks are all finished, got {folder}: go on with it first, by"
+                           f" pgp train --resume {folder}")  # fmt: skip
+        config = replace(config, added=(*config.added, add))
     return _launch(config, folder, run.load(), progress)
 
 
@@ -73,7 +90,7 @@ def reevaluate(
     if name is None:
         raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
     config = replace(config, hardware=replace(config.hardware, devices=1))
-    learner = Learner(_fabric(config.hardware), config, progress or _quiet())
+    learner = Learner(fabric_for(config.hardware), config, progress or _quiet())
     run.check_data(learner.description, images=False)
     last = int(name.rpartition("-")[2])
     matrices: dict[str, Tensor] = {}
@@ -98,22 +115,9 @@ def _quiet() -> Progress:
 def _launch(config: Config, output: Path | None, state: dict[str, Any] | None, progress: Progress | None) -> Run:
     if state is None and output is not None:
         Run.check_free(output)  # before other processes start, which would all fail
-    fabric = _fabric(config.hardware)
+    fabric = fabric_for(config.hardware)
     fabric.launch()
     return _learn(fabric, config, output, state, progress if progress and fabric.is_global_zero else _quiet())
-
-
-def _fabric(hardware: Hardware) -> Fabric:
-    try:
-        return Fabric(
-            accelerator=hardware.accelerator,
-            devices=hardware.devices,
-            precision=hardware.precision,
-            strategy=DDPStrategy(find_unused_parameters=True) if hardware.devices > 1 else "auto",
-        )
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"this machine cannot compute with --accelerator {hardware.accelerator} --devices"
-                         f" {hardware.devices} --precision {hardware.precision}: {error}") from error  # fmt: skip
 
 
 def _learn(
@@ -126,6 +130,9 @@ def _learn(
     else:
         assert output is not None
         run = Run.open(output)
+        if fabric.is_global_zero and len(learner.config.added) > len(run.config.added):
+            run.add(replace(learner.config, hardware=run.config.hardware), learner.description)
+        fabric.barrier()
         run.check_data(learner.description)
         learner.load_state_dict(state)
         where = {"hardware": asdict(config.hardware), "environment": environment()}
@@ -161,7 +168,7 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     if not learned:
         if learner.stream:
             learner.step = sum(1 for _ in ahead)
-            _log_stream(learner, task, run)
+            learner.log_stream(run, task)
             learner.step = 0
         return
     if _collects(learner, "before"):
@@ -187,7 +194,7 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
         saving = bool(saves) and learner.step % saves == 0 and not last
         if losses and (saving or last or learner.step % config.log_every_steps == 0):
             _log_losses(learner, task, run, losses)  # stops before a broken state is saved
-            _log_stream(learner, task, run)
+            learner.log_stream(run, task)
             losses = []
         if saving:
             learner.save(run, f"task-{task.index + 1:02d}-step-{learner.step:06d}")
@@ -326,9 +333,3 @@ def _log_losses(learner: Learner, task: Task, run: Run, losses: list[Tensor]) ->
             + (f" The last good state is {run.folder / 'checkpoints' / last}" if last else " No state was saved yet")
         )
     learner.log(run, "train", task=task.index, step=learner.step, loss=sum(values) / len(values))
-
-
-def _log_stream(learner: Learner, task: Task, run: Run) -> None:
-    """Log the accuracy along the stream, in an online run."""
-    if learner.stream:
-        learner.log(run, "stream", task=task.index, step=learner.step, **learner.stream.look(task))

@@ -46,6 +46,10 @@ class Split(abc.ABC):
         """What its images are called, in their order; nothing where they have no names."""
         return ()
 
+    def parts(self) -> tuple[Split, ...]:
+        """The splits that it was joined from; itself, if it was not."""
+        return (self,)
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -62,6 +66,24 @@ class ArraySplit(Split):
         """See `Split.image`."""
         image = self.images[index]
         return image.expand(3, -1, -1) if image.dim() == 2 else image
+
+
+class Joined(Split):
+    """Splits one after the other, under labels that they share."""
+
+    def __init__(self, first: Split, second: Split, labels: Tensor) -> None:
+        """`labels` are those of `second` among all classes."""
+        self.first, self.second = first, second
+        self.labels = torch.cat([first.labels, labels])
+
+    def image(self, index: int) -> Tensor:
+        """See `Split.image`."""
+        size = len(self.first)
+        return self.first.image(index) if index < size else self.second.image(index - size)
+
+    def parts(self) -> tuple[Split, ...]:
+        """See `Split.parts`."""
+        return (*self.first.parts(), *self.second.parts())
 
 
 class Dataset(NamedTuple):

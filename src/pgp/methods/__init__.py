@@ -24,6 +24,8 @@ class Method(nn.Module, abc.ABC):
     Shapes: `B` images, `D` feature width, `C` classes (all that will ever come).
     """
 
+    by_class: tuple[str, ...] = ("head.weight", "head.bias")
+    """Of what is learned, the tensors with a row for each class; they grow when classes join a finished run."""
     published_scope: Literal["all", "cut"] = "all"
     """What the published evaluation of this method scores over: all classes, seen or not, or those up to the task of
     the test batch. Either is only ever reported beside the honest figure."""
@@ -99,12 +101,16 @@ class Method(nn.Module, abc.ABC):
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
 
     def load_learned_state(self, state: dict[str, Tensor]) -> None:
-        """Restore a `learned_state`.
+        """Restore a `learned_state`; classes that it does not know yet stay as they are.
 
         Raises:
-            ValueError: if it belongs to another method, model or number of classes.
+            ValueError: if it belongs to another method or model, or to more classes.
         """
         own = self.learned_state()
+        for name in self.by_class:
+            rows, all_rows = state.get(name), own.get(name)
+            if rows is not None and all_rows is not None and rows.shape[1:] == all_rows.shape[1:]:
+                state = {**state, name: torch.cat([rows, all_rows[len(rows) :].to(rows)])}
         wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
         if wrong or own.keys() != state.keys():
             raise ValueError(f"expected a checkpoint of {type(self).__name__} with {sorted(own)}, got {sorted(state)}"

@@ -58,6 +58,7 @@ class ZeroShot(Method):
 
     backbone: VisionLanguage
     head: TextHead
+    by_class: tuple[str, ...] = ("head.text",)
     published_scope = "cut"
 
     def __init__(self, config: Method.Config, backbone: Backbone, class_names: Sequence[str]) -> None:
@@ -139,6 +140,7 @@ class CLIPPrompt(ZeroShot):
         self.settings = config
         width, text_width = backbone.width, self.backbone.text_width
         contexts = len(class_names) if config.per_class else 1
+        self.by_class = (*self.by_class, "context") if config.per_class else self.by_class
         self._seed = draws.initial_seed()
         self.image_prompt = nn.Parameter(torch.empty(config.image_prompt, width).normal_(std=0.02, generator=draws))
         self.context = nn.Parameter(

@@ -72,8 +72,11 @@ class LDA(Readout):
         return dict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the statistics and fit to them."""
+        """Restore the statistics and fit to them; they may be of the first classes only."""
         self.state = dict(state)
+        for name in ("counts", "sums") if state else ():
+            missing = self.classes - len(state[name])
+            self.state[name] = torch.cat([state[name], state[name].new_zeros(missing, *state[name].shape[1:])])
         if self.state:
             self._fit()
 
