@@ -4,19 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test slow check format clean
 
 demo: $(STAMP)  ## train L2P-PGP and its unprojected twin on embedded digits, offline
 	$(BIN)/pgp train demo --twin
 
 test: $(STAMP)  ## the default test tier
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
+
+slow: $(STAMP)  ## the tests that take minutes: every published command, several processes
+	$(BIN)/python -m pytest -q -n auto -m slow
 
 check: $(STAMP)  ## everything CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 	$(BIN)/python scripts/check_wheel.py
 
 format: $(STAMP)

@@ -264,7 +264,7 @@ def test_bad_images_are_named_or_skipped(photos, content):
         data.train.image(0)
     plan = in_order(torch.arange(len(data.train)), 3)
     views = Views(size=8, resize=8).test()
-    for workers in (0, 2):
+    for workers in (0, 1) if content else (0,):  # torch waits 5 s for a worker that is left alone
         with pytest.raises(BadImageError, match=r"^cannot read the image .*bad\.jpg"):
             list(batches(Viewed(data.train, views, 0, ("x",), skip_bad=False), plan, Loading(workers)))
     with pytest.warns(UserWarning, match=r"skipped: .*bad\.jpg"):
