@@ -45,15 +45,18 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
         for label in "abc":
             (tmp_path / "PHOTOS" / part / label).mkdir(parents=True)
             Image.new("RGB", (40, 40), (ord(label) % 50 * 5, 0, 90)).save(tmp_path / "PHOTOS" / part / label / "1.jpg")
+    (tmp_path / "NEW" / "d").mkdir(parents=True)
+    for number in (1, 2):
+        Image.new("RGB", (40, 40), (0, 100 * number, 90)).save(tmp_path / "NEW" / "d" / f"{number}.jpg")
     commands = [line.split("#")[0] for line in README.splitlines() if line.startswith("pgp ")]
-    assert len(commands) == 14
+    assert len(commands) == 16
     for command in commands:
         words = shlex.split(command)[1:]
         if "own" in words:
             words += ["--readouts", "sequential"]  # LDA needs more than one picture of a class
         cli.main(words)
     out = capsys.readouterr().out
-    assert out.count("figure: ") == 11  # all but list and eval
+    assert out.count("figure: ") == 13  # all but list, eval and predict
 
 
 def test_every_file_on_the_map_exists():
