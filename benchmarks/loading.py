@@ -22,7 +22,7 @@ from cost import BATCH, train
 from PIL import Image
 
 from pgp.datasets import ArraySplit, Loading, Split, Viewed, Views, batches, in_order
-from pgp.datasets.folder import FileSplit
+from pgp.datasets.files import FileSplit
 from pgp.environment import environment
 from pgp.scenario import generator
 

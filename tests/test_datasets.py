@@ -16,7 +16,8 @@ from pgp.datasets import ArraySplit, BadImageError, Loading, Viewed, Views, batc
 from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.digits import Digits
 from pgp.datasets.fashion_mnist import FashionMNIST
-from pgp.datasets.folder import Folder, read_image
+from pgp.datasets.files import read_image
+from pgp.datasets.folder import Folder
 from pgp.datasets.synthetic import Synthetic
 
 DIGITS = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from pgp.datasets import Loading, Viewed, Views, batches, folder, in_order, memory
-from pgp.datasets.folder import FileSplit, read_image
+from pgp.datasets.files import FileSplit, read_image
 from pgp.datasets.memory import Memory, free_memory
 
 SIZES = [(8, 6), (5, 7), (10, 10), (4, 4)]

@@ -139,7 +139,7 @@ def test_data_can_have_moved_for_an_evaluation(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setitem(recipes.RECIPES, "photos", photos)
     monkeypatch.setattr(
-        "pgp.datasets.folder.read_image",
+        "pgp.datasets.files.read_image",
         lambda path: torch.full((3, 32, 32), len(path.name) * 9 % 255, dtype=torch.uint8),
     )
     for label in "abcd":

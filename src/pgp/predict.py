@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgp.backbones import Backbone
 from pgp.datasets import BadImageError
-from pgp.datasets.folder import SUFFIXES, read_image
+from pgp.datasets.files import SUFFIXES, read_image
 from pgp.methods import only
 from pgp.run import Run, RunError
 from pgp.scenario import generator

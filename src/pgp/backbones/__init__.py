@@ -144,3 +144,10 @@ class VisionLanguage(Backbone):
     @abc.abstractmethod
     def encode_text(self, embedded: Tensor, tokens: Tensor) -> Tensor:
         """Text features `(n, E)` of embedded tokens, read where `tokens` end; of no particular length."""
+
+
+def sized(images: Tensor, height: int, width: int) -> Tensor:
+    """`images`, which are `(B, 3, height, width)`, as the encoder expects them."""
+    if images.dim() != 4 or images.shape[1:] != (3, height, width):
+        raise ValueError(f"expected images (B, 3, {height}, {width}), got {tuple(images.shape)}")
+    return images

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgp.backbones import Trace, VisionLanguage, checkpoints
+from pgp.backbones import Trace, VisionLanguage, checkpoints, sized
 
 
 class CLIP(VisionLanguage):
@@ -56,10 +56,7 @@ class CLIP(VisionLanguage):
     def positioned(self, images: Tensor) -> Tensor:
         """CLS and patches with their position embeddings, before the first norm, `(B, N, D)`."""
         visual = self.model.visual
-        expected = tuple(visual.image_size)
-        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2:] != expected:
-            raise ValueError(f"expected images (B, 3, {expected[0]}, {expected[1]}), got {tuple(images.shape)}")
-        patches = visual.conv1(images).flatten(2).mT  # (B, N - 1, D)
+        patches = visual.conv1(sized(images, *visual.image_size)).flatten(2).mT  # (B, N - 1, D)
         cls = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
         positioned: Tensor = torch.cat([cls, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
         return positioned

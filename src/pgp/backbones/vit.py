@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from pgp.backbones import Backbone, Trace, checkpoints
+from pgp.backbones import Backbone, Trace, checkpoints, sized
 
 
 class ViT(Backbone):
@@ -48,7 +48,7 @@ class ViT(Backbone):
 
     def patches(self, images: Tensor) -> Tensor:
         """Patch tokens without position embedding or CLS, `(B, N', D)`."""
-        tokens: Tensor = self.vit.patch_embed(self._sized(images))
+        tokens: Tensor = self.vit.patch_embed(sized(images, *self.vit.patch_embed.img_size))
         return tokens
 
     def embed(self, images: Tensor) -> Tensor:
@@ -107,12 +107,6 @@ class ViT(Backbone):
         strange = sorted({layer for layers in by_layer for layer in layers or () if not 0 <= layer < self.depth})
         if strange:
             raise ValueError(f"expected layers between 0 and {self.depth - 1}, got {strange}: this model has no others")
-
-    def _sized(self, images: Tensor) -> Tensor:
-        expected = tuple(self.vit.patch_embed.img_size)
-        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2:] != expected:
-            raise ValueError(f"expected images (B, 3, {expected[0]}, {expected[1]}), got {tuple(images.shape)}")
-        return images
 
 
 def _insert(x: Tensor, prompts: Mapping[int, Tensor] | None, layer: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress
 
 from pgp.datasets import BadImageError, Counts, Dataset, DatasetConfig, Split
-from pgp.datasets.folder import FileSplit, read_image
+from pgp.datasets.files import FileSplit, read_image
 
 
 class Census(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pgp.datasets import BadImageError, Dataset, DatasetConfig, Split
-from pgp.datasets.folder import read_image
+from pgp.datasets.files import read_image
 from pgp.datasets.parts import check_share, part_for_test, ranked
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pgp.datasets import Dataset, DatasetConfig
-from pgp.datasets.folder import FileSplit
+from pgp.datasets.files import FileSplit
 from pgp.datasets.parts import check_share, ranked
 
 SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})

@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from pgp.datasets import Dataset, DatasetConfig
 from pgp.datasets.download import there, unpacked
-from pgp.datasets.folder import SUFFIXES, FileSplit
+from pgp.datasets.files import SUFFIXES, FileSplit
 
 
 @dataclass(frozen=True)

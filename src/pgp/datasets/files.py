@@ -1,0 +1,91 @@
+"""Image files: which there are, and what is in them, whatever format they have."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from pgp.datasets import BadImageError, Split
+from pgp.datasets.memory import Memory
+from pgp.datasets.parts import part_for_test
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+class FileSplit(Split):
+    """Image files, decoded when asked for, and once where memory allows."""
+
+    def __init__(self, paths: list[Path], labels: list[int], domains: list[int] | None = None) -> None:
+        self.paths, self.labels = paths, torch.tensor(labels, dtype=torch.int64)
+        self.memory = Memory(len(paths))
+        self.domains = None if domains is None else torch.tensor(domains, dtype=torch.int64)
+
+    @classmethod
+    def of(cls, folder: Path, names: Sequence[str], domains: Sequence[str] = ()) -> FileSplit:
+        """All images below `folder/<name>`, in alphabetical order, labelled by the place of the name in `names`; or
+        below `folder/<domain>/<name>`, where there are domains.
+        """
+        found = [
+            (path, label, number)
+            for number, domain in enumerate(domains or [""])
+            for label, name in enumerate(names)
+            for path in sorted((folder / domain / name).rglob("*"))
+            if path.suffix.lower() in SUFFIXES and path.is_file()
+        ]
+        if not found:
+            inside = "<domain>/<class>" if domains else "<class>"
+            raise ValueError(f"no images in {folder}/{inside}/: expected files ending in {', '.join(sorted(SUFFIXES))}")
+        paths, labels, numbers = (list(column) for column in zip(*found, strict=True))
+        return cls(paths, labels, numbers if domains else None)
+
+    def parted(self, share: float, seed: int) -> tuple[FileSplit, FileSplit]:
+        """Training and test images: of each class, `share` of its images drawn for the test, and one at least; of each
+        class in each domain, where there are domains.
+        """
+        test = part_for_test(self, share, seed, lambda place: str(self.paths[place].parent))
+        return self.at((~test).nonzero().flatten().tolist()), self.at(test.nonzero().flatten().tolist())
+
+    def at(self, places: Iterable[int]) -> FileSplit:
+        """The images at these places only, in this order."""
+        places = list(places)
+        domains = None if self.domains is None else self.domains[places].tolist()
+        return FileSplit([self.paths[i] for i in places], self.labels[places].tolist(), domains)
+
+    def names(self) -> list[str]:
+        """Their paths, as far as they differ."""
+        shared = os.path.commonpath([path.parent for path in self.paths])
+        return [path.relative_to(shared).as_posix() for path in self.paths]
+
+    def image(self, index: int) -> Tensor:
+        """See `Split.image`."""
+        return self.memory.kept(index, lambda: read_image(self.paths[index]))
+
+
+def read_image(path: Path, content: bytes | None = None) -> Tensor:
+    """The image at `path` as the eye sees it, `(3, H, W)` uint8: upright, in RGB, transparency over white.
+
+    Where its bytes are at hand as `content`, `path` is only what to call it.
+
+    Raises:
+        BadImageError: naming `path`, if it cannot be decoded.
+    """
+    try:
+        with Image.open(path if content is None else io.BytesIO(content)) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I"):  # 16 bit gray
+                image = Image.fromarray(
+                    (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+                )
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImageError(f"cannot read the image {path}: {error}") from error
