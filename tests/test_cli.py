@@ -66,10 +66,10 @@ def test_baselines(tmp_path, capsys):
     out = capsys.readouterr().out
     runs = {path.name: Run.open(path) for path in (tmp_path / "all").iterdir() if path.is_dir()}
     assert runs.keys() == {"orthogonal", *recipes.BASELINES}
-    assert out.count("run:    all/") == 5
+    assert out.count("run:    all/") == 8
     assert {name: list(run.matrices()) for name, run in runs.items()} == {
         "orthogonal": ["sequential", "lda"],
-        "sequential": ["sequential", "lda"],
+        **{name: ["sequential", "lda"] for name in ("sequential", "random", "slower", "frozen")},
         "linear": ["sequential"],
         "ncm": ["ncm"],
         "joint": ["sequential", "lda"],

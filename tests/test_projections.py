@@ -10,7 +10,10 @@ from conftest import golden
 from pgp.projections import Collect
 from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
+from pgp.projections.random import Random
 from pgp.projections.released import Released, grow, scores
+from pgp.projections.slowed import Slowed
+from pgp.prompts import match
 from pgp.subspace import Protected, Rows
 
 OPTIMIZERS = {
@@ -119,6 +122,74 @@ def test_a_full_basis_freezes_until_the_handle_is_removed():
     handle.remove()
     toy.learn(optimizer)
     assert (toy.prompts.detach() - before).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_old_queries_keep_their_cosines_if_keys_keep_their_norms(hold):
+    toy = Toy()
+    projection = taught(Orthogonal(Orthogonal.Config("input", 1, 1, on="update", hold_norms=hold)), toy)
+    queries, before = rows()["keys"].inputs.flatten(0, 1), toy.keys.detach().clone()
+    optimizer = OPTIMIZERS["adam"](toy.parameters())
+    projection.attach(optimizer, toy.protected())
+    toy.learn(optimizer)
+    after = toy.keys.detach()
+    assert (after - before).norm() > 0.1
+    torch.testing.assert_close(queries @ after.T, queries @ before.T, rtol=0, atol=1e-12)
+    moved = (match(queries, after) - match(queries, before)).abs().max()
+    assert moved < 1e-12 if hold else moved > 0.01
+    with pytest.raises(ValueError, match=r"expected projection\.on=update beside hold_norms"):
+        Orthogonal.Config(hold_norms=True)
+
+
+def test_the_random_control_has_the_ranks_and_not_the_directions():
+    true, control = (
+        Orthogonal(Orthogonal.Config("union", 0.8, 0.8, on="update")),
+        Random.Config("union", 0.8, 0.8, "update"),
+    )
+    toy, random = Toy(), control.build()
+    taught(true, toy)
+    taught(random, toy)
+    assert [random.rank(space) for space in toy.protected()] == [true.rank(space) for space in toy.protected()]
+    first = {space: random.basis(space) for space in toy.protected()}
+    for space, basis in first.items():
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(basis.shape[-1], dtype=torch.float64))
+        held = float((true.bases[space].mT @ basis).square().sum() / basis.shape[-1])
+        assert held < 0.5 + 0.5 * basis.shape[-1] / basis.shape[-2]
+    before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
+    optimizer = OPTIMIZERS["adam"](toy.parameters())
+    random.attach(optimizer, toy.protected())
+    toy.learn(optimizer)
+    for space, target in toy.protected().items():
+        change = target.parameter.detach() - before[space]
+        assert (change @ first[space]).norm() < 1e-12 * change.norm()
+        assert (change @ true.bases[space]).norm() > 0.01 * change.norm()
+    restored = control.build()
+    restored.load_state_dict(random.state_dict())
+    assert all(torch.equal(restored.basis(space), basis) for space, basis in first.items())
+    taught(random, toy, images=9)
+    for space, basis in first.items():
+        assert torch.equal(random.basis(space)[..., : basis.shape[-1]], basis)  # nested
+
+
+@pytest.mark.parametrize(("factor", "name"), [(0.1, "sgd"), (0.0, "adam"), (0.3, "adamw")])
+def test_slowed_prompts_move_a_share_of_their_step(factor, name):
+    moved = {}
+    for kind, projection in {"free": NoProjection(), "slow": Slowed.Config(factor).build()}.items():
+        toy = Toy()
+        optimizer = OPTIMIZERS[name](toy.parameters())
+        handle = projection.attach(optimizer, toy.protected())
+        before = toy.prompts.detach().clone()
+        toy.learn(optimizer, steps=1)
+        first = toy.prompts.detach() - before
+        assert first.abs().max() > 0  # the first task is free
+        handle.remove()
+        projection.end_task(toy.protected())
+        toy, optimizer = Toy(), None
+        optimizer = OPTIMIZERS[name](toy.parameters())
+        projection.attach(optimizer, toy.protected())
+        toy.learn(optimizer, steps=1)
+        moved[kind] = toy.prompts.detach() - before
+    torch.testing.assert_close(moved["slow"], factor * moved["free"], rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("on", ["gradient", "update"])

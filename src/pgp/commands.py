@@ -31,7 +31,8 @@ class TrainCommand:
     """Train the unprojected twin too, all else the same, and report both."""
     baselines: bool = False
     """Train what the recipe is to be compared with, too, under the same budget, and report all: its prompts without
-    projection, a linear head and the nearest class mean on frozen features, and all tasks at once."""
+    projection, with a random one, slower, and frozen after the first task; a linear head and the nearest class mean on
+    frozen features; and all tasks at once."""
     method_name: Annotated[
         Literal[tuple(recipes.METHODS | recipes.BASELINES)] | None,  # type: ignore[valid-type]
         Choice(name="method"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from pgp.backbones import Backbone
@@ -29,7 +29,9 @@ from pgp.methods.l2p import L2P
 from pgp.projections import Projection
 from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
+from pgp.projections.random import Random
 from pgp.projections.released import Released
+from pgp.projections.slowed import Slowed
 from pgp.readouts import Readout
 from pgp.readouts.lda import LDA
 from pgp.readouts.ncm import NCM
@@ -46,6 +48,9 @@ PROJECTIONS: dict[str, Projection.Config] = {
     "orthogonal": Orthogonal.Config(),
     "released": Released.Config(),
     "none": NoProjection.Config(),
+    "random": Random.Config(),
+    "slower": Slowed.Config(),
+    "frozen": Slowed.Config(factor=0.0),
 }
 READOUTS: dict[str, Readout.Config] = {"sequential": Sequential.Config(), "lda": LDA.Config(), "ncm": NCM.Config()}
 DATASETS: dict[str, DatasetConfig] = {
@@ -252,6 +257,23 @@ def sequential(config: Config) -> Config:
     return replace(config, projection=NoProjection.Config())
 
 
+def random(config: Config) -> Config:
+    """The recipe's prompts kept out of random directions, as many as its projection would protect."""
+    own = config.projection
+    settings = asdict(own) if type(own) is Orthogonal.Config else {}
+    return replace(config, projection=Random.Config(**settings, seed=config.seed))
+
+
+def slower(config: Config) -> Config:
+    """The recipe's prompts at a tenth of the learning rate after the first task, without projection."""
+    return replace(config, projection=Slowed.Config())
+
+
+def frozen(config: Config) -> Config:
+    """The recipe's prompts as the first task leaves them; the head goes on."""
+    return replace(config, projection=Slowed.Config(factor=0.0))
+
+
 def linear(config: Config) -> Config:
     """No prompts: a linear head on frozen features."""
     return replace(sequential(config), method=HeadOnly.Config(), readouts=(Sequential.Config(),))
@@ -269,6 +291,9 @@ def joint(config: Config) -> Config:
 
 BASELINES: dict[str, Callable[[Config], Config]] = {
     "sequential": sequential,
+    "random": random,
+    "slower": slower,
+    "frozen": frozen,
     "linear": linear,
     "ncm": ncm,
     "joint": joint,

@@ -78,10 +78,15 @@ class Projection(abc.ABC):
         """What is left of `tensor (..., D)` outside the protected subspace of `space`; float64 inside."""
         if space not in self.bases:
             return tensor
-        basis = self.bases[space] = self.bases[space].to(tensor.device)
+        self.bases[space] = self.bases[space].to(tensor.device)
+        basis = self.basis(space)
         if basis.shape[-2] != tensor.shape[-1]:
             raise ValueError(f"expected width {basis.shape[-2]} in space {space!r}, got {tuple(tensor.shape)}")
         return remove(tensor.double(), basis).to(tensor.dtype)
+
+    def basis(self, space: str) -> Tensor:
+        """Orthonormal columns `(..., D, r)` of what steps in `space` keep out of."""
+        return self.bases[space]
 
     def rank(self, space: str) -> float:
         """Number of protected directions (their mean over heads); 0 leaves a space free."""
@@ -135,9 +140,13 @@ class Projection(abc.ABC):
 
     @torch.no_grad()
     def _confine(self, protected: Mapping[str, Protected], before: Mapping[nn.Parameter, Tensor]) -> None:
-        for space, (parameter, axis, _role) in self._held(protected).items():
-            change = parameter.double() - before[parameter]
-            parameter.copy_(before[parameter] + self._along(axis, space, change))
+        for space, target in self._held(protected).items():
+            target.parameter.copy_(self._moved(space, target, before[target.parameter]))
+
+    def _moved(self, space: str, target: Protected, before: Tensor) -> Tensor:
+        """Where a parameter may go of where the step took it from `before`, float64."""
+        change = target.parameter.double() - before
+        return before + self._along(target.axis, space, change)
 
     def _along(self, axis: int, space: str, tensor: Tensor) -> Tensor:
         return self.project(space, tensor.transpose(axis, -1)).transpose(axis, -1)

@@ -35,11 +35,16 @@ class Orthogonal(Projection):
         on: Literal["gradient", "update"] = "gradient"
         """Project the gradient before the optimizer's step (the paper), or the change that the step made; only the
         latter is exact for Adam, momentum and weight decay."""
+        hold_norms: bool = False
+        """Let prompt keys turn but not grow, where updates are projected: images match keys by cosine, which the norm of
+        a key changes for old queries, too, even if their inner product with it stays."""
 
         def __post_init__(self) -> None:
             for name in ("energy", "key_energy"):
                 if not 0 <= getattr(self, name) <= 1:
                     raise ValueError(f"expected projection.{name} in [0, 1], got {getattr(self, name)}")
+            if self.hold_norms and self.on == "gradient":
+                raise ValueError("expected projection.on=update beside hold_norms: a gradient knows no norms")
 
         def build(self) -> Orthogonal:
             """A projection that has seen no task yet."""
@@ -69,6 +74,16 @@ class Orthogonal(Projection):
                 self.bases[space] = extend(basis, second, energy)
         self._inputs, self._prompts = {}, {}
         return {space: self.rank(space) for space in protected}
+
+    def _moved(self, space: str, target: Protected, before: Tensor) -> Tensor:
+        """See `Projection._moved`; for keys, their part outside the subspace is scaled so that norms stay."""
+        after = super()._moved(space, target, before)
+        if target.role != "key" or not self.config.hold_norms:
+            return after
+        was, now = self.project(space, before), self.project(space, after)  # (M, D): outside the subspace
+        scale = was.norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(now.dtype).tiny)
+        held: Tensor = after + (scale - 1) * now
+        return held
 
     def _seconds(self, space: str) -> list[Tensor]:
         """The second moments that the basis of `space` has to hold, one after the other."""

@@ -1,0 +1,43 @@
+"""The control that any projection must beat: as many directions, and none of them chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pgp.projections.orthogonal import Orthogonal
+from pgp.scenario import generator
+
+
+class Random(Orthogonal):
+    """Keeps steps out of random directions, in each space as many as `Orthogonal` would protect with these settings.
+
+    Directions are drawn once per space, nested: what is protected after a task stays protected.
+    """
+
+    @dataclass(frozen=True)
+    class Config(Orthogonal.Config):
+        """The settings of `Orthogonal`, which decide the ranks, and what the directions are drawn from."""
+
+        seed: int = 0
+
+        def build(self) -> Random:
+            """A projection that has seen no task yet."""
+            return Random(self)
+
+    def __init__(self, config: Random.Config) -> None:
+        super().__init__(config)
+        self._seed = config.seed
+        self._drawn: dict[str, Tensor] = {}  # by space, (..., D, D)
+
+    def basis(self, space: str) -> Tensor:
+        """Random orthonormal columns, as many in each head as the subspace of old inputs has."""
+        true = self.bases[space]
+        if space not in self._drawn:
+            shape = (*true.shape[:-1], true.shape[-2])
+            draws = torch.randn(shape, dtype=torch.float64, generator=generator(self._seed, "random", space))
+            self._drawn[space] = torch.linalg.qr(draws).Q.to(true.device)
+        held = (true != 0).any(-2, keepdim=True)  # (..., 1, r): where heads differ in rank, zero columns pad
+        return self._drawn[space][..., : true.shape[-1]] * held
