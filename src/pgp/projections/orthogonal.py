@@ -36,8 +36,8 @@ class Orthogonal(Projection):
         """Project the gradient before the optimizer's step (the paper), or the change that the step made; only the
         latter is exact for Adam, momentum and weight decay."""
         hold_norms: bool = False
-        """Let prompt keys turn but not grow, where updates are projected: images match keys by cosine, which the norm of
-        a key changes for old queries, too, even if their inner product with it stays."""
+        """Let prompt keys turn but not grow, where updates are projected: images match keys by cosine, which the norm
+        of a key changes for old queries, too, even if their inner product with it stays."""
 
         def __post_init__(self) -> None:
             for name in ("energy", "key_energy"):
