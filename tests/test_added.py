@@ -11,6 +11,7 @@ from PIL import Image
 
 import tiny
 from pgp import cli, recipes, train
+from pgp.datasets import BadImageError
 from pgp.datasets.folder import Folder
 from pgp.methods.clip_prompt import CLIPPrompt
 from pgp.predict import Predictor
@@ -137,8 +138,47 @@ def test_what_does_not_fit_changes_nothing(run, tmp_path):
     photos(tmp_path / "old" / "later", "ant")
     shutil.move(tmp_path / "old" / "later" / "ant", tmp_path / "old" / "zebra")
     (tmp_path / "old" / "later").rmdir()
-    with pytest.raises(RunError, match=r"expected the data that .* began with"):
+    for add in (None, Folder(photos(tmp_path / "more", "eel"))):
+        with pytest.raises(RunError, match=r"expected the data that .* began with"):
+            train.resume(run.folder, add=add)
+    (tmp_path / "old" / "zebra").rename(tmp_path / "zebra")
+    train.resume(run.folder)
+
+
+def test_what_was_added_can_be_mended(run, tmp_path):
+    new = photos(tmp_path / "new", "ant")
+    (new / "ant" / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(BadImageError, match=r"broken\.png"):
+        train.resume(run.folder, add=Folder(new))
+    (new / "ant" / "broken.png").unlink()
+    with pytest.raises(RunError, match="expected the data"):
         train.resume(run.folder)
+    with pytest.raises(RunError, match="what was added last can be given again by --add"):
+        train.resume(run.folder, add=Folder(photos(tmp_path / "other", "eel")))
+    again = train.resume(run.folder, add=Folder(new))
+    assert again.classes() == (["bee", "cat", "dog", "ant"], [[0, 1], [2], [3]])
+    assert again.latest_name() == "task-03"
+
+
+def test_a_crash_between_its_two_files(run, tmp_path):
+    new = Folder(photos(tmp_path / "new", "ant"))
+    known = (run.folder / "classes.json").read_bytes()
+    shutil.copytree(run.folder, tmp_path / "whole")
+    whole = train.resume(tmp_path / "whole", add=new)
+    shutil.copy(tmp_path / "whole" / "config.json", run.folder / "config.json")
+    assert (run.folder / "classes.json").read_bytes() == known
+    resumed = train.resume(run.folder)
+    torch.testing.assert_close(resumed.matrices()["lda"], whole.matrices()["lda"], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_new_domain_has_the_same_classes(tmp_path):
+    root = tmp_path / "domains"
+    photos(root / "day", "bee", "cat")
+    photos(root / "dusk", "bee", "cat", shade=20)
+    run = train.train(config(root, setting="dil", tasks=None), tmp_path / "dil")
+    photos(tmp_path / "night", "cat").joinpath("cat").rename(tmp_path / "night" / "catt")
+    with pytest.raises(ValueError, match=r"unknown class 'catt' in .*night: perhaps you meant 'cat'"):
+        train.resume(run.folder, add=Folder(tmp_path / "night"))
 
 
 def test_from_the_command_line(run, tmp_path, capsys, monkeypatch):

@@ -235,7 +235,7 @@ def test_no_image_depends_on_its_batch_or_its_neighbours_tasks(encoder, tmp_path
 
 def test_neighbours_in_a_batch_decide_nothing(encoder, tmp_path):
     run = train.train(config(encoder, epochs=1), tmp_path / "run")
-    learner = train.Learner(train.Fabric(accelerator="cpu", devices=1), run.config, train._quiet())
+    learner = train.Learner(train.fabric_for(Hardware("cpu")), run.config, train._quiet())
     learner.load_state_dict(run.load())
     tests = torch.arange(len(learner.data.test))
     viewed = Viewed(learner.data.test, run.config.views.test(), 0, ("test",), skip_bad=False)

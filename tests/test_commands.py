@@ -83,6 +83,7 @@ def published(data, folder, recipe, words, projected, passes, seed):
     assert "average" in out
     full = "ViT-B-16-quickgelu openai" if "clip" in recipe else "vit_base_patch16_224.orig_in21k"
     assert f"--model vit_base_patch16_224 is {full}, the published weights" in err
+    assert "the data are not as published" in err
     run = Run.open(folder / "output")
     config = run.config
     kinds = {"l2p": L2P.Config, "dualprompt": DualPrompt.Config, "clip": CLIPPrompt.Config}

@@ -16,9 +16,10 @@ from pgp.datasets import ArraySplit, BadImageError, Loading, Viewed, Views, batc
 from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.digits import Digits
 from pgp.datasets.fashion_mnist import FashionMNIST
-from pgp.datasets.files import read_image
+from pgp.datasets.files import images_below, read_image
 from pgp.datasets.folder import Folder
 from pgp.datasets.synthetic import Synthetic
+from pgp.predict import images_in
 
 DIGITS = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 """Images of each digit, by the documentation of the source (UCI ML hand-written digits, test part)."""
@@ -271,6 +272,36 @@ def test_bad_images_are_named_or_skipped(photos, content):
     with pytest.warns(UserWarning, match=r"skipped: .*bad\.jpg"):
         got = list(batches(Viewed(data.train, views, 0, ("x",), skip_bad=True), plan, Loading()))
     assert [batch.indices.tolist() for batch in got] == [[1, 2], [3, 4, 5], [6]]
+
+
+def test_hidden_files_and_thumbnails_are_no_images(photos):
+    before = Folder(photos).build().train.names()
+    (photos / "train" / "b" / ".thumbnails").mkdir()
+    for name in ("._no 0.PNG", ".thumbnails/no 0.PNG"):
+        (photos / "train" / "b" / name).write_bytes(b"")
+    assert Folder(photos).build().train.names() == before
+    assert images_in([photos / "train" / "b"]) == images_below(photos / "train" / "b")
+    assert not any(path.name.startswith(".") for path in images_in([photos]))
+
+
+@pytest.mark.parametrize("name", ["val", "validation"])
+def test_other_names_of_the_test_part(photos, name):
+    data = Folder(photos).build()
+    (photos / "test").rename(photos / name)
+    assert Folder(photos).build().test.names() == data.test.names()
+    (photos / "train").rename(photos / "training")
+    with pytest.raises(ValueError, match=r"no data folder at .*train, beside .*'training'"):
+        Folder(photos).build()
+
+
+def test_names_of_ones_own_are_checked(photos):
+    (photos / "names.txt").write_bytes("a caf\xe9\nb x\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"cannot read .*names\.txt as a text in UTF-8"):
+        Folder(photos).build()
+    names = sorted(path.name for path in (photos / "train").iterdir() if path.is_dir())
+    (photos / "names.txt").write_text("".join(f"{name} same\n" for name in names))
+    with pytest.raises(ValueError, match=r"a name of its own for each folder in .*names\.txt, got \['same'\]"):
+        Folder(photos).build()
 
 
 def test_a_cut_off_image_is_bad(photos):

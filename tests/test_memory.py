@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pgp.datasets import Loading, Viewed, Views, batches, folder, in_order, memory
+from pgp.datasets import Loading, Viewed, Views, batches, files, in_order, memory
 from pgp.datasets.files import FileSplit, read_image
 from pgp.datasets.memory import Memory, free_memory
 
@@ -27,7 +27,7 @@ def split(tmp_path):
 @pytest.fixture
 def opened(monkeypatch, tmp_path):
     """Names of the files that were decoded, in any process."""
-    log, read = tmp_path / "log", folder.read_image
+    log, read = tmp_path / "log", files.read_image
 
     def noted(path):
         with log.open("a") as file:
@@ -35,7 +35,7 @@ def opened(monkeypatch, tmp_path):
         return read(path)
 
     log.touch()
-    monkeypatch.setattr(folder, "read_image", noted)
+    monkeypatch.setattr(files, "read_image", noted)
     return lambda: sorted(log.read_text().split())
 
 

@@ -73,6 +73,7 @@ def test_what_a_flag_means_depends_on_the_method_and_the_encoder():
         (["--task_inc", "yes"], "expected --task-inc True or --task-inc False, got 'yes'"),
         (["--pgp", "0"], "expected --pgp True or --pgp False, got '0'"),
         (["--model", "--eval_batch_size"], "expected a value behind --model, got none"),
+        (["--lr", "0.1", "--method", "clip", "--backbone", "demo-clip"], "--optimizer.first-lr for CLIP"),
         (["--device", "cuda:1"], "expected --device cuda or cpu, got 'cuda:1'; set CUDA_VISIBLE_DEVICES"),
         (["--top_k", "1", "--method", "head-only"], "--top-k means nothing to HeadOnly, which has no such flags"),
     ],
@@ -102,20 +103,51 @@ def test_runs_lie_in_the_output_folder_under_both_names(tmp_path, capsys):
 
     before = (tmp_path / "output" / "accuracy.csv").read_bytes()
     cli.published_main(["20cifar100_l2p_pgp", "--output_dir", "./output", "--seed", "7"])
-    assert "output is not empty: this run goes to output-2" in capsys.readouterr().err
+    assert "the output folder is not empty: this run goes to output-2" in capsys.readouterr().err
     assert (tmp_path / "output" / "accuracy.csv").read_bytes() == before
     assert Run.open(tmp_path / "output-2").config.seed == 7
 
     for words in (["--eval"], ["--output_dir", "./output", "--lr", "0.2", "--eval"]):
         cli.published_main(["10cifar100_l2p_pgp", *words])
         out = capsys.readouterr().out
-        assert "output: accuracy" in out
+        assert "output: accuracy" in "".join(out.split("\n"))
         assert out.count("yes") == 2 * 3  # readouts and tasks
     cli.published_main(["20cifar100_l2p_pgp", "--eval"])
-    assert "output-2: accuracy" in capsys.readouterr().out
-    error = fails(capsys, "10cifar100_l2p_pgp", "--eval", "--top_k", "1")
-    assert "output was trained with other settings of method" in error
-    assert "no finished task of demo in output" in fails(capsys, "demo", "--eval")
+    assert "output-2: accuracy" in "".join(capsys.readouterr().out.split("\n"))
+    for words, name in (
+        (["--top_k", "1"], "method.top-k"),
+        (["--pgp", "True"], "projection"),
+        (["--seed", "1"], "seed"),
+    ):
+        error = fails(capsys, "10cifar100_l2p_pgp", "--eval", *words)
+        assert f"were trained with other settings of {name}, which --eval cannot change" in error
+    assert "no finished task of demo in" in fails(capsys, "demo", "--eval")
+
+
+def test_an_evaluation_finds_the_run_that_its_words_mean(tmp_path, capsys, monkeypatch):
+    (tmp_path / "output-bert").mkdir()
+    (tmp_path / "output-bert" / "config.json").write_text('{"model_type": "bert"}')  # another program's
+    recipe = "10cifar100_l2p_pgp"
+    cli.published_main([recipe, "--seed", "3"])
+    cli.published_main([recipe, "--twin", "--seed", "4"])
+    capsys.readouterr()
+    found = {
+        ("--seed", "3"): "output:",
+        ("--no_pgp",): "output-2/none:",
+        ("--seed", "4", "--pgp", "True"): "output-2/orthogonal:",
+        ("--eval-batch-size", "5", "--no_pgp"): "output-2/none:",
+    }
+    for words, name in found.items():
+        cli.published_main([recipe, "--eval", *words])
+        out = capsys.readouterr().out
+        assert f"{name} accuracy" in "".join(out.split("\n")).replace(str(tmp_path) + "/", "")
+        assert out.count("yes") == 6
+    cli.published_main(["--resume", "output"])
+    assert "run:    output" in capsys.readouterr().out
+    monkeypatch.chdir(tmp_path / "output-bert")
+    (tmp_path / "output-bert" / "config.json").unlink()
+    cli.published_main([recipe, "--output_dir", "."])
+    assert Run.open(tmp_path / "output-bert").latest_name() == "task-03"
 
 
 def test_the_files_of_finished_tasks_are_there_after_an_error_too(tmp_path, capsys, monkeypatch):
@@ -148,8 +180,9 @@ def test_data_can_have_moved_for_an_evaluation(tmp_path, capsys, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
     words = ["photos", "--readouts", "sequential"]
-    cli.published_main([*words, "--data-path", "here"])
+    cli.published_main([*words, "--data_path", "here"])
     (tmp_path / "here").rename(tmp_path / "there")
     assert "no data folder" in fails(capsys, *words, "--eval")
-    cli.published_main([*words, "--eval", "--data-path", "there"])
+    assert "no data folder" in fails(capsys, *words, "--eval", "--data_path", "nowhere")
+    cli.published_main([*words, "--eval", "--data_path=there"])
     assert capsys.readouterr().out.count("yes") == 2

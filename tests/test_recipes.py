@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 import tiny
-from pgp import recipes
+from pgp import cli, recipes
 from pgp.config import Config, Hardware, Optimizer
 from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.cub200 import CUB200
@@ -26,6 +26,20 @@ def test_recipes_build_and_go_through_json(name):
     config = recipes.RECIPES[name]()
     assert config.name == name
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "energy", "components", "when"),
+    [
+        ("10cifar100_l2p_pgp", 0.5, 9, "before"),
+        ("10cifar100_dualprompt_pgp", 0.5, 50, "after"),
+        ("10cifar100_clip_pgp", 0.9, 5, "after"),
+    ],
+)
+def test_the_published_basis_of_each_method(name, energy, components, when):
+    basis = recipes.published_basis(recipes.RECIPES[name]().method)
+    assert (basis.energy, basis.components, basis.when) == (energy, components, when)
+    assert cli._train_command([name, "--projection", "released"], "pgp train").config.projection == basis
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def whole(tmp_path_factory):
 
 
 def learner_of(run, config=None):
-    learner = train.Learner(train.Fabric(accelerator="cpu", devices=1), config or run.config, train._quiet())
+    learner = train.Learner(train.fabric_for(Hardware("cpu")), config or run.config, train._quiet())
     learner.load_state_dict(run.load())
     return learner
 

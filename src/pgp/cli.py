@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from pgp import __version__, catalogue, display, published, recipes, report, train
+from pgp import __version__, catalogue, display, processes, published, recipes, report, train
 from pgp.commands import EvalCommand, PredictCommand, ReportCommand, ResumeCommand, TrainCommand
 from pgp.config import Config, Hardware
 from pgp.curriculum import located, scenario_of
@@ -25,6 +25,7 @@ from pgp.evaluate import tracked
 from pgp.predict import Predictor, images_in
 from pgp.processes import rank
 from pgp.projections.none import NoProjection
+from pgp.projections.released import Released
 from pgp.run import Run, RunError, free_folder
 
 USAGE = """\
@@ -44,7 +45,8 @@ PUBLISHED_USAGE = """\
 usage: python main.py RECIPE [--model NAME] [--output_dir DIR] [--data-path DIR] [--epochs N] [--seed N] [--no_pgp] ...
        python main.py RECIPE --eval
 
-The published command line. All its flags are there, and all of pgp train; python main.py RECIPE --help lists them."""
+The published command line: the flags that its printed commands use, and all of pgp train. python main.py RECIPE --help
+lists them."""
 PUBLISHED_OUTPUT = Path("output")
 """Where the published command line leaves its run."""
 
@@ -65,6 +67,8 @@ def published_main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(PUBLISHED_USAGE)
+    elif any(word.partition("=")[0] == "--resume" for word in words):
+        _guarded(lambda: train_command(words))
     elif "--eval" in words:
         _guarded(lambda: _published_eval([word for word in words if word != "--eval"]))
     else:
@@ -143,10 +147,10 @@ def _trained(command: TrainCommand) -> list[Run]:
 def _published_train(words: list[str]) -> None:
     """`python main.py RECIPE …`: trains into `--output_dir`, or into the next free folder beside it."""
     command = _train_command(words, "python main.py")
-    folder = command.output or PUBLISHED_OUTPUT
-    if folder.is_dir() and any(folder.iterdir()):
+    folder = (command.output or PUBLISHED_OUTPUT).absolute()
+    if folder.is_dir() and any(folder.iterdir()) and not processes.started():
         folder = free_folder(folder.parent, folder.name)
-        print(f"pgp: {command.output or PUBLISHED_OUTPUT} is not empty: this run goes to {folder}", file=sys.stderr)
+        print(f"pgp: the output folder is not empty: this run goes to {folder.name}", file=sys.stderr)
     command = replace(command, output=folder)
     try:
         display.show(_trained(command), folder)
@@ -159,15 +163,8 @@ def _published_train(words: list[str]) -> None:
 def _published_eval(words: list[str]) -> None:
     """`python main.py RECIPE --eval`: the newest run of the recipe in `--output_dir`, after each of its tasks."""
     command = _train_command(words, "python main.py")
-    run = published.newest(words[0], command.output or PUBLISHED_OUTPUT)
-    changed = published.changed(command.config, recipes.RECIPES[words[0]](), run.config)
-    if changed:
-        raise ValueError(f"{run.folder} was trained with other settings of {', '.join(changed)}, which --eval cannot"
-                         " change: leave those flags out, or train again")  # fmt: skip
-    hardware = replace(command.config.hardware, devices=1, precision=run.config.hardware.precision)
-    config = replace(run.config, hardware=hardware, legacy_eval=command.config.legacy_eval)
-    if _values(words, "--data-path"):
-        config = replace(config, dataset=command.config.dataset)
+    asked = command.config if command.pgp else recipes.sequential(command.config)
+    run, config = published.newest(asked, words[1:], (command.output or PUBLISHED_OUTPUT).absolute())
     with display.progress() as bars:
         display.show_evaluation(run, train.reevaluate(run, config, bars, every_task=True))
 
@@ -239,18 +236,20 @@ def data_command(words: list[str]) -> None:
 
 def _get(config: Config) -> None:
     config.dataset.fetch()
-    places = [place for place in config.dataset.places if place.exists()]
-    print(f"{config.name}: its data are at {places[0]}" if places else f"{config.name} needs no files")
+    data = config.dataset.read()
+    where = next((f", at {place}" for place in config.dataset.places if place.exists()), "")
+    print(f"there: {len(data.train):,} training and {len(data.test):,} test images of {data.classes:,} classes{where}")
 
 
 def _check(config: Config) -> None:
     """Raises unless the data are whole and make the tasks that the recipe wants."""
+    config = located(config)
+    data = config.dataset.read()
     with display.progress() as bars:
-        census = checked(config.dataset, bars)
+        census = checked(config.dataset, bars, data)
     for line in census.lines():
         print(line)
-    config = located(config)
-    scenario = scenario_of(config, config.dataset.read())
+    scenario = scenario_of(config, data)
     for task in scenario.tasks:
         print(f"{scenario.title(task)}: {len(task.classes)} classes, {len(task.train):,} training and"
               f" {len(task.test):,} test images")  # fmt: skip
@@ -287,20 +286,23 @@ def _shelved(config: Config, words: list[str]) -> Config:
         part: Any = tuple(named) if field == "readouts" else named[-1:]
         if named:
             config = replace(config, **{field: part if field == "readouts" else part[0]})
+        if field == "projection" and isinstance(config.projection, Released.Config):
+            config = replace(config, projection=recipes.published_basis(config.method))
     if places := _values(words, "--data"):  # the recipe's number of tasks was that of its own data
         config = replace(config, dataset=own_data(places[-1]), tasks=None)
     return config
 
 
-def _values(words: list[str], flag: str) -> list[str]:
-    """What stands behind `flag`, as `--flag a b` or `--flag=a`."""
+def _values(words: list[str], wanted: str) -> list[str]:
+    """What stands behind `wanted`, as `--data a b` or `--data=a`."""
     out: list[str] = []
     taking = False
     for word in words:
         if word.startswith("--"):
-            taking = word == flag
-            if word.startswith(flag + "="):
-                out.append(word.partition("=")[2])
+            name, equals, value = word.partition("=")
+            taking = name.replace("_", "-") == wanted
+            if taking and equals:
+                out.append(value)
         elif taking:
             out.append(word)
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,9 @@ def _with(data: Dataset, scenario: Scenario, more: DatasetConfig, config: Config
     if known and config.setting != "dil":
         raise ValueError(f"expected new classes in {where}, got {known[:5]}, which this run has learned already: give"
                          " them other names, or leave them out")  # fmt: skip
+    if config.setting == "dil":
+        for name in new.class_names:
+            _placed(name, data.class_names, where, "class")
     names = (*data.class_names, *(name for name in new.class_names if name not in known))
     labels = torch.tensor([names.index(name) for name in new.class_names])
     train, test = (labels[split.labels] for split in (new.train, new.test))
@@ -79,7 +83,19 @@ def scenario_of(config: Config, data: Dataset) -> Scenario:
         if not len(task.train) or not len(task.test):
             raise ValueError(f"expected training and test images in every task, got {len(task.train)} and"
                              f" {len(task.test)} in {scenario.title(task)} with classes {task.classes}")  # fmt: skip
+    _check_classes(data)
     return scenario
+
+
+def _check_classes(data: Dataset) -> None:
+    """Raise if a class has nothing to learn from; warn if it cannot be tested."""
+    counts = [torch.bincount(split.labels, minlength=data.classes) for split in (data.train, data.test)]
+    missing = [[name for name, count in zip(data.class_names, each, strict=True) if not count] for each in counts]
+    if missing[0]:
+        raise ValueError(f"expected training images of every class, got none of {missing[0][:5]}, {len(missing[0])} in"
+                         " all: add some, or take the class out")  # fmt: skip
+    if missing[1]:
+        warnings.warn(f"no test images of {missing[1][:5]}: accuracy says nothing about them", stacklevel=2)
 
 
 def described(data: Dataset, scenario: Scenario) -> dict[str, Any]:
@@ -220,15 +236,19 @@ def _grouped(tasks: Sequence[tuple[str, Sequence[str]]], names: Sequence[str], s
 
 def _all_once(words: Sequence[str], names: Sequence[str], source: str, kind: str) -> list[int]:
     """The place in `names` of each word; a clear error unless the words are the names, each once."""
-    place = {name: number for number, name in enumerate(names)}
-    for word in words:
-        if word not in place:
-            near = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
-            hint = f"perhaps you meant {near[0]!r}" if near else f"there are {list(names[:5])}"
-            raise ValueError(f"unknown {kind} {word!r} in {source}: {hint}")
+    places = [_placed(word, names, source, kind) for word in words]
     if twice := [name for name in names if words.count(name) > 1]:
         more = "; where tasks share their classes, it is --setting dil that is wanted" if kind == "class" else ""
         raise ValueError(f"expected every {kind} once in {source}, got {twice[:5]} again{more}")
     if missing := [name for name in names if name not in words]:
         raise ValueError(f"expected every {kind} in {source}, got none of {missing[:5]}, {len(missing)} in all")
-    return [place[word] for word in words]
+    return places
+
+
+def _placed(word: str, names: Sequence[str], source: str, kind: str) -> int:
+    """The place of `word` in `names`, where it must be."""
+    if word not in names:
+        near = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+        hint = f"perhaps you meant {near[0]!r}" if near else f"there are {list(names[:5])}"
+        raise ValueError(f"unknown {kind} {word!r} in {source}: {hint}")
+    return names.index(word)

@@ -13,7 +13,7 @@ from torch import Tensor
 from pgp import metrics
 from pgp.config import Config, Hardware
 from pgp.curriculum import assembled, described, located
-from pgp.datasets import Viewed
+from pgp.datasets import Counts, Viewed
 from pgp.evaluate import Evaluation
 from pgp.run import Run, RunError
 from pgp.scenario import Task, generator
@@ -36,6 +36,7 @@ class Learner:
         self.model = fabric.setup_module(self.method)
         self.model.mark_forward_method("loss")
         self.projection = config.projection.build()
+        self.projection.seed = config.seed
         if config.save_every_steps and self.projection.collect and self.projection.collect.when == "before":
             raise ValueError("save_every_steps needs a projection that collects after a task, not before it")
         self.readouts = [readout.build(self.method.head, self.data.classes) for readout in config.readouts]
@@ -103,6 +104,18 @@ class Learner:
         chosen = self.config.views.train() if view == "train" else self.config.views.test()
         skip = self.config.on_bad_image == "skip"
         return Viewed(self.data.train, chosen, self.config.seed, (purpose, task.index), skip)
+
+    @property
+    def shortfall(self) -> str | None:
+        """In words, how the data differ in size from what was published; None if they do not."""
+        found = Counts(len(self.data.train), len(self.data.test), self.data.classes)
+        expected = self.config.dataset.expected
+        if expected is None or self.config.added or found == expected:
+            return None
+        return (
+            f"the data are not as published: {found.train:,} training and {found.test:,} test images of"
+            f" {found.classes:,} classes, of {expected.train:,}, {expected.test:,} and {expected.classes:,}"
+        )
 
     @property
     def description(self) -> dict[str, Any]:

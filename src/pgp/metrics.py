@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -71,6 +73,19 @@ def curve(matrix: Tensor) -> list[float]:
     [0.9, 0.75]
     """
     return [float(matrix[t, : t + 1].mean()) for t in range(_some(matrix))]
+
+
+def put(matrices: dict[str, Tensor], row: Mapping[str, Tensor], t: int, size: int) -> None:
+    """Write the accuracies `(t + 1)` after task t, by column, into the matrices `(size, size)`, new ones where missing.
+
+    >>> matrices = {}
+    >>> put(matrices, {"lda": torch.tensor([0.5])}, t=0, size=2)
+    >>> matrices["lda"][0]
+    tensor([0.5000,    nan], dtype=torch.float64)
+    """
+    for column, accuracies in row.items():
+        matrix = matrices.setdefault(column, torch.full((size, size), torch.nan, dtype=torch.float64))
+        matrix[t, : t + 1] = accuracies
 
 
 def grown(matrix: Tensor, size: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgp.backbones import Backbone
 from pgp.datasets import BadImageError
-from pgp.datasets.files import SUFFIXES, read_image
+from pgp.datasets.files import images_below, read_image
 from pgp.methods import only
 from pgp.run import Run, RunError
 from pgp.scenario import generator
@@ -118,8 +118,7 @@ def images_in(places: Iterable[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for place in places:
         if place.is_dir():
-            inside = (path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-            found |= dict.fromkeys(sorted(inside))
+            found |= dict.fromkeys(images_below(place))
         elif place.exists():
             found[place] = None
         else:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
+
+
+def started() -> bool:
+    """Whether another process of the same run started this one, which it does by the same command."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def together() -> bool:

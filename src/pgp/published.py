@@ -7,9 +7,11 @@ and `--task_inc False` is false.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -78,6 +80,9 @@ def translated(words: Sequence[str], config: Config) -> list[str]:
             out += ["--accelerator", _accelerator(_given(name, value))]
         elif name == "model":
             out += _model(_given(name, value), config)
+        elif name == "lr" and isinstance(config.method, CLIPPrompt.Config):
+            raise ValueError("expected --optimizer.lr and --optimizer.first-lr for CLIP, which has a rate for later"
+                             " tasks and one for the first, per 256 images; got --lr")  # fmt: skip
         elif name in RENAMED:
             out += [f"--{RENAMED[name]}", _given(name, value)]
         elif any(name in names for names in OF_METHODS.values()):
@@ -95,25 +100,62 @@ def says(words: Sequence[str], config: Config) -> str | None:
     return None
 
 
-def newest(recipe: str, folder: Path) -> Run:
-    """The run of `recipe` that was written last in `folder` or in the folders that stand in for it, `folder-2`, ….
+def newest(asked: Config, words: Sequence[str], folder: Path) -> tuple[Run, Config]:
+    """The run of a recipe that was written last, of those that all flags given fit, and how to evaluate it.
+
+    Args:
+        asked: the recipe's configuration under all flags.
+        words: these flags; those that only say how to evaluate, and where the data lie, are free.
+        folder: where it lies, or in the folders in there, or in those that stand in for it, `folder-2`, ….
 
     Raises:
         RunError: if there is none.
     """
-    places = [folder, *sorted(folder.parent.glob(f"{folder.name}-*"))]
-    found = [Run.open(place) for place in places if (place / "config.json").is_file()]
-    fitting = [run for run in found if run.config.name == recipe and run.latest_task_name()]
+    stands_in = re.compile(re.escape(folder.name) + r"-\d+")
+    twins = [place for place in folder.parent.iterdir() if stands_in.fullmatch(place.name)]
+    places = [place for base in (folder, *twins) if base.is_dir() for place in (base, *base.iterdir())]
+    found = [run for place in places if (run := _run_of(asked.name, place))]
+    if not found:
+        raise RunError(f"no finished task of {asked.name} in {folder}: train it first, by python main.py {asked.name}")
+    given = {name for _, name, _ in _pairs(translated(words, asked)) if name}
+    fitting = [run for run in found if not _other(asked, run.config, given)]
     if not fitting:
-        raise RunError(f"no finished task of {recipe} in {folder}: train it first, by python main.py {recipe}")
-    return max(fitting, key=lambda run: (run.folder / "checkpoints" / "latest").stat().st_mtime)
+        other = ", ".join(_other(asked, found[0].config, given))
+        raise RunError(f"the runs of {asked.name} in {folder} were trained with other settings of {other}, which --eval"
+                       " cannot change: leave those flags out, or train again")  # fmt: skip
+    run = max(fitting, key=lambda one: (one.folder / "checkpoints" / "latest").stat().st_mtime)
+    config = replace(run.config, legacy_eval=asked.legacy_eval)
+    config = replace(config, hardware=replace(asked.hardware, devices=1, precision=run.config.hardware.precision))
+    if "eval-batch-size" in given:
+        config = replace(config, eval_batch_size=asked.eval_batch_size)
+    if "dataset.root" in given:
+        data: Any = config.dataset
+        config = replace(config, dataset=replace(data, root=_at(asked, "dataset.root")))
+    return run, config
 
 
-def changed(asked: Config, recipe: Config, trained: Config) -> list[str]:
-    """Names of the settings that `asked` changes in `recipe`, that decide a training, and that are not as `trained`."""
-    free = {"dataset", "hardware", "eval_batch_size", "legacy_eval"}
-    names = [field.name for field in fields(Config) if field.name not in free]
-    return [n for n in names if getattr(recipe, n) != getattr(asked, n) != getattr(trained, n)]
+def _run_of(recipe: str, folder: Path) -> Run | None:
+    """The run in `folder`, if it is one of the recipe with a finished task."""
+    try:
+        run = Run.open(folder)
+        return run if run.config.name == recipe and run.latest_task_name() else None
+    except RunError:
+        return None
+
+
+def _other(asked: Config, trained: Config, given: set[str]) -> list[str]:
+    """The flags among `given` that ask for another training than `trained`."""
+    free = {"eval-batch-size", "legacy-eval", "dataset.root"}
+    names = {"projection" if name in ("pgp", "no-pgp") else name for name in given - free}
+    return sorted(name for name in names if _at(asked, name) != _at(trained, name))
+
+
+def _at(config: Config, name: str) -> Any:
+    """The setting that a flag is about, such as `optimizer.lr`; None for flags that are about none."""
+    place: Any = config
+    for part in name.replace("-", "_").split("."):
+        place = place[int(part)] if part.isdecimal() else getattr(place, part, None)
+    return place
 
 
 def leave_checkpoints(run: Run) -> list[Path]:
@@ -144,8 +186,8 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[list[str], str, str | None]]:
     rest = list(words)
     while rest:
         word = rest.pop(0)
-        flag, equals, value = word.partition("=")
-        name = flag[2:].replace("_", "-") if flag.startswith("--") else ""
+        front, equals, value = word.partition("=")
+        name = front[2:].replace("_", "-") if front.startswith("--") else ""
         if equals:
             yield [word], name, value
         elif name and rest and not rest[0].startswith("--"):

@@ -87,6 +87,15 @@ SHELVES: dict[str, dict[str, Any]] = {
 """By the field of a configuration: what can stand there."""
 
 
+def published_basis(method: Method.Config) -> Released.Config:
+    """The published code's basis with the constants that it has for `method`."""
+    if isinstance(method, DualPrompt.Config):
+        return Released.Config(components=50, when="after")
+    if isinstance(method, CLIPPrompt.Config):
+        return Released.Config(energy=0.9, components=5, when="after")
+    return Released.Config()
+
+
 def demo() -> Config:
     """Digits in 5 tasks of 2 classes by L2P-PGP, on a small encoder that pgp ships. Offline, minutes on a laptop."""
     return Config(
@@ -261,7 +270,7 @@ def random(config: Config) -> Config:
     """The recipe's prompts kept out of random directions, as many as its projection would protect."""
     own = config.projection
     settings = asdict(own) if type(own) is Orthogonal.Config else {}
-    return replace(config, projection=Random.Config(**settings, seed=config.seed))
+    return replace(config, projection=Random.Config(**settings))
 
 
 def slower(config: Config) -> Config:

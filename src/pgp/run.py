@@ -150,9 +150,16 @@ class Run:
         _write(self.folder / "config.json", json.dumps(config.to_json(), indent=2))
         self.write_classes(description)
 
-    def check_data(self, description: Mapping[str, Any], *, images: bool = True) -> None:
-        """Raise unless the data are what the run began with: classes and tasks and, where `images`, the images too."""
-        known = self._remembered()
+    def check_data(self, description: Mapping[str, Any], *, images: bool = True, tasks: int | None = None) -> None:
+        """Raise unless the data are what the run knows: classes and tasks and, where `images`, the images too.
+
+        Args:
+            description: of all data; what was added and is not known yet comes last.
+            images: whether to compare numbers of images and fingerprints.
+            tasks: how many of the tasks it knows to compare; all, where None.
+        """
+        known = _first(self._remembered(), tasks)
+        description = _first(description, len(known["tasks"])) if images else description
         keys = {"names": "classes", "tasks": "classes in each task", "task_names": "names of tasks"}
         if images:
             keys |= {"images": "number of images in each task", "fingerprint": "labels or names of images"}
@@ -251,6 +258,21 @@ def free_folder(parent: Path, stem: str) -> Path:
             folder.mkdir()
             return folder
         number += 1
+
+
+def _first(description: Mapping[str, Any], tasks: int | None) -> dict[str, Any]:
+    """The same of the first tasks only, where those behind them were added."""
+    more = len(description["tasks"]) - (len(description["tasks"]) if tasks is None else tasks)
+    if more <= 0:
+        return dict(description)
+    kept = {key: description[key][:tasks] for key in ("tasks", "task_names") if key in description}
+    classes = 1 + max(label for labels in kept["tasks"] for label in labels)
+    kept |= {"names": description["names"][:classes]}
+    if "images" in description:
+        kept["images"] = {part: counts[:tasks] for part, counts in description["images"].items()}
+    if "fingerprint" in description:
+        kept["fingerprint"] = description["fingerprint"][:-more]
+    return kept
 
 
 def _difference(one: Any, other: Any) -> tuple[Any, Any]:

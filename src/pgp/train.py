@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from pgp import metrics
+from pgp import metrics, processes
 from pgp.config import Config, Hardware
 from pgp.curriculum import training_plan
 from pgp.datasets import Address, Batch, DatasetConfig, batches, in_order
@@ -44,7 +43,7 @@ def train(config: Config, output: Path | None = None, progress: Progress | None 
         ValueError: if the configuration cannot be carried out.
         RunError: if `output` holds something already, the loss stops being a number, or the disk is full.
     """
-    return _launch(config, output, None, progress)
+    return _learn(config, output, None, progress)
 
 
 def resume(
@@ -62,17 +61,22 @@ def resume(
         add: data to learn as one more task, once all tasks so far are closed.
 
     Raises:
-        ValueError: if `add` does not fit: its classes are learned already, or it lacks images.
-        RunError: if the run cannot go on: its data are others, or `add` comes before its tasks are closed.
+        ValueError: if `add` does not fit.
+        RunError: if the run cannot go on: its data are others, or tasks before `add` are not closed.
     """
     run = Run.open(folder)
     config = replace(run.config, hardware=hardware) if hardware else run.config
-    if add is not None:
-        if run.latest_name() != f"task-{len(run.classes()[1]):02d}":
-            raise RunError(f"expected a run whose tasks are all finished, got {folder}: go on with it first, by"
-                           f" pgp train --resume {folder}")  # fmt: skip
+    if add is None:
+        return _learn(config, folder, run.load(), progress)
+    finished, tasks, add = run.latest_name(), len(run.classes()[1]), add.located()
+    if finished == f"task-{tasks - 1:02d}" and config.added[-1:] == (add,):
+        tasks -= 1  # it was added before, and may have been mended since
+    elif finished == f"task-{tasks:02d}":
         config = replace(config, added=(*config.added, add))
-    return _launch(config, folder, run.load(), progress)
+    else:
+        raise RunError(f"expected a run whose tasks are all finished, got {folder}: go on with it first, by pgp train"
+                       f" --resume {folder}; what was added last can be given again by --add")  # fmt: skip
+    return _learn(config, folder, run.load(), progress, tasks)
 
 
 def reevaluate(
@@ -97,43 +101,40 @@ def reevaluate(
     for number in range(1 if every_task else last, last + 1):
         learner.load_state_dict(run.load(f"task-{number:02d}"))
         row = learner.evaluation.row(learner.method, learner.readouts, number - 1, learner.progress)
-        _write_row(matrices, row, number - 1, len(learner.scenario))
+        metrics.put(matrices, row, number - 1, len(learner.scenario))
     return matrices
-
-
-def _write_row(matrices: dict[str, Tensor], row: dict[str, Tensor], t: int, size: int) -> None:
-    """Put the accuracies after task t, by column, in the matrices `(size, size)`."""
-    for column, accuracies in row.items():
-        matrix = matrices.setdefault(column, torch.full((size, size), torch.nan, dtype=torch.float64))
-        matrix[t, : t + 1] = accuracies
 
 
 def _quiet() -> Progress:
     return Progress(console=Console(quiet=True), disable=True)
 
 
-def _launch(config: Config, output: Path | None, state: dict[str, Any] | None, progress: Progress | None) -> Run:
-    if state is None and output is not None:
+def _learn(
+    config: Config,
+    output: Path | None,
+    state: dict[str, Any] | None,
+    progress: Progress | None,
+    tasks: int | None = None,
+) -> Run:
+    """The whole run: task after task, fit it and close it.
+
+    A `state` goes on; the data of its first `tasks` (all, where None) have to be those of before.
+    """
+    if state is None and output is not None and not processes.started():
         Run.check_free(output)  # before other processes start, which would all fail
     fabric = fabric_for(config.hardware)
     fabric.launch()
-    return _learn(fabric, config, output, state, progress if progress and fabric.is_global_zero else _quiet())
-
-
-def _learn(
-    fabric: Fabric, config: Config, output: Path | None, state: dict[str, Any] | None, progress: Progress
-) -> Run:
-    """The whole run: task after task, fit it and close it."""
+    progress = progress if progress and fabric.is_global_zero else _quiet()
     learner = Learner(fabric, config, progress)
     if state is None:
         run = _new_run(learner, output)
     else:
         assert output is not None
         run = Run.open(output)
-        if fabric.is_global_zero and len(learner.config.added) > len(run.config.added):
-            run.add(replace(learner.config, hardware=run.config.hardware), learner.description)
+        run.check_data(learner.description, tasks=tasks)
         fabric.barrier()
-        run.check_data(learner.description)
+        if fabric.is_global_zero and config.added:
+            run.add(replace(learner.config, hardware=run.config.hardware), learner.description)
         learner.load_state_dict(state)
         where = {"hardware": asdict(config.hardware), "environment": environment()}
         learner.log(run, "resumed", task=learner.task, step=learner.step, **where)
@@ -153,6 +154,9 @@ def _new_run(learner: Learner, output: Path | None) -> Run:
         output = output or free_folder(Path("runs"), f"{config.name}-seed{config.seed}")
         run = Run.create(output, config)
         run.write_classes(learner.description)
+        if learner.shortfall:
+            run.log("data", warning=learner.shortfall)
+            learner.progress.console.print(f"[bold]warning:[/bold] {learner.shortfall}")
     return Run(Path(learner.fabric.broadcast(str(output))))
 
 
@@ -266,7 +270,7 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
         readout.end_task()
     observed = time.perf_counter()
     row = learner.evaluation.row(method, readouts, task.index, learner.progress)
-    _write_row(learner.matrices, row, task.index, len(learner.scenario))
+    metrics.put(learner.matrices, row, task.index, len(learner.scenario))
     learner.task = task.index + 1
     seconds = {**seconds, "boundary": observed - started, "evaluation": time.perf_counter() - observed}
     learner.save(run, f"task-{learner.task:02d}")

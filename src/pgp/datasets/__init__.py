@@ -297,5 +297,5 @@ def existing(folder: Path) -> Path:
     """`folder`, made absolute; a clear error if it is not there."""
     folder = folder.expanduser()
     if not folder.is_dir():
-        raise ValueError(f"no data folder at {folder.absolute()}")
+        raise ValueError(f"no data folder at {folder.absolute()}: name another, by --data or --dataset.root")
     return folder.absolute()

@@ -43,17 +43,18 @@ class Census(NamedTuple):
         return lines + list(self.bad)
 
 
-def checked(config: DatasetConfig, progress: Progress | None = None) -> Census:
+def checked(config: DatasetConfig, progress: Progress | None = None, data: Dataset | None = None) -> Census:
     """What there is of a data set on this disk, after every image file of it was decoded; nothing is downloaded.
 
     Args:
         config: the data set.
         progress: where to draw a bar; nowhere, where None.
+        data: what `config` reads, where it has been read already.
 
     Raises:
         ValueError: if the set is not there, or its index names files that are not.
     """
-    data = config.read()
+    data = data or config.read()
     bad = []
     bar = progress.add_task("checking images", total=len(data.train) + len(data.test)) if progress else None
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))

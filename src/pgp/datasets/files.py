@@ -19,6 +19,15 @@ from pgp.datasets.parts import part_for_test
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
+def images_below(folder: Path) -> list[Path]:
+    """Image files at any depth, alphabetically; hidden ones and thumbnails that systems leave are none."""
+
+    def shown(path: Path) -> bool:
+        return not any(part.startswith(".") or part == "@eaDir" for part in path.relative_to(folder).parts)
+
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and shown(p) and p.is_file())
+
+
 class FileSplit(Split):
     """Image files, decoded when asked for, and once where memory allows."""
 
@@ -36,8 +45,7 @@ class FileSplit(Split):
             (path, label, number)
             for number, domain in enumerate(domains or [""])
             for label, name in enumerate(names)
-            for path in sorted((folder / domain / name).rglob("*"))
-            if path.suffix.lower() in SUFFIXES and path.is_file()
+            for path in images_below(folder / domain / name)
         ]
         if not found:
             inside = "<domain>/<class>" if domains else "<class>"

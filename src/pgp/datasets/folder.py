@@ -9,11 +9,16 @@ from pgp.datasets import Dataset, DatasetConfig, existing
 from pgp.datasets.files import FileSplit
 from pgp.datasets.parts import check_share
 
+TEST_FOLDERS = ("test", "val", "validation")
+"""What the folder of the test images may be called; the first that is there."""
+PARTS = {*TEST_FOLDERS, "training", "testing", "valid"}
+"""Names that a class is not likely to have."""
+
 
 @dataclass(frozen=True)
 class Folder(DatasetConfig):
-    """Images in `root/train/<class>/*` and `root/test/<class>/*`, read in place; or in `root/<class>/*`, some of each
-    for the test.
+    """Images in `root/train/<class>/*` and `root/test/<class>/*` (or `val`, or `validation`), read in place; or in
+    `root/<class>/*`, some of each for the test.
 
     With domains the folders of a class lie in those of their domain: `root/train/<domain>/<class>/*` and
     `root/test/<domain>/<class>/*`, or `root/<domain>/<class>/*`.
@@ -41,16 +46,18 @@ class Folder(DatasetConfig):
         """Classes and domains are the folders of `train`, or of `root`, in alphabetical order."""
         root = existing(self.root)
         train = root / "train" if (root / "train").is_dir() else root
-        if train == root and (root / "test").is_dir():
-            raise ValueError(f"no data folder at {root / 'train'}, beside {root / 'test'}")
+        test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+        if train == root and (beside := [name for name in _folders(root) if name.lower() in PARTS]):
+            raise ValueError(f"no data folder at {root / 'train'}, beside {beside}: call the parts train and test, or"
+                             " leave only folders of classes")  # fmt: skip
         names, domains = self._levels(train)
         whole = FileSplit.of(train, names, domains)
-        if (root / "test").is_dir():
-            for kind, own, all_ in zip(("class", "domain"), self._levels(root / "test"), (names, domains), strict=True):
+        if train != root and test:
+            for kind, own, all_ in zip(("class", "domain"), self._levels(test), (names, domains), strict=True):
                 if strangers := [name for name in own if name not in all_]:
-                    raise ValueError(f"expected every {kind} of {root / 'test'} in {train} too, got {strangers[:5]} in"
-                                     " test only")  # fmt: skip
-            parts = whole, FileSplit.of(root / "test", names, domains)
+                    raise ValueError(f"expected every {kind} of {test} in {train} too, got {strangers[:5]} in"
+                                     f" {test.name} only")  # fmt: skip
+            parts = whole, FileSplit.of(test, names, domains)
         else:
             parts = whole.parted(self.test_share, self.split_seed)
         return Dataset(*parts, _spoken(root / "names.txt", names), domains=domains, folder=root)
@@ -80,11 +87,18 @@ def _spoken(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     if not path.is_file():
         return folders
     names = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"cannot read {path} as a text in UTF-8: {error}") from error
+    for line in lines:
         fitting = [folder for folder in folders if line.strip().startswith((f"{folder} ", f"{folder}\t"))]
         if fitting:
             folder = max(fitting, key=len)
             names[folder] = line.strip().removeprefix(folder).strip()
     if without := [folder for folder in folders if folder not in names]:
         raise ValueError(f"expected a line 'FOLDER NAME' in {path} for each folder, got none for {without[:5]}")
-    return tuple(names[folder] for folder in folders)
+    spoken = tuple(names[folder] for folder in folders)
+    if twice := sorted({name for name in spoken if spoken.count(name) > 1}):
+        raise ValueError(f"expected a name of its own for each folder in {path}, got {twice[:5]} more than once")
+    return spoken

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 
 from pgp.datasets import BadImageError, Dataset, DatasetConfig, Split
@@ -40,6 +41,10 @@ class HuggingFace(DatasetConfig):
 
     def __post_init__(self) -> None:
         check_share(self.test_share)
+
+    def fetch(self, progress: Progress | None = None) -> None:
+        """See `DatasetConfig.fetch`; the library downloads into its own cache and shows its own bars."""
+        _load(self.name, self.subset)
 
     def build(self) -> Dataset:
         """Classes come as its ClassLabel says, by number where they are whole numbers, else as they first appear."""

@@ -23,6 +23,8 @@ def own_data(place: str) -> DatasetConfig:
     'beans'
     """
     if place.startswith(HUB):
+        if place == HUB:
+            raise ValueError(f"expected the name or path of a Hugging Face data set behind {HUB}, got none")
         return HuggingFace(place.removeprefix(HUB))
     path = Path(place)
     if path.suffix.lower() in SUFFIXES and not path.is_dir():

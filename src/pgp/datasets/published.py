@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from pgp.datasets import Dataset, DatasetConfig
 from pgp.datasets.download import there, unpacked
-from pgp.datasets.files import SUFFIXES, FileSplit
+from pgp.datasets.files import FileSplit, images_below
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,7 @@ def images_in(folder: Path) -> list[Path]:
     """Image files right in `folder`, by name; none where it is no folder."""
     if not folder.is_dir():
         return []
-    return sorted(path for path in folder.iterdir() if _is_image(path))
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")  # macOS leaves ._x.jpg beside x.jpg
+    return [path for path in images_below(folder) if path.parent == folder]
 
 
 def folders_in(folder: Path, fits: Callable[[str], object]) -> list[str]:

@@ -54,6 +54,8 @@ class Projection(abc.ABC):
 
     collect: Collect | None = Collect()
     """None: it observes nothing."""
+    seed: int = 0
+    """The run's, for what is drawn at random."""
     on: Literal["gradient", "update"] = "gradient"
     """What is projected: the gradient before the step, or the change that the step made."""
 

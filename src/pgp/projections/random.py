@@ -19,9 +19,7 @@ class Random(Orthogonal):
 
     @dataclass(frozen=True)
     class Config(Orthogonal.Config):
-        """The settings of `Orthogonal`, which decide the ranks, and what the directions are drawn from."""
-
-        seed: int = 0
+        """The settings of `Orthogonal`, which decide the ranks."""
 
         def build(self) -> Random:
             """A projection that has seen no task yet."""
@@ -29,7 +27,6 @@ class Random(Orthogonal):
 
     def __init__(self, config: Random.Config) -> None:
         super().__init__(config)
-        self._seed = config.seed
         self._drawn: dict[str, Tensor] = {}  # by space, (..., D, D)
 
     def basis(self, space: str) -> Tensor:
@@ -37,7 +34,7 @@ class Random(Orthogonal):
         true = self.bases[space]
         if space not in self._drawn:
             shape = (*true.shape[:-1], true.shape[-2])
-            draws = torch.randn(shape, dtype=torch.float64, generator=generator(self._seed, "random", space))
+            draws = torch.randn(shape, dtype=torch.float64, generator=generator(self.seed, "random", space))
             self._drawn[space] = torch.linalg.qr(draws).Q.to(true.device)
         held = (true != 0).any(-2, keepdim=True)  # (..., 1, r): where heads differ in rank, zero columns pad
         return self._drawn[space][..., : true.shape[-1]] * held

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ from pgp.readouts import Readout
 
 
 class LDA(Readout):
-    """Class means and one pooled covariance S, shrunk: `(1 - a) S + a tr(S)/D I`; equal priors.
+    """Class means and one pooled covariance S, shrunk: `(1 - a) S + a tr(S)/D I`; equal priors. Where features do not
+    vary within classes, which is so with one image of each, the nearest mean decides.
 
     Statistics of a class are taken once, right after its task, and kept as they were: `C * D + D * D` numbers, whatever
     the number of images. Where later training moves the features, they go stale; that is what projection is to prevent.
@@ -90,7 +92,10 @@ class LDA(Readout):
         shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * round_
         rounding = len(covariance) * torch.finfo(torch.float64).eps * products.trace()
         if not bool(within.trace() > rounding):
-            raise ValueError("expected features that vary within classes, got a covariance of 0: LDA needs more images")
+            if self.shrinkage < 1:
+                warnings.warn("no spread of features within classes (one image of each?): the nearest mean decides",
+                              stacklevel=2)  # fmt: skip
+            shrunk = torch.eye(len(covariance)).to(covariance)
         self._centre = means[seen].mean(0)
         centred = means - self._centre
         self._weight = torch.linalg.solve(shrunk, centred.T)  # (D, C)
