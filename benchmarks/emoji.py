@@ -46,6 +46,7 @@ from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.released import Released
 from pgp.readouts.lda import LDA
+from pgp.readouts.ncm import NCM
 from pgp.readouts.sequential import Sequential
 from pgp.run import Run
 from pgp.scenario import Task
@@ -119,6 +120,8 @@ def rows() -> dict[str, dict[str, Any]]:
     """By name, how each row of the table differs from `base`."""
     table: dict[str, dict[str, Any]] = {
         "head only": {"method": METHODS["head-only"], "optimizer": Optimizer(lr=BEST_RATE["head-only"])},
+        "nearest class mean": {"method": HeadOnly.Config(learns=False), "readouts": (NCM.Config(),)},
+        "L2P, all tasks at once": {"joint": True},
         "L2P": {},
         "L2P-PGP released": {"projection": Released.Config()},
     }
@@ -127,10 +130,7 @@ def rows() -> dict[str, dict[str, Any]]:
             for space in ("sum", "union", "input"):
                 projection: Projection.Config = Orthogonal.Config(space, energy, energy, on)  # type: ignore[arg-type]
                 table[f"L2P-PGP {space} {on} {energy:g}"] = {"projection": projection}
-    for rate in (
-        BEST_RATE["dualprompt"],
-        0.3,
-    ):  # at the best rate its prompts hardly move, so at one where they do, too
+    for rate in (BEST_RATE["dualprompt"], 0.3):  # at the best rate its prompts hardly move: at one where they do, too
         base = {"method": METHODS["dualprompt"], "optimizer": Optimizer(lr=rate)}
         table[f"DualPrompt at {rate:g}"] = base
         for protect in ("keys", "keys+values"):
@@ -179,6 +179,8 @@ def drift(run: Run) -> float:
         (batch,) = batches(viewed, in_order(task.test, len(task.test)), Loading())
         return learner.method.features(batch.images)
 
+    if not tasks:
+        return 0.0
     final = f"task-{len(tasks) + 1:02d}"
     pairs = [(features(task, f"task-{task.index + 1:02d}"), features(task, final)) for task in tasks]
     return statistics.mean(float((after - before).norm() / before.norm()) for before, after in pairs)
@@ -196,11 +198,13 @@ def tune(part: int, parts: int) -> None:
             _append(TUNING, {"method": name, "lr": lr, "seed": 100, **measure(config)})
 
 
-def run(part: int, parts: int, seeds: list[int]) -> None:
-    """Every row of every seed that is not in the results yet."""
+def run(part: int, parts: int, seeds: list[int], wanted: list[str]) -> None:
+    """Every row of every seed that is not in the results yet; of the `wanted` rows only, where some are named."""
     root = folder(TEST)
     jobs = [(name, changes, seed) for seed in seeds for name, changes in rows().items()]
     for name, changes, seed in jobs[part - 1 :: parts]:
+        if wanted and name not in wanted:
+            continue
         if (name, seed) not in {(line["row"], line["seed"]) for line in _lines(RESULTS)}:
             result = measure(replace(base(root, seed), **changes))
             about = environment()
@@ -223,13 +227,17 @@ def table() -> str:
             continue
 
         def column(readout: str, figure: str, name: str = name, seeds: list[int] = seeds) -> str:
-            return spread([100 * by[name, seed]["figures"][readout][figure] for seed in seeds])
+            found = [by[name, seed]["figures"] for seed in seeds]
+            only = next(iter(found[0])) if len(found[0]) == 1 and readout == "sequential" else readout
+            return spread([100 * figures[only][figure] for figures in found if only in figures])
 
         def paired(figure: str, name: str = name, seeds: list[int] = seeds) -> str:
             base = name.partition("-PGP")[0]
+            if base == name:
+                return ""
             both = [seed for seed in seeds if (base, seed) in by]
             own, twin = ([by[row, s]["figures"]["sequential"][figure] for s in both] for row in (name, base))
-            return "" if name == base else spread([100 * (a - b) for a, b in zip(own, twin, strict=True)], sign="+")
+            return spread([100 * (a - b) for a, b in zip(own, twin, strict=True)], sign="+")
 
         ranks = [by[name, seed]["ranks"] for seed in seeds]
         mean = {space: statistics.mean(r[space] for r in ranks) for space in ranks[0]}
@@ -281,6 +289,7 @@ def main() -> None:
     parser.add_argument("what", choices=("tune", "run", "table"))
     parser.add_argument("--part", default="1/1", help="which share of the runs, such as 1/2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rows", nargs="+", default=[], help="names of rows; all, where none is given")
     options = parser.parse_args()
     if options.what == "table":
         RESULTS.with_suffix(".md").write_text(table())
@@ -293,7 +302,7 @@ def main() -> None:
     if options.what == "tune":
         tune(part, parts)
     else:
-        run(part, parts, options.seeds)
+        run(part, parts, options.seeds, options.rows)
 
 
 if __name__ == "__main__":

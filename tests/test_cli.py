@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
 import tiny
 from pgp import cli, recipes
@@ -109,6 +110,35 @@ def test_list_and_help(capsys):
             cli.main(words)
         assert stop.value.code == 0
         assert "--precision" in capsys.readouterr().out
+
+
+def test_data_get_and_check(tmp_path, capsys):
+    for label in "ab":
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(3):
+            Image.new("RGB", (9, 9), (80 * number, 0, 0)).save(tmp_path / "photos" / label / f"{number}.png")
+    words = ["own", "--data", "photos", "--tasks", "2"]
+    cli.main(["data", "get", *words])
+    assert f"there: 4 training and 2 test images of 2 classes, at {'photos'}" in capsys.readouterr().out
+    cli.main(["data", "check", *words])
+    assert capsys.readouterr().out.splitlines() == [
+        "4 training and 2 test images of 2 classes",
+        "task 1 of 2: 1 classes, 2 training and 1 test images",
+        "task 2 of 2: 1 classes, 2 training and 1 test images",
+        "whole",
+    ]
+    cli.main(["data", "get", "demo"])
+    assert "there: 72 training and 24 test images of 6 classes" in capsys.readouterr().out
+    (tmp_path / "photos" / "a" / "1.png").write_bytes(b"")
+    with pytest.raises(SystemExit):
+        cli.main(["data", "check", *words])
+    told = capsys.readouterr()
+    assert "cannot read the image" in told.out
+    assert "1.png" in told.out
+    assert "the data are not whole" in told.err
+    assert "no data folder at" in fails(capsys, "data", "get", "own", "--data", "nowhere")
+    assert "perhaps you meant 'check'" in fails(capsys, "data", "chek", "demo")
+    assert "expected pgp data get RECIPE" in fails(capsys, "data")
 
 
 @pytest.mark.parametrize(
