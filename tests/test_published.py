@@ -184,5 +184,7 @@ def test_data_can_have_moved_for_an_evaluation(tmp_path, capsys, monkeypatch):
     (tmp_path / "here").rename(tmp_path / "there")
     assert "no data folder" in fails(capsys, *words, "--eval")
     assert "no data folder" in fails(capsys, *words, "--eval", "--data_path", "nowhere")
-    cli.published_main([*words, "--eval", "--data_path=there"])
-    assert capsys.readouterr().out.count("yes") == 2
+    for place in (["--data_path=there"], ["--data", "there"]):
+        cli.published_main([*words, "--eval", *place])
+        assert capsys.readouterr().out.count("yes") == 2
+    assert "no data folder" in fails(capsys, *words, "--eval", "--data", "nowhere")

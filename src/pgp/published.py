@@ -18,6 +18,7 @@ import torch
 from pgp.backbones.clip import CLIP
 from pgp.backbones.vit import ViT
 from pgp.config import Config
+from pgp.curriculum import located
 from pgp.methods.clip_prompt import CLIPPrompt
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.l2p import L2P
@@ -111,6 +112,7 @@ def newest(asked: Config, words: Sequence[str], folder: Path) -> tuple[Run, Conf
     Raises:
         RunError: if there is none.
     """
+    asked = located(asked)
     stands_in = re.compile(re.escape(folder.name) + r"-\d+")
     twins = [place for place in folder.parent.iterdir() if stands_in.fullmatch(place.name)]
     places = [place for base in (folder, *twins) if base.is_dir() for place in (base, *base.iterdir())]
@@ -128,8 +130,10 @@ def newest(asked: Config, words: Sequence[str], folder: Path) -> tuple[Run, Conf
     config = replace(config, hardware=replace(asked.hardware, devices=1, precision=run.config.hardware.precision))
     if "eval-batch-size" in given:
         config = replace(config, eval_batch_size=asked.eval_batch_size)
-    if "dataset.root" in given:
-        data: Any = config.dataset
+    data: Any = config.dataset
+    if "data" in given:
+        config = replace(config, dataset=asked.dataset)
+    elif "dataset.root" in given:
         config = replace(config, dataset=replace(data, root=_at(asked, "dataset.root")))
     return run, config
 
