@@ -1,0 +1,384 @@
+"""A second set of real pictures: 200 Chinese characters as 23 typefaces draw them, in pictures that differ in size,
+place and tilt. 14 typefaces to train on, 4 to tune on and 5 to test on.
+
+    python benchmarks/kanji_data.py            # fetch some 190 MB by npm, draw data/kanji, print what is in it
+    python benchmarks/kanji_data.py --probe    # and, in 80 s, what closed-form readouts make of frozen features
+
+Needs npm (it comes with Node.js), of which only `npm pack` is used; the registry is the one that npm is set up for.
+The probe also needs ../shared/backbones/vit_small_patch14_imgfocus.safetensors, beside the checkout and not part of the
+project.
+
+The typefaces are under the SIL Open Font License 1.1 or the Apache License 2.0; data/kanji/SOURCES.txt names their
+authors. They are fetched and drawn, never passed on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, features
+
+from pgp.backbones import Backbone
+from pgp.backbones.vit import ViT
+from pgp.datasets import Loading, Split, Viewed, Views, batches, in_order
+from pgp.datasets.files import FileSplit
+from pgp.datasets.folder import Folder
+from pgp.readouts import Readout
+from pgp.readouts.lda import LDA
+from pgp.readouts.ncm import NCM
+
+ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT.parent / "shared" / "backbones" / "vit_small_patch14_imgfocus.safetensors"
+DATA = ROOT / "data"
+PACKAGES = DATA / "kanji-packages"
+"""What was fetched; it may be deleted once data/kanji is there."""
+SIDE = 96
+"""Pixels of a picture, each way."""
+EM = (58.0, 80.0)
+"""Pixels of the typeface's square, drawn for each picture. Not scaled to the ink: who draws small stays small."""
+TILT = 10.0
+"""Degrees either way."""
+SHIFT = 8.0
+"""Pixels off the centre, either way. With all characters upright, alike in size and in the centre, a classifier of mere
+pixels beats frozen features; with these three it does not, by far."""
+FINE = 256
+"""Pixels of the typeface's square before it is made small."""
+LARGEST = 16 << 20
+"""Bytes of the largest file that is read out of a package; what claims more is none of these typefaces."""
+PARTS = ("train", "validation", "test")
+CHARACTERS = (
+    "一右雨王音下火花学九休玉金空月犬五口校左三山子四糸字耳七手十出女小上森人水正生青夕石赤千川先早草足村大男竹中虫町天田"
+    "土二日入年白八百文木本名目立力林六引羽何科夏家歌画回会海外角活丸岩汽弓牛京教近兄形元言原古午後工公交光考行高黄合谷国"
+    "今才作算止市矢思寺自室社弱首秋春少色食心新数西声星晴切雪船前走多太体台地池知茶昼朝直通弟店点刀冬当答同道内南肉麦半番父"
+    "分米方母北妹万明毛夜野友用曜来里理安暗委意育院泳央"
+)
+"""What Japanese children learn first, in the order of the school lists, less what one of the typefaces lacks."""
+
+
+class Font(NamedTuple):
+    """A typeface, as an npm package holds it."""
+
+    part: Literal["train", "validation", "test"]
+    name: str
+    version: str
+    subset: str
+    """Which file of the package has the characters."""
+    sha256: str
+    """Of the package, which npm never changes once it is published."""
+
+    @property
+    def package(self) -> str:
+        """As npm wants it named."""
+        return f"@fontsource/{self.name}@{self.version}"
+
+    @property
+    def archive(self) -> Path:
+        """Where the package lies once it was fetched."""
+        return PACKAGES / f"fontsource-{self.name}-{self.version}.tgz"
+
+    @property
+    def file(self) -> str:
+        """The typeface in the package."""
+        return f"package/files/{self.name}-{self.subset}-400-normal.woff"
+
+
+# fmt: off
+FONTS = (
+    Font("train", "hina-mincho", "5.2.8", "japanese",  # Mincho, thin
+         "38466d5704bf9f66f02abb5c6c80aa606b562bdba356b90b77681a37710c7bf9"),
+    Font("train", "zen-antique", "5.3.0", "japanese",  # Mincho, heavy
+         "26f28d7bd1b4aaca6dded4d6e7e56e5fd2f5b5635e670a7d56e319da6bfd98ca"),
+    Font("train", "sawarabi-gothic", "5.3.1", "japanese",  # Gothic
+         "29bf44a5846453419e066fb8e09cd30919643fa04a3210af3397fc11e65f78ae"),
+    Font("train", "shippori-antique", "5.3.0", "japanese",  # Gothic, heavy
+         "6251b13b55fe2a61d8230173b2dbcb9370633af6a73c19ec5aeb9fc2c2fc0c5d"),
+    Font("train", "rocknroll-one", "5.3.0", "japanese",  # Gothic, lively
+         "aa274450543b7e1bfc0965cda9100a3a6bef26271d5b4c9ad1dc7f05118aea51"),
+    Font("train", "reggae-one", "5.3.0", "japanese",  # brushed headline
+         "88f67b908e40afc364045c8e18f69cf99727f358408fab86dc447b445caa6d4e"),
+    Font("train", "stick", "5.3.0", "japanese",  # sticks
+         "ef2d959b5b974e8b8334f6faa4b380c6c90b91aae9b509c01733a7ce4616a7c7"),
+    Font("train", "potta-one", "5.3.0", "japanese",  # fat brush
+         "ba4b54bac2024f7534d62759974dcb3e1b2e40585cb03cea06817699d35c10e9"),
+    Font("train", "yomogi", "5.3.0", "japanese",  # fine pen
+         "db1cc83484c6552df59b9c22f2f4725ceaad79875d90f42dcc9268a5c35d5080"),
+    Font("train", "hachi-maru-pop", "5.3.0", "japanese",  # rounded handwriting
+         "10f8789329e00597f5f4ae91f8fc1408c22b3b132a6de54b4b08c2f8d3e2b9c3"),
+    Font("train", "ma-shan-zheng", "5.3.1", "chinese-simplified",  # brush
+         "f441a8e137c210da78e8a287616227b11771ff8bbc4a6e506a0f5f84790ca272"),
+    Font("train", "zcool-xiaowei", "5.3.0", "chinese-simplified",  # Song
+         "da63bdd0b1fe09ca18433ced3033c0ecbcffcfdca09c021206e8076822d28720"),
+    Font("train", "kosugi-maru", "5.3.0", "japanese",  # Gothic, round
+         "ce8295c0e9c13b50b25867e47f3a78cdb4464a27a82eb5a6f89b7eff484a15ab"),
+    Font("train", "dela-gothic-one", "5.3.0", "japanese",  # wide and black
+         "2344fa5f9b2bb0b152013d98073a01006cffc4eac2d638586df6b0805e4d9474"),
+    Font("validation", "mochiy-pop-one", "5.3.0", "japanese",  # fat and round
+         "e51bf9bf1885021eadc9ad3178f1dd7a0fa98e88b69be71ca8f13dc177ca976e"),
+    Font("validation", "zcool-kuaile", "5.3.0", "chinese-simplified",  # playful
+         "1e708b9f87a9e933e11c9137b4aa891c3e3105beee047ddfe75d23466c887dc1"),
+    Font("validation", "zcool-qingke-huangyou", "5.3.0", "chinese-simplified",  # condensed
+         "fde964d5d311f415ff8ea42bb583b4a68ca4193202b900d7e5314c941f5d95b8"),
+    Font("validation", "long-cang", "5.3.0", "chinese-simplified",  # running hand
+         "f37d7fc6e0ed15718e03fe9edd5f8b0117d6d011d23c15bf2d35b7b00f9c4e26"),
+    Font("test", "zen-kurenaido", "5.3.0", "japanese",  # pen
+         "f8a7fb316996b6d8a7daa9faf3a5f8baab1622cdca9e2aec4af807036ddb2fa4"),
+    Font("test", "yuji-mai", "5.3.0", "japanese",  # brush
+         "c12fbb2a58b2b51d9b5674ff8e14c4d6d2e5525b57f573598a6d11067e132849"),
+    Font("test", "dotgothic16", "5.3.0", "japanese",  # pixels
+         "5977ee64b27320f4cc22017b956c5271f2152d307e294771970d6b19cdf6b3dd"),
+    Font("test", "rampart-one", "5.3.0", "japanese",  # outline with a shadow
+         "f686a1ca09a507666f8ffa9743b000614e9fdec605136d6278aa6f2b040d53ac"),
+    Font("test", "yusei-magic", "5.3.0", "japanese",  # marker
+         "f752e070375427a719f719629f7af78b64d24a6fd7bea7041d8b6b72e2bcc6a0"),
+)
+# fmt: on
+"""Pens, brushes and headlines are in each part; the pixels and the outline are far from all that is trained on. Cursive
+hands such as zhi-mang-xing are left out: frozen features read 5 to 9 % of them, which only thins all figures."""
+
+
+class DataError(Exception):
+    """What cannot be fetched or drawn; the message says what to do."""
+
+
+def folder(held_out: Literal["validation", "test"] = "test") -> Path:
+    """An image folder, written once: data/kanji, whose test part is its folder `test`; or data/kanji-validation, which
+    holds no test image and has the folder `validation` for its test part, to tune on.
+
+    Pictures are `<part>/<class>/<typeface>.png`; a class is called by its code point, as in `u6728`, and `names.txt`
+    has the character.
+    """
+    root = DATA / "kanji"
+    if not root.is_dir():
+        fonts = {font: _file(font) for font in FONTS}
+        with _once(root) as partial:
+            for font, content in fonts.items():
+                draw(font, content, partial)
+            (partial / "names.txt").write_text("".join(f"{_class(c)} {c}\n" for c in CHARACTERS), encoding="utf-8")
+            lines = [f"{font.part}\t{font.package}\t{_licence(font)}\n" for font in FONTS]
+            (partial / "SOURCES.txt").write_text("".join(lines), encoding="utf-8")
+    if held_out == "test":
+        return root
+    tuning = DATA / "kanji-validation"
+    if not tuning.is_dir():
+        with _once(tuning) as partial:
+            shutil.copytree(root, partial, ignore=shutil.ignore_patterns("test"), dirs_exist_ok=True)
+    return tuning
+
+
+def draw(font: Font, content: bytes, root: Path) -> None:
+    """Nothing; `root/<part>/<class>/<typeface>.png` is now there for every character: black on white, and as large, as
+    tilted and as far off the centre as its own random numbers say, which are the same every time.
+
+    Raises:
+        DataError: if the typeface cannot be read or lacks characters.
+    """
+    try:
+        # the basic layout, because the other depends on what else is installed
+        face = ImageFont.truetype(io.BytesIO(content), FINE, layout_engine=ImageFont.Layout.BASIC)
+    except OSError as error:
+        raise DataError(f"expected a typeface in {font.package}, got {error}: Pillow needs a FreeType with zlib, such"
+                        " as the one in the wheels that pip installs") from error  # fmt: skip
+    box_for_none = bytes(face.getmask("\U0010fffd"))  # a code point that no typeface has
+    lacking = [character for character in CHARACTERS if bytes(face.getmask(character)) in (b"", box_for_none)]
+    if lacking:
+        raise DataError(f"expected all of CHARACTERS in {font.package}, got none for {''.join(lacking)}: take these"
+                        " out of CHARACTERS, or another typeface")  # fmt: skip
+    for character in CHARACTERS:
+        path = root / font.part / _class(character) / f"{font.name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(face, character, random.Random(f"{font.name} {character}")).save(path)
+
+
+def picture(face: ImageFont.FreeTypeFont, character: str, numbers: random.Random) -> Image.Image:
+    """One gray picture of `SIDE` pixels each way, with all of the ink in it."""
+    left, top, right, bottom = face.getbbox(character)
+    sheet = Image.new("L", (2 * FINE, 2 * FINE), 0)  # white on black: that is what turning and cropping fill in
+    corner = (FINE - (left + right) // 2, FINE - (top + bottom) // 2)
+    ImageDraw.Draw(sheet).text(corner, character, fill=255, font=face)
+    sheet = sheet.rotate(numbers.uniform(-TILT, TILT), Image.Resampling.BICUBIC)
+    ink = sheet.crop(sheet.getbbox())
+    factor = min(numbers.uniform(*EM) / FINE, SIDE / max(ink.size))
+    ink = ink.resize([max(1, round(factor * length)) for length in ink.size], Image.Resampling.LANCZOS)
+    room = [SIDE - length for length in ink.size]
+    place = [min(max(round(free / 2 + numbers.uniform(-SHIFT, SHIFT)), 0), free) for free in room]
+    whole = Image.new("L", (SIDE, SIDE), 0)
+    whole.paste(ink, (place[0], place[1]))
+    return ImageOps.invert(whole)
+
+
+def fetch(font: Font) -> None:
+    """Nothing; the package now lies where `font.archive` says, and is the right one.
+
+    Raises:
+        DataError: if npm is missing, or gives nothing or something else.
+    """
+    if font.archive.is_file() and _digest(font.archive) == font.sha256:
+        return
+    npm = shutil.which("npm")
+    if npm is None:
+        raise DataError("expected the program npm, got none: install Node.js, which brings it")
+    print(f"fetching {font.package}", flush=True)
+    PACKAGES.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=PACKAGES) as place:
+        command = [npm, "pack", "--ignore-scripts", "--pack-destination", place, font.package]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        came = Path(place) / font.archive.name
+        if done.returncode or not came.is_file():
+            raise DataError(f"expected {font.package} from npm, got exit code {done.returncode}: look at what it says"
+                            f" and start again, what has come stays\n{done.stderr.strip()}")  # fmt: skip
+        if (got := _digest(came)) != font.sha256:
+            raise DataError(f"expected {font.package} with sha256 {font.sha256}, got {got}: its registry holds another"
+                            " file than the public one; set npm to the public registry")  # fmt: skip
+        came.replace(font.archive)
+
+
+def probe() -> None:
+    """Prints the accuracy of closed-form readouts of all classes at once, fitted to the training part: on frozen CLS
+    features, and on the pixels themselves.
+    """
+    data = Folder(folder()).build()
+    parts = {"train": data.train, "validation": _split("validation", data.class_names), "test": data.test}
+    views = Views(size=84, resize=84, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    backbone = ViT.Config("vit_small_patch14_dinov2.lvd142m", weights=str(WEIGHTS)).build(views.size)
+    started = time.perf_counter()
+    inputs = {"CLS": {part: _features(split, views, backbone) for part, split in parts.items()}}
+    print(f"features of {sum(map(len, parts.values()))} pictures: {time.perf_counter() - started:.0f} s")
+    inputs["pixels"] = {part: _features(split, Views(size=24, resize=24), None) for part, split in parts.items()}
+    for kind, read in inputs.items():
+        readouts: dict[str, Readout] = {"LDA": LDA(len(CHARACTERS)), "nearest class mean": NCM(len(CHARACTERS), 1.0)}
+        for name, readout in readouts.items():
+            started = time.perf_counter()
+            readout.observe(read["train"], data.train.labels)
+            readout.end_task()
+            right = {
+                part: readout.logits(read[part]).argmax(1) == parts[part].labels for part in ("validation", "test")
+            }
+            figures = ", ".join(f"{part} {100 * hits.float().mean():.1f} %" for part, hits in right.items())
+            print(f"{name} of {kind}: {figures}; {time.perf_counter() - started:.1f} s")
+            if name == "LDA" and kind == "CLS":
+                for part, hits in right.items():
+                    print("   ", _by_font(parts[part], hits))
+
+
+def summary(root: Path) -> str:
+    """Classes, images by part, and who made them."""
+    counts = {part: len(list((root / part).glob("*/*.png"))) for part in PARTS}
+    each = {part: sum(font.part == part for font in FONTS) for part in PARTS}
+    images = ", ".join(f"{part} {counts[part]} ({each[part]} a class)" for part in PARTS)
+    sources = (root / "SOURCES.txt").read_text(encoding="utf-8")
+    return f"{root}: {len(CHARACTERS)} classes; images: {images}\n{sources.strip()}"
+
+
+def _features(split: Split, views: Views, backbone: Backbone | None) -> torch.Tensor:
+    """`(N, D)`: what the frozen encoder makes of the test view, or the view itself without one."""
+    viewed = Viewed(split, views.test(), 0, ("probe",), skip_bad=False)
+    plan = in_order(torch.arange(len(split)), 64)
+    seen = (batch.images for batch in batches(viewed, plan, Loading()))
+    return torch.cat([images.flatten(1) if backbone is None else backbone.encode(images) for images in seen])
+
+
+def _split(part: str, class_names: tuple[str, ...]) -> FileSplit:
+    """A part that `Folder` does not read, because there is a test part too."""
+    folders = {character: _class(character) for character in CHARACTERS}
+    return FileSplit.of(folder() / part, [folders[name] for name in class_names])
+
+
+def _by_font(split: Any, hits: torch.Tensor) -> str:
+    fonts = [path.stem for path in split.paths]
+    share = {
+        name: hits[[i for i, font in enumerate(fonts) if font == name]].float().mean() for name in sorted(set(fonts))
+    }
+    return ", ".join(f"{name} {100 * value:.1f} %" for name, value in share.items())
+
+
+def _class(character: str) -> str:
+    """Plain letters, because some file systems and programs know no others."""
+    return f"u{ord(character):04x}"
+
+
+def _file(font: Font) -> bytes:
+    fetch(font)
+    return _member(font, font.file)
+
+
+def _licence(font: Font) -> str:
+    """What the package says of it."""
+    licence = json.loads(_member(font, "package/metadata.json"))["license"]
+    return f"{licence['type']}\t{licence['attribution']}"
+
+
+def _member(font: Font, name: str) -> bytes:
+    """One plain file of the package, read and not unpacked: no path in it matters to the disk."""
+    try:
+        with tarfile.open(font.archive) as package:
+            info = package.getmember(name)
+            if not info.isfile() or info.size > LARGEST:
+                raise DataError(f"expected a plain file {name} of at most {LARGEST} bytes in {font.archive}, got"
+                                f" {'one' if info.isfile() else 'no plain file'} of {info.size}")  # fmt: skip
+            file = package.extractfile(info)
+            assert file is not None  # it is a plain file
+            return file.read()
+    except (KeyError, tarfile.TarError, EOFError) as error:
+        raise DataError(
+            f"expected {name} in {font.archive}, got {error}: delete the archive and start again"
+        ) from error
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _once(root: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `root` when all went well and is gone when not."""
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=".partial-") as place:
+        partial = Path(place) / root.name  # the one around it can be read by its owner only
+        partial.mkdir()
+        yield partial
+        try:
+            partial.replace(root)
+        except OSError:  # another process was faster
+            if not root.is_dir():
+                raise
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--probe", action="store_true", help="also measure frozen features")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    try:
+        print(summary(folder()))
+    except DataError as error:
+        sys.exit(str(error))
+    print(f"{time.perf_counter() - started:.0f} s; drawn by FreeType {features.version('freetype2')}")
+    if options.probe:
+        if not WEIGHTS.is_file():
+            print(f"skipped the probe: it needs {WEIGHTS}, which is not part of the project")
+            return
+        torch.set_num_threads(1)
+        probe()
+
+
+if __name__ == "__main__":
+    main()
