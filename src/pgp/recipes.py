@@ -26,6 +26,7 @@ from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
+from pgp.methods.vpt import VPT
 from pgp.projections import Projection
 from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
@@ -40,6 +41,7 @@ from pgp.readouts.sequential import Sequential
 METHODS: dict[str, Method.Config] = {
     "l2p": L2P.Config(),
     "dualprompt": DualPrompt.Config(),
+    "vpt": VPT.Config(),
     "clip": CLIPPrompt.Config(),
     "zero-shot": ZeroShot.Config(),
     "head-only": HeadOnly.Config(),
@@ -199,6 +201,24 @@ def cub200_dualprompt_pgp() -> Config:
     )
 
 
+def demo_vpt() -> Config:
+    """Digits in 5 tasks of 2 classes by deep prompts under projection, on a small encoder that pgp ships. Offline."""
+    return replace(
+        demo(), name="demo-vpt", method=VPT.Config(), projection=Orthogonal.Config("input", energy=0.9, on="update")
+    )
+
+
+def cifar100_10_vpt_pgp() -> Config:
+    """Split CIFAR-100, 10 tasks of 10 classes, deep prompts projected, on ViT-B/16 (in21k). Our own settings."""
+    return replace(
+        cifar100_10_l2p_pgp(),
+        name="10cifar100_vpt_pgp",
+        method=VPT.Config(),
+        projection=Orthogonal.Config("input", energy=0.9, on="update"),
+        readouts=(LDA.Config(), Sequential.Config()),
+    )
+
+
 def demo_clip() -> Config:
     """Digits in 5 tasks of 2 classes by CLIP-PGP, on a small CLIP that pgp ships. Offline, minutes on a laptop."""
     return replace(
@@ -256,6 +276,8 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "imr_dualprompt_pgp": imr_dualprompt_pgp,
     "tinyimagenet_dualprompt_pgp": tinyimagenet_dualprompt_pgp,
     "cub200_dualprompt_pgp": cub200_dualprompt_pgp,
+    "demo-vpt": demo_vpt,
+    "10cifar100_vpt_pgp": cifar100_10_vpt_pgp,
     "demo-clip": demo_clip,
     "10cifar100_clip_pgp": cifar100_10_clip_pgp,
 }

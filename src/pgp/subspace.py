@@ -30,6 +30,14 @@ class Rows(NamedTuple):
 
     inputs: Tensor
     prompts: Tensor | None = None
+    through: Tensor | None = None
+    """Maps `(H, d, D)` that never change: where given, inputs `(B, H, N, d)` stand for the rows that each head makes of
+    them, which all meet one parameter. Their moment is streamed `d` wide, a head at a time, and mapped at the end."""
+
+    @property
+    def met(self) -> Tensor:
+        """The inputs as they meet the parameter, `(B, ..., N, D)`; where they are mapped, those of all heads together."""
+        return self.inputs if self.through is None else (self.inputs @ self.through).flatten(1, 2)
 
 
 class Moment:

@@ -82,6 +82,23 @@ class Backbone(nn.Module, abc.ABC):
     ) -> dict[int, Trace]:
         """What the blocks of `layers` see in a pass with these prompts and prefixes; nothing above them is computed."""
 
+    @abc.abstractmethod
+    def normed(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens `(..., L, D)` behind the LayerNorm before the attention of block `layer`, and the deviation `(..., L)`
+        by which it divides each.
+        """
+
+    @abc.abstractmethod
+    def prefix(self, layer: int, tokens: Tensor) -> Tensor:
+        """Keys and values `(2, H, L, D/H)` that the attention of block `layer` makes of normed tokens `(L, D)`."""
+
+    @abc.abstractmethod
+    def affinity(self, layer: int, *, normed: bool) -> Tensor:
+        """Maps `(H, D/H, D)` of what head h of block `layer` asks with, q, to the direction in which a token has to
+        move to change its score: `q W_k`, and where tokens are not `normed`, back through the LayerNorm, whose
+        deviation is taken for a constant.
+        """
+
     def encode(self, images: Tensor) -> Tensor:
         """Final CLS token of the plain pass, `(B, D)`: the query by which prompts are chosen."""
         with torch.no_grad():

@@ -92,7 +92,19 @@ class CLIP(VisionLanguage):
         prefixes: Mapping[int, Tensor] | None = None,
     ) -> dict[int, Trace]:
         """See `Backbone.trace`; not to be had here."""
-        raise ValueError("expected a method without prefixes: a CLIP encoder takes prompts only; choose --backbone vit")
+        raise ValueError(_NO_PREFIXES)
+
+    def normed(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Backbone.normed`; not to be had here."""
+        raise ValueError(_NO_PREFIXES)
+
+    def prefix(self, layer: int, tokens: Tensor) -> Tensor:
+        """See `Backbone.prefix`; not to be had here."""
+        raise ValueError(_NO_PREFIXES)
+
+    def affinity(self, layer: int, *, normed: bool) -> Tensor:
+        """See `Backbone.affinity`; not to be had here."""
+        raise ValueError(_NO_PREFIXES)
 
     def project(self, tokens: Tensor) -> Tensor:
         """See `VisionLanguage.project`."""
@@ -148,6 +160,7 @@ def _has(module: Any, name: str) -> bool:
     return isinstance(getattr(module, name, None), Tensor | nn.Module)
 
 
+_NO_PREFIXES = "expected a method without prefixes: a CLIP encoder takes prompts only; choose --backbone vit"
 _VOCABULARY = 49408
 """Tokens of CLIP's byte-pair encoding."""
 

@@ -103,6 +103,34 @@ class ViT(Backbone):
                 x = _attend(block, x, q, k, v)
         return seen
 
+    def normed(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Backbone.normed`."""
+        norm = self.vit.blocks[layer].norm1
+        tokens = tokens.to(norm.weight.dtype)
+        deviation = (tokens.var(-1, correction=0) + norm.eps).sqrt()
+        return norm(tokens), deviation
+
+    def prefix(self, layer: int, tokens: Tensor) -> Tensor:
+        """See `Backbone.prefix`."""
+        k, v = _keys_and_values(self.vit.blocks[layer].attn, tokens.unsqueeze(0))
+        return torch.cat([k, v])
+
+    def affinity(self, layer: int, *, normed: bool) -> Tensor:
+        """See `Backbone.affinity`.
+
+        Raises:
+            ValueError: for a model that norms keys, whose scores no linear condition holds.
+        """
+        block, D = self.vit.blocks[layer], self.width
+        if not isinstance(block.attn.k_norm, nn.Identity):
+            raise ValueError("expected a model that does not norm its keys for --method.protect affinity, got one that"
+                             " does: choose another model, or --method.protect tokens")  # fmt: skip
+        maps: Tensor = block.attn.qkv.weight[D : 2 * D].unflatten(0, (self.heads, -1))  # (H, d, D)
+        if normed:
+            return maps
+        maps = maps * block.norm1.weight
+        return maps - maps.mean(-1, keepdim=True)
+
     def _check(self, *by_layer: Collection[int] | None) -> None:
         strange = sorted({layer for layers in by_layer for layer in layers or () if not 0 <= layer < self.depth})
         if strange:
@@ -130,10 +158,8 @@ def _heads(block: Any, x: Tensor, read: int, prefix: Tensor | None) -> tuple[Ten
     D = attn.qkv.in_features
     weight, bias = attn.qkv.weight, attn.qkv.bias
     q = F.linear(x[:, :read], weight[:D], None if bias is None else bias[:D])
-    kv = F.linear(x, weight[D:], None if bias is None else bias[D:])
-    q = q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)  # (B, H, read, D/H)
-    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, H, N, D/H)
-    q, k = attn.q_norm(q), attn.k_norm(k)
+    q = attn.q_norm(q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))  # (B, H, read, D/H)
+    k, v = _keys_and_values(attn, x)
     if prefix is not None:
         expected = (len(k), 2, k.shape[1], k.shape[3])
         if prefix.dim() != 5 or (*prefix.shape[:3], prefix.shape[4]) != expected:
@@ -143,6 +169,14 @@ def _heads(block: Any, x: Tensor, read: int, prefix: Tensor | None) -> tuple[Ten
         k = torch.cat([prefix[:, 0], k], dim=2)  # (B, H, L + N, D/H)
         v = torch.cat([prefix[:, 1], v], dim=2)
     return q, k, v
+
+
+def _keys_and_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values `(B, H, N, D/H)` of normed tokens `(B, N, D)`."""
+    weight, bias, D = attn.qkv.weight, attn.qkv.bias, attn.qkv.in_features
+    kv = F.linear(x, weight[D:], None if bias is None else bias[D:])
+    k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, H, N, D/H)
+    return attn.k_norm(k), v
 
 
 def _attend(block: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

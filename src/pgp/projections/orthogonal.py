@@ -35,14 +35,18 @@ class Orthogonal(Projection):
         on: Literal["gradient", "update"] = "gradient"
         """Project the gradient before the optimizer's step (the paper), or the change that the step made; only the
         latter is exact for Adam, momentum and weight decay."""
+        aggregation_energy: float | None = None
+        """The same for what old attention weights protect: values of prefixes, and deep prompts from their other side;
+        `energy`, where None."""
         hold_norms: bool = False
         """Let prompt keys turn but not grow, where updates are projected: images match keys by cosine, which the norm
         of a key changes for old queries, too, even if their inner product with it stays."""
 
         def __post_init__(self) -> None:
-            for name in ("energy", "key_energy"):
-                if not 0 <= getattr(self, name) <= 1:
-                    raise ValueError(f"expected projection.{name} in [0, 1], got {getattr(self, name)}")
+            for name in ("energy", "key_energy", "aggregation_energy"):
+                value = getattr(self, name)
+                if value is not None and not 0 <= value <= 1:
+                    raise ValueError(f"expected projection.{name} in [0, 1], got {value}")
             if self.hold_norms and self.on == "gradient":
                 raise ValueError("expected projection.on=update beside hold_norms: a gradient knows no norms")
 
@@ -50,15 +54,24 @@ class Orthogonal(Projection):
             """A projection that has seen no task yet."""
             return Orthogonal(self)
 
+        def energy_of(self, role: str) -> float:
+            """Share of the second moment that the basis of a space with this role must hold."""
+            if role == "value" and self.aggregation_energy is not None:
+                return self.aggregation_energy
+            return self.key_energy if role == "key" else self.energy
+
     def __init__(self, config: Orthogonal.Config | None = None) -> None:
         super().__init__()
         self.config = config or Orthogonal.Config()
         self.on = self.config.on
         self._inputs: dict[str, Moment] = {}
         self._prompts: dict[str, Moment] = {}
+        self._through: dict[str, Tensor] = {}
 
     def observe(self, space: str, rows: Rows) -> None:
         """Add rows `(B, ..., N, D)` to the moments of `space`."""
+        if rows.through is not None:
+            self._through[space] = rows.through.detach().double()
         self._inputs.setdefault(space, Moment()).observe(_flat(rows.inputs))
         if rows.prompts is not None and self.config.space != "input":
             self._prompts.setdefault(space, Moment()).observe(_flat(rows.prompts))
@@ -68,10 +81,9 @@ class Orthogonal(Projection):
         for space, target in protected.items():
             if space not in self._inputs:
                 raise ValueError(f"expected rows of space {space!r} in this task, got none: call observe() first")
-            energy = self.config.key_energy if target.role == "key" else self.config.energy
             for second in self._seconds(space):
                 basis = self.bases.get(space, second.new_zeros(*second.shape[:-1], 0))
-                self.bases[space] = extend(basis, second, energy)
+                self.bases[space] = extend(basis, second, self.config.energy_of(target.role))
         self._inputs, self._prompts = {}, {}
         return {space: self.rank(space) for space in protected}
 
@@ -89,6 +101,9 @@ class Orthogonal(Projection):
         """The second moments that the basis of `space` has to hold, one after the other."""
         inputs, prompts = self._inputs[space], self._prompts.get(space)
         inputs.all_reduce()
+        if space in self._through:
+            maps = self._through[space]  # (H, d, D)
+            return [(maps.mT @ inputs.second @ maps).sum(0)]
         if prompts is None:
             return [inputs.second]
         prompts.all_reduce()

@@ -74,14 +74,15 @@ class Released(Projection):
 
     def observe(self, space: str, rows: Rows) -> None:
         """Keep each image's rows as one long vector."""
-        inputs = _joined(rows.inputs) if _has_heads(rows.inputs) else rows.inputs
+        inputs = _joined(rows.met) if _has_heads(rows.met) else rows.met
         self._widths[space] = inputs.shape[-1]
         self._images.setdefault(space, []).append(inputs.detach().float().flatten(1).cpu())
 
     def attach(self, optimizer: torch.optim.Optimizer, protected: Mapping[str, Protected]) -> Handle:
         """See `Projection.attach`; also takes down the prompts as they are before this task."""
         if values := [space for space, target in protected.items() if target.role == "value"]:
-            raise ValueError(f"the published code never protects values, got {values}: choose --method.protect keys")
+            raise ValueError(f"the published code never protects values, got {values}: choose"
+                             " another --method.protect")  # fmt: skip
         if self.config.when == "before":
             self._prompts = {space: target.parameter.detach().clone() for space, target in protected.items()}
         return super().attach(optimizer, protected)

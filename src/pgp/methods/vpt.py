@@ -1,0 +1,138 @@
+"""VPT-Deep (Jia et al., ECCV 2022): learned tokens that every block sees anew, and what keeps their old effect."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pgp.backbones import Backbone
+from pgp.methods import Method, linear_head, only
+from pgp.scenario import Task
+from pgp.subspace import Protected, Rows
+
+
+class VPT(Method):
+    """Each block's attention sees L learned tokens of its own before those of the image; all tasks share them.
+
+    What a block makes of its prompts is dropped behind it, so they act through their keys and values alone, and nothing
+    else of them is computed. Old images are answered as before if their attention keeps its weights S, `Q W_k dP^T = 0`
+    (affinity), and what it gathers from the prompts, `S dP = 0` (aggregation): the two conditions of NSP2 (Lu et al.,
+    NeurIPS 2024), linear as long as the LayerNorm in between divides by what it did before.
+    Differs: the rows S are divided by that deviation, prompt by prompt, so that aggregation is exact where prompts have
+    deviations of their own; the penalty leaves means free, which LayerNorm takes out anyway.
+    """
+
+    @dataclass(frozen=True)
+    class Config(Method.Config):
+        """How many prompts, and what of them a projection protects."""
+
+        length: int = 10
+        """Prompts of a block, L."""
+        layers: tuple[int, ...] | None = None
+        """Blocks with prompts; the first is 0. All, where None."""
+        protect: Literal["tokens", "affinity", "affinity+aggregation"] = "affinity+aggregation"
+        """What prompts are kept orthogonal to: the tokens of old images as they enter the block (PGP); the directions
+        that change attention scores; or those, and old attention weights on the prompts' own side (NSP2)."""
+        behind_norm: bool = False
+        """Learn the prompts behind the block's LayerNorm, which then has no statistics of theirs that could change: so
+        affinity and aggregation protect exactly."""
+        norm_penalty: float = 0.0
+        """Weight of the term that keeps the LayerNorm deviation of each prompt as the last task left it (NSP2)."""
+
+        def __post_init__(self) -> None:
+            if self.length < 1 or self.norm_penalty < 0:
+                raise ValueError(f"expected method.length of at least 1 and method.norm_penalty of at least 0, got"
+                                 f" {self.length} and {self.norm_penalty}")  # fmt: skip
+            if self.behind_norm and self.norm_penalty:
+                raise ValueError("expected method.norm_penalty 0 beside behind_norm: there is no norm to hold")
+            if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
+                raise ValueError(f"expected method.layers with each layer once, got {self.layers}")
+
+        def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> VPT:
+            """Untrained deep prompts."""
+            return VPT(self, backbone, len(class_names), generator)
+
+    deviations: Tensor
+    """What the LayerNorm of each block divided its prompts by when the last task ended, `(layers, L)`; 0 before."""
+
+    def __init__(self, config: VPT.Config, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
+        super().__init__(backbone, linear_head(backbone.width, classes, generator))
+        self.config = config
+        self.layers = range(backbone.depth) if config.layers is None else config.layers
+        if strange := [layer for layer in self.layers if not 0 <= layer < backbone.depth]:
+            raise ValueError(f"expected method.layers between 0 and {backbone.depth - 1}, the last of this model, got"
+                             f" {strange}")  # fmt: skip
+        reach, shape = math.sqrt(3 / backbone.width), (config.length, backbone.width)
+        self.prompts = nn.ParameterList()
+        for layer in self.layers:
+            tokens = torch.empty(shape).uniform_(-reach, reach, generator=generator)
+            if config.behind_norm:
+                tokens = backbone.normed(layer, tokens)[0].detach().float()
+            self.prompts.append(nn.Parameter(tokens))
+        self.register_buffer("deviations", torch.zeros(len(self.layers), config.length))
+
+    def query(self, images: Tensor) -> Tensor:
+        """Nothing, `(B, 0)`: no prompt is chosen by the image."""
+        return images.new_empty(len(images), 0)
+
+    def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
+        """CLS, see `Method.features`."""
+        cls: Tensor = self.backbone(images, prefixes=self._prefixes(len(images)), read=1)[:, 0]
+        return cls
+
+    def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
+        """Cross-entropy over the classes of `task`, and the penalty on moved norms."""
+        loss = F.cross_entropy(only(self(images), task.classes), labels)
+        if self.config.norm_penalty:
+            moved = torch.stack([deviation for _, deviation in self._normed()]) - self.deviations
+            loss = loss + self.config.norm_penalty * (moved.abs() * (self.deviations > 0)).sum()
+        return loss
+
+    @torch.no_grad()
+    def end_task(self, task: Task) -> None:
+        """Take down the deviations, for the penalty."""
+        self.deviations.copy_(torch.stack([deviation for _, deviation in self._normed()]))
+
+    def protected(self) -> dict[str, Protected]:
+        """The prompts of each block and, where asked for, the same prompts from their other side."""
+        spaces = {f"prompts {layer}": Protected(prompts) for layer, prompts in self._each()}
+        if self.config.protect == "affinity+aggregation":
+            spaces |= {f"shares {layer}": Protected(prompts, -2, "value") for layer, prompts in self._each()}
+        return spaces
+
+    @torch.no_grad()
+    def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
+        """Block by block: tokens and prompts, or what heads ask with; and how much of their attention prompts get."""
+        traces = self.backbone.trace(images, set(self.layers), prefixes=self._prefixes(len(images)))
+        rows = {}
+        for (layer, prompts), (_, deviation) in zip(self._each(), self._normed(), strict=True):
+            trace = traces[layer]
+            if self.config.protect == "tokens":
+                rows[f"prompts {layer}"] = Rows(trace.tokens, prompts.expand(len(images), -1, -1))
+                continue
+            through = self.backbone.affinity(layer, normed=self.config.behind_norm)
+            rows[f"prompts {layer}"] = Rows(trace.queries, through=through)
+            if self.config.protect == "affinity+aggregation":
+                assert trace.shares is not None
+                rows[f"shares {layer}"] = Rows((trace.shares / deviation).flatten(1, 2))  # (B, H * N, L)
+        return rows
+
+    def _each(self) -> list[tuple[int, nn.Parameter]]:
+        return list(zip(self.layers, self.prompts, strict=True))
+
+    def _normed(self) -> list[tuple[Tensor, Tensor]]:
+        """By layer, prompts as attention sees them, and what the norm divided them by; 1 where they are behind it."""
+        if self.config.behind_norm:
+            return [(prompts, torch.ones_like(prompts[:, 0])) for prompts in self.prompts]
+        return [self.backbone.normed(layer, prompts) for layer, prompts in self._each()]
+
+    def _prefixes(self, count: int) -> dict[int, Tensor]:
+        """By layer, keys and values for `count` images, `(count, 2, H, L, d)`."""
+        made = zip(self.layers, self._normed(), strict=True)
+        return {layer: self.backbone.prefix(layer, tokens).expand(count, -1, -1, -1, -1) for layer, (tokens, _) in made}
