@@ -36,7 +36,7 @@ class Rows(NamedTuple):
 
     @property
     def met(self) -> Tensor:
-        """The inputs as they meet the parameter, `(B, ..., N, D)`; where they are mapped, those of all heads together."""
+        """The inputs as they meet the parameter, `(B, ..., N, D)`, where they are mapped those of all heads."""
         return self.inputs if self.through is None else (self.inputs @ self.through).flatten(1, 2)
 
 
