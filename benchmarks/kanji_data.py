@@ -260,7 +260,7 @@ def probe() -> None:
     print(f"features of {sum(map(len, parts.values()))} pictures: {time.perf_counter() - started:.0f} s")
     inputs["pixels"] = {part: _features(split, Views(size=24, resize=24), None) for part, split in parts.items()}
     for kind, read in inputs.items():
-        readouts: dict[str, Readout] = {"LDA": LDA(len(CHARACTERS)), "nearest class mean": NCM(len(CHARACTERS), 1.0)}
+        readouts: dict[str, Readout] = {"LDA": LDA(len(CHARACTERS)), "nearest class mean": NCM(len(CHARACTERS))}
         for name, readout in readouts.items():
             started = time.perf_counter()
             readout.observe(read["train"], data.train.labels)

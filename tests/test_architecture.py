@@ -19,7 +19,7 @@ LEVELS = [
     {"backbones", "projections", "readouts", "datasets"},
     {"methods"},
     {"config", "recipes"},
-    {"run", "evaluate", "curriculum", "stream", "learner", "train"},
+    {"run", "evaluate", "curriculum", "stream", "learner", "boundary", "train"},
     {"predict", "report", "published"},
     {"commands", "display", "catalogue"},
     {"cli", "__main__"},

@@ -16,7 +16,7 @@ FEATURES = torch.randn(10, 4, dtype=torch.float64, generator=torch.Generator().m
 
 
 def fitted(shrinkage=0.3, parts=None):
-    readout = LDA(5, shrinkage)
+    readout = LDA(5, LDA.Config(shrinkage=shrinkage))
     for part in parts or [range(10)]:
         readout.observe(FEATURES[list(part)], LABELS[list(part)])
         readout.end_task()
@@ -48,7 +48,7 @@ def test_logits_against_sklearn(shrinkage):
     )
     theirs = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage, priors=[0.25] * 4)
     theirs.fit(features.numpy(), labels.numpy())
-    readout = LDA(4, shrinkage)
+    readout = LDA(4, LDA.Config(shrinkage=shrinkage))
     readout.observe(features, labels)
     readout.end_task()
     ours = readout.logits(x).double()
@@ -61,7 +61,7 @@ def test_logits_against_sklearn(shrinkage):
 @settings(max_examples=25, deadline=None)
 @given(st.permutations(range(10)), st.sets(st.integers(1, 9), max_size=4))
 def test_streams_in_any_order(order, cuts):
-    readout = LDA(5, 0.3)
+    readout = LDA(5, LDA.Config(shrinkage=0.3))
     for part in torch.tensor(order).tensor_split(sorted(cuts)):
         readout.observe(FEATURES[part], LABELS[part])
     readout.end_task()
@@ -87,7 +87,7 @@ def test_an_image_per_class_has_no_covariance(chosen):
 
 def test_a_common_offset_of_all_features_changes_nothing():
     def differences(offset):
-        readout = LDA(5, 0.3)
+        readout = LDA(5, LDA.Config(shrinkage=0.3))
         readout.observe(FEATURES + offset, LABELS)
         readout.end_task()
         logits = readout.logits(FEATURES + offset)[:, [0, 1, 3]]
@@ -113,7 +113,7 @@ def test_full_shrinkage_is_the_nearest_mean():
 
 
 def test_state_goes_round():
-    restored = LDA(5, 0.3)
+    restored = LDA(5, LDA.Config(shrinkage=0.3))
     restored.load_state_dict(fitted().state_dict())
     assert torch.equal(restored.logits(FEATURES), fitted().logits(FEATURES))
     more, labels = FEATURES[:4] - 5, torch.tensor([2, 2, 4, 4])

@@ -80,7 +80,7 @@ def test_trees_that_do_not_fit():
         (lambda: tiny.config(batch_size=0), "batch_size of at least 1"),
         (lambda: tiny.config(save_every_steps=-1), "save_every_steps of at least 0"),
         (lambda: tiny.config(readouts=()), "at least one readout"),
-        (lambda: tiny.config(readouts=(LDA.Config(0.1), LDA.Config(0.2))), "readouts of different kinds"),
+        (lambda: tiny.config(readouts=(LDA.Config(0.1), LDA.Config(0.2))), "readouts of different names"),
         (lambda: tiny.config(batch_size=1, hardware=Hardware(devices=2)), "batch_size of at least devices 2"),
         (lambda: tiny.config(legacy_eval=True, hardware=Hardware(devices=2)), "need devices 1"),
         (lambda: Hardware(devices=0), "devices >= 1"),

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from pgp import metrics, train
+from pgp import boundary, metrics, train
 from pgp.config import Hardware
 from pgp.datasets import Viewed, batches, in_order
 from pgp.datasets.synthetic import Synthetic
@@ -194,7 +194,7 @@ def test_the_published_protocol_is_a_column_of_its_own(whole):
 
 def test_a_test_image_is_queried_once_and_the_boundary_runs_no_prompted_transformer(tmp_path, monkeypatch):
     inside, queried, prompted = [], [], []
-    row, observe, query = Evaluation.row, train.observe, L2P.query
+    row, observe, query = Evaluation.row, boundary.observe, L2P.query
 
     def spied_row(*arguments):
         inside.append("evaluation")
@@ -211,16 +211,17 @@ def test_a_test_image_is_queried_once_and_the_boundary_runs_no_prompted_transfor
             return forward(images, prompts, *rest, **named)
 
         monkeypatch.setattr(learner.method.backbone, "forward", spied)
-        observe(learner, *arguments)
+        out = observe(learner, *arguments)
         monkeypatch.setattr(learner.method.backbone, "forward", forward)
         inside.pop()
+        return out
 
     def spied_query(self, images):
         queried.extend([inside[-1] if inside else "training"] * len(images))
         return query(self, images)
 
     monkeypatch.setattr(Evaluation, "row", spied_row)
-    monkeypatch.setattr(train, "observe", spied_observe)
+    monkeypatch.setattr(boundary, "observe", spied_observe)
     monkeypatch.setattr(L2P, "query", spied_query)
     config = tiny.config(readouts=(Sequential.Config(),))
     train.train(config, tmp_path / "run")

@@ -158,8 +158,8 @@ class Config:
         self._check_order()
         if not self.readouts:
             raise ValueError("expected at least one readout, got none")
-        if len({type(readout) for readout in self.readouts}) < len(self.readouts):
-            raise ValueError(f"expected readouts of different kinds, one column each, got {self.readouts}")
+        if len({readout.name for readout in self.readouts}) < len(self.readouts):
+            raise ValueError(f"expected readouts of different names, one column each, got {self.readouts}")
         if self.batch_size < self.hardware.devices:
             raise ValueError(f"expected batch_size of at least devices {self.hardware.devices}, got {self.batch_size}")
         if self.hardware.devices > 1 and (self.legacy_eval or self.on_bad_image == "skip"):

@@ -49,6 +49,8 @@ class Learner:
         """Where learning goes on: this many tasks are closed, and this many steps of the next are done."""
         self.optimizer: Any = None
         """The current task's, while it is being trained."""
+        self.before: Tensor | None = None
+        """Features of the current task's images before its training, where a readout will ask how they moved."""
         self.restored: dict[str, Any] | None = None
         """State of the optimizer of a task that a checkpoint left in the middle."""
 
@@ -64,6 +66,7 @@ class Learner:
             "matrices": self.matrices,
             "optimizer": self.optimizer.state_dict() if self.step else None,
         }
+        state |= {"before": self.before} if self.before is not None else {}
         return state | ({"stream": self.stream.state_dict()} if self.stream else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -81,7 +84,7 @@ class Learner:
             readout.load_state_dict({k: tensor.to(device) for k, tensor in state["readouts"][readout.name].items()})
         if self.stream and "stream" in state:
             self.stream.load_state_dict(state["stream"])
-        self.restored = state["optimizer"]
+        self.restored, self.before = state["optimizer"], state.get("before")
 
     def save(self, run: Run, name: str) -> None:
         """Write a checkpoint."""

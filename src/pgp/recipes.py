@@ -35,6 +35,7 @@ from pgp.projections.released import Released
 from pgp.projections.slowed import Slowed
 from pgp.readouts import Readout
 from pgp.readouts.lda import LDA
+from pgp.readouts.logistic import Logistic
 from pgp.readouts.ncm import NCM
 from pgp.readouts.sequential import Sequential
 
@@ -54,7 +55,14 @@ PROJECTIONS: dict[str, Projection.Config] = {
     "slower": Slowed.Config(),
     "frozen": Slowed.Config(factor=0.0),
 }
-READOUTS: dict[str, Readout.Config] = {"sequential": Sequential.Config(), "lda": LDA.Config(), "ncm": NCM.Config()}
+READOUTS: dict[str, Readout.Config] = {
+    one.name: one
+    for one in (
+        Sequential.Config(),
+        *(kind.Config(compensate=how) for kind in (LDA, Logistic) for how in ("none", "shift", "linear")),
+        NCM.Config(),
+    )
+}
 DATASETS: dict[str, DatasetConfig] = {
     "digits": Digits(),
     "fashion-mnist": FashionMNIST(),

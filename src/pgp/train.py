@@ -16,14 +16,13 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pgp import metrics, processes
+from pgp.boundary import fitted, look_ahead, look_back
 from pgp.config import Config, Hardware
 from pgp.curriculum import training_plan
-from pgp.datasets import Address, Batch, DatasetConfig, batches, in_order
+from pgp.datasets import Address, Batch, DatasetConfig, batches
 from pgp.environment import environment
 from pgp.evaluate import tracked
 from pgp.learner import Learner, fabric_for
-from pgp.projections import Collect, Projection
-from pgp.readouts import Readout
 from pgp.run import Run, RunError, free_folder
 from pgp.scenario import Task
 
@@ -164,6 +163,7 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     """Train on one task, from the step at which the run stands."""
     config, method, projection = learner.config, learner.method, learner.projection
     if learner.step == 0:
+        look_ahead(learner, task)
         with projection.confined(method.protected()):
             method.begin_task(task)
     plan = training_plan(config, task, learner.fabric.world_size)
@@ -175,8 +175,6 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
             learner.log_stream(run, task)
             learner.step = 0
         return
-    if _collects(learner, "before"):
-        observe(learner, task, projection, [])
     settings = config.optimizer.of_task(task.index)
     plain = settings.build(learned, config.batch_size)
     if learner.restored:
@@ -253,21 +251,12 @@ def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, share
 
 def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]) -> None:
     """Learn from a finished task what to protect, evaluate on all tasks so far, and save."""
-    method, projection, readouts = learner.method, learner.projection, learner.readouts
+    method, readouts = learner.method, learner.readouts
     method.end_task(task)
     started = time.perf_counter()
-    fitted = [readout for readout in readouts if readout.fitted]
-    after = _collects(learner, "after")
-    if after and projection.collect == Collect():  # it wants the views that readouts want: one pass serves both
-        observe(learner, task, projection, fitted)
-    else:
-        if after:
-            observe(learner, task, projection, [])
-        if fitted:
-            observe(learner, task, None, fitted)
-    ranks = projection.end_task(method.protected())
-    for readout in readouts:
-        readout.end_task()
+    look_back(learner, task)
+    ranks = learner.projection.end_task(method.protected())
+    kept = {readout.name: fitted(readout) for readout in readouts if readout.fitted}
     observed = time.perf_counter()
     row = learner.evaluation.row(method, readouts, task.index, learner.progress)
     metrics.put(learner.matrices, row, task.index, len(learner.scenario))
@@ -278,48 +267,12 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
         run.write_matrices(learner.matrices)
     averages = {column: metrics.average_accuracy(matrix) for column, matrix in learner.matrices.items()}
     streamed = {"stream_accuracy": learner.stream.accuracy(task)} if learner.stream else {}
-    learner.log(run, "task", task=task.index, seconds=seconds, ranks=ranks, average_accuracy=averages, **streamed)
+    learner.log(
+        run, "task", task=task.index, seconds=seconds, ranks=ranks, readouts=kept, average_accuracy=averages, **streamed
+    )
     spoken = ", ".join(f"{100 * average:.1f} % ({column})" for column, average in averages.items())
     spoken += "".join(f"; along the stream {100 * accuracy:.1f} %" for accuracy in streamed.values())
     learner.progress.console.print(f"{learner.scenario.title(task)}: average accuracy {spoken}", markup=False)
-
-
-def _collects(learner: Learner, when: str) -> bool:
-    """Whether the projection wants to see the images of a task before, or after, it is trained."""
-    collect = learner.projection.collect
-    return collect is not None and collect.when == when and bool(learner.method.protected())
-
-
-@torch.no_grad()
-def observe(learner: Learner, task: Task, projection: Projection | None, readouts: list[Readout]) -> None:
-    """Show the images of a task to a projection, to readouts, or to both in one pass."""
-    method, fabric, config = learner.method, learner.fabric, learner.config
-    collect = (projection.collect if projection else None) or Collect()
-    viewed = learner.viewed(collect.view, "observed", task)
-    passes = itertools.count() if collect.repeat else range(1)
-    for number in passes:
-        plan = in_order(task.train, (learner.part or config.eval_batch_size) * fabric.world_size, number)
-        seen = 0
-        stream = batches(viewed, plan, learner.evaluation.loading)
-        for batch in tracked(learner.progress, stream, len(plan), f"{learner.scenario.title(task)}, looking back"):
-            if not len(batch.indices):
-                continue
-            seen += len(batch.indices)
-            images, labels, _ = batch.to(fabric.device)
-            with fabric.autocast():
-                query = method.query(images)
-                rows = method.activations(images, query) if projection else {}
-                features = method.features(images, query).float() if readouts else None
-            for space, met in rows.items():
-                assert projection is not None
-                projection.observe(space, met)
-            for readout in readouts:
-                assert features is not None
-                readout.observe(features, labels)
-            if projection and projection.sated:
-                return
-        if not seen:
-            raise ValueError(f"expected training images in task {task.index + 1}, but every single one is unreadable")
 
 
 def _log_losses(learner: Learner, task: Task, run: Run, losses: list[Tensor]) -> None:

@@ -13,13 +13,20 @@ class Readout(abc.ABC):
     """Turns features into logits; fitted, if at all, from class statistics that stream by once a task."""
 
     name: str
-    """How reports call it."""
+    """How reports call it: that of its configuration."""
     fitted: bool = True
     """Whether it has to observe the features of each task."""
+    compensates: bool = False
+    """Whether it wants to know how the training of each task moved features."""
 
     @dataclass(frozen=True)
     class Config(abc.ABC):
         """How to make one; `build` is the factory."""
+
+        @property
+        @abc.abstractmethod
+        def name(self) -> str:
+            """How reports call it; no two readouts of a run have one name."""
 
         @abc.abstractmethod
         def build(self, head: nn.Module, classes: int) -> Readout:
@@ -28,6 +35,12 @@ class Readout(abc.ABC):
     @abc.abstractmethod
     def observe(self, features: Tensor, labels: Tensor) -> None:
         """Take in features `(B, D)` and labels `(B,)` of the current task, test views, after its training."""
+
+    def moved(self, before: Tensor, after: Tensor) -> None:
+        """Take in features `(n, D)` of the current task's images as they were before and after its training, in test
+        views; from the second task on, before `end_task`. One that does not `compensate` ignores it.
+        """
+        return
 
     @abc.abstractmethod
     def end_task(self) -> None:

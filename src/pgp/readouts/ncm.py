@@ -17,8 +17,15 @@ class NCM(LDA):
     class Config(Readout.Config):
         """It has no settings."""
 
+        @property
+        def name(self) -> str:
+            """See `Readout.Config.name`."""
+            return "ncm"
+
         def build(self, head: nn.Module, classes: int) -> NCM:
             """A readout that has seen no class yet."""
-            return NCM(classes, shrinkage=1.0)
+            return NCM(classes)
 
-    name = "ncm"
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes, LDA.Config(shrinkage=1.0))
+        self.name = "ncm"

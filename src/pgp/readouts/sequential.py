@@ -17,6 +17,11 @@ class Sequential(Readout):
     class Config(Readout.Config):
         """It has no settings."""
 
+        @property
+        def name(self) -> str:
+            """See `Readout.Config.name`."""
+            return "sequential"
+
         def build(self, head: nn.Module, classes: int) -> Sequential:
             """A readout that asks `head`."""
             return Sequential(head)

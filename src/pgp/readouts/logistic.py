@@ -1,0 +1,125 @@
+"""Logistic regression on features that are drawn from class statistics: no images kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pgp.readouts.statistics import FromStatistics
+from pgp.scenario import generator
+
+
+class Logistic(FromStatistics):
+    """A linear classifier of all classes seen, trained anew after each task, starting from what it was; for the classes
+    of a new task, from the method's own head.
+
+    It is trained in coordinates in which features are round, on draws from a normal distribution around each class mean
+    with the shrunk covariance that all classes share.
+    """
+
+    @dataclass(frozen=True)
+    class Config(FromStatistics.Config):
+        """What is drawn, and how the classifier is trained on it."""
+
+        shrinkage: float = 0.1
+        """Of the covariance toward a round one, in (0, 1]."""
+        draws: int = 64
+        """Features drawn of each class."""
+        decay: float = 1e-3
+        """Weight of half the squared weights beside the loss."""
+        steps: int = 50
+        """Steps of L-BFGS, at most."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if not (0 < self.shrinkage <= 1 and self.draws > 0 and self.decay >= 0 and self.steps > 0):
+                raise ValueError(f"expected shrinkage in (0, 1], draws and steps above 0 and decay of at least 0, got"
+                                 f" {self}")  # fmt: skip
+
+        @property
+        def name(self) -> str:
+            """See `Readout.Config.name`."""
+            return "logistic" + self.suffix
+
+        def build(self, head: nn.Module, classes: int) -> Logistic:
+            """A readout that has seen no class yet."""
+            return Logistic(head, classes, self)
+
+    def __init__(self, head: nn.Module, classes: int, config: Logistic.Config | None = None) -> None:
+        self.config = config or Logistic.Config()
+        super().__init__(classes, self.config)
+        self.name, self.head = self.config.name, head
+        self._weight = self._bias = torch.empty(0)  # (C, D), (C,)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """`W x + b`, `(B, C)`; -inf for classes that were never observed."""
+        if not self.state:
+            raise ValueError("expected at least one task before logits(): call observe() and end_task() first")
+        weight, bias = self._weight.to(features.device), self._bias.to(features.device)
+        return (features.double() @ weight.T + bias.masked_fill(~self.seen.to(bias.device), -torch.inf)).float()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The statistics, and the classifier."""
+        return {**self.state, "weight": self._weight, "bias": self._bias} if self.state else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore them; they may be of the first classes only."""
+        if state:
+            statistics = dict(state)
+            weight, bias = statistics.pop("weight"), statistics.pop("bias")
+            missing = self.classes - len(bias)
+            self._weight = torch.cat([weight, weight.new_zeros(missing, weight.shape[1])])
+            self._bias = torch.cat([bias, bias.new_zeros(missing)])
+            super().load_state_dict(statistics)
+
+    def _fit(self) -> None:
+        """Train, unless it was just restored."""
+
+    def end_task(self) -> None:
+        """See `FromStatistics.end_task`."""
+        known = self.seen if self.state else torch.zeros(0, dtype=torch.bool)
+        super().end_task()
+        self._begin(known)
+        self._train()
+
+    def _begin(self, known: Tensor) -> None:
+        """Rows of classes not `known` yet, from the method's head where it is linear."""
+        if not len(known):
+            self._weight, self._bias = torch.zeros_like(self.means), torch.zeros_like(self.means[:, 0])
+            known = torch.zeros_like(self.seen)
+        new = self.seen & ~known
+        if isinstance(self.head, nn.Linear) and self.head.weight.shape == self._weight.shape:
+            self._weight[new] = self.head.weight.detach().to(self._weight)[new]
+            self._bias[new] = self.head.bias.detach().to(self._bias)[new]
+
+    @torch.enable_grad()
+    def _train(self) -> None:
+        means = self.means[self.seen]  # (S, D)
+        covariance = self.covariance(self.config.shrinkage)
+        root = torch.eye(means.shape[1]).to(means) if covariance is None else torch.linalg.cholesky(covariance)
+        centre = means.mean(0)
+        round_ = torch.linalg.solve_triangular(
+            root, (means - centre).T, upper=False
+        ).T  # means where features are round
+        noise = torch.randn(self.config.draws, *means.shape, dtype=means.dtype,
+                            generator=generator(0, "logistic", int(self.seen.sum())))  # fmt: skip
+        x = (round_ + noise.to(means.device) * (covariance is not None)).flatten(0, 1)  # (draws * S, D)
+        labels = torch.arange(len(means), device=means.device).repeat(self.config.draws)
+        W = (self._weight[self.seen] @ root).requires_grad_()
+        b = (self._bias[self.seen] + self._weight[self.seen] @ centre).requires_grad_()
+        optimizer = torch.optim.LBFGS([W, b], max_iter=self.config.steps, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            optimizer.zero_grad()
+            value = F.cross_entropy(x @ W.T + b, labels) + self.config.decay * W.square().sum() / 2
+            value.backward()
+            return value
+
+        optimizer.step(loss)
+        weight = torch.linalg.solve_triangular(root.mT, W.detach().T, upper=True).T
+        self._weight[self.seen] = weight
+        self._bias[self.seen] = b.detach() - weight @ centre

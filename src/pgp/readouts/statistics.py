@@ -1,0 +1,166 @@
+"""What is kept of old classes instead of their images: a mean each, and one covariance; moved as features drift."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pgp.processes import add_up, gathered
+from pgp.readouts import Readout
+
+
+class FromStatistics(Readout):
+    """A readout that is fitted to class means and one pooled covariance.
+
+    Statistics of a class are taken once, right after its task, and kept: `C * D + D * D` numbers, whatever the number
+    of images. Where later training moves the features, they go stale, and projection is to prevent that; what drift is
+    left can be made up for by moving the statistics as the images of the current task say that features moved.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Readout.Config):
+        """How old statistics follow the features."""
+
+        compensate: Literal["none", "shift", "linear"] = "none"
+        """Move old statistics by what the images of each new task show before and after its training: `shift`, each
+        mean by the mean movement of the images near it (Yu et al., CVPR 2020); `linear`, means and covariance by the
+        affine map that fits all movements best, a ridge regression."""
+        bandwidth: float = 1.0
+        """shift: how far "near" reaches, in standard deviations within classes."""
+        ridge: float = 1.0
+        """linear: what is added to the variance of features in each direction, in mean variances of all directions."""
+
+        def __post_init__(self) -> None:
+            if not (self.bandwidth > 0 and self.ridge > 0):
+                raise ValueError(f"expected bandwidth and ridge above 0, got {self.bandwidth} and {self.ridge}")
+
+        @property
+        def suffix(self) -> str:
+            """What compensation adds to a readout's name."""
+            return "" if self.compensate == "none" else f"+{self.compensate}"
+
+    def __init__(self, classes: int, config: FromStatistics.Config) -> None:
+        self.classes, self.settings = classes, config
+        self.compensates = config.compensate != "none"
+        self.state: dict[str, Tensor] = {}
+        self._task: dict[str, Tensor] = {}
+
+    def observe(self, features: Tensor, labels: Tensor) -> None:
+        """Add to the counts `(C,)`, sums `(C, D)` and pooled products `(D, D)` of this task, in float64."""
+        features = features.detach().double()
+        chosen = nn.functional.one_hot(labels, self.classes).double()  # (B, C)
+        _add(self._task, {"counts": chosen.sum(0), "sums": chosen.T @ features, "products": features.T @ features})
+
+    def end_task(self) -> None:
+        """Fit to the statistics of all tasks so far."""
+        if not self._task:
+            raise ValueError("expected features of this task, got none: call observe() before end_task()")
+        for tensor in self._task.values():
+            add_up(tensor)
+        _add(self.state, self._task)
+        self._task = {}
+        self._fit()
+
+    def moved(self, before: Tensor, after: Tensor) -> None:
+        """Move the statistics of old classes as the features of these images moved; see `Readout.moved`."""
+        if not self.state or not self.compensates:
+            return
+        device = self.state["sums"].device
+        before, after = (gathered(rows).to(device).double() for rows in (before, after))
+        counts, means, within = self.state["counts"], self.means, self._within()
+        if self.settings.compensate == "shift":
+            spread = within.trace() / self._freedom() * self.settings.bandwidth**2
+            means = means + shift(means, before, after, float(spread.clamp(min=torch.finfo(torch.float64).tiny)))
+        else:
+            centre, offset, turn = linear(before, after, self.settings.ridge)
+            means = means + offset + (means - centre) @ turn
+            turned = torch.eye(len(turn)).to(turn) + turn
+            within = turned.T @ within @ turned
+        sums = means * counts[:, None]
+        self.state = {"counts": counts, "sums": sums, "products": within + means.T @ sums}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Counts, sums and products."""
+        return dict(self.state)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the statistics and fit to them; they may be of the first classes only."""
+        self.state = dict(state)
+        for name in ("counts", "sums") if state else ():
+            missing = self.classes - len(state[name])
+            self.state[name] = torch.cat([state[name], state[name].new_zeros(missing, *state[name].shape[1:])])
+        if self.state:
+            self._fit()
+
+    @abc.abstractmethod
+    def _fit(self) -> None:
+        """Fit to the statistics."""
+
+    @property
+    def seen(self) -> Tensor:
+        """Which classes there are statistics of, `(C,)`."""
+        return self.state["counts"] > 0
+
+    @property
+    def means(self) -> Tensor:
+        """Class means `(C, D)`, float64; 0 for a class never seen."""
+        return self.state["sums"] / self.state["counts"].clamp(min=1)[:, None]
+
+    def covariance(self, shrinkage: float) -> Tensor | None:
+        """`(1 - a) S + a tr(S)/D I` `(D, D)`, S the pooled covariance within classes; None where features do not vary
+        within classes.
+        """
+        within, products = self._within(), self.state["products"]
+        rounding = len(within) * torch.finfo(torch.float64).eps * products.trace()
+        if not bool(within.trace() > rounding):
+            return None
+        covariance = within / self._freedom()
+        round_ = torch.eye(len(covariance)).to(covariance) * covariance.trace() / len(covariance)
+        return (1 - shrinkage) * covariance + shrinkage * round_
+
+    def _within(self) -> Tensor:
+        """Sum over images of `(x - m_c)(x - m_c)^T`, `(D, D)`."""
+        return self.state["products"] - self.means.T @ self.state["sums"]
+
+    def _freedom(self) -> Tensor:
+        return (self.state["counts"].sum() - self.seen.sum()).clamp(min=1)
+
+
+def shift(means: Tensor, before: Tensor, after: Tensor, spread: float) -> Tensor:
+    """How each of `means (C, D)` moves: the mean of `after - before (n, D)`, images weighted by
+    `exp(-|before - mean|^2 / (2 spread))`.
+
+    >>> images = torch.tensor([[0.0], [10.0]])
+    >>> shift(torch.tensor([[1.0], [9.0]]), images, images + torch.tensor([[2.0], [-2.0]]), spread=1.0)
+    tensor([[ 2.],
+            [-2.]])
+    """
+    weights = (-(torch.cdist(means, before).square()) / (2 * spread)).softmax(1)  # (C, n)
+    return weights @ (after - before)
+
+
+def linear(before: Tensor, after: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Centre m `(D,)`, offset `(D,)` and matrix A `(D, D)` of the map `x -> x + offset + (x - m) A` that fits the
+    movement of images `(n, D)` best, A held small by a ridge of that many mean variances.
+
+    >>> images = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    >>> linear(images, images * torch.tensor([3.0, 1.0]) + 5, ridge=1e-9)[2].round(decimals=4)
+    tensor([[2., 0.],
+            [0., 0.]])
+    """
+    centre, moved = before.mean(0), after - before
+    offset, x = moved.mean(0), before - centre
+    second = x.T @ x / len(x)
+    held = ridge * second.trace() / len(second) + torch.finfo(second.dtype).tiny
+    turn = torch.linalg.solve(second + held * torch.eye(len(second)).to(second), x.T @ (moved - offset) / len(x))
+    return centre, offset, turn
+
+
+def _add(total: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    for name, tensor in new.items():
+        total[name] = total[name] + tensor if name in total else tensor

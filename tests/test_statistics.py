@@ -1,0 +1,168 @@
+"""Readouts from statistics: how they follow drifting features, and the logistic one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from pgp import train
+from pgp.datasets.synthetic import Synthetic
+from pgp.readouts.lda import LDA
+from pgp.readouts.logistic import Logistic
+from pgp.readouts.sequential import Sequential
+from pgp.run import Run
+
+D = 6
+MEANS = 4 * torch.randn(5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def drawn(labels, each=40, seed=1):
+    """Features around the means of `labels`, in a common shape, and their labels."""
+    labels = torch.tensor(labels).repeat_interleave(each)
+    noise = torch.randn(len(labels), D, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return MEANS[labels] + noise * torch.linspace(0.3, 1.5, D), labels
+
+
+def taught(readout, *tasks):
+    for features, labels in tasks:
+        readout.observe(features, labels)
+        readout.end_task()
+    return readout
+
+
+TURN = torch.eye(D, dtype=torch.float64) + 0.3 * torch.randn(
+    D, D, dtype=torch.float64, generator=torch.Generator().manual_seed(7)
+)
+
+
+def drifted(features):
+    return features @ TURN + 2
+
+
+def followed(how, move, **settings):
+    """LDA that learned classes 0 to 2, and then, as features move, classes 3 and 4; and one that learned all after."""
+    old, new = drawn([0, 1, 2]), drawn([3, 4], each=100)
+    readout = taught(LDA(5, LDA.Config(compensate=how, **settings)), old)
+    readout.moved(new[0], move(new[0]))
+    taught(readout, (move(new[0]), new[1]))
+    truth = taught(LDA(5), (move(old[0]), old[1]), (move(new[0]), new[1]))
+    return readout, truth
+
+
+def test_an_affine_drift_is_followed_to_the_letter():
+    readout, truth = followed("linear", drifted, ridge=1e-9)
+    torch.testing.assert_close(readout.means, truth.means, rtol=0, atol=1e-4)
+    torch.testing.assert_close(readout.covariance(0.1), truth.covariance(0.1), rtol=0, atol=1e-4)
+
+
+def test_a_common_shift_is_followed_by_both_and_missed_without():
+    far = {how: followed(how, lambda x: x + 3.0) for how in ("none", "shift", "linear")}
+    missed = {how: float((readout.means - truth.means).norm()) for how, (readout, truth) in far.items()}
+    assert missed["shift"] < 1e-9
+    assert missed["linear"] < 1e-9
+    assert missed["none"] > 10
+
+
+def test_a_shift_is_taken_from_images_nearby():
+    readout = taught(LDA(5, LDA.Config(compensate="shift", bandwidth=0.5)), drawn([0, 1]))
+    old = readout.means.clone()
+    images, labels = drawn([0, 1], seed=2)
+    push = torch.where(labels[:, None] == 0, 1.0, -1.0).expand(-1, D)
+    readout.moved(images, images + push)
+    torch.testing.assert_close(readout.means[:2] - old[:2], torch.tensor([[1.0], [-1.0]]).double().expand(2, D),
+                               rtol=0, atol=1e-3)  # fmt: skip
+
+
+def test_covariances_stay_under_a_shift():
+    readout = taught(LDA(5, LDA.Config(compensate="shift")), drawn([0, 1, 2]))
+    before = readout.covariance(0.1)
+    images, _ = drawn([3])
+    readout.moved(images, images * 1.5)
+    torch.testing.assert_close(readout.covariance(0.1), before, rtol=0, atol=1e-9)
+
+
+def test_what_does_not_compensate_stays():
+    readout = taught(LDA(5), drawn([0, 1, 2]))
+    state = {name: tensor.clone() for name, tensor in readout.state_dict().items()}
+    images, _ = drawn([3])
+    readout.moved(images, images + 1)
+    assert all(torch.equal(state[name], tensor) for name, tensor in readout.state_dict().items())
+    LDA(5, LDA.Config(compensate="linear")).moved(images, images)  # before any class: nothing to move
+
+
+def test_logistic_reads_what_it_has_seen_and_nothing_else():
+    readout = Logistic(nn.Linear(D, 5), 5)
+    with pytest.raises(ValueError, match="at least one task"):
+        readout.logits(MEANS)
+    taught(readout, drawn([0, 1, 2]), drawn([4]))
+    images, labels = drawn([0, 1, 2, 4], seed=9)
+    logits = readout.logits(images)
+    assert torch.isinf(logits[:, 3]).all()
+    assert (logits.argmax(1) == labels).double().mean() > 0.95
+    agreed = logits.argmax(1) == taught(LDA(5), drawn([0, 1, 2]), drawn([4])).logits(images).argmax(1)
+    assert agreed.double().mean() > 0.95  # on normal features of one covariance both are the best there is
+
+
+def test_logistic_goes_round_and_starts_from_what_it_was():
+    head = nn.Linear(D, 5)
+    readout = taught(Logistic(head, 5), drawn([0, 1, 2]))
+    restored = Logistic(head, 5)
+    restored.load_state_dict(readout.state_dict())
+    assert torch.equal(restored.logits(MEANS), readout.logits(MEANS))
+    both = [taught(one, drawn([4])).logits(MEANS) for one in (readout, restored)]
+    assert torch.equal(*both)
+    unmoved = taught(Logistic(head, 5, Logistic.Config(steps=1, decay=0.0)), drawn([0, 1]))
+    torch.testing.assert_close(unmoved._weight[2:], torch.zeros(3, D, dtype=torch.float64))
+    smaller = Logistic(nn.Linear(D, 5), 5)
+    smaller.load_state_dict({k: v[:4] if v.shape[0] == 5 else v for k, v in restored.state_dict().items()})
+    assert torch.isinf(smaller.logits(MEANS)[:, [3]]).all()
+
+
+def test_logistic_survives_one_image_of_each_class():
+    taught(Logistic(nn.Linear(D, 5), 5), drawn([0, 1, 2], each=1)).logits(MEANS)
+
+
+@pytest.mark.parametrize("settings", [{"bandwidth": 0.0}, {"ridge": -1.0}, {"compensate": "linear", "ridge": 0.0}])
+def test_settings_of_compensation_are_checked(settings):
+    with pytest.raises(ValueError, match="bandwidth and ridge above 0"):
+        LDA.Config(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"shrinkage": 0.0}, {"draws": 0}, {"decay": -1.0}, {"steps": 0}])
+def test_settings_of_logistic_are_checked(settings):
+    with pytest.raises(ValueError, match="expected shrinkage in"):
+        Logistic.Config(**settings)
+
+
+FOLLOWING = tuple(kind.Config(compensate=how) for kind in (LDA, Logistic) for how in ("none", "shift", "linear"))
+
+
+def test_a_run_follows_its_features_and_goes_on_inside_a_task_bitwise(tmp_path, monkeypatch):
+    """What images were before a task is part of the state while the task is trained."""
+    config = tiny.config(dataset=Synthetic(noise=0.05), readouts=(*FOLLOWING, Sequential.Config()), save_every_steps=2)
+    whole = train.train(config, tmp_path / "whole")
+    step, calls = train.train_step, []
+
+    def crash(*arguments, **named):
+        calls.append(1)
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return step(*arguments, **named)
+
+    monkeypatch.setattr(train, "train_step", crash)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path / "cut")
+    monkeypatch.setattr(train, "train_step", step)
+    assert "-step-" in (Run.open(tmp_path / "cut").latest_name() or "")
+    resumed = train.resume(tmp_path / "cut")
+    for column, matrix in whole.matrices().items():
+        assert torch.equal(matrix.nan_to_num(), resumed.matrices()[column].nan_to_num())
+    one, other = (run.load()["readouts"] for run in (whole, resumed))
+    assert all(torch.equal(one[name][key], other[name][key]) for name in one for key in one[name])
+    assert not torch.equal(one["lda"]["sums"], one["lda+shift"]["sums"])
+    assert not torch.equal(one["lda+shift"]["sums"], one["lda+linear"]["sums"])
+    *_, last = whole.events("task")
+    assert last["readouts"]["lda"]["bytes"] == 8 * (6 + 6 * 48 + 48 * 48)
+    assert last["readouts"]["logistic"]["seconds"] > 0
