@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -25,12 +26,22 @@ from typing import Any
 import emoji
 import kanji_data
 import torch
+from rich.progress import Progress
 
 from pgp import metrics
+from pgp.audit import oracle
 from pgp.config import Config, Hardware, Optimizer
 from pgp.environment import environment
+from pgp.methods.head_only import HeadOnly
 from pgp.methods.vpt import VPT
+from pgp.projections.none import NoProjection
+from pgp.projections.orthogonal import Orthogonal
+from pgp.projections.random import Random
+from pgp.projections.released import Released
+from pgp.projections.slowed import Slowed
+from pgp.readouts import Readout
 from pgp.readouts.lda import LDA
+from pgp.readouts.logistic import Logistic
 from pgp.readouts.sequential import Sequential
 from pgp.train import train
 
@@ -66,6 +77,8 @@ def measure(config: Config) -> dict[str, Any]:
     started = time.perf_counter()
     try:
         run = train(config, scratch / "run")
+        bound = oracle(run, Progress(disable=True))
+        *_, last = run.events("task")
         figures = {
             column: {
                 figure: getattr(metrics, figure)(matrix)
@@ -77,7 +90,82 @@ def measure(config: Config) -> dict[str, Any]:
         shutil.rmtree(scratch)
     about = environment()
     kept = {key: about[key] for key in ("commit", "processor", "threads")}
-    return {"seconds": round(time.perf_counter() - started, 1), "figures": figures, **kept}
+    kept |= {"ranks": {space: round(rank, 1) for space, rank in last["ranks"].items()}, "readouts": last["readouts"]}
+    return {"seconds": round(time.perf_counter() - started, 1), "figures": figures, "oracle": bound, **kept}
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """By name, how each row differs from `base`."""
+    table: dict[str, dict[str, Any]] = {
+        "head only": {"method": HeadOnly.Config(), "projection": NoProjection.Config()},
+        "unprojected": {"projection": NoProjection.Config()},
+        "slower": {"projection": Slowed.Config()},
+        "frozen": {"projection": Slowed.Config(factor=0.0)},
+    }
+    for name, protect, settings in (
+        ("affinity+aggregation .99", "affinity+aggregation", {"energy": 0.99}),
+        ("affinity+aggregation .9", "affinity+aggregation", {"energy": 0.9}),
+        ("affinity .99", "affinity", {"energy": 0.99}),
+        ("input .99", "tokens", {"energy": 0.99}),
+        ("sum .99", "tokens", {"space": "sum", "energy": 0.99}),
+    ):
+        method = VPT.Config(length=8, protect=protect)  # type: ignore[arg-type]
+        table[name] = {
+            "method": method,
+            "projection": Orthogonal.Config(**{"space": "input", "on": "update", **settings}),
+        }
+    tokens = VPT.Config(length=8, protect="tokens")
+    table["random, ranks of input .99"] = {"method": tokens, "projection": Random.Config("input", 0.99, on="update")}
+    table["released"] = {"method": tokens, "projection": Released.Config(components=5, when="after")}
+    exact = VPT.Config(length=8, behind_norm=True)
+    table["behind the norm, unprojected"] = {"method": exact, "projection": NoProjection.Config()}
+    table["behind the norm, affinity+aggregation .99"] = {
+        "method": exact,
+        "projection": Orthogonal.Config("input", 0.99, on="update"),
+    }
+    return table
+
+
+READOUTS: tuple[Readout.Config, ...] = (
+    Sequential.Config(),
+    *(LDA.Config(compensate=how) for how in ("none", "shift", "linear")),
+    *(Logistic.Config(compensate=how, draws=16) for how in ("none", "linear")),
+)
+
+
+def run(data: str, part: int, parts: int, seeds: list[int], wanted: list[str]) -> None:
+    """Every row of every seed that is not in the results yet; of the `wanted` rows only, where some are named."""
+    jobs = [(name, changes, seed) for seed in seeds for name, changes in rows().items() if not wanted or name in wanted]
+    for name, changes, seed in jobs[part - 1 :: parts]:
+        if (data, name, seed) not in {(line["data"], line["row"], line["seed"]) for line in emoji._lines(RESULTS)}:
+            config = replace(base(data, seed), readouts=READOUTS, **changes)
+            emoji._append(RESULTS, {"data": data, "row": name, "seed": seed, **measure(config)})
+
+
+def table() -> str:
+    """By data set, in percent over seeds: every readout of every row, the bound, and how stale class means are."""
+    columns = [readout.name for readout in READOUTS]
+    out = []
+    for data in ("emoji", "kanji"):
+        lines = [line for line in emoji._lines(RESULTS) if line["data"] == data]
+        head = ["row", "seeds", *columns, "oracle", "staleness", "own head, forgetting", "LDA, forgetting"]
+        out += [f"## {data}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for name in rows():
+            own = [line for line in lines if line["row"] == name]
+            if own:
+                cells = [name, str(len(own))]
+                cells += [spread(own, column, "average_accuracy") for column in columns]
+                cells += [emoji.spread([100 * line["oracle"]["lda"][0] for line in own])]
+                cells += [f"{statistics.mean(line['oracle']['lda'][1] for line in own):.2f}"]
+                cells += [spread(own, column, "forgetting") for column in ("sequential", "lda")]
+                out.append("| " + " | ".join(cells) + " |")
+        out.append("")
+    return "\n".join(out)
+
+
+def spread(lines: list[dict[str, Any]], column: str, figure: str) -> str:
+    """Mean and standard deviation of one figure over runs, in percent."""
+    return emoji.spread([100 * line["figures"][column][figure] for line in lines])
 
 
 def tune(data: str, part: int, parts: int) -> None:
@@ -91,15 +179,24 @@ def tune(data: str, part: int, parts: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("tune",))
+    parser.add_argument("what", choices=("tune", "run", "table"))
     parser.add_argument("--data", choices=("emoji", "kanji"), default="emoji")
     parser.add_argument("--part", default="1/1", help="which share of the runs, such as 1/2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--rows", nargs="+", default=[], help="names of rows; all, where none is given")
     options = parser.parse_args()
+    if options.what == "table":
+        RESULTS.with_suffix(".md").write_text(table())
+        print(table())
+        return
     if missing := [str(path) for path in (emoji.IMAGES, emoji.WEIGHTS) if not path.is_file()]:
         sys.exit(f"skipped: this benchmark needs {', '.join(missing)}, which are not part of the project")
     torch.set_num_threads(1)
     part, parts = map(int, options.part.split("/"))
-    tune(options.data, part, parts)
+    if options.what == "tune":
+        tune(options.data, part, parts)
+    else:
+        run(options.data, part, parts, options.seeds, options.rows)
 
 
 if __name__ == "__main__":

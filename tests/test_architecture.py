@@ -19,7 +19,7 @@ LEVELS = [
     {"backbones", "projections", "readouts", "datasets"},
     {"methods"},
     {"config", "recipes"},
-    {"run", "evaluate", "curriculum", "stream", "learner", "boundary", "train"},
+    {"run", "evaluate", "curriculum", "stream", "learner", "boundary", "train", "audit"},
     {"predict", "report", "published"},
     {"commands", "display", "catalogue"},
     {"cli", "__main__"},

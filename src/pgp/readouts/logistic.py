@@ -27,7 +27,7 @@ class Logistic(FromStatistics):
 
         shrinkage: float = 0.1
         """Of the covariance toward a round one, in (0, 1]."""
-        draws: int = 64
+        draws: int = 32
         """Features drawn of each class."""
         decay: float = 1e-3
         """Weight of half the squared weights beside the loss."""

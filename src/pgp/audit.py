@@ -1,0 +1,151 @@
+"""How much of a run's number is real: its latest checkpoint under the honest protocol and under those that leak."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from pgp.boundary import observe
+from pgp.datasets import Viewed, batches, in_order
+from pgp.evaluate import tracked
+from pgp.learner import Learner, fabric_for
+from pgp.methods import only
+from pgp.readouts import Readout
+from pgp.readouts.statistics import FromStatistics
+from pgp.run import Run, RunError
+from pgp.scenario import Task
+
+BATCHES = (1, 8, 128)
+SCOPES = {
+    "seen": "classes seen so far",
+    "all": "all classes, seen or not",
+    "cut": "classes up to the task of the batch, whose label it is told",
+}
+"""Over what classes an image is scored. `cut` lets the label in."""
+
+
+class Finding(NamedTuple):
+    """Average accuracy of one column under one protocol."""
+
+    column: str
+    choice: str
+    """`image`: each image has prompts of its own choice. `vote`: a test batch, of one task, has one choice."""
+    batch: int | None
+    """Images of a test batch, where they vote."""
+    scope: str
+    """A key of `SCOPES`."""
+    accuracy: float
+    """In [0, 1]."""
+
+    @property
+    def honest(self) -> bool:
+        """Whether nothing of the task leaks into the prediction."""
+        return self.choice == "image" and self.scope == "seen"
+
+
+@torch.no_grad()
+def audited(run: Run, progress: Progress, sizes: Sequence[int] = BATCHES) -> list[Finding]:
+    """The latest finished checkpoint of `run`, measured on all tasks that it has learned, by every protocol.
+
+    Args:
+        run: a run with at least one finished task.
+        progress: where to draw progress bars.
+        sizes: of test batches that vote for their prompts.
+
+    Raises:
+        RunError: if no task is finished, or the data are others.
+    """
+    learner, last = opened(run, progress)
+    tasks = learner.scenario.tasks[:last]
+    out = []
+    for size in (None, *sizes):
+        hits: dict[tuple[str, str], Tensor] = {}
+        for task, features, labels in _features(learner, tasks, size):
+            for column, scope, logits in _scored(learner, features, task, last):
+                right = (logits.argmax(1) == labels).double()
+                into = hits.setdefault((column, scope), torch.zeros(last, dtype=torch.float64))
+                into[task.index] += float(right.sum()) / len(task.test)
+        choice = "image" if size is None else "vote"
+        out += [Finding(column, choice, size, scope, float(hit.mean())) for (column, scope), hit in hits.items()]
+    return out
+
+
+@torch.no_grad()
+def oracle(run: Run, progress: Progress) -> dict[str, tuple[float, float]]:
+    """What readouts from statistics would read if no statistics were stale: fitted, after the last task, to the training
+    images of all tasks as the final model sees them. Not to be had without old images; a bound.
+
+    Returns:
+        By the name of a readout that does not compensate: average accuracy, in [0, 1]; and how far the means that the
+        run kept of old classes lie from the true ones, relative to the spread of the true ones.
+    """
+    learner, last = opened(run, progress)
+    kept = {one.name: one for one in learner.readouts if isinstance(one, FromStatistics)}
+    chosen = [one for one in learner.config.readouts if one.name in kept and not kept[one.name].compensates]
+    fresh: list[Readout] = [one.build(learner.method.head, learner.data.classes) for one in chosen]
+    for task in learner.scenario.tasks[:last]:
+        observe(learner, task, None, fresh)
+        for readout in fresh:
+            readout.end_task()
+    row = learner.evaluation.row(learner.method, fresh, last - 1, progress)
+    out = {}
+    for readout in fresh:
+        assert isinstance(readout, FromStatistics)
+        out[readout.name] = float(row[readout.name].mean()), staleness(kept[readout.name], readout)
+    return out
+
+
+def staleness(kept: FromStatistics, true: FromStatistics) -> float:
+    """How far class means are from the true ones: the norm of the difference by that of the true means about their
+    centre.
+    """
+    means, truth = kept.means[true.seen].cpu(), true.means[true.seen].cpu()
+    return float((means - truth).norm() / (truth - truth.mean(0)).norm())
+
+
+def opened(run: Run, progress: Progress) -> tuple[Learner, int]:
+    """A run as its latest finished task left it, on one device, and how many tasks are finished."""
+    name = run.latest_task_name()
+    if name is None:
+        raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
+    hardware = replace(run.config.hardware, accelerator="auto", devices=1)
+    learner = Learner(fabric_for(hardware), replace(run.config, hardware=hardware, legacy_eval=False), progress)
+    run.check_data(learner.description, images=False)
+    learner.load_state_dict(run.load(name))
+    return learner, int(name.rpartition("-")[2])
+
+
+def _features(learner: Learner, tasks: Sequence[Task], size: int | None) -> Iterator[tuple[Task, Tensor, Tensor]]:
+    """Features `(B, D)` and labels of test batches, each of one task; by vote of `size` images, where given."""
+    config, evaluation = learner.config, learner.evaluation
+    plan = [(task, part) for task in tasks for part in in_order(task.test, size or config.eval_batch_size)]
+    viewed = Viewed(learner.data.test, config.views.test(), 0, ("test",), config.on_bad_image == "skip")
+    stream = batches(viewed, [part for _, part in plan], evaluation.loading)
+    what = "each image by itself" if size is None else f"a vote of {size} images"
+    stream = tracked(learner.progress, stream, len(plan), f"evaluating {what}")
+    for (task, _), batch in zip(plan, stream, strict=True):
+        if len(batch.indices):
+            images = batch.images.to(learner.fabric.device)
+            with learner.fabric.autocast():
+                query = evaluation.query(learner.method, images, batch.indices)
+                features = learner.method.features(images, query, by_vote=size is not None).float()
+            yield task, features, batch.labels.to(features.device)
+
+
+def _scored(learner: Learner, features: Tensor, task: Task, last: int) -> Iterator[tuple[str, str, Tensor]]:
+    """Readout, scope and logits `(B, C)`; a task-incremental run is told the task anyway."""
+    til = learner.config.setting == "til"
+    for readout in learner.readouts:
+        logits = readout.logits(features)
+        scopes = {
+            "seen": task.classes if til else learner.scenario.seen(last - 1),
+            "all": range(learner.data.classes),
+            "cut": learner.scenario.seen(task.index),
+        }
+        for scope, classes in scopes.items():
+            yield readout.name, scope, only(logits, classes)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+from rich.progress import Progress
+
+import tiny
+from pgp import audit, metrics, train
+from pgp.methods.head_only import HeadOnly
+from pgp.methods.vpt import VPT
+from pgp.projections.none import NoProjection
+from pgp.projections.slowed import Slowed
+from pgp.readouts.lda import LDA
+from pgp.readouts.sequential import Sequential
+from pgp.run import Run, RunError
+
+QUIET = Progress(disable=True)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return train.train(tiny.config(legacy_eval=True), tmp_path_factory.mktemp("audit") / "run")
+
+
+def found(findings, *key):
+    (one,) = [f.accuracy for f in findings if (f.column, f.choice, f.batch, f.scope) == key]
+    return one
+
+
+def test_the_honest_figure_is_the_runs_own_and_the_vote_that_of_its_legacy_column(run):
+    findings = audit.audited(run, QUIET, sizes=(1, 32))
+    matrices = run.matrices()
+    for column in ("sequential", "lda"):
+        (honest,) = [f for f in findings if f.honest and f.column == column]
+        assert honest.accuracy == pytest.approx(metrics.average_accuracy(matrices[column]), abs=1e-12)
+        legacy = metrics.average_accuracy(matrices[f"{column}/legacy"])  # batches of 32 images, over all classes
+        assert found(findings, column, "vote", 32, "all") == pytest.approx(legacy, abs=1e-12)
+        for scope in audit.SCOPES:  # one image votes alone
+            assert found(findings, column, "vote", 1, scope) == found(findings, column, "image", None, scope)
+    assert len(findings) == 3 * 3 * 2
+
+
+def test_the_label_cut_flatters(run):
+    findings = audit.audited(run, QUIET, sizes=())
+    for column in ("sequential", "lda"):
+        assert found(findings, column, "image", None, "cut") >= found(findings, column, "image", None, "seen")
+
+
+def test_til_is_told_the_task(tmp_path):
+    run = train.train(tiny.config(setting="til", method=HeadOnly.Config(), projection=NoProjection.Config()), tmp_path)
+    findings = audit.audited(run, QUIET, sizes=())
+    honest = metrics.average_accuracy(run.matrices()["lda"])
+    assert found(findings, "lda", "image", None, "seen") == pytest.approx(honest, abs=1e-12)
+
+
+def test_the_oracle_is_what_stays_where_nothing_moves_and_beats_what_is_stale(tmp_path):
+    readouts = (Sequential.Config(), LDA.Config(), LDA.Config(compensate="shift"))
+    frozen = tiny.config(method=VPT.Config(), projection=Slowed.Config(factor=0.0), readouts=readouts)
+    run = train.train(frozen, tmp_path / "frozen")
+    bound = audit.oracle(run, QUIET)
+    accuracy, stale = bound["lda"]
+    assert bound.keys() == {"lda"}
+    assert accuracy == pytest.approx(metrics.average_accuracy(run.matrices()["lda"]), abs=1e-12)
+    assert stale < 1e-5
+    moving = tiny.config(method=VPT.Config(), projection=NoProjection.Config(), readouts=readouts)
+    run = train.train(moving, tmp_path / "moving")
+    accuracy, stale = audit.oracle(run, QUIET)["lda"]
+    assert stale > 0.01
+    assert accuracy >= metrics.average_accuracy(run.matrices()["lda"])
+
+
+def test_a_run_without_a_finished_task_is_named(run, tmp_path):
+    empty = Run.create(tmp_path / "run", run.config)
+    with pytest.raises(RunError, match="is finished yet"):
+        audit.audited(empty, QUIET)
