@@ -20,8 +20,8 @@ LEVELS = [
     {"methods"},
     {"config", "recipes"},
     {"run", "evaluate", "curriculum", "stream", "learner", "train"},
-    {"predict", "report", "published"},
-    {"commands", "display", "catalogue"},
+    {"predict", "report", "comparison", "published"},
+    {"commands", "display", "catalogue", "parsing", "workers", "sweep"},
     {"cli", "__main__"},
 ]
 HOMES = {
@@ -33,11 +33,12 @@ HOMES = {
     "requests": {"datasets"},
     "urllib3": {"datasets"},
     "pooch": {"datasets"},
-    "filelock": {"datasets"},
+    "filelock": {"datasets", "sweep"},
     "datasets": {"datasets"},
     "lightning_fabric": {"evaluate", "learner", "train"},
-    "matplotlib": {"report"},
-    "tyro": {"config", "commands", "cli"},
+    "matplotlib": {"report", "comparison"},
+    "tyro": {"config", "commands", "parsing", "cli"},
+    "ray": {"workers"},
 }
 
 

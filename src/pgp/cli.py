@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import tyro
 
-from pgp import __version__, catalogue, display, processes, published, recipes, report, train
+from pgp import __version__, catalogue, display, parsing, processes, published, recipes, report, train
 from pgp.commands import EvalCommand, PredictCommand, ReportCommand, ResumeCommand, TrainCommand
 from pgp.config import Config, Hardware
 from pgp.curriculum import located, scenario_of
@@ -24,8 +21,6 @@ from pgp.datasets.own import own_data
 from pgp.evaluate import tracked
 from pgp.predict import Predictor, images_in
 from pgp.processes import rank
-from pgp.projections.none import NoProjection
-from pgp.projections.released import Released
 from pgp.run import Run, RunError, free_folder
 
 USAGE = """\
@@ -59,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif words[0] == "--version":
         print(f"pgp {__version__}")
     else:
-        _guarded(lambda: _named(COMMANDS, words[0], "command", "pgp --help")(words[1:]))
+        _guarded(lambda: parsing.named(COMMANDS, words[0], "command", "pgp --help")(words[1:]))
 
 
 def published_main(argv: Sequence[str] | None = None) -> None:
@@ -104,24 +99,10 @@ def train_command(words: list[str]) -> None:
 
 
 def _train_command(words: list[str], program: str) -> TrainCommand:
-    """What `RECIPE --flags` asks for."""
-    if not words or words[0].startswith("-"):
-        raise ValueError(f"expected a recipe, one of {', '.join(recipes.RECIPES)}; or --resume RUN")
-    recipe = _named(recipes.RECIPES, words[0], "recipe", "pgp list")
-    config = _shelved(recipe(), words[1:])
-    if note := published.says(words[1:], config):
+    """As `parsing.train_command`, and says what a published flag means where it says less than it means."""
+    command = parsing.train_command(words, program)
+    if note := published.says(words[1:], command.config):
         print(f"pgp: {note}", file=sys.stderr)
-    command = tyro.cli(
-        TrainCommand,
-        args=published.translated(words[1:], config),
-        prog=f"{program} {words[0]}",
-        description=inspect.getdoc(recipe),
-        default=TrainCommand(config),
-    )
-    if command.twin and command.baselines:
-        raise ValueError("expected --twin or --baselines, got both: the baselines hold the twin, as sequential")
-    if command.twin and (not command.pgp or isinstance(command.config.projection, NoProjection.Config)):
-        raise ValueError("expected a projection beside --twin: a run without one has no other twin than itself")
     return command
 
 
@@ -230,7 +211,7 @@ def data_command(words: list[str]) -> None:
     actions: dict[str, Callable[[Config], None]] = {"get": _get, "check": _check}
     if not words or words[0].startswith("-"):
         raise ValueError("expected pgp data get RECIPE or pgp data check RECIPE")
-    action = _named(actions, words[0], "action", "pgp --help")
+    action = parsing.named(actions, words[0], "action", "pgp --help")
     action(_train_command(words[1:], f"pgp data {words[0]}").config)
 
 
@@ -268,48 +249,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def _named(table: dict[str, Callable[..., Any]], name: str, what: str, where: str) -> Callable[..., Any]:
-    if name not in table:
-        near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
-        hint = f"perhaps you meant {near[0]!r}; " if near else ""
-        raise ValueError(f"unknown {what} {name!r}: {hint}see {where}")
-    return table[name]
-
-
-def _shelved(config: Config, words: list[str]) -> Config:
-    """`config` with the parts that flags like `--projection none` name, so that the flags of those parts are known."""
-    for name in _values(words, "--method"):
-        if name in recipes.BASELINES:
-            config = recipes.BASELINES[name](config)
-    for field, shelf in recipes.SHELVES.items():
-        named = [shelf[name] for name in _values(words, f"--{field}") if name in shelf]
-        part: Any = tuple(named) if field == "readouts" else named[-1:]
-        if named:
-            config = replace(config, **{field: part if field == "readouts" else part[0]})
-        if field == "projection" and isinstance(config.projection, Released.Config):
-            config = replace(config, projection=recipes.published_basis(config.method))
-    if places := _values(words, "--data"):  # the recipe's number of tasks was that of its own data
-        config = replace(config, dataset=own_data(places[-1]), tasks=None)
-    return config
-
-
-def _values(words: list[str], wanted: str) -> list[str]:
-    """What stands behind `wanted`, as `--data a b` or `--data=a`."""
-    out: list[str] = []
-    taking = False
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            taking = name.replace("_", "-") == wanted
-            if taking and equals:
-                out.append(value)
-        elif taking:
-            out.append(word)
-    return out
-
-
 def _resumed(words: list[str]) -> ResumeCommand:
-    folder = Path((_values(words, "--resume") or [""])[0])
+    folder = Path((parsing.values(words, "--resume") or [""])[0])
     return ResumeCommand(folder, hardware=Run.open(folder).config.hardware)
 
 
