@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -9,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import tyro
 
-from pgp import __version__, catalogue, display, parsing, processes, published, recipes, report, train
-from pgp.commands import EvalCommand, PredictCommand, ReportCommand, ResumeCommand, TrainCommand
+from pgp import __version__, catalogue, display, parsing, processes, published, recipes, report, sweep, train, workers
+from pgp.commands import EvalCommand, PredictCommand, ReportCommand, ResumeCommand, SweepCommand, TrainCommand
 from pgp.config import Config, Hardware
 from pgp.curriculum import located, scenario_of
 from pgp.datasets import BadImageError
@@ -31,6 +33,7 @@ usage: pgp COMMAND ...
   eval RUN                   evaluate a run's latest checkpoint again
   predict RUN IMAGE ...      name what is on images or in folders of images
   report RUN ...             tables and figures over runs: mean and deviation over seeds
+  sweep RECIPE --over ...    a grid of runs with its controls, in parallel, in one table; pgp sweep --help
   list                       recipes, data sets, settings, what each needs and where it is looked for
   data get RECIPE            download what a recipe learns from, and nothing else
   data check RECIPE          look at every file of it, before an hour is spent
@@ -199,6 +202,56 @@ def report_command(words: list[str]) -> None:
     display.show(runs, output)
 
 
+def sweep_command(words: list[str]) -> None:
+    """`pgp sweep RECIPE …`."""
+    first = [] if not words or words[0].startswith("-") else [words[0]]
+    command, others = tyro.cli(
+        SweepCommand, args=words[len(first) :], prog="pgp sweep RECIPE", return_unknown_args=True
+    )
+    base = _for_sweep([*first, *others])
+    choices = parsing.grid(command.over)
+    configs = [_for_sweep([*first, *others, *parsing.words_of(choice)]) for choice in choices]
+    points, seeds = parsing.labelled(choices, configs, base.name), parsing.seeds_of(command.seeds)
+    if command.workers is not None and command.workers < 1:
+        raise ValueError(f"expected --workers of at least 1, got {command.workers}")
+    for data in {repr(config.dataset): config.dataset for config in configs}.values():
+        data.fetch()  # once, with bars of its own
+    swept = sweep.Sweep(command.output or Path("sweeps") / first[0], base)
+    jobs = swept.plan(points, seeds, controls=command.controls)
+    failures = _swept(command, base, jobs)
+    if members := swept.conclude():
+        display.show_comparison(members, command.output or Path("sweeps") / first[0])
+    if failures:
+        head = f"{len(failures)} of {len(jobs)} runs failed; the same call tries them again:"
+        raise RunError("\n".join([head, *failures]))
+
+
+def _for_sweep(words: list[str]) -> Config:
+    """The configuration of one point of a grid."""
+    command = parsing.train_command(words, "pgp sweep")
+    if command.twin or command.baselines or command.output or parsing.values(words, "--seed"):
+        raise ValueError("expected pgp sweep without --twin, --baselines and --seed: controls are there by default, and"
+                         " seeds are --seeds")  # fmt: skip
+    if command.config.hardware.devices > 1:
+        raise ValueError(f"expected --devices 1 in a sweep, whose runs are spread over all devices as they are, got"
+                         f" {command.config.hardware.devices}")  # fmt: skip
+    return command.config if command.pgp else recipes.sequential(command.config)
+
+
+def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[str]:
+    """What went wrong, a line for each run that failed; every other run is there when this returns."""
+    left = [job for job in jobs if not sweep.finished(job)]
+    if len(left) < len(jobs):
+        print(f"pgp: {len(jobs) - len(left)} of {len(jobs)} runs are there already", file=sys.stderr)
+    gpus = torch.cuda.device_count() if base.hardware.accelerator != "cpu" else 0
+    if command.ray:
+        spread = functools.partial(workers.on_ray, address=command.ray, gpu=base.hardware.accelerator != "cpu")
+    else:
+        count = min(command.workers or gpus or workers.cores(), max(1, len(left)))
+        spread = functools.partial(workers.at_once, workers=count, gpus=gpus)
+    return display.follow(sweep.each(left, spread), len(left))
+
+
 def list_command(words: list[str]) -> None:
     """`pgp list`."""
     if words:
@@ -244,6 +297,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "eval": eval_command,
     "predict": predict_command,
     "report": report_command,
+    "sweep": sweep_command,
     "list": list_command,
     "data": data_command,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from pgp import report
+from pgp import comparison, report, sweep
 from pgp.processes import rank
 from pgp.run import Run, free_folder
 
@@ -19,8 +20,8 @@ console = Console()
 progress_console = Console(stderr=True)
 
 
-def progress() -> Progress:
-    """Bars with the time that is left, on stderr."""
+def progress(memory: float = 30) -> Progress:
+    """Bars with the time that is left, on stderr, by the speed of the last `memory` seconds."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -29,7 +30,7 @@ def progress() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=progress_console, transient=True)
+    return Progress(*columns, console=progress_console, transient=True, speed_estimate_period=memory)
 
 
 def draw(runs: list[Run], folder: Path) -> Path:
@@ -52,6 +53,31 @@ def show(runs: list[Run], folder: Path | None = None) -> None:
     print(f"figure: {draw(runs, folder)}")
     for run in runs:
         print(f"run:    {run.folder}")
+
+
+def follow(outcomes: sweep.Outcomes, total: int) -> list[str]:
+    """A line for each of `total` runs that failed; one is printed for each run that ends, under a bar over all."""
+    failures = []
+    with progress(memory=1e9) as bars, closing(outcomes):
+        bar = bars.add_task("runs", total=total)
+        for job, done in outcomes:
+            if isinstance(done, Exception):
+                failures.append(f"{job.name}, seed {job.seed}: {done}")
+                told = "failed"
+            else:
+                told = f"{done.how} in {done.seconds:.0f} s, average accuracy {100 * done.accuracy:.1f} %"
+            bars.console.print(f"{job.name}, seed {job.seed}: {told}", markup=False, highlight=False)
+            bars.advance(bar)
+    return failures
+
+
+def show_comparison(members: Sequence[comparison.Member], folder: Path) -> None:
+    """Print the table of the sweep in `folder`, and where it and its figure lie."""
+    rows = comparison.table(members)
+    console.print(_table("in %", comparison.HEAD[:2], comparison.HEAD[2:], rows))
+    console.print(comparison.NOTE, highlight=False)
+    print(f"table:  {folder / sweep.TABLE}")
+    print(f"figure: {folder / sweep.FIGURE}")
 
 
 def show_evaluation(run: Run, matrices: Mapping[str, Tensor]) -> None:

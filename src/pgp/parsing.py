@@ -1,10 +1,11 @@
-"""From words to a command: the flags of pgp train, which several commands understand."""
+"""From words to a command: the flags of pgp train, which several commands understand, and grids of them."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -77,3 +78,66 @@ def values(words: list[str], wanted: str) -> list[str]:
         elif taking:
             out.append(word)
     return out
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds that `--seeds` means: so many from 0, or a list.
+
+    >>> seeds_of("3"), seeds_of("3,7")
+    ([0, 1, 2], [3, 7])
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts) or ("," not in text and int(text) < 1):
+        raise ValueError(f"expected --seeds 10, for seeds 0 to 9, or --seeds 3,7,11, got {text!r}")
+    return list(dict.fromkeys(map(int, parts))) if "," in text else list(range(int(text)))
+
+
+def grid(over: Sequence[str]) -> list[dict[str, str]]:
+    """Every choice of one value for each `PATH=v1,v2,…`: values by path.
+
+    >>> grid(["a=1,2", "b=x"])
+    [{'a': '1', 'b': 'x'}, {'a': '2', 'b': 'x'}]
+    """
+    axes: dict[str, list[str]] = {}
+    for text in over:
+        path, equals, values = text.removeprefix("--").partition("=")
+        path = path.strip().replace("-", "_")
+        parts = [part.strip() for part in values.split(",")]
+        if not path or not equals or not all(parts):
+            raise ValueError(f"expected --over PATH=VALUE,VALUE, such as projection.energy=.9,.99, got {text!r}")
+        if path in ("seed", "output", "twin", "baselines"):
+            raise ValueError(f"expected a setting of the runs in --over, got {path}: seeds are --seeds, and controls"
+                             " are there by default")  # fmt: skip
+        axes.setdefault(path, []).extend(parts)
+    return [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
+
+
+def words_of(choice: Mapping[str, str]) -> list[str]:
+    """The flags of `pgp train` that make a choice; a true or false one is a switch."""
+    words = []
+    for path, value in choice.items():
+        front, dot, last = path.rpartition(".")
+        switch = {"true": last, "false": f"no_{last}"}.get(value.lower())
+        words += [f"--{front}{dot}{switch}"] if switch else [f"--{path}", *value.split()]
+    return words
+
+
+def labelled(choices: Sequence[Mapping[str, str]], configs: Sequence[Config], recipe: str) -> dict[str, Config]:
+    """Points by label: each setting by as much of its path as tells it apart, and its value; equal points once."""
+    paths = list(choices[0]) if choices else []
+    short = {path: path.rpartition(".")[2] for path in paths}
+    names = {path: last if list(short.values()).count(last) == 1 else path for path, last in short.items()}
+    out: dict[str, Config] = {}
+    for choice, config in zip(choices, configs, strict=True):
+        if config not in out.values():
+            label = ", ".join(f"{names[path]} {_value(config, path, text)}" for path, text in choice.items())
+            out[label or recipe] = config
+    return out
+
+
+def _value(config: Config, path: str, text: str) -> Any:
+    """What a path leads to, where that is a plain value: .9 and 0.90 are the same; else as it was written."""
+    place: Any = config
+    for part in path.split("."):
+        place = place[int(part)] if part.isdecimal() else getattr(place, part, None)
+    return place if isinstance(place, bool | int | float | str) else text
