@@ -317,7 +317,7 @@ def test_two_processes_and_a_kill(tmp_path):
         assert first.poll() is None
         time.sleep(0.02)
     first.kill()
-    first.wait()
+    first.communicate(timeout=60)  # the stream ends when its workers have ended, too
     both = [as_a_process(tmp_path, *words) for _ in range(2)]  # at the same time
     told = [one.communicate(timeout=300)[1] for one in both]
     assert [one.returncode for one in both] == [0, 0], told

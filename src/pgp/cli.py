@@ -81,7 +81,7 @@ def _guarded(work: Callable[[], None]) -> None:
             raise
         _stop(str(error))
     except KeyboardInterrupt:
-        _stop("interrupted; a run with a checkpoint goes on by pgp train --resume RUN", code=130)
+        _stop("interrupted; a sweep goes on by the same call, a run with a checkpoint by pgp train --resume RUN", 130)
 
 
 def train_command(words: list[str]) -> None:
