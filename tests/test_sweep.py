@@ -111,6 +111,9 @@ def test_names_and_controls(tmp_path):
     assert {job.folder for job in jobs} == {tmp_path / "out" / name / f"seed-{k}" for name in names for k in (0, 1)}
     assert plan.entries["energy-0.5_space-sum"].controls["random"] == "random_energy-0.5_space-sum"
     assert len({repr(job.config) for job in jobs}) == len(jobs)
+    grown, more = planned(tmp_path, ["projection.energy=.7,.5,.9", "projection.space=union,sum"])
+    assert names < {job.name for job in more}
+    assert {name: grown.entries[name] for name in names} == plan.entries
     _, alone = planned(tmp_path / "bare", ["projection.energy=.9"], controls=False)
     assert {job.name for job in alone} == {"energy-0.9"}
 
@@ -281,6 +284,14 @@ def test_workers_in_this_process_report_errors():
     assert "invalid literal" in str(out[1][1])
     (only,) = workers.at_once({}.__getitem__, ["x"], 1)
     assert str(only[1]) == "KeyError: 'x'"
+
+
+def test_gpus_are_shared(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert workers._visible(2) == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    assert workers._visible(2) == ["3", "5"]
+    assert workers._visible(0) == []
 
 
 def test_ray_is_an_extra(monkeypatch, capsys):

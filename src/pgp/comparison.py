@@ -155,7 +155,14 @@ def draw(members: Sequence[Member], path: Path) -> None:
 def _panel(axes: Any, column: str, points: Sequence[Member], controls: Sequence[Member]) -> None:
     for number, member in enumerate(points):
         if column in columns(member):
-            _point(axes, _line(member, column), member.label, color=f"C{number % 10}", marker="o."[number // 10 % 2])
+            _point(
+                axes,
+                _line(member, column),
+                member.label,
+                color=f"C{number % 10}",
+                marker="od"[number // 10 % 2],
+                zorder=3,
+            )
     places = []
     for number, control in enumerate(controls):
         other = _fitting(control, column)
@@ -167,7 +174,9 @@ def _panel(axes: Any, column: str, points: Sequence[Member], controls: Sequence[
             axes.axhline(100 * mean, color="black", linestyle=":", linewidth=1, label=control.label)
             continue
         mark = MARKS[number % len(MARKS)]
-        places.append(_point(axes, line, control.label, color="black", marker=mark, markersize=5, alpha=0.8))
+        places.append(
+            _point(axes, line, control.label, color="black", marker=mark, markersize=5, markerfacecolor="white")
+        )
     if best := frontier(places):
         low, right = axes.get_ylim()[0], axes.get_xlim()[1]
         xs = [best[0][0], *(x for x, _ in best), max(right, best[-1][0])]
