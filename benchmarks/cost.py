@@ -100,7 +100,7 @@ def train(kind: str, precision: str) -> Callable[[], Any]:
 
         return plain
     learner = new_learner(kind, precision)
-    adam = learner.config.optimizer.build([p for p in learner.method.parameters() if p.requires_grad], BATCH)
+    adam = learner.config.optimizer.build(learner.method, BATCH)
     protected = learner.method.protected()
     half_projection(protected).attach(adam, protected)
     ready = learner.fabric.setup_optimizers(adam)

@@ -47,7 +47,8 @@ from pgp.train import train
 
 RESULTS = emoji.ROOT / "docs" / "results" / "protection.jsonl"
 TUNING = emoji.ROOT / "docs" / "results" / "protection_tuning.jsonl"
-RATES = (0.03, 0.1, 0.3, 1.0)
+RATES = ((0.03, 1.0), (0.1, 1.0), (0.3, 1.0), (1.0, 1.0), (0.1, 0.3), (0.3, 0.1), (0.1, 0.1), (0.3, 0.03))
+"""Of the head, per 256 images, and the share of it at which prompts learn."""
 
 
 def folder(data: str, *, tuning: bool) -> Path:
@@ -170,11 +171,11 @@ def spread(lines: list[dict[str, Any]], column: str, figure: str) -> str:
 
 def tune(data: str, part: int, parts: int) -> None:
     """Figures per learning rate of unprojected prompts; the test pictures are not looked at."""
-    for lr in RATES[part - 1 :: parts]:
-        if (data, lr) not in {(line["data"], line["lr"]) for line in emoji._lines(TUNING)}:
-            config = replace(base(data, 100, tuning=True), optimizer=Optimizer(lr=lr))
+    for lr, share in RATES[part - 1 :: parts]:
+        if (data, lr, share) not in {(line["data"], line["lr"], line["prompt_share"]) for line in emoji._lines(TUNING)}:
+            config = replace(base(data, 100, tuning=True), optimizer=Optimizer(lr=lr, prompt_share=share))
             config = replace(config, readouts=(Sequential.Config(), LDA.Config()))
-            emoji._append(TUNING, {"data": data, "lr": lr, "seed": 100, **measure(config)})
+            emoji._append(TUNING, {"data": data, "lr": lr, "prompt_share": share, "seed": 100, **measure(config)})
 
 
 def main() -> None:

@@ -18,10 +18,10 @@ LEVELS = [
     {"processes", "environment", "subspace", "prompts", "metrics", "scenario"},
     {"backbones", "projections", "readouts", "datasets"},
     {"methods"},
-    {"config", "recipes"},
+    {"config", "recipes", "baselines"},
     {"run", "evaluate", "curriculum", "stream", "learner", "boundary", "train", "audit"},
-    {"predict", "report", "published"},
-    {"commands", "display", "catalogue"},
+    {"predict", "report", "comparison", "published"},
+    {"commands", "display", "catalogue", "parsing", "workers", "sweep"},
     {"cli", "__main__"},
 ]
 HOMES = {
@@ -33,11 +33,12 @@ HOMES = {
     "requests": {"datasets"},
     "urllib3": {"datasets"},
     "pooch": {"datasets"},
-    "filelock": {"datasets"},
+    "filelock": {"datasets", "sweep"},
     "datasets": {"datasets"},
     "lightning_fabric": {"evaluate", "learner", "train"},
-    "matplotlib": {"report"},
-    "tyro": {"config", "commands", "cli"},
+    "matplotlib": {"report", "comparison"},
+    "tyro": {"config", "commands", "parsing", "cli"},
+    "ray": {"workers"},
 }
 
 

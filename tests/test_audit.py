@@ -4,7 +4,7 @@ import pytest
 from rich.progress import Progress
 
 import tiny
-from pgp import audit, metrics, train
+from pgp import audit, cli, metrics, train
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.vpt import VPT
 from pgp.projections.none import NoProjection
@@ -72,3 +72,16 @@ def test_a_run_without_a_finished_task_is_named(run, tmp_path):
     empty = Run.create(tmp_path / "run", run.config)
     with pytest.raises(RunError, match="is finished yet"):
         audit.audited(empty, QUIET)
+
+
+def test_the_command(run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    cli.main(["audit", str(run.folder), "--batch-sizes", "4", "--oracle"])
+    said = capsys.readouterr().out
+    (honest,) = [f for f in audit.audited(run, QUIET, ()) if f.honest and f.column == "sequential"]
+    assert f"sequential: {100 * honest.accuracy:.2f} % is real; leaks add up to" in said
+    assert "a vote of 4" in said
+    assert "staleness" in said
+    with pytest.raises(SystemExit):
+        cli.main(["audit", str(run.folder), "--batch-sizes", "0"])
+    assert "expected --batch-sizes of at least 1" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from PIL import Image
 
 import tiny
 from pgp import cli, recipes
+from pgp.baselines import BASELINES
 from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.run import Run
@@ -66,12 +67,12 @@ def test_baselines(tmp_path, capsys):
     cli.main(["train", "demo", "--baselines", "--output", "all"])
     out = capsys.readouterr().out
     runs = {path.name: Run.open(path) for path in (tmp_path / "all").iterdir() if path.is_dir()}
-    assert runs.keys() == {"orthogonal", *recipes.BASELINES}
+    assert runs.keys() == {"orthogonal", *BASELINES}
     assert out.count("run:    all/") == 8
     assert {name: list(run.matrices()) for name, run in runs.items()} == {
         "orthogonal": ["sequential", "lda"],
         **{name: ["sequential", "lda"] for name in ("sequential", "random", "slower", "frozen")},
-        "linear": ["sequential"],
+        "linear": ["sequential", "lda"],
         "ncm": ["ncm"],
         "joint": ["sequential", "lda"],
     }
@@ -84,7 +85,7 @@ def test_baselines(tmp_path, capsys):
         cli.main(["train", "demo", "--method", name, "--output", name])
         assert Run.open(tmp_path / name).config == runs[name].config
     cli.main(["eval", "linear", "--every-task"])
-    assert capsys.readouterr().out.count("yes") == 3
+    assert capsys.readouterr().out.count("yes") == 6
 
 
 def test_parts_can_be_replaced(tmp_path):

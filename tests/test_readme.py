@@ -49,14 +49,16 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
     for number in (1, 2):
         Image.new("RGB", (40, 40), (0, 100 * number, 90)).save(tmp_path / "NEW" / "d" / f"{number}.jpg")
     commands = [line.split("#")[0] for line in README.splitlines() if line.startswith("pgp ")]
-    assert len(commands) == 16
+    assert len(commands) == 17
     for command in commands:
         words = shlex.split(command)[1:]
         if "own" in words:
             words += ["--readouts", "sequential"]  # LDA needs more than one picture of a class
+        if "sweep" in words:
+            words += ["--seeds", "1", "--workers", "1", "--no-controls"]
         cli.main(words)
     out = capsys.readouterr().out
-    assert out.count("figure: ") == 13  # all but list, eval and predict
+    assert out.count("figure: ") == 14  # all but list, eval and predict
 
 
 def test_every_file_on_the_map_exists():

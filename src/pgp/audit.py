@@ -77,8 +77,8 @@ def audited(run: Run, progress: Progress, sizes: Sequence[int] = BATCHES) -> lis
 
 @torch.no_grad()
 def oracle(run: Run, progress: Progress) -> dict[str, tuple[float, float]]:
-    """What readouts from statistics would read if no statistics were stale: fitted, after the last task, to the training
-    images of all tasks as the final model sees them. Not to be had without old images; a bound.
+    """What readouts from statistics would read if none were stale: fitted, after the last task, to the training images
+    of all tasks as the final model sees them. Not to be had without old images; a bound.
 
     Returns:
         By the name of a readout that does not compensate: average accuracy, in [0, 1]; and how far the means that the
@@ -121,7 +121,7 @@ def opened(run: Run, progress: Progress) -> tuple[Learner, int]:
 
 
 def _features(learner: Learner, tasks: Sequence[Task], size: int | None) -> Iterator[tuple[Task, Tensor, Tensor]]:
-    """Features `(B, D)` and labels of test batches, each of one task; by vote of `size` images, where given."""
+    """Features `(B, D)` and labels of test batches of one task each; by vote of `size` images, where given."""
     config, evaluation = learner.config, learner.evaluation
     plan = [(task, part) for task in tasks for part in in_order(task.test, size or config.eval_batch_size)]
     viewed = Viewed(learner.data.test, config.views.test(), 0, ("test",), config.on_bad_image == "skip")

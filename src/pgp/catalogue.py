@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pgp import recipes
 from pgp.backbones import Backbone
+from pgp.baselines import BASELINES
 from pgp.config import Config
 from pgp.datasets import DatasetConfig
 from pgp.datasets.hugging_face import HuggingFace
@@ -46,7 +47,7 @@ def _sections() -> Iterator[RenderableType]:
     shelves = {f"--{field}": ", ".join(shelf) for field, shelf in recipes.SHELVES.items() if field != "dataset"}
     yield _grid(shelves)
     yield "\nbaselines of a recipe, for --method NAME; all of them by --baselines"
-    yield _grid({name: escape(_summary(baseline)) for name, baseline in recipes.BASELINES.items()})
+    yield _grid({name: escape(_summary(baseline)) for name, baseline in BASELINES.items()})
 
 
 def _needs(config: Config) -> list[str]:

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
+import functools
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import torch
 import tyro
 
-from pgp import __version__, catalogue, display, processes, published, recipes, report, train
-from pgp.commands import EvalCommand, PredictCommand, ReportCommand, ResumeCommand, TrainCommand
+from pgp import __version__, audit, catalogue, display, parsing, processes, published, report, sweep, train, workers
+from pgp.baselines import BASELINES, sequential
+from pgp.commands import (
+    AuditCommand,
+    EvalCommand,
+    PredictCommand,
+    ReportCommand,
+    ResumeCommand,
+    SweepCommand,
+    TrainCommand,
+)
 from pgp.config import Config, Hardware
 from pgp.curriculum import located, scenario_of
 from pgp.datasets import BadImageError
@@ -24,8 +32,6 @@ from pgp.datasets.own import own_data
 from pgp.evaluate import tracked
 from pgp.predict import Predictor, images_in
 from pgp.processes import rank
-from pgp.projections.none import NoProjection
-from pgp.projections.released import Released
 from pgp.run import Run, RunError, free_folder
 
 USAGE = """\
@@ -34,8 +40,10 @@ usage: pgp COMMAND ...
   train RECIPE [overrides]   learn a stream of tasks; pgp train RECIPE --help lists every override
   train --resume RUN         go on with a run that stopped; --add FOLDER teaches it the classes of a folder
   eval RUN                   evaluate a run's latest checkpoint again
+  audit RUN                  how much of its accuracy is real: the honest protocol beside those that leak the task
   predict RUN IMAGE ...      name what is on images or in folders of images
   report RUN ...             tables and figures over runs: mean and deviation over seeds
+  sweep RECIPE --over ...    a grid of runs with its controls, in parallel, in one table; pgp sweep --help
   list                       recipes, data sets, settings, what each needs and where it is looked for
   data get RECIPE            download what a recipe learns from, and nothing else
   data check RECIPE          look at every file of it, before an hour is spent
@@ -59,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif words[0] == "--version":
         print(f"pgp {__version__}")
     else:
-        _guarded(lambda: _named(COMMANDS, words[0], "command", "pgp --help")(words[1:]))
+        _guarded(lambda: parsing.named(COMMANDS, words[0], "command", "pgp --help")(words[1:]))
 
 
 def published_main(argv: Sequence[str] | None = None) -> None:
@@ -83,7 +91,7 @@ def _guarded(work: Callable[[], None]) -> None:
             raise
         _stop(str(error))
     except KeyboardInterrupt:
-        _stop("interrupted; a run with a checkpoint goes on by pgp train --resume RUN", code=130)
+        _stop("interrupted; a sweep goes on by the same call, a run with a checkpoint by pgp train --resume RUN", 130)
 
 
 def train_command(words: list[str]) -> None:
@@ -104,35 +112,21 @@ def train_command(words: list[str]) -> None:
 
 
 def _train_command(words: list[str], program: str) -> TrainCommand:
-    """What `RECIPE --flags` asks for."""
-    if not words or words[0].startswith("-"):
-        raise ValueError(f"expected a recipe, one of {', '.join(recipes.RECIPES)}; or --resume RUN")
-    recipe = _named(recipes.RECIPES, words[0], "recipe", "pgp list")
-    config = _shelved(recipe(), words[1:])
-    if note := published.says(words[1:], config):
+    """As `parsing.train_command`, and says what a published flag means where it says less than it means."""
+    command = parsing.train_command(words, program)
+    if note := published.says(words[1:], command.config):
         print(f"pgp: {note}", file=sys.stderr)
-    command = tyro.cli(
-        TrainCommand,
-        args=published.translated(words[1:], config),
-        prog=f"{program} {words[0]}",
-        description=inspect.getdoc(recipe),
-        default=TrainCommand(config),
-    )
-    if command.twin and command.baselines:
-        raise ValueError("expected --twin or --baselines, got both: the baselines hold the twin, as sequential")
-    if command.twin and (not command.pgp or isinstance(command.config.projection, NoProjection.Config)):
-        raise ValueError("expected a projection beside --twin: a run without one has no other twin than itself")
     return command
 
 
 def _trained(command: TrainCommand) -> list[Run]:
     """The finished run, and its twin or baselines."""
-    own = command.config if command.pgp else recipes.sequential(command.config)
+    own = command.config if command.pgp else sequential(command.config)
     configs = {type(own.projection).__module__.rpartition(".")[2]: own}  # by the folder's name, if there are several
     if command.twin:
-        configs["none"] = recipes.sequential(own)
+        configs["none"] = sequential(own)
     if command.baselines:
-        configs |= {name: baseline(own) for name, baseline in recipes.BASELINES.items() if baseline(own) != own}
+        configs |= {name: baseline(own) for name, baseline in BASELINES.items() if baseline(own) != own}
     own.dataset.fetch()  # with bars of its own
     runs = []
     with display.progress() as bars:
@@ -163,7 +157,7 @@ def _published_train(words: list[str]) -> None:
 def _published_eval(words: list[str]) -> None:
     """`python main.py RECIPE --eval`: the newest run of the recipe in `--output_dir`, after each of its tasks."""
     command = _train_command(words, "python main.py")
-    asked = command.config if command.pgp else recipes.sequential(command.config)
+    asked = command.config if command.pgp else sequential(command.config)
     run, config = published.newest(asked, words[1:], (command.output or PUBLISHED_OUTPUT).absolute())
     with display.progress() as bars:
         display.show_evaluation(run, train.reevaluate(run, config, bars, every_task=True))
@@ -178,6 +172,18 @@ def eval_command(words: list[str]) -> None:
     config = replace(run.config, hardware=hardware, legacy_eval=command.legacy_eval, eval_batch_size=size)
     with display.progress() as bars:
         display.show_evaluation(run, train.reevaluate(run, config, bars, every_task=command.every_task))
+
+
+def audit_command(words: list[str]) -> None:
+    """`pgp audit RUN`."""
+    command = tyro.cli(AuditCommand, args=words, prog="pgp audit")
+    if not command.batch_sizes or min(command.batch_sizes) < 1:
+        raise ValueError(f"expected --batch-sizes of at least 1, got {command.batch_sizes}")
+    run = Run.open(command.run)
+    with display.progress() as bars:
+        display.show_audit(run, audit.audited(run, bars, command.batch_sizes))
+        if command.oracle:
+            display.show_oracle(run, audit.oracle(run, bars))
 
 
 def predict_command(words: list[str]) -> None:
@@ -218,6 +224,56 @@ def report_command(words: list[str]) -> None:
     display.show(runs, output)
 
 
+def sweep_command(words: list[str]) -> None:
+    """`pgp sweep RECIPE …`."""
+    first = [] if not words or words[0].startswith("-") else [words[0]]
+    command, others = tyro.cli(
+        SweepCommand, args=words[len(first) :], prog="pgp sweep RECIPE", return_unknown_args=True
+    )
+    base = _for_sweep([*first, *others])
+    choices = parsing.grid(command.over)
+    configs = [_for_sweep([*first, *others, *parsing.words_of(choice)]) for choice in choices]
+    points, seeds = parsing.labelled(choices, configs, base.name), parsing.seeds_of(command.seeds)
+    if command.workers is not None and command.workers < 1:
+        raise ValueError(f"expected --workers of at least 1, got {command.workers}")
+    for data in {repr(config.dataset): config.dataset for config in configs}.values():
+        data.fetch()  # once, with bars of its own
+    swept = sweep.Sweep(command.output or Path("sweeps") / first[0], base)
+    jobs = swept.plan(points, seeds, controls=command.controls)
+    failures = _swept(command, base, jobs)
+    if members := swept.conclude():
+        display.show_comparison(members, command.output or Path("sweeps") / first[0])
+    if failures:
+        head = f"{len(failures)} of {len(jobs)} runs failed; the same call tries them again:"
+        raise RunError("\n".join([head, *failures]))
+
+
+def _for_sweep(words: list[str]) -> Config:
+    """The configuration of one point of a grid."""
+    command = parsing.train_command(words, "pgp sweep")
+    if command.twin or command.baselines or command.output or parsing.values(words, "--seed"):
+        raise ValueError("expected pgp sweep without --twin, --baselines and --seed: controls are there by default, and"
+                         " seeds are --seeds")  # fmt: skip
+    if command.config.hardware.devices > 1:
+        raise ValueError(f"expected --devices 1 in a sweep, whose runs are spread over all devices as they are, got"
+                         f" {command.config.hardware.devices}")  # fmt: skip
+    return command.config if command.pgp else sequential(command.config)
+
+
+def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[str]:
+    """What went wrong, a line for each run that failed; every other run is there when this returns."""
+    left = [job for job in jobs if not sweep.finished(job)]
+    if len(left) < len(jobs):
+        print(f"pgp: {len(jobs) - len(left)} of {len(jobs)} runs are there already", file=sys.stderr)
+    gpus = torch.cuda.device_count() if base.hardware.accelerator != "cpu" else 0
+    if command.ray:
+        spread = functools.partial(workers.on_ray, address=command.ray, gpu=base.hardware.accelerator != "cpu")
+    else:
+        count = min(command.workers or gpus or workers.cores(), max(1, len(left)))
+        spread = functools.partial(workers.at_once, workers=count, gpus=gpus)
+    return display.follow(sweep.each(left, spread), len(left))
+
+
 def list_command(words: list[str]) -> None:
     """`pgp list`."""
     if words:
@@ -230,7 +286,7 @@ def data_command(words: list[str]) -> None:
     actions: dict[str, Callable[[Config], None]] = {"get": _get, "check": _check}
     if not words or words[0].startswith("-"):
         raise ValueError("expected pgp data get RECIPE or pgp data check RECIPE")
-    action = _named(actions, words[0], "action", "pgp --help")
+    action = parsing.named(actions, words[0], "action", "pgp --help")
     action(_train_command(words[1:], f"pgp data {words[0]}").config)
 
 
@@ -261,55 +317,17 @@ def _check(config: Config) -> None:
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train_command,
     "eval": eval_command,
+    "audit": audit_command,
     "predict": predict_command,
     "report": report_command,
+    "sweep": sweep_command,
     "list": list_command,
     "data": data_command,
 }
 
 
-def _named(table: dict[str, Callable[..., Any]], name: str, what: str, where: str) -> Callable[..., Any]:
-    if name not in table:
-        near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
-        hint = f"perhaps you meant {near[0]!r}; " if near else ""
-        raise ValueError(f"unknown {what} {name!r}: {hint}see {where}")
-    return table[name]
-
-
-def _shelved(config: Config, words: list[str]) -> Config:
-    """`config` with the parts that flags like `--projection none` name, so that the flags of those parts are known."""
-    for name in _values(words, "--method"):
-        if name in recipes.BASELINES:
-            config = recipes.BASELINES[name](config)
-    for field, shelf in recipes.SHELVES.items():
-        named = [shelf[name] for name in _values(words, f"--{field}") if name in shelf]
-        part: Any = tuple(named) if field == "readouts" else named[-1:]
-        if named:
-            config = replace(config, **{field: part if field == "readouts" else part[0]})
-        if field == "projection" and isinstance(config.projection, Released.Config):
-            config = replace(config, projection=recipes.published_basis(config.method))
-    if places := _values(words, "--data"):  # the recipe's number of tasks was that of its own data
-        config = replace(config, dataset=own_data(places[-1]), tasks=None)
-    return config
-
-
-def _values(words: list[str], wanted: str) -> list[str]:
-    """What stands behind `wanted`, as `--data a b` or `--data=a`."""
-    out: list[str] = []
-    taking = False
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            taking = name.replace("_", "-") == wanted
-            if taking and equals:
-                out.append(value)
-        elif taking:
-            out.append(word)
-    return out
-
-
 def _resumed(words: list[str]) -> ResumeCommand:
-    folder = Path((_values(words, "--resume") or [""])[0])
+    folder = Path((parsing.values(words, "--resume") or [""])[0])
     return ResumeCommand(folder, hardware=Run.open(folder).config.hardware)
 
 

@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 import tyro
 
 from pgp import recipes
+from pgp.audit import BATCHES
+from pgp.baselines import BASELINES
 from pgp.config import Config, Hardware
 
 Choice = tyro.conf.arg
@@ -34,7 +36,7 @@ class TrainCommand:
     projection, with a random one, slower, and frozen after the first task; a linear head and the nearest class mean on
     frozen features; and all tasks at once."""
     method_name: Annotated[
-        Literal[tuple(recipes.METHODS | recipes.BASELINES)] | None,  # type: ignore[valid-type]
+        Literal[tuple(recipes.METHODS | BASELINES)] | None,  # type: ignore[valid-type]
         Choice(name="method"),
     ] = None
     """Another method than the recipe's, from its defaults; or a baseline of the recipe's own."""
@@ -74,6 +76,18 @@ class EvalCommand:
 
 
 @dataclass(frozen=True)
+class AuditCommand:
+    """Measure a run's latest checkpoint by the honest protocol and by those that leak the task of a test image."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    batch_sizes: tuple[int, ...] = BATCHES
+    """Test images at once that vote for their prompts."""
+    oracle: bool = False
+    """Also say what readouts from statistics would read if none were stale; this looks at all old training images."""
+
+
+@dataclass(frozen=True)
 class PredictCommand:
     """Name what is on images, by all that a run has learned so far."""
 
@@ -99,3 +113,29 @@ class ReportCommand:
     """Run folders."""
     output: Path | None = None
     """Folder for report.md and report.png; the run's own where there is a single run, else the working folder."""
+
+
+@dataclass(frozen=True)
+class SweepCommand:
+    """Run a recipe at every point of a grid and, under the same budget and seeds, its controls; ends in a table of
+    paired differences, sweep.md, and a figure of accuracy against forgetting, sweep.png. The same call again goes on
+    where the last one stopped; more seeds or values let the sweep grow. All settings of pgp train RECIPE can be given,
+    too, for every run alike; there, --num-workers sets what loads images.
+    """
+
+    over: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """PATH=VALUE,VALUE: a setting as pgp train RECIPE --help spells it, such as projection.energy=.9,.99 or
+    projection=orthogonal,released. Given several times, every choice is run."""
+    seeds: str = "5"
+    """How many, from 0; or a list, such as 3,7,11."""
+    output: Path | None = None
+    """Folder of the sweep; sweeps/RECIPE where not given."""
+    controls: bool = True
+    """Run what each point is to be compared with, too: its prompts without projection, with a random one, slower, and
+    frozen; linear and nearest class mean on frozen features; all tasks at once."""
+    workers: int | None = None
+    """Runs at once: processes that share the cores of this machine. One per GPU where there are any, else one per core,
+    where not given."""
+    ray: str | None = None
+    """Address of a Ray cluster, to spread the runs over; auto finds a running one, local starts one here. Its machines
+    need pgp, the data and --output at the same paths: a file system that they share, and that can lock files."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,10 +46,14 @@ class Optimizer:
     """Learning rate of the first task, where it differs."""
     first_weight_decay: float | None = None
     """Weight decay of the first task, where it differs."""
+    prompt_share: float = 1.0
+    """Learning rate of all but the head, as a share of `lr`: what suits a head may be far too fast for deep prompts."""
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and self.clip >= 0 and self.weight_decay >= 0):
-            raise ValueError(f"expected optimizer.lr > 0, clip >= 0 and weight_decay >= 0, got {self}")
+        if not (self.lr > 0 and self.prompt_share > 0 and self.clip >= 0 and self.weight_decay >= 0):
+            raise ValueError(
+                f"expected optimizer.lr > 0, prompt_share > 0, clip >= 0 and weight_decay >= 0, got {self}"
+            )
 
     def of_task(self, index: int) -> Optimizer:
         """The settings for task number `index`."""
@@ -58,13 +61,24 @@ class Optimizer:
         decay = self.weight_decay if index or self.first_weight_decay is None else self.first_weight_decay
         return replace(self, lr=lr, weight_decay=decay)
 
-    def build(self, parameters: Iterable[nn.Parameter], batch_size: int) -> torch.optim.Optimizer:
-        """A new optimizer over `parameters`."""
-        lr = self.rate(0, 1, batch_size)
+    def build(self, method: nn.Module, batch_size: int) -> torch.optim.Optimizer:
+        """A new optimizer over what `method` learns; each of its groups has its `share` of the rate."""
+        lr, learned = self.rate(0, 1, batch_size), [(n, p) for n, p in method.named_parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": [p for _, p in learned], "share": 1.0}]
+        if self.prompt_share != 1:
+            head = [p for name, p in learned if name.startswith("head.")]
+            rest = [p for name, p in learned if not name.startswith("head.")]
+            groups = [{"params": head, "share": 1.0}, {"params": rest, "share": self.prompt_share}]
+        groups = [group for group in groups if group["params"]]
         if self.name == "sgd":
-            return torch.optim.SGD(parameters, lr, momentum=self.momentum, weight_decay=self.weight_decay)
+            return torch.optim.SGD(groups, lr, momentum=self.momentum, weight_decay=self.weight_decay)
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
-        return kind(parameters, lr, betas=self.betas, weight_decay=self.weight_decay)
+        return kind(groups, lr, betas=self.betas, weight_decay=self.weight_decay)
+
+    def set_rate(self, optimizer: torch.optim.Optimizer, step: int, steps: int, batch_size: int) -> None:
+        """Give each group of `optimizer` its rate at `step` of `steps`."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate(step, steps, batch_size) * group.get("share", 1.0)  # pgp 0.1 saved no share
 
     def rate(self, step: int, steps: int, batch_size: int) -> float:
         """Learning rate at `step` of `steps`."""

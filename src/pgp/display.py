@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from pgp import report
+from pgp import audit, comparison, metrics, report, sweep
 from pgp.processes import rank
 from pgp.run import Run, free_folder
 
@@ -19,8 +20,8 @@ console = Console()
 progress_console = Console(stderr=True)
 
 
-def progress() -> Progress:
-    """Bars with the time that is left, on stderr."""
+def progress(memory: float = 30) -> Progress:
+    """Bars with the time that is left, on stderr, by the speed of the last `memory` seconds."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -29,7 +30,7 @@ def progress() -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=progress_console, transient=True)
+    return Progress(*columns, console=progress_console, transient=True, speed_estimate_period=memory)
 
 
 def draw(runs: list[Run], folder: Path) -> Path:
@@ -54,6 +55,31 @@ def show(runs: list[Run], folder: Path | None = None) -> None:
         print(f"run:    {run.folder}")
 
 
+def follow(outcomes: sweep.Outcomes, total: int) -> list[str]:
+    """A line for each of `total` runs that failed; one is printed for each run that ends, under a bar over all."""
+    failures = []
+    with progress(memory=1e9) as bars, closing(outcomes):
+        bar = bars.add_task("runs", total=total)
+        for job, done in outcomes:
+            if isinstance(done, Exception):
+                failures.append(f"{job.name}, seed {job.seed}: {done}")
+                told = "failed"
+            else:
+                told = f"{done.how} in {done.seconds:.0f} s, average accuracy {100 * done.accuracy:.1f} %"
+            bars.console.print(f"{job.name}, seed {job.seed}: {told}", markup=False, highlight=False)
+            bars.advance(bar)
+    return failures
+
+
+def show_comparison(members: Sequence[comparison.Member], folder: Path) -> None:
+    """Print the table of the sweep in `folder`, and where it and its figure lie."""
+    rows = comparison.table(members)
+    console.print(_table("in %", comparison.HEAD[:2], comparison.HEAD[2:], rows))
+    console.print(comparison.NOTE, highlight=False)
+    print(f"table:  {folder / sweep.TABLE}")
+    print(f"figure: {folder / sweep.FIGURE}")
+
+
 def show_evaluation(run: Run, matrices: Mapping[str, Tensor]) -> None:
     """Print accuracies that were measured anew, `(T, T)` by readout, and whether they are those that `run` stores."""
     stored, tasks = run.matrices(), max(int(matrix.isfinite().sum(1).max()) for matrix in matrices.values())
@@ -67,6 +93,34 @@ def show_evaluation(run: Run, matrices: Mapping[str, Tensor]) -> None:
             agrees = ("yes" if same else "no") if column in stored else ""
             rows.append((column, f"task {t + 1}", *cells, agrees))
     console.print(_table(f"{run.folder}: accuracy, %", ("readout", "after"), headings, rows))
+
+
+def show_audit(run: Run, findings: Sequence[audit.Finding]) -> None:
+    """Print what each protocol says of `run`, and how much of the highest figure is real."""
+    columns = list(dict.fromkeys(finding.column for finding in findings))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for finding in findings:
+        chosen = "each image" if finding.batch is None else f"a vote of {finding.batch}"
+        cells = rows.setdefault((chosen, audit.SCOPES[finding.scope]), {})
+        cells[finding.column] = f"{100 * finding.accuracy:.2f}"
+    table = [(*key, *(cells[column] for column in columns)) for key, cells in rows.items()]
+    console.print(_table(f"{run.folder}: average accuracy, %", ("prompts by", "scored over"), columns, table))
+    for column in columns:
+        own = [finding for finding in findings if finding.column == column]
+        best, (real,) = max(own, key=lambda finding: finding.accuracy), [finding for finding in own if finding.honest]
+        over = 100 * (best.accuracy - real.accuracy)
+        print(f"{column}: {100 * real.accuracy:.2f} % is real; leaks add up to {over:.2f} points")
+
+
+def show_oracle(run: Run, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Print what readouts from statistics would read if none were stale, beside what they read."""
+    stored, (_, tasks) = run.matrices(), run.classes()
+    rows = []
+    for name, (accuracy, stale) in bounds.items():
+        own = metrics.average_accuracy(stored[name])
+        rows.append((name, f"{100 * own:.2f}", f"{100 * accuracy:.2f}", f"{stale:.3f}"))
+    title = f"{run.folder}: statistics of {len(tasks)} tasks"
+    console.print(_table(title, ("readout",), ("as kept, %", "if none were stale, %", "staleness of means"), rows))
 
 
 def _table(title: str, names: Sequence[str], figures: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:

@@ -63,7 +63,7 @@ def lines(runs: Sequence[Run]) -> list[Line]:
     groups: dict[str, list[Run]] = {}
     trees: dict[str, dict[str, Any]] = {}
     for run in {run.folder.resolve(): run for run in runs}.values():
-        tree = _flat(run.config.to_json())
+        tree = flat(run.config.to_json())
         key = repr(_anywhere(tree, run))
         groups.setdefault(key, []).append(run)
         trees.setdefault(key, tree)
@@ -88,10 +88,13 @@ def lines(runs: Sequence[Run]) -> list[Line]:
 def markdown(table: Sequence[Line]) -> str:
     """A table in percent, mean ± standard deviation over seeds."""
     shown = figures(table)
-    head = ["run", "readout", "seeds", *shown.values()]
-    rows = [head, ["---"] * len(head)]
-    rows += [[line.label, line.column, str(len(line.matrices)), *cells(line, shown)] for line in table]
-    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    rows = [[line.label, line.column, str(len(line.matrices)), *cells(line, shown)] for line in table]
+    return grid(["run", "readout", "seeds", *shown.values()], rows)
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join("| " + " | ".join(row) + " |\n" for row in (head, ["---"] * len(head), *rows))
 
 
 def cells(line: Line, shown: Mapping[str, str] = FIGURES) -> list[str]:
@@ -138,6 +141,11 @@ def draw(table: Sequence[Line], path: Path) -> None:
         axis.axis("on" if i < len(matrices) else "off")
         if i < len(matrices):
             _matrix(axis, matrices[i], _name(table[i], table), table[i].tasks)
+    save(figure, path)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.png")
     FigureCanvasAgg(figure).print_png(str(partial))
     partial.replace(path)
@@ -202,7 +210,7 @@ def _anywhere(tree: dict[str, Any], run: Run) -> dict[str, Any]:
     return {key: value for key, value in tree.items() if key not in places} | known
 
 
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
+def flat(tree: Any, path: str = "") -> dict[str, Any]:
     """A tree of JSON values by dotted path; leaves that cannot tell experiments apart are left out."""
     if isinstance(tree, list):
         tree = {str(i): item for i, item in enumerate(tree)}
@@ -212,7 +220,7 @@ def _flat(tree: Any, path: str = "") -> dict[str, Any]:
     for key, item in tree.items():
         hardware = path == "hardware" and key != "precision"
         if not hardware and (path or key != "seed"):
-            out |= _flat(item, f"{path}.{key}" if path else key)
+            out |= flat(item, f"{path}.{key}" if path else key)
     return out
 
 

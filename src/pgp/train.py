@@ -168,15 +168,14 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
             method.begin_task(task)
     plan = training_plan(config, task, learner.fabric.world_size)
     ahead = foretold(learner, task, plan[learner.step :]) if learner.stream else itertools.repeat(None)
-    learned = [parameter for parameter in method.parameters() if parameter.requires_grad]
-    if not learned:
+    if not any(parameter.requires_grad for parameter in method.parameters()):
         if learner.stream:
             learner.step = sum(1 for _ in ahead)
             learner.log_stream(run, task)
             learner.step = 0
         return
     settings = config.optimizer.of_task(task.index)
-    plain = settings.build(learned, config.batch_size)
+    plain = settings.build(method, config.batch_size)
     if learner.restored:
         plain.load_state_dict(learner.restored)
     handle = projection.attach(plain, method.protected())
@@ -188,8 +187,7 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     losses: list[Tensor] = []
     for batch, _ in zip(stream, ahead, strict=False):  # a batch is predicted before it is learned
         if len(batch.indices):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.rate(learner.step, len(plan), config.batch_size)
+            settings.set_rate(optimizer, learner.step, len(plan), config.batch_size)
             losses.append(train_step(learner, optimizer, batch, task, share=len(plan[learner.step])))
         learner.step += 1
         last, saves = learner.step == len(plan), config.save_every_steps

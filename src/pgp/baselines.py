@@ -1,0 +1,65 @@
+"""What a recipe is to be compared with: the same data and budget, less what is to be shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+from pgp.config import Config
+from pgp.methods.head_only import HeadOnly
+from pgp.projections.none import NoProjection
+from pgp.projections.orthogonal import Orthogonal
+from pgp.projections.random import Random
+from pgp.projections.slowed import Slowed
+from pgp.readouts.lda import LDA
+from pgp.readouts.ncm import NCM
+from pgp.readouts.sequential import Sequential
+
+
+def sequential(config: Config) -> Config:
+    """The recipe's prompts without projection, as --no-pgp."""
+    return replace(config, projection=NoProjection.Config())
+
+
+def random(config: Config) -> Config:
+    """The recipe's prompts kept out of random directions, as many as its projection would protect."""
+    own = config.projection
+    settings = asdict(own) if type(own) is Orthogonal.Config else {}
+    return replace(config, projection=Random.Config(**settings))
+
+
+def slower(config: Config) -> Config:
+    """The recipe's prompts at a tenth of the learning rate after the first task, without projection."""
+    return replace(config, projection=Slowed.Config())
+
+
+def frozen(config: Config) -> Config:
+    """The recipe's prompts as the first task leaves them; the head goes on."""
+    return replace(config, projection=Slowed.Config(factor=0.0))
+
+
+def linear(config: Config) -> Config:
+    """No prompts: a linear head on frozen features, and LDA of them."""
+    return replace(sequential(config), method=HeadOnly.Config(), readouts=(Sequential.Config(), LDA.Config()))
+
+
+def ncm(config: Config) -> Config:
+    """No prompts, and nothing learns: the nearest class mean of frozen features."""
+    return replace(sequential(config), method=HeadOnly.Config(learns=False), readouts=(NCM.Config(),))
+
+
+def joint(config: Config) -> Config:
+    """The recipe's prompts on the images of all tasks at once, without projection: the upper bound."""
+    return replace(sequential(config), joint=True)
+
+
+BASELINES: dict[str, Callable[[Config], Config]] = {
+    "sequential": sequential,
+    "random": random,
+    "slower": slower,
+    "frozen": frozen,
+    "linear": linear,
+    "ncm": ncm,
+    "joint": joint,
+}
+"""What a recipe is to be compared with, under the same budget; `--method NAME` trains one, `--baselines` all."""

@@ -1,0 +1,144 @@
+"""From words to a command: the flags of pgp train, which several commands understand, and grids of them."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import tyro
+
+from pgp import published, recipes
+from pgp.baselines import BASELINES
+from pgp.commands import TrainCommand
+from pgp.config import Config
+from pgp.datasets.own import own_data
+from pgp.projections.none import NoProjection
+from pgp.projections.released import Released
+
+
+def train_command(words: list[str], program: str) -> TrainCommand:
+    """What `RECIPE --flags` asks for."""
+    if not words or words[0].startswith("-"):
+        raise ValueError(f"expected a recipe, one of {', '.join(recipes.RECIPES)}; or --resume RUN")
+    recipe = named(recipes.RECIPES, words[0], "recipe", "pgp list")
+    config = _shelved(recipe(), words[1:])
+    command = tyro.cli(
+        TrainCommand,
+        args=published.translated(words[1:], config),
+        prog=f"{program} {words[0]}",
+        description=inspect.getdoc(recipe),
+        default=TrainCommand(config),
+    )
+    if command.twin and command.baselines:
+        raise ValueError("expected --twin or --baselines, got both: the baselines hold the twin, as sequential")
+    if command.twin and (not command.pgp or isinstance(command.config.projection, NoProjection.Config)):
+        raise ValueError("expected a projection beside --twin: a run without one has no other twin than itself")
+    return command
+
+
+def named(table: dict[str, Callable[..., Any]], name: str, what: str, where: str) -> Callable[..., Any]:
+    """What `table` holds under `name`; raises with the nearest name that it has, where it has none."""
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
+        hint = f"perhaps you meant {near[0]!r}; " if near else ""
+        raise ValueError(f"unknown {what} {name!r}: {hint}see {where}")
+    return table[name]
+
+
+def _shelved(config: Config, words: list[str]) -> Config:
+    """`config` with the parts that flags like `--projection none` name, so that the flags of those parts are known."""
+    for name in values(words, "--method"):
+        if name in BASELINES:
+            config = BASELINES[name](config)
+    for field, shelf in recipes.SHELVES.items():
+        parts = [shelf[name] for name in values(words, f"--{field}") if name in shelf]
+        part: Any = tuple(parts) if field == "readouts" else parts[-1:]
+        if parts:
+            config = replace(config, **{field: part if field == "readouts" else part[0]})
+        if field == "projection" and isinstance(config.projection, Released.Config):
+            config = replace(config, projection=recipes.published_basis(config.method))
+    if places := values(words, "--data"):  # the recipe's number of tasks was that of its own data
+        config = replace(config, dataset=own_data(places[-1]), tasks=None)
+    return config
+
+
+def values(words: list[str], wanted: str) -> list[str]:
+    """What stands behind `wanted`, as `--data a b` or `--data=a`."""
+    out: list[str] = []
+    taking = False
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            taking = name.replace("_", "-") == wanted
+            if taking and equals:
+                out.append(value)
+        elif taking:
+            out.append(word)
+    return out
+
+
+def seeds_of(text: str) -> list[int]:
+    """The seeds that `--seeds` means: so many from 0, or a list.
+
+    >>> seeds_of("3"), seeds_of("3,7")
+    ([0, 1, 2], [3, 7])
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts) or ("," not in text and int(text) < 1):
+        raise ValueError(f"expected --seeds 10, for seeds 0 to 9, or --seeds 3,7,11, got {text!r}")
+    return list(dict.fromkeys(map(int, parts))) if "," in text else list(range(int(text)))
+
+
+def grid(over: Sequence[str]) -> list[dict[str, str]]:
+    """Every choice of one value for each `PATH=v1,v2,…`: values by path.
+
+    >>> grid(["a=1,2", "b=x"])
+    [{'a': '1', 'b': 'x'}, {'a': '2', 'b': 'x'}]
+    """
+    axes: dict[str, list[str]] = {}
+    for text in over:
+        path, equals, values = text.removeprefix("--").partition("=")
+        path = path.strip().replace("-", "_")
+        parts = [part.strip() for part in values.split(",")]
+        if not path or not equals or not all(parts):
+            raise ValueError(f"expected --over PATH=VALUE,VALUE, such as projection.energy=.9,.99, got {text!r}")
+        if path in ("seed", "output", "twin", "baselines"):
+            raise ValueError(f"expected a setting of the runs in --over, got {path}: seeds are --seeds, and controls"
+                             " are there by default")  # fmt: skip
+        axes.setdefault(path, []).extend(parts)
+    return [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
+
+
+def words_of(choice: Mapping[str, str]) -> list[str]:
+    """The flags of `pgp train` that make a choice; a true or false one is a switch."""
+    words = []
+    for path, value in choice.items():
+        front, dot, last = path.rpartition(".")
+        switch = {"true": last, "false": f"no_{last}"}.get(value.lower())
+        words += [f"--{front}{dot}{switch}"] if switch else [f"--{path}", *value.split()]
+    return words
+
+
+def labelled(choices: Sequence[Mapping[str, str]], configs: Sequence[Config], recipe: str) -> dict[str, Config]:
+    """Points by label: each setting by as much of its path as tells it apart, and its value; equal points once."""
+    paths = list(choices[0]) if choices else []
+    short = {path: path.rpartition(".")[2] for path in paths}
+    names = {path: last if list(short.values()).count(last) == 1 else path for path, last in short.items()}
+    out: dict[str, Config] = {}
+    for choice, config in zip(choices, configs, strict=True):
+        if config not in out.values():
+            label = ", ".join(f"{names[path]} {_value(config, path, text)}" for path, text in choice.items())
+            out[label or recipe] = config
+    return out
+
+
+def _value(config: Config, path: str, text: str) -> Any:
+    """What a path leads to, where that is a plain value: .9 and 0.90 are the same; else as it was written."""
+    place: Any = config
+    for part in path.split("."):
+        place = place[int(part)] if part.isdecimal() else getattr(place, part, None)
+    return place if isinstance(place, bool | int | float | str) else text
