@@ -7,8 +7,10 @@ import sys
 from dataclasses import dataclass, replace
 
 import pytest
+from torch import nn
 
 import tiny
+from conftest import golden_vit
 from pgp import cli, recipes
 from pgp.config import Config, Hardware, Optimizer
 from pgp.datasets.cifar100 import CIFAR100
@@ -19,6 +21,7 @@ from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.l2p import L2P
 from pgp.projections.none import NoProjection
 from pgp.readouts.lda import LDA
+from pgp.scenario import generator
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -101,7 +104,20 @@ def test_rates():
     cosine = Optimizer(lr=0.256, schedule="cosine")
     assert [cosine.rate(step, 4, 1) for step in (0, 2, 4)] == pytest.approx([0.001, 0.0005, 0])
     for name in ("adam", "adamw", "sgd"):
-        assert Optimizer(name=name).build(tiny_parameters(), 256).param_groups[0]["lr"] == 0.03
+        assert Optimizer(name=name).build(nn.Linear(2, 2), 256).param_groups[0]["lr"] == 0.03
+
+
+def test_prompts_may_learn_at_a_share_of_the_heads_rate():
+    method = L2P.Config(top_k=2).build(golden_vit(), "abc", generator(0, "init"))
+    optimizer = Optimizer(lr=0.5, prompt_share=0.1, schedule="cosine").build(method, 256)
+    head, rest = optimizer.param_groups
+    assert {id(p) for p in head["params"]} == {id(p) for p in method.head.parameters()}
+    assert {id(p) for p in rest["params"]} == {id(method.pool.prompts), id(method.pool.learned_key)}
+    Optimizer(lr=0.5, prompt_share=0.1, schedule="cosine").set_rate(optimizer, 1, 2, 256)
+    assert (head["lr"], rest["lr"]) == pytest.approx((0.25, 0.025))
+    assert len(Optimizer().build(method, 16).param_groups) == 1
+    with pytest.raises(ValueError, match="prompt_share > 0"):
+        Optimizer(prompt_share=0)
 
 
 PUBLISHED = {  # tasks, epochs, batch, lr, seed, and what the method's settings differ in
@@ -135,9 +151,3 @@ def test_published_settings(name):
     assert config.dataset == kind()
     assert kind.expected.classes == classes
     assert classes % tasks == 0
-
-
-def tiny_parameters():
-    import torch
-
-    return [torch.nn.Parameter(torch.zeros(1))]
