@@ -9,10 +9,11 @@ import oracles
 import test_conformance as conformance
 from conftest import golden_vit
 from pgp.backbones.vit import ViT
-from pgp.methods.dualprompt import DualPrompt, _by_prefix
+from pgp.methods.dualprompt import DualPrompt
 from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.released import Released
+from pgp.prompts import by_prompt
 from pgp.scenario import Task, generator
 
 TASK = Task(1, (2, 3), torch.arange(4), torch.arange(4))
@@ -97,7 +98,7 @@ def test_old_features_stay_through_the_whole_network(settings):
 def test_values_are_held_for_the_images_that_picked_them():
     shares = torch.rand(3, 2, 4, 6, generator=torch.Generator().manual_seed(0))  # (B, H, N, k * L), k = 2
     indices = torch.tensor([[4, 1], [1, 0], [2, 3]])
-    by_prefix = _by_prefix(shares, indices, size=5)
+    by_prefix = by_prompt(shares, indices, size=5)
     assert by_prefix.shape == (3, 5, 2, 4, 3)
     for image, (first, second) in enumerate(indices.tolist()):
         assert torch.equal(by_prefix[image, first], shares[image, ..., :3])

@@ -97,6 +97,22 @@ class Selection(NamedTuple):
         return self.similarity.gather(1, self.indices).sum(1).mean()
 
 
+def by_prompt(shares: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Attention `(B, H, N, k * L)` to the chosen prompts `indices (B, k)` of `size`, sorted by prompt,
+    `(B, M, H, N, L)`: 0 for those that an image did not choose.
+
+    >>> by_prompt(torch.tensor([[[[0.3, 0.7]]]]), torch.tensor([[2, 0]]), size=3).flatten()
+    tensor([0.7000, 0.0000, 0.3000])
+    """
+    if size == 1:
+        return shares.unsqueeze(1)
+    B, H, N, _ = shares.shape
+    parts = shares.unflatten(-1, (indices.shape[1], -1)).movedim(3, 1)  # (B, k, H, N, L)
+    placed = shares.new_zeros(B, size, H, N, parts.shape[-1])
+    placed[torch.arange(B, device=indices.device).unsqueeze(1), indices] = parts
+    return placed
+
+
 class PromptPool(nn.Module):
     """M prompts `(M, L, D)` with a key `(M, D)` each (Wang et al., CVPR 2022).
 

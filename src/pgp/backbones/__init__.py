@@ -20,7 +20,8 @@ class Trace(NamedTuple):
     queries: Tensor
     """What its attention asks with, `(B, H, N, D/H)`."""
     shares: Tensor | None
-    """How much of its attention each token gives to the positions of the prefix, `(B, H, N, L)`; None without one."""
+    """How much of its attention each token gives to the positions of the prefix, `(B, H, N, L)`, or else of the prompts
+    that are inserted before the block, `(B, H, N + P, P)`; None where there are neither."""
 
 
 class Backbone(nn.Module, abc.ABC):

@@ -97,8 +97,9 @@ class ViT(Backbone):
             prefix = prefixes.get(layer) if prefixes else None
             q, k, v = _heads(block, x, x.shape[1], prefix)
             if layer in layers:
-                shares = None if prefix is None else _shares(block.attn, q, k)[..., : prefix.shape[3]]
-                seen[layer] = Trace(tokens, q, shares)
+                learned = slice(1, 1 + x.shape[1] - tokens.shape[1]) if prefix is None else slice(prefix.shape[3])
+                joined = prefix is not None or x is not tokens
+                seen[layer] = Trace(tokens, q, _shares(block.attn, q, k)[..., learned] if joined else None)
             if layer < last:
                 x = _attend(block, x, q, k, v)
         return seen

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pgp.backbones import Backbone
 from pgp.methods import Method, linear_head, only
-from pgp.prompts import PrefixPool, Selection, TokenPool, choose, inherit, match
+from pgp.prompts import PrefixPool, Selection, TokenPool, by_prompt, choose, inherit, match
 from pgp.scenario import Task
 from pgp.subspace import Protected, Rows
 
@@ -156,7 +156,7 @@ class DualPrompt(Method):
                 rows[f"{name} keys"] = Rows(trace.queries)
                 if self.config.protect == "keys+values":
                     assert trace.shares is not None
-                    rows[f"{name} values"] = Rows(_by_prefix(trace.shares, indices, len(pool.keys)))
+                    rows[f"{name} values"] = Rows(by_prompt(trace.shares, indices, len(pool.keys)))
         return rows
 
     def _pools(self) -> Iterator[tuple[str, int, PrefixPool | TokenPool]]:
@@ -180,14 +180,3 @@ class DualPrompt(Method):
         prompts, prefixes = self._inputs(indices)
         cls: Tensor = self.backbone(images, prompts, prefixes, read=1)[:, 0]
         return cls
-
-
-def _by_prefix(shares: Tensor, indices: Tensor, size: int) -> Tensor:
-    """Attention `(B, H, N, k * L)` to the prefixes `indices (B, k)`, sorted by prefix: `(B, M, H, N, L)`, else 0."""
-    if size == 1:
-        return shares.unsqueeze(1)
-    B, H, N, _ = shares.shape
-    parts = shares.unflatten(-1, (indices.shape[1], -1)).movedim(3, 1)  # (B, k, H, N, L)
-    sorted_ = shares.new_zeros(B, size, H, N, parts.shape[-1])
-    sorted_[torch.arange(B, device=indices.device).unsqueeze(1), indices] = parts
-    return sorted_

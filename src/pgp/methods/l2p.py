@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pgp.backbones import Backbone
 from pgp.methods import Method, linear_head, only
-from pgp.prompts import PromptPool, Selection, inherit, match
+from pgp.prompts import PromptPool, Selection, by_prompt, inherit, match
 from pgp.scenario import Task
 from pgp.subspace import Protected, Rows
 
@@ -46,6 +46,10 @@ class L2P(Method):
         """Train task t with block t of the pool only; a free match once the pool is used up."""
         shared_pool: bool = False
         """Start block t of the pool as a copy of block t - 1."""
+        protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
+        """What prompts are kept orthogonal to: old tokens as they enter the first block (the paper); the directions
+        that change what old tokens score there; or those, and old attention weights on the prompts' own side. It
+        holds for what old tokens get in the first block: behind it, prompts go on as tokens."""
 
         def __post_init__(self) -> None:
             for name in ("pool_size", "length", "top_k"):
@@ -100,16 +104,30 @@ class L2P(Method):
     def protected(self) -> dict[str, Protected]:
         """The prompts, and the keys where they are parameters of their own."""
         spaces = {"prompts": Protected(self.pool.prompts)}
+        if self.config.protect == "affinity+aggregation":
+            spaces["shares"] = Protected(self.pool.prompts, axis=-2, role="value")
         if self.pool.learned_key is not None:
             spaces["keys"] = Protected(self.pool.learned_key, role="key")
         return spaces
 
     @torch.no_grad()
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
-        """Image tokens and chosen prompts as they enter the first block, and the queries: no transformer runs here."""
+        """Image tokens and chosen prompts as they enter the first block, or what its attention makes of them; and the
+        queries. No transformer runs here.
+        """
         query = self.query(images) if query is None else query
-        prompts = self.backbone.place(self.pool.tokens(self.pool.select(query)))
+        selection = self.pool.select(query)
+        prompts = self.backbone.place(self.pool.tokens(selection))
         rows = {"prompts": Rows(self.backbone.embed(images), prompts), "keys": Rows(query.unsqueeze(1))}
+        if self.config.protect != "tokens":
+            trace = self.backbone.trace(images, {0}, {0: prompts})[0]
+            assert trace.shares is not None
+            queries, shares = (_without(rows_, prompts.shape[1]) for rows_ in (trace.queries, trace.shares))
+            rows["prompts"] = Rows(queries, through=self.backbone.affinity(0, normed=False))
+            M = self.config.pool_size
+            deviations = self.backbone.normed(0, self.backbone.place(self.pool.prompts))[1]  # (M, L)
+            shares = by_prompt(shares, selection.indices, M) / deviations[:, None, None]  # (B, M, H, N, L)
+            rows["shares"] = Rows(shares.flatten(2, 3))
         return {space: rows[space] for space in self.protected()}
 
     def _read(self, images: Tensor, selection: Selection) -> Tensor:
@@ -120,3 +138,8 @@ class L2P(Method):
             tokens = tokens[:, 1:]
         features: Tensor = tokens.mean(1)
         return features
+
+
+def _without(rows: Tensor, count: int) -> Tensor:
+    """Rows `(B, H, N, ...)` of an image's own tokens, of `(B, H, N + count, ...)` with prompts behind the first."""
+    return torch.cat([rows[:, :, :1], rows[:, :, 1 + count :]], dim=2)
