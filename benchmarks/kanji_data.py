@@ -1,4 +1,4 @@
-"""A second set of real pictures: 200 Chinese characters as 23 typefaces draw them, in pictures that differ in size,
+"""A second set of pictures, drawn: 200 Chinese characters as 23 typefaces draw them, in pictures that differ in size,
 place and tilt. 14 typefaces to train on, 4 to tune on and 5 to test on.
 
     python benchmarks/kanji_data.py            # fetch some 190 MB by npm, draw data/kanji, print what is in it

@@ -103,6 +103,18 @@ def test_classes_may_come_again(method):
     assert method(images(2))[:, list(again.classes)].isfinite().all()
 
 
+def keeps_its_promises(config):
+    """For variants of a method: all of the above, each on a new one."""
+    for promise in (
+        test_what_is_protected_meets_what_is_observed,
+        test_loss_falls_and_only_the_method_learns,
+        test_state_goes_round_without_the_encoder,
+        test_no_image_depends_on_its_batch,
+        test_classes_may_come_again,
+    ):
+        promise(built(config))
+
+
 @pytest.mark.parametrize("name", recipes.PROJECTIONS)
 def test_a_boundary_and_a_step_of_every_projection(method, name):
     if name == "released" and isinstance(method, VPT):

@@ -53,11 +53,4 @@ def test_what_old_tokens_get_in_the_first_block(protect):
 
 @pytest.mark.parametrize("protect", ["affinity", "affinity+aggregation"])
 def test_variants_keep_the_promises_of_every_method(protect):
-    for promise in (
-        conformance.test_what_is_protected_meets_what_is_observed,
-        conformance.test_loss_falls_and_only_the_method_learns,
-        conformance.test_state_goes_round_without_the_encoder,
-        conformance.test_no_image_depends_on_its_batch,
-        conformance.test_classes_may_come_again,
-    ):
-        promise(conformance.built(L2P.Config(protect=protect)))
+    conformance.keeps_its_promises(L2P.Config(protect=protect))

@@ -148,14 +148,7 @@ def test_a_first_task_has_no_norms_to_hold():
     [{"protect": "tokens"}, {"protect": "affinity"}, {"behind_norm": True}, {"layers": (0, 3), "norm_penalty": 0.5}],
 )
 def test_variants_keep_the_promises_of_every_method(settings):
-    for promise in (
-        conformance.test_what_is_protected_meets_what_is_observed,
-        conformance.test_loss_falls_and_only_the_method_learns,
-        conformance.test_state_goes_round_without_the_encoder,
-        conformance.test_no_image_depends_on_its_batch,
-        conformance.test_classes_may_come_again,
-    ):
-        promise(conformance.built(VPT.Config(**settings)))
+    conformance.keeps_its_promises(VPT.Config(**settings))
 
 
 @pytest.mark.parametrize(
