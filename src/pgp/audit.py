@@ -96,7 +96,7 @@ def oracle(run: Run, progress: Progress) -> dict[str, tuple[float, float]]:
     out = {}
     for readout in fresh:
         assert isinstance(readout, FromStatistics)
-        out[readout.name] = float(row[readout.name].mean()), staleness(kept[readout.name], readout)
+        out[readout.name] = float(row.accuracy[readout.name].mean()), staleness(kept[readout.name], readout)
     return out
 
 

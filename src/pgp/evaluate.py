@@ -6,7 +6,7 @@ Nothing about an image's prediction depends on its batch, and no task label ente
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -36,6 +36,17 @@ def tracked(progress: Progress, items: Iterable[T], total: int, description: str
         progress.remove_task(bar)
 
 
+class Row(NamedTuple):
+    """What one evaluation says of each task up to t, `(t + 1)` by column."""
+
+    accuracy: dict[str, Tensor]
+    within: dict[str, Tensor]
+    """Accuracy among the classes of the image's own task: what is left of it once the task is known."""
+    identified: dict[str, Tensor]
+    """Share of images that are given a class of their own task. Forgetting that comes with it, and not with `within`,
+    is competition between tasks in the classifier."""
+
+
 class Evaluation:
     """Evaluates a method on a data set again and again as it learns; queries of test images are computed once."""
 
@@ -44,10 +55,10 @@ class Evaluation:
         self._queries: dict[int, Tensor] = {}  # by test image, (D)
 
     @torch.no_grad()
-    def row(self, method: Method, readouts: Sequence[Readout], t: int, progress: Progress) -> dict[str, Tensor]:
-        """Accuracy `(t + 1)` on each task up to t, by column: one per readout, and its legacy twin where asked for."""
+    def row(self, method: Method, readouts: Sequence[Readout], t: int, progress: Progress) -> Row:
+        """Each task up to t, by column: one per readout, and its legacy twin where asked for."""
         tasks = self.scenario.tasks[: t + 1]
-        correct = {column: torch.zeros(t + 1, dtype=torch.float64) for column in self._columns(readouts)}
+        hits = Row(*({c: torch.zeros(t + 1, dtype=torch.float64) for c in self._columns(readouts)} for _ in range(3)))
         counts = torch.zeros(t + 1, dtype=torch.float64)
         plan = [(task, batch) for task in tasks for batch in in_order(task.test, self.config.eval_batch_size)]
         viewed = Viewed(self.data.test, self.config.views.test(), 0, ("test",), self.config.on_bad_image == "skip")
@@ -57,14 +68,16 @@ class Evaluation:
             if len(batch.indices):
                 counts[task.index] += len(batch.indices)
                 for column, logits in self.logits(method, readouts, batch, task, t):
-                    predicted = logits.argmax(1).cpu()
-                    correct[column][task.index] += (predicted == batch.labels).sum()
+                    predicted, among_own = logits.argmax(1).cpu(), only(logits, task.classes).argmax(1).cpu()
+                    hits.accuracy[column][task.index] += (predicted == batch.labels).sum()
+                    hits.within[column][task.index] += (among_own == batch.labels).sum()
+                    hits.identified[column][task.index] += torch.isin(predicted, torch.tensor(task.classes)).sum()
         counts = self._sum(counts)
         if not bool((counts > 0).all()):
             raise ValueError(
                 f"expected test images in every task, got none in {(counts == 0).nonzero().flatten().tolist()}"
             )
-        return {column: self._sum(hits) / counts for column, hits in correct.items()}
+        return Row(*({column: self._sum(found) / counts for column, found in each.items()} for each in hits))
 
     def logits(
         self, method: Method, readouts: Sequence[Readout], batch: Batch, task: Task, t: int

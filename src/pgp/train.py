@@ -100,7 +100,7 @@ def reevaluate(
     for number in range(1 if every_task else last, last + 1):
         learner.load_state_dict(run.load(f"task-{number:02d}"))
         row = learner.evaluation.row(learner.method, learner.readouts, number - 1, learner.progress)
-        metrics.put(matrices, row, number - 1, len(learner.scenario))
+        metrics.put(matrices, row.accuracy, number - 1, len(learner.scenario))
     return matrices
 
 
@@ -257,7 +257,7 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
     kept = {readout.name: fitted(readout) for readout in readouts if readout.fitted}
     observed = time.perf_counter()
     row = learner.evaluation.row(method, readouts, task.index, learner.progress)
-    metrics.put(learner.matrices, row, task.index, len(learner.scenario))
+    metrics.put(learner.matrices, row.accuracy, task.index, len(learner.scenario))
     learner.task = task.index + 1
     seconds = {**seconds, "boundary": observed - started, "evaluation": time.perf_counter() - observed}
     learner.save(run, f"task-{learner.task:02d}")
@@ -265,9 +265,10 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
         run.write_matrices(learner.matrices)
     averages = {column: metrics.average_accuracy(matrix) for column, matrix in learner.matrices.items()}
     streamed = {"stream_accuracy": learner.stream.accuracy(task)} if learner.stream else {}
-    learner.log(
-        run, "task", task=task.index, seconds=seconds, ranks=ranks, readouts=kept, average_accuracy=averages, **streamed
-    )
+    measured = {"within": row.within, "identified": row.identified}
+    figures = {figure: {column: each.tolist() for column, each in of.items()} for figure, of in measured.items()}
+    about = {"seconds": seconds, "ranks": ranks, "readouts": kept, "average_accuracy": averages}
+    learner.log(run, "task", task=task.index, **about, **figures, **streamed)
     spoken = ", ".join(f"{100 * average:.1f} % ({column})" for column, average in averages.items())
     spoken += "".join(f"; along the stream {100 * accuracy:.1f} %" for accuracy in streamed.values())
     learner.progress.console.print(f"{learner.scenario.title(task)}: average accuracy {spoken}", markup=False)
