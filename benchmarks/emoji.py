@@ -284,6 +284,13 @@ def _append(path: Path, line: dict[str, Any]) -> None:
     print(json.dumps(line), flush=True)
 
 
+def get_ready(*needed: Path) -> None:
+    """One thread; ends the process where something that is not part of the project is missing."""
+    if missing := [str(path) for path in needed if not path.is_file()]:
+        sys.exit(f"skipped: this benchmark needs {', '.join(missing)}, which are not part of the project")
+    torch.set_num_threads(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "run", "table"))
@@ -295,9 +302,7 @@ def main() -> None:
         RESULTS.with_suffix(".md").write_text(table())
         print(table())
         return
-    if missing := [str(path) for path in (IMAGES, WEIGHTS) if not path.is_file()]:
-        sys.exit(f"skipped: this benchmark needs {', '.join(missing)}, which are not part of the project")
-    torch.set_num_threads(1)
+    get_ready(IMAGES, WEIGHTS)
     part, parts = map(int, options.part.split("/"))
     if options.what == "tune":
         tune(part, parts)

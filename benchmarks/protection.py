@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -25,7 +24,6 @@ from typing import Any
 
 import emoji
 import kanji_data
-import torch
 from rich.progress import Progress
 
 from pgp import metrics
@@ -190,9 +188,7 @@ def main() -> None:
         RESULTS.with_suffix(".md").write_text(table())
         print(table())
         return
-    if missing := [str(path) for path in (emoji.IMAGES, emoji.WEIGHTS) if not path.is_file()]:
-        sys.exit(f"skipped: this benchmark needs {', '.join(missing)}, which are not part of the project")
-    torch.set_num_threads(1)
+    emoji.get_ready(emoji.WEIGHTS, *([emoji.IMAGES] if options.data == "emoji" else []))
     part, parts = map(int, options.part.split("/"))
     if options.what == "tune":
         tune(options.data, part, parts)

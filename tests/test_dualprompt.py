@@ -53,6 +53,11 @@ def learn(method, projection, steps=25):
 def drift(protect, projection, **settings):
     """How far a new task moves features of old images, relatively, and how far its loss falls."""
     method = build(few_tokens(), general_length=12, expert_length=12, protect=protect, **settings)
+    return drift_of(method, projection)
+
+
+def drift_of(method, projection):
+    """The same, of a method on a model with few tokens; two old images leave some directions of every space free."""
     old = images(2, 16)
     if projection is not None:
         for space, rows in method.activations(old).items():

@@ -7,10 +7,9 @@ import test_conformance as conformance
 from conftest import golden_vit, tiny_timm
 from pgp.backbones.vit import ViT
 from pgp.methods.vpt import VPT
-from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.scenario import generator
-from test_dualprompt import TASK, few_tokens, images, learn
+from test_dualprompt import TASK, drift_of, few_tokens, images
 
 
 def build(vit=None, **settings):
@@ -78,19 +77,10 @@ def test_mapping_at_the_end_is_mapping_every_row():
 
 def drift(protect, projection, monkeypatch=None, **settings):
     """How far a new task moves features of old images, relatively, and how far its loss falls."""
-    method, old = build(few_tokens(), length=48, protect=protect, **settings), images(2, 16)
+    method = build(few_tokens(), length=48, protect=protect, **settings)
     if monkeypatch:
         hold_norms(method, monkeypatch)
-    if projection is not None:
-        for space, rows in method.activations(old).items():
-            projection.observe(space, rows)
-        projection.end_task(method.protected())
-        assert all(projection.rank(name) < target.parameter.shape[target.axis]
-                   for name, target in method.protected().items())  # fmt: skip
-    before = method.features(old).detach()
-    method.begin_task(TASK)
-    first, *_, last = learn(method, projection or NoProjection())
-    return float((method.features(old).detach() - before).norm() / before.norm()), first - last
+    return drift_of(method, projection)
 
 
 def hold_norms(method, monkeypatch):

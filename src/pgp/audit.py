@@ -13,11 +13,11 @@ from torch import Tensor
 from pgp.boundary import observe
 from pgp.datasets import Viewed, batches, in_order
 from pgp.evaluate import tracked
-from pgp.learner import Learner, fabric_for
+from pgp.learner import Learner, opened
 from pgp.methods import only
 from pgp.readouts import Readout
 from pgp.readouts.statistics import FromStatistics
-from pgp.run import Run, RunError
+from pgp.run import Run
 from pgp.scenario import Task
 
 BATCHES = (1, 8, 128)
@@ -60,18 +60,22 @@ def audited(run: Run, progress: Progress, sizes: Sequence[int] = BATCHES) -> lis
     Raises:
         RunError: if no task is finished, or the data are others.
     """
-    learner, last = opened(run, progress)
+    learner, last = _as_it_ended(run, progress)
     tasks = learner.scenario.tasks[:last]
     out = []
     for size in (None, *sizes):
         hits: dict[tuple[str, str], Tensor] = {}
+        counts = torch.zeros(last, dtype=torch.float64)  # of images that can be read
         for task, features, labels in _features(learner, tasks, size):
+            counts[task.index] += len(labels)
             for column, scope, logits in _scored(learner, features, task, last):
-                right = (logits.argmax(1) == labels).double()
-                into = hits.setdefault((column, scope), torch.zeros(last, dtype=torch.float64))
-                into[task.index] += float(right.sum()) / len(task.test)
+                right = hits.setdefault((column, scope), torch.zeros_like(counts))
+                right[task.index] += float((logits.argmax(1) == labels).sum())
         choice = "image" if size is None else "vote"
-        out += [Finding(column, choice, size, scope, float(hit.mean())) for (column, scope), hit in hits.items()]
+        out += [
+            Finding(column, choice, size, scope, float((right / counts).mean()))
+            for (column, scope), right in hits.items()
+        ]
     return out
 
 
@@ -84,14 +88,14 @@ def oracle(run: Run, progress: Progress) -> dict[str, tuple[float, float]]:
         By the name of a readout that does not compensate: average accuracy, in [0, 1]; and how far the means that the
         run kept of old classes lie from the true ones, relative to the spread of the true ones.
     """
-    learner, last = opened(run, progress)
+    learner, last = _as_it_ended(run, progress)
     kept = {one.name: one for one in learner.readouts if isinstance(one, FromStatistics)}
     chosen = [one for one in learner.config.readouts if one.name in kept and not kept[one.name].compensates]
     fresh: list[Readout] = [one.build(learner.method.head, learner.data.classes) for one in chosen]
     for task in learner.scenario.tasks[:last]:
         observe(learner, task, None, fresh)
-        for readout in fresh:
-            readout.end_task()
+    for readout in fresh:
+        readout.end_task()
     row = learner.evaluation.row(learner.method, fresh, last - 1, progress)
     out = {}
     for readout in fresh:
@@ -108,16 +112,10 @@ def staleness(kept: FromStatistics, true: FromStatistics) -> float:
     return float((means - truth).norm() / (truth - truth.mean(0)).norm())
 
 
-def opened(run: Run, progress: Progress) -> tuple[Learner, int]:
-    """A run as its latest finished task left it, on one device, and how many tasks are finished."""
-    name = run.latest_task_name()
-    if name is None:
-        raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
-    hardware = replace(run.config.hardware, accelerator="auto", devices=1)
-    learner = Learner(fabric_for(hardware), replace(run.config, hardware=hardware, legacy_eval=False), progress)
-    run.check_data(learner.description, images=False)
-    learner.load_state_dict(run.load(name))
-    return learner, int(name.rpartition("-")[2])
+def _as_it_ended(run: Run, progress: Progress) -> tuple[Learner, int]:
+    """The run as its latest finished task left it, wherever this machine computes."""
+    hardware = replace(run.config.hardware, accelerator="auto")
+    return opened(run, replace(run.config, hardware=hardware, legacy_eval=False), progress)
 
 
 def _features(learner: Learner, tasks: Sequence[Task], size: int | None) -> Iterator[tuple[Task, Tensor, Tensor]]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pgp.datasets import batches, in_order
 from pgp.evaluate import tracked
+from pgp.learner import Learner
 from pgp.projections import Collect, Projection
 from pgp.readouts import Readout
 from pgp.scenario import Task
-
-if TYPE_CHECKING:
-    from pgp.learner import Learner
 
 
 def look_ahead(learner: Learner, task: Task) -> None:

@@ -230,9 +230,9 @@ def sweep_command(words: list[str]) -> None:
     command, others = tyro.cli(
         SweepCommand, args=words[len(first) :], prog="pgp sweep RECIPE", return_unknown_args=True
     )
-    base = _for_sweep([*first, *others])
+    base = parsing.point([*first, *others])
     choices = parsing.grid(command.over)
-    configs = [_for_sweep([*first, *others, *parsing.words_of(choice)]) for choice in choices]
+    configs = [parsing.point([*first, *others, *parsing.words_of(choice)]) for choice in choices]
     points, seeds = parsing.labelled(choices, configs, base.name), parsing.seeds_of(command.seeds)
     if command.workers is not None and command.workers < 1:
         raise ValueError(f"expected --workers of at least 1, got {command.workers}")
@@ -246,18 +246,6 @@ def sweep_command(words: list[str]) -> None:
     if failures:
         head = f"{len(failures)} of {len(jobs)} runs failed; the same call tries them again:"
         raise RunError("\n".join([head, *failures]))
-
-
-def _for_sweep(words: list[str]) -> Config:
-    """The configuration of one point of a grid."""
-    command = parsing.train_command(words, "pgp sweep")
-    if command.twin or command.baselines or command.output or parsing.values(words, "--seed"):
-        raise ValueError("expected pgp sweep without --twin, --baselines and --seed: controls are there by default, and"
-                         " seeds are --seeds")  # fmt: skip
-    if command.config.hardware.devices > 1:
-        raise ValueError(f"expected --devices 1 in a sweep, whose runs are spread over all devices as they are, got"
-                         f" {command.config.hardware.devices}")  # fmt: skip
-    return command.config if command.pgp else sequential(command.config)
 
 
 def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[str]:

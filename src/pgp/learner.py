@@ -126,6 +126,27 @@ class Learner:
         return described(self.data, self.scenario)
 
 
+def opened(run: Run, config: Config, progress: Progress) -> tuple[Learner, int]:
+    """A run as its latest finished task left it, on one device, and how many tasks are finished.
+
+    Args:
+        run: a run with at least one finished task.
+        config: the run's own, perhaps with other evaluation settings or other hardware.
+        progress: where to draw progress bars.
+
+    Raises:
+        RunError: if no task is finished, or the data are others.
+    """
+    name = run.latest_task_name()
+    if name is None:
+        raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
+    config = replace(config, hardware=replace(config.hardware, devices=1))
+    learner = Learner(fabric_for(config.hardware), config, progress)
+    run.check_data(learner.description, images=False)
+    learner.load_state_dict(run.load(name))
+    return learner, int(name.rpartition("-")[2])
+
+
 def fabric_for(hardware: Hardware) -> Fabric:
     """Fabric on this hardware, if the machine has it."""
     try:

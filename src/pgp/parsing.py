@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 
 from pgp import published, recipes
-from pgp.baselines import BASELINES
+from pgp.baselines import BASELINES, sequential
 from pgp.commands import TrainCommand
 from pgp.config import Config
 from pgp.datasets.own import own_data
@@ -79,6 +79,18 @@ def values(words: list[str], wanted: str) -> list[str]:
         elif taking:
             out.append(word)
     return out
+
+
+def point(words: list[str]) -> Config:
+    """The configuration of one point of a grid."""
+    command = train_command(words, "pgp sweep")
+    if command.twin or command.baselines or command.output or values(words, "--seed"):
+        raise ValueError("expected pgp sweep without --twin, --baselines and --seed: controls are there by default, and"
+                         " seeds are --seeds")  # fmt: skip
+    if command.config.hardware.devices > 1:
+        raise ValueError(f"expected --devices 1 in a sweep, whose runs are spread over all devices as they are, got"
+                         f" {command.config.hardware.devices}")  # fmt: skip
+    return command.config if command.pgp else sequential(command.config)
 
 
 def seeds_of(text: str) -> list[int]:

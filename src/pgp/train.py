@@ -22,7 +22,7 @@ from pgp.curriculum import training_plan
 from pgp.datasets import Address, Batch, DatasetConfig, batches
 from pgp.environment import environment
 from pgp.evaluate import tracked
-from pgp.learner import Learner, fabric_for
+from pgp.learner import Learner, fabric_for, opened
 from pgp.run import Run, RunError, free_folder
 from pgp.scenario import Task
 
@@ -89,16 +89,11 @@ def reevaluate(
         progress: where to draw progress bars; nowhere, where None.
         every_task: measure after each finished task, by its checkpoint; after the latest only, where False.
     """
-    name = run.latest_task_name()
-    if name is None:
-        raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
-    config = replace(config, hardware=replace(config.hardware, devices=1))
-    learner = Learner(fabric_for(config.hardware), config, progress or _quiet())
-    run.check_data(learner.description, images=False)
-    last = int(name.rpartition("-")[2])
+    learner, last = opened(run, config, progress or _quiet())
     matrices: dict[str, Tensor] = {}
     for number in range(1 if every_task else last, last + 1):
-        learner.load_state_dict(run.load(f"task-{number:02d}"))
+        if every_task:
+            learner.load_state_dict(run.load(f"task-{number:02d}"))
         row = learner.evaluation.row(learner.method, learner.readouts, number - 1, learner.progress)
         metrics.put(matrices, row.accuracy, number - 1, len(learner.scenario))
     return matrices
