@@ -45,8 +45,12 @@ from pgp.train import train
 
 RESULTS = emoji.ROOT / "docs" / "results" / "protection.jsonl"
 TUNING = emoji.ROOT / "docs" / "results" / "protection_tuning.jsonl"
-RATES = ((0.03, 1.0), (0.1, 1.0), (0.3, 1.0), (1.0, 1.0), (0.1, 0.3), (0.3, 0.1), (0.1, 0.1), (0.3, 0.03))
-"""Of the head, per 256 images, and the share of it at which prompts learn."""
+RATES = (
+    *((0.1, None), (0.3, None)),
+    *((0.1, 0.1), (0.1, 0.03), (0.1, 0.01), (0.3, 0.03), (0.3, 0.01), (0.3, 0.1), (0.1, 0.3)),
+    *((0.03, 1.0), (0.1, 1.0), (0.3, 1.0), (1.0, 1.0)),
+)
+"""Of the head, per 256 images, and the share of it at which prompts learn; None: without prompts."""
 
 
 def folder(data: str, *, tuning: bool) -> Path:
@@ -171,7 +175,9 @@ def tune(data: str, part: int, parts: int) -> None:
     """Figures per learning rate of unprojected prompts; the test pictures are not looked at."""
     for lr, share in RATES[part - 1 :: parts]:
         if (data, lr, share) not in {(line["data"], line["lr"], line["prompt_share"]) for line in emoji._lines(TUNING)}:
-            config = replace(base(data, 100, tuning=True), optimizer=Optimizer(lr=lr, prompt_share=share))
+            config = replace(base(data, 100, tuning=True), optimizer=Optimizer(lr=lr, prompt_share=share or 1.0))
+            if share is None:
+                config = replace(config, method=HeadOnly.Config())
             config = replace(config, readouts=(Sequential.Config(), LDA.Config()))
             emoji._append(TUNING, {"data": data, "lr": lr, "prompt_share": share, "seed": 100, **measure(config)})
 
