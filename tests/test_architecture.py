@@ -19,7 +19,7 @@ LEVELS = [
     {"backbones", "projections", "readouts", "datasets"},
     {"methods"},
     {"config", "recipes", "baselines"},
-    {"run", "evaluate", "curriculum", "stream", "learner", "boundary", "train", "audit"},
+    {"run", "evaluate", "curriculum", "stream", "learner", "boundary", "drift", "train", "audit"},
     {"predict", "report", "comparison", "published"},
     {"commands", "display", "catalogue", "parsing", "workers", "sweep"},
     {"cli", "__main__"},

@@ -149,6 +149,9 @@ class Config:
     """Images per step, over all devices."""
     eval_batch_size: int = 32
     """Images at once where nothing learns; it changes no result."""
+    drift_images: int = 16
+    """Test images of each task on which drift is measured when the task is closed and after every later one; 0 measures
+    nothing. See metrics.jsonl and pgp report."""
     on_bad_image: Literal["error", "skip"] = "error"
     """What an unreadable image does."""
     legacy_eval: bool = False
@@ -165,8 +168,9 @@ class Config:
         for name in positive:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"expected {name} of at least 1, got {value}")
-        if self.save_every_steps < 0:
-            raise ValueError(f"expected save_every_steps of at least 0, got {self.save_every_steps}")
+        for name in ("save_every_steps", "drift_images"):
+            if (value := getattr(self, name)) < 0:
+                raise ValueError(f"expected {name} of at least 0, got {value}")
         if self.arrival == "listed" and self.setting != "oil":
             raise ValueError(f"expected setting oil for arrival=listed, got {self.setting}: others shuffle each pass")
         self._check_order()

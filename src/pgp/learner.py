@@ -51,6 +51,12 @@ class Learner:
         """The current task's, while it is being trained."""
         self.before: Tensor | None = None
         """Features of the current task's images before its training, where a readout will ask how they moved."""
+        self.departure: dict[str, Tensor] = {}
+        """What is protected, by space, as the current task found it; see `pgp.drift`."""
+        self.remembered: dict[int, dict[str, Any]] = {}
+        """By closed task, how a few test images were answered when it was closed; see `pgp.drift`."""
+        self.within: dict[str, Tensor] = {}
+        """Matrices like `matrices`, of the accuracy among the classes of an image's own task."""
         self.restored: dict[str, Any] | None = None
         """State of the optimizer of a task that a checkpoint left in the middle."""
 
@@ -64,6 +70,12 @@ class Learner:
             "projection": self.projection.state_dict(),
             "readouts": {readout.name: readout.state_dict() for readout in self.readouts},
             "matrices": self.matrices,
+            "within": self.within,
+            "drift": {
+                "departure": self.departure,
+                "remembered": self.remembered,
+                "energies": self.projection.energies,
+            },
             "optimizer": self.optimizer.state_dict() if self.step else None,
         }
         state |= {"before": self.before} if self.before is not None else {}
@@ -71,17 +83,23 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a run; refuses one that was learned on another encoder."""
-        if missing := self.state_dict().keys() - state.keys() - {"stream"}:  # pgp 0.1 had none
+        if missing := self.state_dict().keys() - state.keys() - {"stream", "within", "drift"}:  # pgp 0.1 had none
             raise RunError(f"expected a checkpoint with {sorted(missing)}, got one without: another program wrote it")
         Run.check_encoder(state["backbone"], self.fingerprint)
         self.task, self.step = state["task"], state["step"]
         size = len(self.scenario)  # tasks may have been added since
-        self.matrices = {name: metrics.grown(matrix, size) for name, matrix in state["matrices"].items()}
+        self.matrices, self.within = (
+            {name: metrics.grown(matrix, size) for name, matrix in state.get(which, {}).items()}
+            for which in ("matrices", "within")
+        )
         self.method.load_learned_state(state["method"])
         device = self.fabric.device
         self.projection.load_state_dict({name: basis.to(device) for name, basis in state["projection"].items()})
         for readout in self.readouts:
             readout.load_state_dict({k: tensor.to(device) for k, tensor in state["readouts"][readout.name].items()})
+        drift = state.get("drift", {})
+        self.departure, self.remembered = drift.get("departure", {}), drift.get("remembered", {})
+        self.projection.energies = {space: energy.to(device) for space, energy in drift.get("energies", {}).items()}
         if self.stream and "stream" in state:
             self.stream.load_state_dict(state["stream"])
         self.restored, self.before = state["optimizer"], state.get("before")

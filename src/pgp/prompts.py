@@ -75,6 +75,15 @@ def choose(similarity: Tensor, k: int, *, slot: int | None = None, by_vote: bool
     return vote(indices, size) if by_vote else indices
 
 
+def members(indices: Tensor, size: int) -> Tensor:
+    """Whether each image chose each prompt of a pool of `size`, `(B, M)` bool, from `indices (B, k)`.
+
+    >>> members(torch.tensor([[2, 0]]), size=3)
+    tensor([[ True, False,  True]])
+    """
+    return F.one_hot(indices, size).sum(1).bool()
+
+
 @torch.no_grad()
 def inherit(pool: Tensor, slot: int, k: int) -> None:
     """Start slot number `slot` of `pool (M, ...)` as a copy of the one before it (the published shared pool)."""

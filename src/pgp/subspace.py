@@ -39,6 +39,20 @@ class Rows(NamedTuple):
         """The inputs as they meet the parameter, `(B, ..., N, D)`, where they are mapped those of all heads."""
         return self.inputs if self.through is None else (self.inputs @ self.through).flatten(1, 2)
 
+    def mixed(self, count: int, draws: torch.Generator) -> Tensor:
+        """Random mixtures of the inputs `(..., count, D)`, each the sum of all of them with normal weights: whatever is
+        linear in rows has, on average, the same energy on a mixture as on all rows together. float64.
+        """
+        rows = images_together(self.inputs.detach().double())  # (..., n, D)
+        weights = torch.randn(*rows.shape[:-2], count, rows.shape[-2], generator=draws, dtype=torch.float64)
+        mixtures = weights.to(rows.device) @ rows
+        return mixtures if self.through is None else (mixtures @ self.through.detach().double()).sum(0)
+
+
+def images_together(rows: Tensor) -> Tensor:
+    """Rows of all images together: `(B, ..., N, D)` -> `(..., B * N, D)`."""
+    return torch.movedim(rows, 0, -3).flatten(-3, -2)
+
 
 class Moment:
     """The count, sum and second moment of rows that stream by.

@@ -20,6 +20,7 @@ from pgp.boundary import fitted, look_ahead, look_back
 from pgp.config import Config, Hardware
 from pgp.curriculum import training_plan
 from pgp.datasets import Address, Batch, DatasetConfig, batches
+from pgp.drift import arrive, depart, drift
 from pgp.environment import environment
 from pgp.evaluate import tracked
 from pgp.learner import Learner, fabric_for, opened
@@ -158,6 +159,7 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     """Train on one task, from the step at which the run stands."""
     config, method, projection = learner.config, learner.method, learner.projection
     if learner.step == 0:
+        depart(learner)
         look_ahead(learner, task)
         with projection.confined(method.protected()):
             method.begin_task(task)
@@ -247,14 +249,19 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
     method, readouts = learner.method, learner.readouts
     method.end_task(task)
     started = time.perf_counter()
+    spaces = arrive(learner)
     look_back(learner, task)
     ranks = learner.projection.end_task(method.protected())
     kept = {readout.name: fitted(readout) for readout in readouts if readout.fitted}
     observed = time.perf_counter()
     row = learner.evaluation.row(method, readouts, task.index, learner.progress)
     metrics.put(learner.matrices, row.accuracy, task.index, len(learner.scenario))
+    metrics.put(learner.within, row.within, task.index, len(learner.scenario))
+    evaluated = time.perf_counter()
+    moved = {"drift": drift(learner, task) | spaces} if learner.config.drift_images else {}
     learner.task = task.index + 1
-    seconds = {**seconds, "boundary": observed - started, "evaluation": time.perf_counter() - observed}
+    seconds |= {"boundary": observed - started, "evaluation": evaluated - observed}
+    seconds |= {"drift": time.perf_counter() - evaluated} if moved else {}
     learner.save(run, f"task-{learner.task:02d}")
     if learner.fabric.is_global_zero:
         run.write_matrices(learner.matrices)
@@ -262,8 +269,10 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
     streamed = {"stream_accuracy": learner.stream.accuracy(task)} if learner.stream else {}
     measured = {"within": row.within, "identified": row.identified}
     figures = {figure: {column: each.tolist() for column, each in of.items()} for figure, of in measured.items()}
-    about = {"seconds": seconds, "ranks": ranks, "readouts": kept, "average_accuracy": averages}
-    learner.log(run, "task", task=task.index, **about, **figures, **streamed)
+    about: dict[str, Any] = {"seconds": seconds, "ranks": ranks, "readouts": kept, "average_accuracy": averages}
+    for figure, matrices in (("forgetting", learner.matrices), ("forgetting_within", learner.within)):
+        about[figure] = {column: metrics.forgetting(matrix) for column, matrix in matrices.items()}
+    learner.log(run, "task", task=task.index, **about, **figures, **moved, **streamed)
     spoken = ", ".join(f"{100 * average:.1f} % ({column})" for column, average in averages.items())
     spoken += "".join(f"; along the stream {100 * accuracy:.1f} %" for accuracy in streamed.values())
     learner.progress.console.print(f"{learner.scenario.title(task)}: average accuracy {spoken}", markup=False)

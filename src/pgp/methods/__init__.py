@@ -52,6 +52,10 @@ class Method(nn.Module, abc.ABC):
         """What of an image never changes while the method learns, `(B, D)`; computed once and kept for test images."""
         return self.backbone.encode(images)
 
+    def choices(self, query: Tensor) -> Tensor | None:
+        """Which prompts images with these queries choose, `(B, M)` bool; None where there is nothing to choose."""
+        return None
+
     @abc.abstractmethod
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """What the head reads, `(B, D)`; no image's features depend on its batch, and no task label is known.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pgp.backbones import Backbone
 from pgp.methods import Method, linear_head, only
-from pgp.prompts import PrefixPool, Selection, TokenPool, by_prompt, choose, inherit, match
+from pgp.prompts import PrefixPool, Selection, TokenPool, by_prompt, choose, inherit, match, members
 from pgp.scenario import Task
 from pgp.subspace import Protected, Rows
 
@@ -101,6 +101,10 @@ class DualPrompt(Method):
         if self.config.shared_pool:
             for parameter in self.experts.parameters():
                 inherit(parameter, task.index, self.config.top_k)
+
+    def choices(self, query: Tensor) -> Tensor:
+        """See `Method.choices`."""
+        return members(choose(match(query, self.key), self.config.top_k), self.config.pool_size)
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """CLS, see `Method.features`."""

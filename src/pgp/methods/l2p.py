@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pgp.backbones import Backbone
 from pgp.methods import Method, linear_head, only
-from pgp.prompts import PromptPool, Selection, by_prompt, inherit, match
+from pgp.prompts import PromptPool, Selection, by_prompt, inherit, match, members
 from pgp.scenario import Task
 from pgp.subspace import Protected, Rows
 
@@ -80,6 +80,10 @@ class L2P(Method):
         """Hand the last task's prompts on, if the pool is shared."""
         if self.config.shared_pool:
             inherit(self.pool.prompts, task.index, self.pool.top_k)
+
+    def choices(self, query: Tensor) -> Tensor:
+        """See `Method.choices`."""
+        return members(self.pool.select(query).indices, self.config.pool_size)
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """See `Method.features`."""

@@ -62,6 +62,8 @@ class Projection(abc.ABC):
     def __init__(self) -> None:
         self.bases: dict[str, Tensor] = {}
         """Orthonormal columns `(..., D, r)` by space."""
+        self.energies: dict[str, Tensor] = {}
+        """By space, the energy of all that was projected of this task, before and after, `(2,)`; see `pgp.drift`."""
 
     @property
     def sated(self) -> bool:
@@ -89,6 +91,11 @@ class Projection(abc.ABC):
     def basis(self, space: str) -> Tensor:
         """Orthonormal columns `(..., D, r)` of what steps in `space` keep out of."""
         return self.bases[space]
+
+    def inside(self, space: str, tensor: Tensor) -> Tensor:
+        """How much of the energy of `tensor (..., D)` lies in the protected subspace of `space`, and all, `(2,)`."""
+        whole, left = tensor.double().square().sum(), self.project(space, tensor.double()).square().sum()
+        return torch.stack([whole - left, whole])
 
     def rank(self, space: str) -> float:
         """Number of protected directions (their mean over heads); 0 leaves a space free."""
@@ -151,4 +158,7 @@ class Projection(abc.ABC):
         return before + self._along(target.axis, space, change)
 
     def _along(self, axis: int, space: str, tensor: Tensor) -> Tensor:
-        return self.project(space, tensor.transpose(axis, -1)).transpose(axis, -1)
+        kept = self.project(space, tensor.transpose(axis, -1)).transpose(axis, -1)
+        energy = torch.stack([tensor.double().square().sum(), kept.double().square().sum()])
+        self.energies[space] = self.energies[space] + energy if space in self.energies else energy
+        return kept

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pgp.projections import Projection
-from pgp.subspace import Moment, Protected, Rows, extend, second_of_sums
+from pgp.subspace import Moment, Protected, Rows, extend, images_together, second_of_sums
 
 
 class Orthogonal(Projection):
@@ -72,9 +72,9 @@ class Orthogonal(Projection):
         """Add rows `(B, ..., N, D)` to the moments of `space`."""
         if rows.through is not None:
             self._through[space] = rows.through.detach().double()
-        self._inputs.setdefault(space, Moment()).observe(_flat(rows.inputs))
+        self._inputs.setdefault(space, Moment()).observe(images_together(rows.inputs))
         if rows.prompts is not None and self.config.space != "input":
-            self._prompts.setdefault(space, Moment()).observe(_flat(rows.prompts))
+            self._prompts.setdefault(space, Moment()).observe(images_together(rows.prompts))
 
     def end_task(self, protected: Mapping[str, Protected]) -> dict[str, float]:
         """Extend each basis by this task's moments and forget the moments."""
@@ -108,8 +108,3 @@ class Orthogonal(Projection):
             return [inputs.second]
         prompts.all_reduce()
         return [second_of_sums(inputs, prompts)] if self.config.space == "sum" else [inputs.second, prompts.second]
-
-
-def _flat(rows: Tensor) -> Tensor:
-    """Rows of all images together: `(B, ..., N, D)` -> `(..., B * N, D)`."""
-    return torch.movedim(rows, 0, -3).flatten(-3, -2)

@@ -1,0 +1,200 @@
+"""The drift meter: what it says is so, from whole runs and by hand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny
+from pgp import train
+from pgp.config import Optimizer
+from pgp.datasets.synthetic import Synthetic
+from pgp.methods.l2p import L2P
+from pgp.methods.vpt import VPT
+from pgp.projections.none import NoProjection
+from pgp.projections.orthogonal import Orthogonal
+from pgp.projections.random import Random
+from pgp.projections.released import Released
+from pgp.projections.slowed import Slowed
+from pgp.readouts.sequential import Sequential
+from pgp.run import Run
+from pgp.subspace import Rows
+from test_train import learner_of
+
+EVERYTHING = Orthogonal.Config("input", 1.0, 1.0, "update")
+
+
+def drifts(folder, **changes):
+    """What a small run logs of drift, task by task."""
+    run = train.train(tiny.config(**changes), folder)
+    return [event["drift"] for event in run.events("task")]
+
+
+def test_mixtures_have_the_energy_of_all_rows_on_average():
+    draws = torch.Generator().manual_seed(0)
+    rows = Rows(torch.randn(3, 2, 5, 4, generator=draws, dtype=torch.float64))  # (B, H, N, d)
+    step = torch.randn(4, 2, generator=draws, dtype=torch.float64)
+    mixed = rows.mixed(20000, draws)
+    assert mixed.shape == (2, 20000, 4)
+    for head in range(2):
+        true = (rows.inputs[:, head] @ step).square().sum()
+        assert float((mixed[head] @ step).square().sum() / 20000 / true) == pytest.approx(1, abs=0.05)
+
+
+def test_mixtures_of_mapped_rows_are_those_of_the_rows_that_are_met():
+    inputs = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    through = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mapped = Rows(inputs, through=through)
+    weights = torch.randn(2, 7, 15, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    heads = (inputs @ through).movedim(0, 1).flatten(1, 2)  # (H, B * N, D)
+    mixed = mapped.mixed(7, torch.Generator().manual_seed(2))
+    torch.testing.assert_close(mixed, (weights @ heads).sum(0))
+    assert mapped.met.shape == (3, 10, 6)
+
+
+@pytest.mark.parametrize(
+    "method", [VPT.Config(length=3, behind_norm=True), replace(tiny.DUALPROMPT, protect="keys+values")]
+)
+def test_old_answers_stay_where_everything_is_protected_and_move_where_nothing_is(tmp_path, method):
+    lively = {"method": method, "optimizer": Optimizer(lr=1.0)}
+    _, _, free = drifts(tmp_path / "free", projection=NoProjection.Config(), **lively)
+    _, _, held = drifts(tmp_path / "held", projection=EVERYTHING, **lively)
+    assert free["tasks"] == held["tasks"] == [0, 1]
+    assert min(free["features"]) > 10 * max(held["features"])
+    for space, changes in held["responses"].items():
+        assert max(changes) <= 0.03 * min(free["responses"][space]), space  # of test images, so not to rounding
+    assert any(min(changes) > 0 for changes in free["responses"].values())
+    assert free["held"] == free["removed"] == free["leak"] == {}
+    assert all(share > 0.999 for share in held["held"].values())
+    assert all(share is None or 0 < share <= 1 for share in held["removed"].values())  # the first may leave nothing
+    assert all(share is None or share < 1e-6 for share in held["leak"].values())
+
+
+def test_leak_and_removed_tell_gradients_from_updates(tmp_path):
+    settings = {"method": L2P.Config(top_k=2), "optimizer": Optimizer(lr=1.0)}
+    leaks = {}
+    for on in ("gradient", "update"):
+        _, second, _ = drifts(tmp_path / on, projection=Orthogonal.Config("input", 0.9, 0.9, on), **settings)
+        leaks[on] = second["leak"]["prompts"]
+        assert 0 < second["removed"]["prompts"] < 1
+    assert leaks["gradient"] > 1e-3
+    assert leaks["update"] < 1e-9
+
+
+def test_leak_is_the_share_of_the_way_in_the_protected_subspace(tmp_path):
+    run = train.train(tiny.config(), tmp_path / "run")
+    learner = learner_of(run)
+    before, after = (run.load(f"task-0{n}") for n in (1, 2))
+    way = after["method"]["pool.prompts"].double() - before["method"]["pool.prompts"].double()
+    basis = before["projection"]["prompts"]
+    _, event, _ = run.events("task")
+    assert event["drift"]["leak"]["prompts"] == pytest.approx(float((way @ basis).norm() / way.norm()) ** 2, rel=1e-6)
+    assert learner.departure == {}
+
+
+def test_features_and_logits_are_compared_with_those_of_then(tmp_path):
+    run = train.train(tiny.config(drift_images=5), tmp_path / "run")
+    learner = learner_of(run)
+    task = learner.scenario.tasks[0]
+    places = torch.linspace(0, len(task.test) - 1, 5).long()
+    view = run.config.views.test()
+    images = torch.stack([view(learner.data.test.image(int(task.test[place]))) for place in places])
+    answers = []
+    for name in ("task-01", "task-03"):
+        learner.load_state_dict(run.load(name))
+        with torch.no_grad():
+            features = learner.method.features(images)
+            logits = learner.method.head(features)[:, list(task.classes)]
+            answers.append((features, logits - logits.mean(1, keepdim=True)))
+    *_, event = run.events("task")
+    for i, what in enumerate(("features", "logits")):
+        then, now = answers[0][i], answers[1][i]
+        assert event["drift"][what][0] == pytest.approx(float((now - then).norm() / then.norm()), rel=1e-4)
+
+
+def test_held_is_about_the_energy_asked_for_and_less_in_random_directions(tmp_path):
+    settings = {"method": VPT.Config(length=3, protect="tokens"), "drift_images": 1000}
+    data = Synthetic(noise=0.3)
+    true, random = (
+        drifts(tmp_path / kind.__qualname__, dataset=data, projection=kind("input", 0.9, on="update"), **settings)[-1]
+        for kind in (Orthogonal.Config, Random.Config)
+    )
+    for space, share in true["held"].items():
+        assert share == pytest.approx(0.9, abs=0.08)
+        assert random["held"][space] < share - 0.2
+
+
+def test_what_is_slowed_counts_as_held_and_leaking(tmp_path):
+    _, _, last = drifts(tmp_path / "run", projection=Slowed.Config(0.1))
+    assert set(last["held"].values()) == {1.0}
+    assert all(share == pytest.approx(0.99) for share in last["removed"].values())
+    assert all(share in (1.0, None) for share in last["leak"].values())
+
+
+def test_choices_that_change_and_prompts_that_are_used(tmp_path):
+    run = train.train(tiny.config(method=L2P.Config(pool_size=4, top_k=1)), tmp_path / "run")
+    learner = learner_of(run)
+    *_, event = run.events("task")
+    assert len(event["drift"]["usage"]) == 4
+    assert sum(event["drift"]["usage"]) == pytest.approx(1)
+    key = learner.method.pool.learned_key.detach()
+    learner.method.pool.learned_key.data = -key  # the last choice is now the first
+    learner.task = 2
+    moved = train.drift(learner, learner.scenario.tasks[2])
+    assert moved["changed"] == [1.0, 1.0]
+    assert event["drift"]["changed"] != moved["changed"]
+
+
+@pytest.mark.parametrize("method", [L2P.Config(top_k=2), tiny.DUALPROMPT, VPT.Config(length=3, protect="tokens")])
+def test_released_is_measured_too(tmp_path, method):
+    _, _, last = drifts(tmp_path / "run", method=method, projection=Released.Config(components=3, key_components=3))
+    assert last["held"]
+    assert all(0 <= share <= 1 + 1e-9 for share in last["held"].values())
+
+
+def test_methods_without_choices_or_spaces_say_less(tmp_path):
+    _, second, _ = drifts(tmp_path / "run", method=VPT.Config(length=2))
+    assert "changed" not in second
+    assert "usage" not in second
+
+
+def test_off_costs_nothing(tmp_path):
+    run = train.train(tiny.config(drift_images=0), tmp_path / "run")
+    *_, event = run.events("task")
+    assert "drift" not in event
+    assert "drift" not in event["seconds"]
+    assert run.load()["drift"] == {"departure": {}, "remembered": {}, "energies": {}}
+
+
+def test_forgetting_stands_beside_what_is_left_once_the_task_is_known(tmp_path):
+    run = train.train(tiny.config(readouts=(Sequential.Config(),)), tmp_path / "run")
+    events = list(run.events("task"))
+    within = torch.full((3, 3), torch.nan, dtype=torch.float64)
+    for event in events:
+        within[event["task"], : event["task"] + 1] = torch.tensor(event["within"]["sequential"], dtype=torch.float64)
+    expected = (within[:, :2].nan_to_num(nan=-math.inf).amax(0) - within[2, :2]).mean()
+    assert events[-1]["forgetting_within"]["sequential"] == pytest.approx(float(expected))
+    assert events[-1]["forgetting"]["sequential"] >= 0
+
+
+def test_a_checkpoint_without_it_goes_on(tmp_path, monkeypatch):
+    """As pgp 0.1 wrote it: tasks closed before are not measured, later ones are."""
+    close = train.close_task
+
+    def stop(learner, task, run, seconds):
+        close(learner, task, run, seconds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "close_task", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tiny.config(), tmp_path / "run")
+    monkeypatch.undo()
+    load = Run.load
+    monkeypatch.setattr(
+        Run, "load", lambda *args: {k: v for k, v in load(*args).items() if k not in ("drift", "within")}
+    )
+    run = train.resume(tmp_path / "run")
+    assert [event["drift"]["tasks"] for event in run.events("task")] == [[], [], [1]]
