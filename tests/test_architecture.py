@@ -20,7 +20,7 @@ LEVELS = [
     {"methods"},
     {"config", "recipes", "baselines"},
     {"run", "evaluate", "curriculum", "stream", "learner", "boundary", "drift", "train", "audit"},
-    {"predict", "report", "comparison", "published"},
+    {"predict", "report", "drift_report", "comparison", "published"},
     {"commands", "display", "catalogue", "parsing", "workers", "sweep"},
     {"cli", "__main__"},
 ]
@@ -36,7 +36,7 @@ HOMES = {
     "filelock": {"datasets", "sweep"},
     "datasets": {"datasets"},
     "lightning_fabric": {"evaluate", "learner", "train"},
-    "matplotlib": {"report", "comparison"},
+    "matplotlib": {"report", "drift_report", "comparison"},
     "tyro": {"config", "commands", "parsing", "cli"},
     "ray": {"workers"},
 }

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import tiny
-from pgp import train
+from pgp import drift_report, train
 from pgp.config import Optimizer
 from pgp.datasets.synthetic import Synthetic
+from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
 from pgp.methods.vpt import VPT
 from pgp.projections.none import NoProjection
@@ -198,3 +199,29 @@ def test_a_checkpoint_without_it_goes_on(tmp_path, monkeypatch):
     )
     run = train.resume(tmp_path / "run")
     assert [event["drift"]["tasks"] for event in run.events("task")] == [[], [], [1]]
+
+
+def test_the_report_tells_means_over_seeds_and_draws_them(tmp_path):
+    runs = [train.train(tiny.config(seed=seed), tmp_path / str(seed)) for seed in (1, 2)]
+    silent = train.train(tiny.config(drift_images=0, projection=NoProjection.Config()), tmp_path / "silent")
+    (course,) = drift_report.courses([*runs, silent])
+    events = [list(run.events("task"))[-1] for run in runs]
+    expected = sum(event["drift"]["features"][i] for event in events for i in (0, 1)) / 4
+    assert course.last(drift_report.FIGURES["features"]) == pytest.approx(expected)
+    assert list(course.curve(drift_report.FIGURES["features"])) == [2, 3]
+    head, _, row = drift_report.markdown([course]).splitlines()
+    assert "energy held" in head
+    assert row.startswith("| projection orthogonal | 2 | ")
+    assert f" {100 * expected:.2f} " in row
+    drift_report.draw([course], tmp_path / "drift.png")
+    assert (tmp_path / "drift.png").stat().st_size > 10_000
+    assert drift_report.courses([silent]) == []
+
+
+def test_the_report_draws_methods_that_protect_and_choose_nothing(tmp_path):
+    run = train.train(tiny.config(method=HeadOnly.Config(), projection=NoProjection.Config()), tmp_path / "run")
+    table = drift_report.courses([run])
+    drift_report.draw(table, tmp_path / "drift.png")
+    assert (tmp_path / "drift.png").is_file()
+    assert table[0].last(drift_report.FIGURES["features"]) == 0
+    assert table[0].last(drift_report.FIGURES["energy held"]) is None

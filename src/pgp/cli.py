@@ -13,7 +13,20 @@ from pathlib import Path
 import torch
 import tyro
 
-from pgp import __version__, audit, catalogue, display, parsing, processes, published, report, sweep, train, workers
+from pgp import (
+    __version__,
+    audit,
+    catalogue,
+    display,
+    drift_report,
+    parsing,
+    processes,
+    published,
+    report,
+    sweep,
+    train,
+    workers,
+)
 from pgp.baselines import BASELINES, sequential
 from pgp.commands import (
     AuditCommand,
@@ -220,7 +233,9 @@ def report_command(words: list[str]) -> None:
     runs = [Run.open(folder) for folder in command.runs]
     output = command.output or (runs[0].folder if len(runs) == 1 else Path())
     output.mkdir(parents=True, exist_ok=True)
-    (output / "report.md").write_text(report.markdown(report.lines(runs)))
+    courses = drift_report.courses(runs)
+    tables = [report.markdown(report.lines(runs)), *([drift_report.markdown(courses)] if courses else [])]
+    (output / "report.md").write_text("\n".join(tables))
     display.show(runs, output)
 
 

@@ -112,7 +112,8 @@ class ReportCommand:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders."""
     output: Path | None = None
-    """Folder for report.md and report.png; the run's own where there is a single run, else the working folder."""
+    """Folder for report.md, report.png and drift.png; the run's own where there is a single run, else the working
+    folder."""
 
 
 @dataclass(frozen=True)

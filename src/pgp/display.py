@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from pgp import audit, comparison, metrics, report, sweep
+from pgp import audit, comparison, drift_report, metrics, report, sweep
 from pgp.processes import rank
 from pgp.run import Run, free_folder
 
@@ -40,6 +40,15 @@ def draw(runs: list[Run], folder: Path) -> Path:
     return path
 
 
+def draw_drift(runs: list[Run], folder: Path) -> Path | None:
+    """What the drift meter of runs said, drawn to a file in `folder`; None where none measured any."""
+    courses = drift_report.courses(runs)
+    if not courses:
+        return None
+    drift_report.draw(courses, folder / "drift.png")
+    return folder / "drift.png"
+
+
 def show(runs: list[Run], folder: Path | None = None) -> None:
     """Print the table over runs, and say where the figure and the runs lie; of several processes, the first does."""
     if rank() > 0:
@@ -51,6 +60,8 @@ def show(runs: list[Run], folder: Path | None = None) -> None:
     if folder is None:
         folder = runs[0].folder if len(runs) == 1 else free_folder(Path("runs"), f"{runs[0].config.name}-report")
     print(f"figure: {draw(runs, folder)}")
+    if drawn := draw_drift(runs, folder):
+        print(f"drift:  {drawn}")
     for run in runs:
         print(f"run:    {run.folder}")
 

@@ -54,23 +54,27 @@ def figures(table: Sequence[Line]) -> dict[str, str]:
     return FIGURES | ({STREAM: "stream accuracy"} if any(line.streams for line in table) else {})
 
 
+def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """Runs that differ in nothing but their seed, by a label: in a few words, what sets them apart from the others."""
+    members: dict[str, list[Run]] = {}
+    trees: dict[str, dict[str, Any]] = {}
+    for run in {run.folder.resolve(): run for run in runs}.values():
+        tree = flat(run.config.to_json())
+        key = repr(_anywhere(tree, run))
+        members.setdefault(key, []).append(run)
+        trees.setdefault(key, tree)
+    labels = _labels(list(trees.values()))
+    return [(label or own[0].config.name, own) for label, own in zip(labels, members.values(), strict=True)]
+
+
 def lines(runs: Sequence[Run]) -> list[Line]:
     """One line per group of runs and per column.
 
     Raises:
         RunError: if the runs of a group have come to different tasks, so that their figures mean different things.
     """
-    groups: dict[str, list[Run]] = {}
-    trees: dict[str, dict[str, Any]] = {}
-    for run in {run.folder.resolve(): run for run in runs}.values():
-        tree = flat(run.config.to_json())
-        key = repr(_anywhere(tree, run))
-        groups.setdefault(key, []).append(run)
-        trees.setdefault(key, tree)
-    labels = dict(zip(groups, _labels(list(trees.values())), strict=True))
     out = []
-    for group, members in groups.items():
-        label = labels[group] or members[0].config.name
+    for label, members in groups(runs):
         seeds = [run.config.seed for run in members]
         if len(set(seeds)) < len(seeds):
             raise RunError(f"expected runs of {label} with seeds of their own, got {sorted(seeds)}: a seed counts once")

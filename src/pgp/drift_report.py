@@ -1,0 +1,185 @@
+"""What the drift meter said over the course of runs, as a table and a figure; from run folders only."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from pgp.report import grid, groups, save
+from pgp.run import Run
+
+Event = dict[str, Any]
+"""What is logged when a task is closed."""
+
+
+class Course(NamedTuple):
+    """Runs that differ in nothing but their seed, task after task."""
+
+    label: str
+    runs: list[dict[int, Event]]
+    """Of each run, its events by task."""
+
+    def curve(self, figure: Callable[[Event], float | None]) -> dict[int, float]:
+        """By number of tasks learned, the mean of a figure over the runs; tasks where no run has it are left out."""
+        tasks = sorted({task for events in self.runs for task in events})
+        values = {task + 1: [figure(events[task]) for events in self.runs if task in events] for task in tasks}
+        known = {task: [value for value in those if value is not None] for task, those in values.items()}
+        return {task: statistics.mean(those) for task, those in known.items() if those}
+
+    def last(self, figure: Callable[[Event], float | None]) -> float | None:
+        """The same after the last task, None where no run has it."""
+        curve, end = self.curve(figure), 1 + max(task for events in self.runs for task in events)
+        return curve.get(end)
+
+
+def courses(runs: Sequence[Run]) -> list[Course]:
+    """One for each group of runs that measured drift."""
+    out = []
+    for label, members in groups(runs):
+        events = [{event["task"]: event for event in run.events("task") if "drift" in event} for run in members]
+        if any(events):
+            out.append(Course(label, [each for each in events if each]))
+    return out
+
+
+def _mean(values: Sequence[float | None] | Mapping[str, float | None]) -> float | None:
+    known = [v for v in (values.values() if isinstance(values, Mapping) else values) if v is not None]
+    return statistics.mean(known) if known else None
+
+
+def _responses(event: Event) -> float | None:
+    return _mean([_mean(changes) for changes in event["drift"]["responses"].values()])
+
+
+def _headline(figure: str) -> Callable[[Event], float | None]:
+    """A figure of the first readout, averaged over tasks where it is told for each."""
+
+    def of(event: Event) -> float | None:
+        value: Any = next(iter(event[figure].values()))
+        return _mean(value) if isinstance(value, list) else value
+
+    return of
+
+
+FIGURES: dict[str, Callable[[Event], float | None]] = {
+    "features": lambda event: _mean(event["drift"]["features"]),
+    "logits": lambda event: _mean(event["drift"]["logits"]),
+    "protected responses": _responses,
+    "other prompts": lambda event: _mean(event["drift"].get("changed", [])),
+    "energy held": lambda event: _mean(event["drift"]["held"]),
+    "removed": lambda event: _mean(event["drift"]["removed"]),
+    "leak": lambda event: _mean(event["drift"]["leak"]),
+    "forgetting": _headline("forgetting"),
+    "forgetting, task known": _headline("forgetting_within"),
+    "task identified": _headline("identified"),
+}
+"""By heading, what is told of each closed task: changes since old tasks were closed, as a mean over those tasks (and
+over spaces); then what the projection did, as a mean over spaces; then accuracy by the first readout."""
+
+SPACES = {"rank": "rank", "held": "energy held, %", "removed": "steps' energy removed, %", "leak": "way that leaked, %"}
+"""What is told of each protected space, see `pgp.drift`."""
+
+
+def markdown(table: Sequence[Course]) -> str:
+    """A table of all figures after the last task, in percent."""
+    rows = []
+    for course in table:
+        values = [course.last(figure) for figure in FIGURES.values()]
+        rows.append([course.label, str(len(course.runs)), *("" if v is None else f"{100 * v:.2f}" for v in values)])
+    return grid(["run", "seeds", *FIGURES], rows)
+
+
+def draw(table: Sequence[Course], path: Path) -> None:
+    """Every figure over tasks as a PNG, and each space and prompt after the last task; what nobody measured is left
+    out.
+    """
+    panels: list[Callable[[Any], None]] = []
+    for heading in ("features", "logits", "protected responses", "other prompts"):
+        what = f"{heading}, %" if heading == "other prompts" else f"change of {heading}, %"
+        if any(len(course.curve(FIGURES[heading])) for course in table):
+            panels.append(_curves(table, {heading: "-"}, what))
+    panels.append(_curves(table, {"forgetting": "-", "forgetting, task known": "--"}, "forgetting (-- task known), %"))
+    panels.append(_curves(table, {"task identified": "-"}, "images whose task is identified, %"))
+    for key, what in SPACES.items():
+        if any(_by_space(course, key) for course in table):
+            panels.append(_spaces(table, key, what))
+    if any(_usage(course) for course in table):
+        panels.append(_prompts(table))
+    wide = min(3, len(panels))
+    tall = -(-len(panels) // wide)
+    figure = Figure(figsize=(4.2 * wide, 3.1 * tall), layout="constrained")
+    axes: Any = figure.subplots(tall, wide, squeeze=False)
+    for number, axis in enumerate(axes.flat):
+        axis.axis("on" if number < len(panels) else "off")
+        if number < len(panels):
+            panels[number](axis)
+            axis.grid(alpha=0.3)
+            axis.set_ylim(bottom=0)
+    if len(table) > 1:
+        axes[0, 0].legend(fontsize=7)
+    save(figure, path)
+
+
+def _curves(table: Sequence[Course], styles: Mapping[str, str], what: str) -> Callable[[Any], None]:
+    def onto(axes: Any) -> None:
+        for number, course in enumerate(table):
+            for place, (heading, style) in enumerate(styles.items()):
+                curve = course.curve(FIGURES[heading])
+                label = course.label if place == 0 else None
+                heights = [100 * value for value in curve.values()]
+                axes.plot(list(curve), heights, style, marker="o", markersize=3, color=f"C{number}", label=label)
+        axes.set(xlabel="tasks learned", ylabel=what)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return onto
+
+
+def _spaces(table: Sequence[Course], key: str, what: str) -> Callable[[Any], None]:
+    names = list(dict.fromkeys(space for course in table for space in _by_space(course, key)))
+
+    def onto(axes: Any) -> None:
+        for number, course in enumerate(table):
+            shares = _by_space(course, key)
+            heights = [shares.get(space, float("nan")) for space in names]
+            axes.plot(range(len(names)), heights, ".", color=f"C{number}", label=course.label)
+        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= 12 else 5)
+        axes.set(ylabel=what, xlim=(-0.5, len(names) - 0.5), ylim=(0, None if key == "rank" else 103))
+
+    return onto
+
+
+def _prompts(table: Sequence[Course]) -> Callable[[Any], None]:
+    def onto(axes: Any) -> None:
+        for number, course in enumerate(table):
+            usage = _usage(course)
+            axes.plot(range(1, len(usage) + 1), [100 * share for share in usage], ".", color=f"C{number}")
+        axes.set(xlabel="prompt", ylabel="images that choose it, %", ylim=(0, 103))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+
+    return onto
+
+
+def _by_space(course: Course, key: str) -> dict[str, float]:
+    """By space, a rank, or a share in percent, after the last task: the mean over runs."""
+
+    def told(event: Event) -> dict[str, float | None]:
+        shares: dict[str, float | None] = event["ranks"] if key == "rank" else event["drift"][key]
+        return shares
+
+    means = {}
+    for space in dict.fromkeys(space for events in course.runs for space in told(events[max(events)])):
+        mean = course.last(partial(lambda space, event: told(event).get(space), space))
+        if mean is not None:
+            means[space] = mean if key == "rank" else 100 * mean
+    return means
+
+
+def _usage(course: Course) -> list[float]:
+    """Share of images that choose each prompt after the last task, the mean over runs; empty where none is chosen."""
+    of_runs = [events[max(events)]["drift"].get("usage", []) for events in course.runs]
+    return [statistics.mean(shares) for shares in zip(*of_runs, strict=True)]
