@@ -58,13 +58,14 @@ def test_the_oracle_is_what_stays_where_nothing_moves_and_beats_what_is_stale(tm
     run = train.train(frozen, tmp_path / "frozen")
     bound = audit.oracle(run, QUIET)
     accuracy, stale = bound["lda"]
-    assert bound.keys() == {"lda"}
+    assert bound["lda"] == bound["lda+shift"]
     assert accuracy == pytest.approx(metrics.average_accuracy(run.matrices()["lda"]), abs=1e-12)
     assert stale < 1e-5
     moving = tiny.config(method=VPT.Config(), projection=NoProjection.Config(), readouts=readouts)
     run = train.train(moving, tmp_path / "moving")
-    accuracy, stale = audit.oracle(run, QUIET)["lda"]
+    (accuracy, stale), (_, followed) = (audit.oracle(run, QUIET)[name] for name in ("lda", "lda+shift"))
     assert stale > 0.01
+    assert 0 < followed < stale
     assert accuracy >= metrics.average_accuracy(run.matrices()["lda"])
 
 

@@ -85,13 +85,17 @@ def oracle(run: Run, progress: Progress) -> dict[str, tuple[float, float]]:
     of all tasks as the final model sees them. Not to be had without old images; a bound.
 
     Returns:
-        By the name of a readout that does not compensate: average accuracy, in [0, 1]; and how far the means that the
-        run kept of old classes lie from the true ones, relative to the spread of the true ones.
+        By the name of a readout: average accuracy, in [0, 1]; and how far the means that the run kept of old classes
+        lie from the true ones, relative to the spread of the true ones, after what compensation made up for.
     """
     learner, last = _as_it_ended(run, progress)
     kept = {one.name: one for one in learner.readouts if isinstance(one, FromStatistics)}
-    chosen = [one for one in learner.config.readouts if one.name in kept and not kept[one.name].compensates]
-    fresh: list[Readout] = [one.build(learner.method.head, learner.data.classes) for one in chosen]
+    fresh: list[Readout] = []
+    for one in learner.config.readouts:
+        if one.name in kept:
+            plain = replace(one, compensate="none") if isinstance(one, FromStatistics.Config) else one
+            fresh.append(plain.build(learner.method.head, learner.data.classes))
+            fresh[-1].name = one.name
     for task in learner.scenario.tasks[:last]:
         observe(learner, task, None, fresh)
     for readout in fresh:
