@@ -33,20 +33,14 @@ def progress(memory: float = 30) -> Progress:
     return Progress(*columns, console=progress_console, transient=True, speed_estimate_period=memory)
 
 
-def draw(runs: list[Run], folder: Path) -> Path:
-    """The figure over runs, drawn to a file in `folder`."""
-    path = folder / ("accuracy.png" if len(runs) == 1 and folder == runs[0].folder else "report.png")
-    report.draw(report.lines(runs), path)
-    return path
-
-
-def draw_drift(runs: list[Run], folder: Path) -> Path | None:
-    """What the drift meter of runs said, drawn to a file in `folder`; None where none measured any."""
-    courses = drift_report.courses(runs)
-    if not courses:
-        return None
-    drift_report.draw(courses, folder / "drift.png")
-    return folder / "drift.png"
+def draw(runs: list[Run], folder: Path) -> list[Path]:
+    """The figures over runs, drawn to files in `folder`: accuracy and, where any run measured it, drift."""
+    paths = [folder / ("accuracy.png" if len(runs) == 1 and folder == runs[0].folder else "report.png")]
+    report.draw(report.lines(runs), paths[0])
+    if courses := drift_report.courses(runs):
+        paths.append(folder / "drift.png")
+        drift_report.draw(courses, paths[1])
+    return paths
 
 
 def show(runs: list[Run], folder: Path | None = None) -> None:
@@ -59,9 +53,8 @@ def show(runs: list[Run], folder: Path | None = None) -> None:
     console.print(_table("accuracy in %", ("run", "readout"), tuple(shown.values()), rows))
     if folder is None:
         folder = runs[0].folder if len(runs) == 1 else free_folder(Path("runs"), f"{runs[0].config.name}-report")
-    print(f"figure: {draw(runs, folder)}")
-    if drawn := draw_drift(runs, folder):
-        print(f"drift:  {drawn}")
+    for path in draw(runs, folder):
+        print(f"figure: {path}")
     for run in runs:
         print(f"run:    {run.folder}")
 

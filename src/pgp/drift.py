@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pgp.datasets import Loading, Viewed, batches, in_order
+from pgp.evaluate import tracked
 from pgp.learner import Learner
 from pgp.scenario import Task, generator
 from pgp.subspace import Protected
@@ -96,7 +97,8 @@ def _sample(learner: Learner, task: Task, size: int) -> Iterator[tuple[Tensor, T
     places = torch.linspace(0, len(task.test) - 1, min(config.drift_images, len(task.test))).long()
     plan = in_order(task.test[places], size)
     viewed = Viewed(learner.data.test, config.views.test(), 0, ("test",), config.on_bad_image == "skip")
-    for batch in batches(viewed, plan, Loading(on_bad_image=config.on_bad_image)):  # every process sees them all
+    stream = batches(viewed, plan, Loading(on_bad_image=config.on_bad_image))  # every process sees them all
+    for batch in tracked(learner.progress, stream, len(plan), f"measuring drift on {learner.scenario.title(task)}"):
         if len(batch.indices):
             images = batch.images.to(learner.fabric.device)
             yield images, evaluation.query(learner.method, images, batch.indices)
