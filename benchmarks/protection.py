@@ -28,7 +28,9 @@ from rich.progress import Progress
 
 from pgp import metrics
 from pgp.audit import oracle
+from pgp.comparison import paired
 from pgp.config import Config, Hardware, Optimizer
+from pgp.drift_report import FIGURES, Course
 from pgp.environment import environment
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.vpt import VPT
@@ -41,16 +43,22 @@ from pgp.readouts import Readout
 from pgp.readouts.lda import LDA
 from pgp.readouts.logistic import Logistic
 from pgp.readouts.sequential import Sequential
+from pgp.report import grid
 from pgp.train import train
 
 RESULTS = emoji.ROOT / "docs" / "results" / "protection.jsonl"
 TUNING = emoji.ROOT / "docs" / "results" / "protection_tuning.jsonl"
-RATES = (
-    *((0.1, None), (0.3, None)),
-    *((0.1, 0.1), (0.1, 0.03), (0.1, 0.01), (0.3, 0.03), (0.3, 0.01), (0.3, 0.1), (0.1, 0.3)),
-    *((0.03, 1.0), (0.1, 1.0), (0.3, 1.0), (1.0, 1.0)),
-)
+RATES = {
+    "emoji": (
+        *((0.1, None), (0.3, None)),
+        *((0.1, 0.1), (0.1, 0.03), (0.1, 0.01), (0.3, 0.03), (0.3, 0.01), (0.3, 0.1), (0.1, 0.3)),
+        *((0.03, 1.0), (0.1, 1.0), (0.3, 1.0), (1.0, 1.0)),
+    ),
+    "kanji": ((0.3, None), (0.3, 0.1), (0.3, 0.03), (0.3, 0.01), (0.1, 0.03), (0.1, None)),
+}
 """Of the head, per 256 images, and the share of it at which prompts learn; None: without prompts."""
+RATE = {"emoji": (0.3, 0.1), "kanji": (0.3, 0.03)}
+"""What `tune` chose."""
 
 
 def folder(data: str, *, tuning: bool) -> Path:
@@ -61,14 +69,14 @@ def folder(data: str, *, tuning: bool) -> Path:
 
 
 def base(data: str, seed: int, *, tuning: bool = False) -> Config:
-    """What all rows share: 10 tasks of 20 classes at 84 px, deep prompts; rates by `tune`, on the emoji kept for it."""
-    config = emoji.base(folder(data, tuning=tuning), seed)
+    """What all rows share: 10 tasks of 20 classes at 84 px, deep prompts."""
+    config, (lr, share) = emoji.base(folder(data, tuning=tuning), seed), RATE[data]
     return replace(
         config,
         name=data,
         views=replace(config.views, size=84, resize=84),
         method=VPT.Config(length=8),
-        optimizer=Optimizer(lr=0.3, prompt_share=0.1),
+        optimizer=Optimizer(lr=lr, prompt_share=share),
         hardware=Hardware(precision="bf16-mixed"),
         epochs=5 if data == "emoji" else 2,  # 6 or 7 pictures a class, or 14: about as many steps
     )
@@ -148,39 +156,114 @@ def run(data: str, part: int, parts: int, seeds: list[int], wanted: list[str]) -
 
 
 def table() -> str:
-    """By data set, in percent over seeds: every readout of every row, the bound, and how stale class means are."""
-    columns = [readout.name for readout in READOUTS]
+    """By data set: accuracy of every readout; differences that the targets ask for; what the drift meter said."""
     out = []
     for data in ("emoji", "kanji"):
-        lines = [line for line in emoji._lines(RESULTS) if line["data"] == data]
-        head = ["row", "seeds", *columns, "oracle", "staleness", "own head, forgetting", "LDA, forgetting"]
-        out += [f"## {data}", "", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        for name in rows():
-            own = [line for line in lines if line["row"] == name]
-            if own:
-                cells = [name, str(len(own))]
-                cells += [spread(own, column, "average_accuracy") for column in columns]
-                cells += [emoji.spread([100 * line["oracle"]["lda"][0] for line in own])]
-                cells += [f"{statistics.mean(line['oracle']['lda'][1] for line in own):.2f}"]
-                cells += [spread(own, column, "forgetting") for column in ("sequential", "lda")]
-                out.append("| " + " | ".join(cells) + " |")
-        out.append("")
+        lines = {name: {} for name in rows()}  # by row and seed
+        for line in emoji._lines(RESULTS):
+            if line["data"] == data:
+                lines[line["row"]][line["seed"]] = line
+        known = {name: own for name, own in lines.items() if own}
+        if known:
+            out += [
+                f"## {data}",
+                "",
+                "Average accuracy, %; the oracle is LDA on statistics that are not stale.",
+                "",
+                accuracies(known),
+            ]
+            out += [
+                "",
+                "Differences to the row named, seed by seed, ± standard error, in points.",
+                "",
+                differences(known),
+            ]
+            out += ["", "The drift meter after the last task, %.", "", drifts(known)]
     return "\n".join(out)
 
 
-def spread(lines: list[dict[str, Any]], column: str, figure: str) -> str:
-    """Mean and standard deviation of one figure over runs, in percent."""
-    return emoji.spread([100 * line["figures"][column][figure] for line in lines])
+Lines = dict[str, dict[int, dict[str, Any]]]
+"""By row and seed, a line of the results."""
+
+
+def accuracies(lines: Lines) -> str:
+    """Mean and standard deviation over seeds of every readout, of the bound, and of the own head's forgetting."""
+    cells = []
+    for name, own in lines.items():
+        readouts = [emoji.spread(values(own, readout.name, "average_accuracy")) for readout in READOUTS]
+        bound = emoji.spread([100 * line["oracle"]["lda"][0] for line in own.values()])
+        stale = f"{statistics.mean(line['oracle']['lda'][1] for line in own.values()):.2f}"
+        lost = [emoji.spread(values(own, column, "forgetting")) for column in ("sequential", "lda+linear")]
+        cells.append([name, str(len(own)), *readouts, bound, stale, *lost])
+    head = ["row", "seeds", *(readout.name for readout in READOUTS), "oracle", "staleness"]
+    return grid([*head, "sequential, forgetting", "lda+linear, forgetting"], cells)
+
+
+def differences(lines: Lines) -> str:
+    """What the two targets ask: the own head against its unprojected twin, compensated LDA against no drift at all."""
+    cells = []
+    for name, own in lines.items():
+        twin = lines.get("unprojected", {})
+        row = [name, *(less(own, twin, "sequential", "sequential", f) for f in ("average_accuracy", "forgetting"))]
+        row += [
+            less(own, lines.get(still, {}), "lda+linear", "lda", "average_accuracy")
+            for still in ("frozen", "head only")
+        ]
+        bound = {seed: 100 * line["oracle"]["lda"][0] for seed, line in own.items()}
+        row.append(
+            emoji.spread(
+                [bound[seed] - value for seed, value in by_seed(own, "lda+linear", "average_accuracy").items()]
+            )
+        )
+        cells.append(row)
+    head = ["row", "own head, accuracy: to unprojected", "own head, forgetting: to unprojected"]
+    head += ["lda+linear: to frozen, lda", "lda+linear: to head only, lda", "left to the oracle"]
+    return grid(head, cells)
+
+
+def drifts(lines: Lines) -> str:
+    """Means over old tasks, over spaces and over seeds; forgetting that is left once the task is known."""
+    cells = []
+    for name, own in lines.items():
+        course = Course(name, [{0: line} for line in own.values()])
+        told = [course.last(figure) for heading, figure in FIGURES.items() if heading in DRIFT]
+        within = statistics.mean(line["forgetting_within"]["sequential"] for line in own.values())
+        cells.append([name, *("" if value is None else f"{100 * value:.1f}" for value in (*told, within))])
+    return grid(["row", *DRIFT, "own head, forgetting, task known"], cells)
+
+
+DRIFT = ("features", "logits", "protected responses", "energy held", "removed", "leak", "task identified")
+"""Of `pgp.drift_report.FIGURES`."""
+
+
+def by_seed(lines: dict[int, dict[str, Any]], column: str, figure: str) -> dict[int, float]:
+    """A figure in percent."""
+    return {seed: 100 * line["figures"][column][figure] for seed, line in lines.items()}
+
+
+def values(lines: dict[int, dict[str, Any]], column: str, figure: str) -> list[float]:
+    """The same without seeds."""
+    return list(by_seed(lines, column, figure).values())
+
+
+def less(
+    own: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]], column: str, others: str, figure: str
+) -> str:
+    """The mean difference of a figure to that of another row over the seeds of both, with its standard error."""
+    found = paired(by_seed(own, column, figure), by_seed(other, others, figure))
+    if found is None:
+        return ""
+    return f"{found.mean:+.1f}" + ("" if found.error is None else f" ± {found.error:.1f}")
 
 
 def tune(data: str, part: int, parts: int) -> None:
     """Figures per learning rate of unprojected prompts; the test pictures are not looked at."""
-    for lr, share in RATES[part - 1 :: parts]:
+    for lr, share in RATES[data][part - 1 :: parts]:
         if (data, lr, share) not in {(line["data"], line["lr"], line["prompt_share"]) for line in emoji._lines(TUNING)}:
             config = replace(base(data, 100, tuning=True), optimizer=Optimizer(lr=lr, prompt_share=share or 1.0))
             if share is None:
                 config = replace(config, method=HeadOnly.Config())
-            config = replace(config, readouts=(Sequential.Config(), LDA.Config()))
+            config = replace(config, readouts=(Sequential.Config(), LDA.Config(), LDA.Config(compensate="linear")))
             emoji._append(TUNING, {"data": data, "lr": lr, "prompt_share": share, "seed": 100, **measure(config)})
 
 

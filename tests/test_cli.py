@@ -183,7 +183,8 @@ def test_reports_average_over_seeds_and_nothing_else(tmp_path, capsys):
     cli.main(["train", "demo", "--no-pgp", "--seed", "7", "--output", "[/none] 7"])
     capsys.readouterr()
     cli.main(["report", "low", "high", "none", "[/none] 7", "none", "--output", "out"])
-    lines = [line.split(" | ") for line in (tmp_path / "out" / "report.md").read_text().splitlines()[2:]]
+    accuracy, _drift = (tmp_path / "out" / "report.md").read_text().split("\n\n")
+    lines = [line.split(" | ") for line in accuracy.splitlines()[2:]]
     assert {(line[0], line[2]) for line in lines} == {
         ("| projection orthogonal, energy 0.5", "1"),
         ("| projection orthogonal, energy 0.9", "1"),
