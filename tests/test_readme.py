@@ -58,7 +58,7 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
             words += ["--seeds", "1", "--workers", "1", "--no-controls"]
         cli.main(words)
     out = capsys.readouterr().out
-    assert out.count("figure: ") == 14  # all but list, eval and predict
+    assert out.count("figure: ") == 2 * 13 + 1  # all but list, eval and predict; of a sweep, one
 
 
 def test_every_file_on_the_map_exists():
