@@ -121,6 +121,7 @@ def rows() -> dict[str, dict[str, Any]]:
         ("affinity .99", "affinity", {"energy": 0.99}),
         ("input .99", "tokens", {"energy": 0.99}),
         ("sum .99", "tokens", {"space": "sum", "energy": 0.99}),
+        ("sum .9", "tokens", {"space": "sum", "energy": 0.9}),
     ):
         method = VPT.Config(length=8, protect=protect)  # type: ignore[arg-type]
         table[name] = {
