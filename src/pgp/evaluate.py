@@ -85,8 +85,8 @@ class Evaluation:
         """Column by column, masked logits `(B, C)` for a batch of test images of `task` after learning task t."""
         images = batch.images.to(self.fabric.device)
         allowed = task.classes if self.config.setting == "til" else self.scenario.seen(t)
+        query = self.query(method, images, batch.indices)
         with self.fabric.autocast():
-            query = self.query(method, images, batch.indices)
             features = method.features(images, query).float()
             voted = method.features(images, query, by_vote=True).float() if self.config.legacy_eval else None
         for readout in readouts:
@@ -104,7 +104,8 @@ class Evaluation:
         """Queries `(B, D)` of test images, from memory where they are known."""
         keys: list[int] = indices.tolist()
         if not all(key in self._queries for key in keys):
-            self._queries.update(zip(keys, method.query(images).float().cpu(), strict=True))
+            with self.fabric.autocast():
+                self._queries.update(zip(keys, method.query(images).float().cpu(), strict=True))
         return torch.stack([self._queries[key] for key in keys]).to(images.device)
 
     @property
