@@ -10,7 +10,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from pgp.boundary import observe
+from pgp.boundary import Kept, observe
 from pgp.datasets import Viewed, batches, in_order
 from pgp.evaluate import tracked
 from pgp.learner import Learner, opened
@@ -66,9 +66,9 @@ def audited(run: Run, progress: Progress, sizes: Sequence[int] = BATCHES) -> lis
     for size in (None, *sizes):
         hits: dict[tuple[str, str], Tensor] = {}
         counts = torch.zeros(last, dtype=torch.float64)  # of images that can be read
-        for task, features, labels in _features(learner, tasks, size):
+        for task, seen, labels in _features(learner, tasks, size):
             counts[task.index] += len(labels)
-            for column, scope, logits in _scored(learner, features, task, last):
+            for column, scope, logits in _scored(learner, seen, task, last):
                 right = hits.setdefault((column, scope), torch.zeros_like(counts))
                 right[task.index] += float((logits.argmax(1) == labels).sum())
         choice = "image" if size is None else "vote"
@@ -122,8 +122,8 @@ def _as_it_ended(run: Run, progress: Progress) -> tuple[Learner, int]:
     return opened(run, replace(run.config, hardware=hardware, legacy_eval=False), progress)
 
 
-def _features(learner: Learner, tasks: Sequence[Task], size: int | None) -> Iterator[tuple[Task, Tensor, Tensor]]:
-    """Features `(B, D)` and labels of test batches of one task each; by vote of `size` images, where given."""
+def _features(learner: Learner, tasks: Sequence[Task], size: int | None) -> Iterator[tuple[Task, Kept, Tensor]]:
+    """Features with queries, and labels of test batches of one task each; by vote of `size` images, where given."""
     config, evaluation = learner.config, learner.evaluation
     plan = [(task, part) for task in tasks for part in in_order(task.test, size or config.eval_batch_size)]
     viewed = Viewed(learner.data.test, config.views.test(), 0, ("test",), config.on_bad_image == "skip")
@@ -136,14 +136,14 @@ def _features(learner: Learner, tasks: Sequence[Task], size: int | None) -> Iter
             with learner.fabric.autocast():
                 query = evaluation.query(learner.method, images, batch.indices)
                 features = learner.method.features(images, query, by_vote=size is not None).float()
-            yield task, features, batch.labels.to(features.device)
+            yield task, (features, query), batch.labels.to(features.device)
 
 
-def _scored(learner: Learner, features: Tensor, task: Task, last: int) -> Iterator[tuple[str, str, Tensor]]:
+def _scored(learner: Learner, seen: Kept, task: Task, last: int) -> Iterator[tuple[str, str, Tensor]]:
     """Readout, scope and logits `(B, C)`; a task-incremental run is told the task anyway."""
     til = learner.config.setting == "til"
     for readout in learner.readouts:
-        logits = readout.logits(features)
+        logits = readout.logits(readout.reads(*seen))
         scopes = {
             "seen": task.classes if til else learner.scenario.seen(last - 1),
             "all": range(learner.data.classes),

@@ -16,6 +16,9 @@ from pgp.projections import Collect, Projection
 from pgp.readouts import Readout
 from pgp.scenario import Task
 
+Kept = tuple[Tensor, Tensor | None]
+"""Features `(B, D)` and queries `(B, Q)` of a batch."""
+
 
 def look_ahead(learner: Learner, task: Task) -> None:
     """Show a task's images before it is trained, to a projection that wants them so; and keep their features, where a
@@ -24,7 +27,7 @@ def look_ahead(learner: Learner, task: Task) -> None:
     if _collects(learner, "before"):
         observe(learner, task, learner.projection, [])
     if task.index and any(readout.compensates for readout in learner.readouts):
-        learner.before = torch.cat(observe(learner, task, None, [], keep=True))
+        learner.before, _ = _together(observe(learner, task, None, [], keep=True))
 
 
 def look_back(learner: Learner, task: Task) -> None:
@@ -33,14 +36,15 @@ def look_back(learner: Learner, task: Task) -> None:
     readouts = [readout for readout in learner.readouts if readout.fitted]
     after, keep = _collects(learner, "after"), learner.before is not None
     if after and projection.collect == Collect():  # it wants the views that readouts want: one pass serves both
-        features = observe(learner, task, projection, readouts, keep)
+        kept = observe(learner, task, projection, readouts, keep)
     else:
         if after:
             observe(learner, task, projection, [])
-        features = observe(learner, task, None, readouts, keep) if readouts else []
+        kept = observe(learner, task, None, readouts, keep) if readouts else []
     if learner.before is not None:
+        before, (features, queries) = learner.before.to(learner.fabric.device), _together(kept)
         for readout in readouts:
-            readout.moved(learner.before.to(learner.fabric.device), torch.cat(features))
+            readout.moved(readout.reads(before, queries), readout.reads(features, queries))
         learner.before = None
 
 
@@ -55,16 +59,17 @@ def fitted(readout: Readout) -> dict[str, Any]:
 @torch.no_grad()
 def observe(
     learner: Learner, task: Task, projection: Projection | None, readouts: list[Readout], keep: bool = False
-) -> list[Tensor]:
+) -> list[Kept]:
     """Show the images of a task to a projection, to readouts, or to both in one pass.
 
     Returns:
-        Features `(B, D)`, batch after batch of this process, where the caller wants to `keep` them.
+        Features, and queries where readouts read them, batch after batch of this process, where the caller wants to
+        `keep` them.
     """
     method, fabric, config = learner.method, learner.fabric, learner.config
     collect = (projection.collect if projection else None) or Collect()
     viewed = learner.viewed(collect.view, "observed", task)
-    kept: list[Tensor] = []
+    kept: list[Kept] = []
     for number in itertools.count() if collect.repeat else range(1):
         plan = in_order(task.train, (learner.part or config.eval_batch_size) * fabric.world_size, number)
         seen = 0
@@ -75,7 +80,7 @@ def observe(
             seen += len(batch.indices)
             images, labels, _ = batch.to(fabric.device)
             with fabric.autocast():
-                query = method.query(images)
+                query = learner.evaluation.query(method, images) if projection or readouts else None
                 rows = method.activations(images, query) if projection else {}
                 features = method.features(images, query).float() if readouts or keep else None
             for space, met in rows.items():
@@ -83,14 +88,19 @@ def observe(
                 projection.observe(space, met)
             for readout in readouts:
                 assert features is not None
-                readout.observe(features, labels)
+                readout.observe(readout.reads(features, query), labels)
             if keep and features is not None:
-                kept.append(features)
+                kept.append((features, query))
             if projection and projection.sated:
                 return kept
         if not seen:
             raise ValueError(f"expected training images in task {task.index + 1}, but every single one is unreadable")
     return kept
+
+
+def _together(kept: list[Kept]) -> tuple[Tensor, Tensor | None]:
+    queries = [query for _, query in kept if query is not None]
+    return torch.cat([features for features, _ in kept]), torch.cat(queries) if queries else None
 
 
 def _collects(learner: Learner, when: str) -> bool:

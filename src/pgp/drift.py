@@ -91,7 +91,7 @@ def drift(learner: Learner, task: Task) -> dict[str, Any]:
     return out
 
 
-def _sample(learner: Learner, task: Task, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _sample(learner: Learner, task: Task, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
     """A few test images `(B, 3, S, S)` of a task, evenly spaced, with their queries, `size` at once."""
     config, evaluation = learner.config, learner.evaluation
     places = torch.linspace(0, len(task.test) - 1, min(config.drift_images, len(task.test))).long()
@@ -112,7 +112,7 @@ def _answers(learner: Learner, task: Task) -> dict[str, Any]:
         with learner.fabric.autocast():
             features.append(method.features(images, query).float())
             logits.append(method.head(features[-1])[:, classes].float())
-        if (picked := method.choices(query)) is not None:
+        if query is not None and (picked := method.choices(query)) is not None:
             chosen.append(picked)
     if not features:
         raise ValueError(f"expected test images in task {task.index + 1}, but every one of a sample is unreadable")

@@ -90,9 +90,10 @@ class Evaluation:
             features = method.features(images, query).float()
             voted = method.features(images, query, by_vote=True).float() if self.config.legacy_eval else None
         for readout in readouts:
-            yield readout.name, only(readout.logits(features), allowed)
+            yield readout.name, only(readout.logits(readout.reads(features, query)), allowed)
             if voted is not None:
-                yield readout.name + LEGACY, only(readout.logits(voted), self._published(method, task))
+                logits = readout.logits(readout.reads(voted, query))
+                yield readout.name + LEGACY, only(logits, self._published(method, task))
 
     def _published(self, method: Method, task: Task) -> Sequence[int]:
         """What the published evaluation scores a batch of `task` over."""
@@ -100,8 +101,15 @@ class Evaluation:
             return task.classes
         return range(self.data.classes) if method.published_scope == "all" else self.scenario.seen(task.index)
 
-    def query(self, method: Method, images: Tensor, indices: Tensor) -> Tensor:
-        """Queries `(B, D)` of test images, from memory where they are known."""
+    def query(self, method: Method, images: Tensor, indices: Tensor | None = None) -> Tensor | None:
+        """Queries `(B, D)` of images, from memory where they are known by their `indices` in the test split; None where
+        neither the method nor a readout asks for them.
+        """
+        if not (method.asks or any(readout.reads_query for readout in self.config.readouts)):
+            return None
+        if indices is None:
+            with self.fabric.autocast():
+                return method.query(images).float()
         keys: list[int] = indices.tolist()
         if not all(key in self._queries for key in keys):
             with self.fabric.autocast():

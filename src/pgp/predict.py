@@ -54,10 +54,11 @@ class Predictor:
         self._method = config.method.build(backbone, names, generator(config.seed, "init"))
         self._method.load_learned_state(state["method"])
         self._method.to(self.device)
-        readouts = {one.name: one for one in (r.build(self._method.head, len(names)) for r in config.readouts)}
+        readouts = {one.name: one for one in config.readouts}
         if readout is not None and readout not in readouts:
             raise ValueError(f"expected a readout of this run, one of {', '.join(readouts)}, got {readout!r}")
-        self._readout = readouts[readout or next(iter(readouts))]
+        chosen = readouts[readout or next(iter(readouts))]
+        self._readout, self._asks = chosen.build(self._method.head, len(names)), chosen.reads_query
         self._readout.load_state_dict({k: v.to(self.device) for k, v in state["readouts"][self._readout.name].items()})
         self._view = config.views.test()
         self._learned = list(dict.fromkeys(label for task in tasks[: state["task"]] for label in task))
@@ -79,8 +80,9 @@ class Predictor:
         pixels = [read_image(image) if isinstance(image, Path) else image for image in images]
         batch = torch.stack([self._view(image) for image in pixels]).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
-            features = self._method.features(batch).float()
-        logits = only(self._readout.logits(features), self._learned)[:, self._learned]
+            query = self._method.query(batch) if self._asks else None
+            features = self._method.features(batch, query).float()
+        logits = only(self._readout.logits(self._readout.reads(features, query)), self._learned)[:, self._learned]
         return logits.softmax(-1).cpu()
 
     def __call__(self, images: Sequence[Path | Tensor], top: int = 1) -> list[Prediction]:

@@ -26,6 +26,8 @@ class Method(nn.Module, abc.ABC):
 
     by_class: tuple[str, ...] = ("head.weight", "head.bias")
     """Of what is learned, the tensors with a row for each class; they grow when classes join a finished run."""
+    asks: bool = True
+    """Whether features depend on the query. Where not, it is computed for readouts that read it only."""
     published_scope: Literal["all", "cut"] = "all"
     """What the published evaluation of this method scores over: all classes, seen or not, or those up to the task of
     the test batch. Either is only ever reported beside the honest figure."""
@@ -49,7 +51,9 @@ class Method(nn.Module, abc.ABC):
         """Keep what is to be kept of `task` as it is trained by now; a later call keeps it anew."""
 
     def query(self, images: Tensor) -> Tensor:
-        """What of an image never changes while the method learns, `(B, D)`; computed once and kept for test images."""
+        """What of an image never changes while the method learns, its plain features `(B, D)`; computed once and kept
+        for test images.
+        """
         return self.backbone.encode(images)
 
     def choices(self, query: Tensor) -> Tensor | None:

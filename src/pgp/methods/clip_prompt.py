@@ -59,6 +59,7 @@ class ZeroShot(Method):
     backbone: VisionLanguage
     head: TextHead
     by_class: tuple[str, ...] = ("head.text",)
+    asks = False
     published_scope = "cut"
 
     def __init__(self, config: Method.Config, backbone: Backbone, class_names: Sequence[str]) -> None:
@@ -78,10 +79,6 @@ class ZeroShot(Method):
         tokens = self.backbone.tokenize(texts).to(self.head.text.device)
         with torch.no_grad():
             return self.backbone.encode_text(self.backbone.embed_text(tokens), tokens)
-
-    def query(self, images: Tensor) -> Tensor:
-        """Nothing, `(B, 0)`: no prompt is chosen by the image."""
-        return images.new_empty(len(images), 0)
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """Image features `(B, E)`, of no particular length."""

@@ -28,6 +28,8 @@ class VPT(Method):
     deviations of their own; the penalty leaves means free, which LayerNorm takes out anyway.
     """
 
+    asks = False
+
     @dataclass(frozen=True)
     class Config(Method.Config):
         """How many prompts, and what of them a projection protects."""
@@ -76,10 +78,6 @@ class VPT(Method):
                 tokens = backbone.normed(layer, tokens)[0].detach().float()
             self.prompts.append(nn.Parameter(tokens))
         self.register_buffer("deviations", torch.zeros(len(self.layers), config.length))
-
-    def query(self, images: Tensor) -> Tensor:
-        """Nothing, `(B, 0)`: no prompt is chosen by the image."""
-        return images.new_empty(len(images), 0)
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """CLS, see `Method.features`."""

@@ -28,13 +28,24 @@ class Readout(abc.ABC):
         def name(self) -> str:
             """How reports call it; no two readouts of a run have one name."""
 
+        @property
+        def reads_query(self) -> bool:
+            """Whether it wants to know the query of an image, too."""
+            return False
+
         @abc.abstractmethod
         def build(self, head: nn.Module, classes: int) -> Readout:
             """A readout over `classes` labels; `head` is the method's own classifier."""
 
+    def reads(self, features: Tensor, query: Tensor | None) -> Tensor:
+        """What it is to be given of images with features `(B, D)` and queries `(B, Q)`: the features, `(B, D)`."""
+        return features
+
     @abc.abstractmethod
     def observe(self, features: Tensor, labels: Tensor) -> None:
-        """Take in features `(B, D)` and labels `(B,)` of the current task, test views, after its training."""
+        """Take in features `(B, D)`, as it `reads` them, and labels `(B,)` of the current task, in test views, after
+        its training.
+        """
 
     def moved(self, before: Tensor, after: Tensor) -> None:
         """Take in features `(n, D)` of the current task's images as they were before and after its training, in test

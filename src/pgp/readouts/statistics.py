@@ -26,6 +26,9 @@ class FromStatistics(Readout):
     class Config(Readout.Config):
         """How old statistics follow the features."""
 
+        query: bool = False
+        """Read the query of an image, its features without any prompts, beside those with prompts. It never moves, and
+        it tells compensation more about where an image lies."""
         compensate: Literal["none", "shift", "linear"] = "none"
         """Move old statistics by what the images of each new task show before and after its training: `shift`, each
         mean by the mean movement of the images near it (Yu et al., CVPR 2020); `linear`, means and covariance by the
@@ -41,14 +44,26 @@ class FromStatistics(Readout):
 
         @property
         def suffix(self) -> str:
-            """What compensation adds to a readout's name."""
-            return "" if self.compensate == "none" else f"+{self.compensate}"
+            """What the query and compensation add to a readout's name."""
+            return "+query" * self.query + (f"+{self.compensate}" if self.compensate != "none" else "")
+
+        @property
+        def reads_query(self) -> bool:
+            """See `Readout.Config.reads_query`."""
+            return self.query
 
     def __init__(self, classes: int, config: FromStatistics.Config) -> None:
         self.classes, self.settings = classes, config
         self.compensates = config.compensate != "none"
         self.state: dict[str, Tensor] = {}
         self._task: dict[str, Tensor] = {}
+
+    def reads(self, features: Tensor, query: Tensor | None) -> Tensor:
+        """Features `(B, D)`, or features and queries `(B, D + Q)`."""
+        if not self.settings.query:
+            return features
+        assert query is not None, "whoever knows the configuration knows that it reads queries"
+        return torch.cat([features, query.to(features)], 1)
 
     def observe(self, features: Tensor, labels: Tensor) -> None:
         """Add to the counts `(C,)`, sums `(C, D)` and pooled products `(D, D)` of this task, in float64."""
