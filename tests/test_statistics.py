@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rich.progress import Progress
 from torch import nn
 
 import tiny
 from pgp import train
+from pgp.audit import audited
+from pgp.backbones import Backbone
 from pgp.datasets.synthetic import Synthetic
+from pgp.methods.vpt import VPT
+from pgp.predict import Predictor
 from pgp.readouts.lda import LDA
 from pgp.readouts.logistic import Logistic
 from pgp.readouts.sequential import Sequential
@@ -166,3 +171,57 @@ def test_a_run_follows_its_features_and_goes_on_inside_a_task_bitwise(tmp_path, 
     *_, last = whole.events("task")
     assert last["readouts"]["lda"]["bytes"] == 8 * (6 + 6 * 48 + 48 * 48)
     assert last["readouts"]["logistic"]["seconds"] > 0
+
+
+def test_the_query_is_read_beside_the_features_and_never_moves():
+    readout = LDA(5, LDA.Config(query=True, compensate="linear"))
+    queries, labels = drawn([0, 1, 2])
+    readout.observe(readout.reads(drifted(queries), queries), labels)
+    readout.end_task()
+    before = readout.means.clone()
+    images, _ = drawn([3, 4])
+    readout.moved(readout.reads(images, images), readout.reads(images + 3, images))
+    assert readout.config.name == "lda+query+linear"
+    torch.testing.assert_close(readout.means[:3, D:], before[:3, D:], rtol=0, atol=1e-9)
+    torch.testing.assert_close(readout.means[:3, :D], before[:3, :D] + 3, rtol=0, atol=1e-9)
+    assert LDA(5).reads(images, queries) is images
+
+
+def test_a_query_tells_where_features_went():
+    """Features that had nearly nothing to tell, and unfold in the second task's training, are followed by queries."""
+    old, new = drawn([0, 1, 2], each=200), drawn([0, 1, 2, 3, 4], each=200, seed=2)
+    missed = {}
+    for query in (False, True):
+        readout = LDA(5, LDA.Config(query=query, compensate="linear", ridge=1e-6))
+        readout.observe(readout.reads(1e-3 * old[0][:, :1].expand(-1, D), old[0]), old[1])
+        readout.end_task()
+        readout.moved(readout.reads(1e-3 * new[0][:, :1].expand(-1, D), new[0]), readout.reads(drifted(new[0]), new[0]))
+        missed[query] = float((readout.means[:3, :D] - drifted(MEANS[:3])).norm())
+    assert missed[True] < 1
+    assert missed[False] > 10
+
+
+@pytest.mark.parametrize("method", [VPT.Config(), tiny.config().method])
+def test_a_run_reads_queries_at_every_place_alike(tmp_path, method):
+    readouts = (Sequential.Config(), LDA.Config(query=True, compensate="linear"), LDA.Config())
+    config = tiny.config(dataset=Synthetic(noise=0.05), method=method, readouts=readouts)
+    run = train.train(config, tmp_path)
+    kept = run.matrices()["lda+query+linear"]
+    assert run.load()["readouts"]["lda+query+linear"]["sums"].shape == (6, 2 * 48)
+    torch.testing.assert_close(train.reevaluate(run, run.config)["lda+query+linear"][2], kept[2])
+    (honest,) = (f for f in audited(run, Progress(disable=True), ()) if f.honest and f.column == "lda+query+linear")
+    assert honest.accuracy == pytest.approx(float(kept[2].mean()))
+    data, names = run.config.dataset.build(), run.classes()[0]
+    images = [data.test.image(i) for i in range(len(data.test))]
+    found = [prediction.names[0] for prediction in Predictor(run, "lda+query+linear")(images)]
+    right = [name == names[label] for name, label in zip(found, data.test.labels.tolist(), strict=True)]
+    assert sum(right) / len(right) == pytest.approx(float(kept[2].mean()))
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_queries_are_asked_for_where_somebody_reads_them(tmp_path, monkeypatch, reads):
+    asked, encode = [], Backbone.encode
+    monkeypatch.setattr(Backbone, "encode", lambda self, images: asked.append(len(images)) or encode(self, images))
+    readouts = (LDA.Config(query=reads, compensate="linear"),)
+    train.train(tiny.config(method=VPT.Config(), readouts=readouts), tmp_path)
+    assert sum(asked) == (72 + 24 if reads else 0)  # each training image, and each test image, once

@@ -78,7 +78,7 @@ class Method(nn.Module, abc.ABC):
     @torch.no_grad()
     def prepare(self, images: Tensor, task: Task) -> dict[str, Tensor]:
         """What `loss` needs to know of a whole batch before it may be given the batch in parts: one row per image."""
-        return {"query": self.query(images)}
+        return {"query": self.query(images)} if self.asks else {}
 
     def shared(self, task: Task) -> dict[str, Tensor]:
         """What the loss of every part of a batch needs alike, with its graph; computed once a step."""
