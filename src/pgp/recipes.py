@@ -60,6 +60,11 @@ READOUTS: dict[str, Readout.Config] = {
     for one in (
         Sequential.Config(),
         *(kind.Config(compensate=how) for kind in (LDA, Logistic) for how in ("none", "shift", "linear")),
+        *(
+            kind.Config(query=True, compensate=how, shrinkage=0.2)  # of twice as wide features
+            for kind in (LDA, Logistic)
+            for how in ("none", "shift", "linear")
+        ),
         NCM.Config(),
     )
 }
