@@ -57,7 +57,11 @@ def test_mixtures_of_mapped_rows_are_those_of_the_rows_that_are_met():
 
 
 @pytest.mark.parametrize(
-    "method", [VPT.Config(length=3, behind_norm=True), replace(tiny.DUALPROMPT, protect="keys+values")]
+    "method",
+    [
+        VPT.Config(length=3, protect="affinity+aggregation", behind_norm=True),
+        replace(tiny.DUALPROMPT, protect="keys+values"),
+    ],
 )
 def test_old_answers_stay_where_everything_is_protected_and_move_where_nothing_is(tmp_path, method):
     lively = {"method": method, "optimizer": Optimizer(lr=1.0)}

@@ -135,7 +135,12 @@ def test_a_first_task_has_no_norms_to_hold():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"protect": "tokens"}, {"protect": "affinity"}, {"behind_norm": True}, {"layers": (0, 3), "norm_penalty": 0.5}],
+    [
+        {"protect": "tokens"},
+        {"protect": "affinity"},
+        {"protect": "affinity+aggregation", "behind_norm": True},
+        {"protect": "affinity+aggregation", "layers": (0, 3), "norm_penalty": 0.5},
+    ],
 )
 def test_variants_keep_the_promises_of_every_method(settings):
     conformance.keeps_its_promises(VPT.Config(**settings))
@@ -158,7 +163,7 @@ def test_settings_that_do_not_fit(settings, message):
 
 
 def test_a_model_that_norms_keys_has_no_affinity():
-    method = build(ViT(tiny_timm(qk_norm=True)).double(), length=2)
+    method = build(ViT(tiny_timm(qk_norm=True)).double(), length=2, protect="affinity+aggregation")
     with pytest.raises(ValueError, match="does not norm its keys"):
         method.activations(images(1))
     build(ViT(tiny_timm(qk_norm=True)).double(), length=2, protect="tokens").activations(images(1))

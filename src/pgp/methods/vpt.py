@@ -38,7 +38,7 @@ class VPT(Method):
         """Prompts of a block, L."""
         layers: tuple[int, ...] | None = None
         """Blocks with prompts; the first is 0. All, where None."""
-        protect: Literal["tokens", "affinity", "affinity+aggregation"] = "affinity+aggregation"
+        protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
         """What prompts are kept orthogonal to: the tokens of old images as they enter the block (PGP); the directions
         that change attention scores; or those, and old attention weights on the prompts' own side (NSP2)."""
         behind_norm: bool = False
