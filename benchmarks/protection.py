@@ -254,12 +254,13 @@ STILL = ("frozen", "head only")
 
 
 def way(found: dict[int, float], bound: dict[int, float], floors: list[dict[int, float]]) -> str:
-    """Share in percent of the way from the higher of the mean `floors` to the bound, over the seeds of all."""
+    """Share in percent of the way from the higher of the mean `floors` to the bound, over the seeds of all; where that is a
+    way of more than a point."""
     seeds = [seed for seed in found if all(seed in floor for floor in floors)]
     if not seeds:
         return ""
     reached, most, *rest = (statistics.mean(one[seed] for seed in seeds) for one in (found, bound, *floors))
-    return f"{100 * (reached - max(rest)) / (most - max(rest)):.0f}" if most > max(rest) + 0.05 else ""
+    return f"{100 * (reached - max(rest)) / (most - max(rest)):.0f}" if most > max(rest) + 1 else ""
 
 
 def drifts(lines: Lines) -> str:
