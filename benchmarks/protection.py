@@ -255,7 +255,8 @@ STILL = ("frozen", "head only")
 
 def way(found: dict[int, float], bound: dict[int, float], floors: list[dict[int, float]]) -> str:
     """Share in percent of the way from the higher of the mean `floors` to the bound, over the seeds of all; where that is a
-    way of more than a point."""
+    way of more than a point.
+    """
     seeds = [seed for seed in found if all(seed in floor for floor in floors)]
     if not seeds:
         return ""

@@ -215,7 +215,7 @@ def cub200_dualprompt_pgp() -> Config:
 
 
 def deep(recipe: Config) -> Config:
-    """`recipe` by what docs/results.md found to be best: deep prompts, projected, read by statistics that move along."""
+    """`recipe` by what docs/results.md found best: deep prompts, projected, read by statistics that move along."""
     return replace(
         recipe,
         method=VPT.Config(),
@@ -266,9 +266,7 @@ def cifar100_10_clip_pgp() -> Config:
 
 def own() -> Config:
     """Your own images: pgp train own --data ./photos --tasks 5. Deep prompts projected, on ViT-B/16 (in21k)."""
-    return deep(
-        replace(cifar100_10_l2p_pgp(), name="own", dataset=Folder(), views=Views(scale=(0.4, 1.0)), tasks=None)
-    )
+    return deep(replace(cifar100_10_l2p_pgp(), name="own", dataset=Folder(), views=Views(scale=(0.4, 1.0)), tasks=None))
 
 
 RECIPES: dict[str, Callable[[], Config]] = {
