@@ -32,6 +32,7 @@ from pgp.comparison import paired
 from pgp.config import Config, Hardware, Optimizer
 from pgp.drift_report import FIGURES, Course
 from pgp.environment import environment
+from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.vpt import VPT
 from pgp.projections.none import NoProjection
@@ -120,6 +121,7 @@ def rows() -> dict[str, dict[str, Any]]:
         ("affinity+aggregation .9", "affinity+aggregation", {"energy": 0.9}),
         ("affinity .99", "affinity", {"energy": 0.99}),
         ("input .99", "tokens", {"energy": 0.99}),
+        ("input .9", "tokens", {"energy": 0.9}),
         ("sum .99", "tokens", {"space": "sum", "energy": 0.99}),
         ("sum .9", "tokens", {"space": "sum", "energy": 0.9}),
     ):
@@ -137,6 +139,17 @@ def rows() -> dict[str, dict[str, Any]]:
         "method": exact,
         "projection": Orthogonal.Config("input", 0.99, on="update"),
     }
+    l2p = {"method": emoji.METHODS["l2p"], "optimizer": Optimizer(lr=emoji.BEST_RATE["l2p"])}
+    table["L2P"] = {**l2p, "projection": NoProjection.Config()}
+    table["L2P, sum .99"] = {**l2p, "projection": Orthogonal.Config("sum", 0.99, 0.99, "update")}
+    dual = {"method": emoji.METHODS["dualprompt"], "optimizer": Optimizer(lr=0.3)}  # a rate at which prompts do move
+    table["DualPrompt"] = {**dual, "projection": NoProjection.Config()}
+    for protect in ("keys", "keys+values"):
+        table[f"DualPrompt, {protect} .99"] = {
+            **dual,
+            "method": DualPrompt.Config(protect=protect),  # type: ignore[arg-type]
+            "projection": Orthogonal.Config("input", 0.99, 0.99, "update"),
+        }
     return table
 
 
