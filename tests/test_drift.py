@@ -80,13 +80,16 @@ def test_old_answers_stay_where_everything_is_protected_and_move_where_nothing_i
 
 def test_leak_and_removed_tell_gradients_from_updates(tmp_path):
     settings = {"method": L2P.Config(top_k=2), "optimizer": Optimizer(lr=1.0)}
-    leaks = {}
+    leaks, removed = {}, {}
     for on in ("gradient", "update"):
         _, second, _ = drifts(tmp_path / on, projection=Orthogonal.Config("input", 0.9, 0.9, on), **settings)
         leaks[on] = second["leak"]["prompts"]
-        assert 0 < second["removed"]["prompts"] < 1
+        assert 0 < second["gradients"]["prompts"] < 1
+        assert second["removed"] == second[f"{on}s"]
+        removed[on] = second["updates"]["prompts"]
     assert leaks["gradient"] > 1e-3
     assert leaks["update"] < 1e-9
+    assert 0 < removed["gradient"] < removed["update"] < 1  # of projected gradients, Adam makes updates that go back in
 
 
 def test_leak_is_the_share_of_the_way_in_the_protected_subspace(tmp_path):
@@ -171,7 +174,7 @@ def test_off_costs_nothing(tmp_path):
     *_, event = run.events("task")
     assert "drift" not in event
     assert "drift" not in event["seconds"]
-    assert run.load()["drift"] == {"departure": {}, "remembered": {}, "energies": {}}
+    assert run.load()["drift"] == {"departure": {}, "remembered": {}, "steps": {}}
 
 
 def test_forgetting_stands_beside_what_is_left_once_the_task_is_known(tmp_path):

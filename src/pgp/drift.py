@@ -27,26 +27,32 @@ def depart(learner: Learner) -> None:
     """Take down what is protected as the next task finds it, before anything of it changes."""
     if learner.config.drift_images:
         learner.departure = {name: met.parameter.detach().clone() for name, met in learner.method.protected().items()}
-        learner.projection.energies = {}
+        learner.projection.steps = {}
 
 
 def arrive(learner: Learner) -> dict[str, dict[str, float | None]]:
     """What the projection did to the task that was just trained, by space, before it learns from that task itself.
 
     Returns:
-        removed: share of the energy of gradients, or of updates, that it took out.
+        gradients, updates: share of the energy of all gradients, and of all updates, that lay in the protected
+            subspace as they came.
+        removed: the one of both that the projection takes out.
         leak: share of the energy of the whole way from start to end of the task that lies in the protected subspace:
             what got past it.
     """
     projection, method, start = learner.projection, learner.method, learner.departure
-    removed = {space: _share(came - stayed, came) for space, (came, stayed) in projection.energies.items()}
+    inside = {
+        space: [_share(whole - left, whole) for whole, left in energies] for space, energies in projection.steps.items()
+    }
+    gradients, updates = ({space: shares[i] for space, shares in inside.items()} for i in (0, 1))
+    removed = gradients if projection.on == "gradient" else updates
     leaks = {}
     for space, target in method.protected().items():
         if space in start and projection.rank(space):
             way = target.parameter.detach().double() - start[space].to(target.parameter.device).double()
             leaks[space] = _share(*projection.inside(space, way.transpose(target.axis, -1)))
-    learner.departure, projection.energies = {}, {}
-    return {"removed": removed, "leak": leaks}
+    learner.departure, projection.steps = {}, {}
+    return {"gradients": gradients, "updates": updates, "removed": removed, "leak": leaks}
 
 
 @torch.no_grad()

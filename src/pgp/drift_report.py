@@ -81,7 +81,13 @@ FIGURES: dict[str, Callable[[Event], float | None]] = {
 """By heading, what is told of each closed task: changes since old tasks were closed, as a mean over those tasks (and
 over spaces); then what the projection did, as a mean over spaces; then accuracy by the first readout."""
 
-SPACES = {"rank": "rank", "held": "energy held, %", "removed": "steps' energy removed, %", "leak": "way that leaked, %"}
+SPACES = {
+    "rank": "rank",
+    "held": "energy held, %",
+    "gradients": "gradients in protected space, %",
+    "updates": "updates in protected space, %",
+    "leak": "way that leaked, %",
+}
 """What is told of each protected space, see `pgp.drift`."""
 
 
@@ -168,7 +174,7 @@ def _by_space(course: Course, key: str) -> dict[str, float]:
     """By space, a rank, or a share in percent, after the last task: the mean over runs."""
 
     def told(event: Event) -> dict[str, float | None]:
-        shares: dict[str, float | None] = event["ranks"] if key == "rank" else event["drift"][key]
+        shares: dict[str, float | None] = event["ranks"] if key == "rank" else event["drift"].get(key, {})
         return shares
 
     means = {}

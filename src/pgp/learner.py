@@ -74,7 +74,7 @@ class Learner:
             "drift": {
                 "departure": self.departure,
                 "remembered": self.remembered,
-                "energies": self.projection.energies,
+                "steps": self.projection.steps,
             },
             "optimizer": self.optimizer.state_dict() if self.step else None,
         }
@@ -99,7 +99,7 @@ class Learner:
             readout.load_state_dict({k: tensor.to(device) for k, tensor in state["readouts"][readout.name].items()})
         drift = state.get("drift", {})
         self.departure, self.remembered = drift.get("departure", {}), drift.get("remembered", {})
-        self.projection.energies = {space: energy.to(device) for space, energy in drift.get("energies", {}).items()}
+        self.projection.steps = {space: energy.to(device) for space, energy in drift.get("steps", {}).items()}
         if self.stream and "stream" in state:
             self.stream.load_state_dict(state["stream"])
         self.restored, self.before = state["optimizer"], state.get("before")

@@ -62,8 +62,9 @@ class Projection(abc.ABC):
     def __init__(self) -> None:
         self.bases: dict[str, Tensor] = {}
         """Orthonormal columns `(..., D, r)` by space."""
-        self.energies: dict[str, Tensor] = {}
-        """By space, the energy of all that was projected of this task, before and after, `(2,)`; see `pgp.drift`."""
+        self.steps: dict[str, Tensor] = {}
+        """By space, the energy of this task's gradients and of its updates, whole and without what lies in the protected
+        subspace, `(2, 2)`; see `pgp.drift`."""
 
     @property
     def sated(self) -> bool:
@@ -115,17 +116,19 @@ class Projection(abc.ABC):
         A space of rank 0 is left alone entirely, so a projection that holds nothing changes no bit.
         """
 
+        before: dict[nn.Parameter, Tensor] = {}
+
         @torch.no_grad()
-        def project_gradients(*_: Any) -> None:
+        def begin_step(*_: Any) -> None:
+            before.update(self._values(protected))
             for space, (parameter, axis, _role) in self._held(protected).items():
                 if parameter.grad is not None:
-                    parameter.grad.copy_(self._along(axis, space, parameter.grad))
+                    kept = self._along(axis, space, parameter.grad, "gradient")
+                    if self.on == "gradient":
+                        parameter.grad.copy_(kept)
 
-        if self.on == "gradient":
-            return Handle(optimizer.register_step_pre_hook(project_gradients))
-        before: dict[nn.Parameter, Tensor] = {}
         return Handle(
-            optimizer.register_step_pre_hook(lambda *_: before.update(self._values(protected))),
+            optimizer.register_step_pre_hook(begin_step),
             optimizer.register_step_post_hook(lambda *_: self._confine(protected, before)),
         )
 
@@ -150,15 +153,18 @@ class Projection(abc.ABC):
     @torch.no_grad()
     def _confine(self, protected: Mapping[str, Protected], before: Mapping[nn.Parameter, Tensor]) -> None:
         for space, target in self._held(protected).items():
-            target.parameter.copy_(self._moved(space, target, before[target.parameter]))
+            place = self._moved(space, target, before[target.parameter])
+            if self.on == "update":
+                target.parameter.copy_(place)
 
     def _moved(self, space: str, target: Protected, before: Tensor) -> Tensor:
         """Where a parameter may go of where the step took it from `before`, float64."""
         change = target.parameter.double() - before
-        return before + self._along(target.axis, space, change)
+        return before + self._along(target.axis, space, change, "update")
 
-    def _along(self, axis: int, space: str, tensor: Tensor) -> Tensor:
+    def _along(self, axis: int, space: str, tensor: Tensor, what: Literal["gradient", "update"]) -> Tensor:
+        """`tensor` without what lies in the protected subspace; its energy is added to `steps`."""
         kept = self.project(space, tensor.transpose(axis, -1)).transpose(axis, -1)
-        energy = torch.stack([tensor.double().square().sum(), kept.double().square().sum()])
-        self.energies[space] = self.energies[space] + energy if space in self.energies else energy
+        total = self.steps.setdefault(space, torch.zeros(2, 2, dtype=torch.float64, device=tensor.device))
+        total[int(what == "update")] += torch.stack([part.double().square().sum() for part in (tensor, kept)])
         return kept
