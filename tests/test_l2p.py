@@ -38,7 +38,7 @@ def test_what_old_tokens_get_in_the_first_block(protect):
     for _ in range(2000):  # alternating projections, onto what is free and onto what keeps deviations
         for space, target in method.protected().items():
             if target.role != "key":
-                step = projection._along(target.axis, space, step)
+                step = projection.project(space, step.transpose(target.axis, -1)).transpose(target.axis, -1)
         placed = method.backbone.place(prompts)
         ray = torch.nn.functional.normalize(placed - placed.mean(-1, keepdim=True), dim=-1)
         step = step - (step * ray).sum(-1, keepdim=True) * ray
