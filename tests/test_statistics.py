@@ -225,3 +225,15 @@ def test_queries_are_asked_for_where_somebody_reads_them(tmp_path, monkeypatch, 
     readouts = (LDA.Config(query=reads, compensate="linear"),)
     train.train(tiny.config(method=VPT.Config(), readouts=readouts), tmp_path)
     assert sum(asked) == (72 + 24 if reads else 0)  # each training image, and each test image, once
+
+
+def test_shift_follows_the_nearest_image_where_old_classes_have_no_spread():
+    readout = LDA(4, LDA.Config(compensate="shift"))
+    draws = torch.Generator().manual_seed(0)
+    readout.observe(10 * torch.randn(2, 64, generator=draws), torch.tensor([0, 1]))
+    readout.end_task()
+    readout.observe(torch.randn(20, 64, generator=draws), torch.tensor([2, 3] * 10))
+    before = torch.randn(20, 64, generator=draws)
+    readout.moved(before, before + 0.1)
+    readout.end_task()
+    assert bool(readout.logits(before).isfinite().all())

@@ -118,7 +118,8 @@ def _answers(learner: Learner, task: Task) -> dict[str, Any]:
         with learner.fabric.autocast():
             features.append(method.features(images, query).float())
             logits.append(method.head(features[-1])[:, classes].float())
-        if query is not None and (picked := method.choices(query)) is not None:
+            picked = None if query is None else method.choices(query)
+        if picked is not None:
             chosen.append(picked)
     if not features:
         raise ValueError(f"expected test images in task {task.index + 1}, but every one of a sample is unreadable")

@@ -155,7 +155,9 @@ def shift(means: Tensor, before: Tensor, after: Tensor, spread: float) -> Tensor
     tensor([[ 2.],
             [-2.]])
     """
-    weights = (-(torch.cdist(means, before).square()) / (2 * spread)).softmax(1)  # (C, n)
+    distances = torch.cdist(means, before).square()  # (C, n)
+    further = distances - distances.amin(1, keepdim=True)  # without spread, the nearest image decides
+    weights = (-further / (2 * spread)).softmax(1)
     return weights @ (after - before)
 
 
