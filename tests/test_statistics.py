@@ -231,7 +231,8 @@ def test_shift_follows_the_nearest_image_where_old_classes_have_no_spread():
     readout = LDA(4, LDA.Config(compensate="shift"))
     draws = torch.Generator().manual_seed(0)
     readout.observe(10 * torch.randn(2, 64, generator=draws), torch.tensor([0, 1]))
-    readout.end_task()
+    with pytest.warns(UserWarning, match="no spread"):
+        readout.end_task()
     readout.observe(torch.randn(20, 64, generator=draws), torch.tensor([2, 3] * 10))
     before = torch.randn(20, 64, generator=draws)
     readout.moved(before, before + 0.1)

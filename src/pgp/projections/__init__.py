@@ -63,8 +63,8 @@ class Projection(abc.ABC):
         self.bases: dict[str, Tensor] = {}
         """Orthonormal columns `(..., D, r)` by space."""
         self.steps: dict[str, Tensor] = {}
-        """By space, the energy of this task's gradients and of its updates, whole and without what lies in the protected
-        subspace, `(2, 2)`; see `pgp.drift`."""
+        """By space, the energy of this task's gradients and of its updates, whole and without what lies in the
+        protected subspace, `(2, 2)`; see `pgp.drift`."""
 
     @property
     def sated(self) -> bool:
@@ -115,7 +115,6 @@ class Projection(abc.ABC):
 
         A space of rank 0 is left alone entirely, so a projection that holds nothing changes no bit.
         """
-
         before: dict[nn.Parameter, Tensor] = {}
 
         @torch.no_grad()
