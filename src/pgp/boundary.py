@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +12,19 @@ from torch import Tensor
 from pgp.datasets import batches, in_order
 from pgp.evaluate import tracked
 from pgp.learner import Learner
+from pgp.processes import gathered, told
 from pgp.projections import Collect, Projection
 from pgp.readouts import Readout
 from pgp.scenario import Task
 
-Kept = tuple[Tensor, Tensor | None]
-"""Features `(B, D)` and queries `(B, Q)` of a batch."""
+
+class Kept(NamedTuple):
+    """Some images as the model sees them: where they are in their split `(B,)`, and features `(B, D)`."""
+
+    indices: Tensor
+    features: Tensor
+    queries: Tensor | None
+    """`(B, Q)`, where readouts read them."""
 
 
 def look_ahead(learner: Learner, task: Task) -> None:
@@ -27,24 +34,25 @@ def look_ahead(learner: Learner, task: Task) -> None:
     if _collects(learner, "before"):
         observe(learner, task, learner.projection, [])
     if task.index and any(readout.compensates for readout in learner.readouts):
-        learner.before, _ = _together(observe(learner, task, None, [], keep=True))
+        kept = _together(observe(learner, task, None, [], keep=True))
+        learner.before = {"indices": kept.indices, "features": kept.features}
 
 
 def look_back(learner: Learner, task: Task) -> None:
     """Show a task's images after it is trained, to the projection and to readouts."""
     projection = learner.projection
     readouts = [readout for readout in learner.readouts if readout.fitted]
-    after, keep = _collects(learner, "after"), learner.before is not None
-    if after and projection.collect == Collect():  # it wants the views that readouts want: one pass serves both
+    observes, keep = _collects(learner, "after"), learner.before is not None
+    if observes and projection.collect == Collect():  # it wants the views that readouts want: one pass serves both
         kept = observe(learner, task, projection, readouts, keep)
     else:
-        if after:
+        if observes:
             observe(learner, task, projection, [])
         kept = observe(learner, task, None, readouts, keep) if readouts else []
     if learner.before is not None:
-        before, (features, queries) = learner.before.to(learner.fabric.device), _together(kept)
+        before, after = _matched(learner.before, _together(kept))
         for readout in readouts:
-            readout.moved(readout.reads(before, queries), readout.reads(features, queries))
+            readout.moved(readout.reads(before, after.queries), readout.reads(after.features, after.queries))
         learner.before = None
 
 
@@ -63,8 +71,10 @@ def observe(
     """Show the images of a task to a projection, to readouts, or to both in one pass.
 
     Returns:
-        Features, and queries where readouts read them, batch after batch of this process, where the caller wants to
-        `keep` them.
+        Batch after batch of this process, where the caller wants to `keep` them.
+
+    Raises:
+        ValueError: if a process has no image to look at: none is readable, or they are fewer than processes.
     """
     method, fabric, config = learner.method, learner.fabric, learner.config
     collect = (projection.collect if projection else None) or Collect()
@@ -75,32 +85,53 @@ def observe(
         seen = 0
         stream = batches(viewed, plan, learner.evaluation.loading)
         for batch in tracked(learner.progress, stream, len(plan), f"{learner.scenario.title(task)}, looking at it"):
-            if not len(batch.indices):
-                continue
-            seen += len(batch.indices)
-            images, labels, _ = batch.to(fabric.device)
-            with fabric.autocast():
-                query = learner.evaluation.query(method, images) if projection or readouts else None
-                rows = method.activations(images, query) if projection else {}
-                features = method.features(images, query).float() if readouts or keep else None
-            for space, met in rows.items():
-                assert projection is not None
-                projection.observe(space, met)
-            for readout in readouts:
-                assert features is not None
-                readout.observe(readout.reads(features, query), labels)
-            if keep and features is not None:
-                kept.append((features, query))
-            if projection and projection.sated:
+            if len(batch.indices):
+                seen += len(batch.indices)
+                images, labels, indices = batch.to(fabric.device)
+                with fabric.autocast():
+                    query = learner.evaluation.query(method, images) if projection or readouts else None
+                    rows = method.activations(images, query) if projection else {}
+                    features = method.features(images, query).float() if readouts or keep else None
+                for space, met in rows.items():
+                    assert projection is not None
+                    projection.observe(space, met)
+                for readout in readouts:
+                    assert features is not None
+                    readout.observe(readout.reads(features, query), labels)
+                if keep and features is not None:
+                    kept.append(Kept(indices, features.cpu(), None if query is None else query.cpu()))
+            if collect.repeat and projection and projection.sated:  # all processes ask, so that all stop
                 return kept
-        if not seen:
-            raise ValueError(f"expected training images in task {task.index + 1}, but every single one is unreadable")
+        _check_seen(told(seen), task)
     return kept
 
 
-def _together(kept: list[Kept]) -> tuple[Tensor, Tensor | None]:
-    queries = [query for _, query in kept if query is not None]
-    return torch.cat([features for features, _ in kept]), torch.cat(queries) if queries else None
+def _check_seen(seen: list[int], task: Task) -> None:
+    """`seen`: how many images of the task each process has seen."""
+    if not sum(seen):
+        raise ValueError(f"expected training images in task {task.index + 1}, but every single one is unreadable")
+    if not all(seen):
+        raise ValueError(f"expected images in task {task.index + 1} for each of {len(seen)} processes, got {sum(seen)}"
+                         f" that can be read: train on at most {sum(map(bool, seen))}, by --devices")  # fmt: skip
+
+
+def _together(kept: list[Kept]) -> Kept:
+    """The images of all processes in the order of the split, on the CPU: however many processes share them."""
+    indices, features = (
+        gathered(torch.cat(parts)) for parts in ([k.indices for k in kept], [k.features for k in kept])
+    )
+    queries = [each.queries for each in kept if each.queries is not None]
+    order = indices.argsort()
+    return Kept(indices[order], features[order], gathered(torch.cat(queries))[order] if queries else None)
+
+
+def _matched(before: dict[str, Tensor], after: Kept) -> tuple[Tensor, Kept]:
+    """Features `(n, D)` before, and all that is known after, of the images that could be read both times."""
+    was, now = (torch.isin(*pair) for pair in ((before["indices"], after.indices), (after.indices, before["indices"])))
+    if not bool(was.any()):
+        raise ValueError("expected images of this task that can be read before and after its training, got none")
+    queries = None if after.queries is None else after.queries[now]
+    return before["features"][was], Kept(after.indices[now], after.features[now], queries)
 
 
 def _collects(learner: Learner, when: str) -> bool:

@@ -49,8 +49,9 @@ class Learner:
         """Where learning goes on: this many tasks are closed, and this many steps of the next are done."""
         self.optimizer: Any = None
         """The current task's, while it is being trained."""
-        self.before: Tensor | None = None
-        """Features of the current task's images before its training, where a readout will ask how they moved."""
+        self.before: dict[str, Tensor] | None = None
+        """`indices` and `features` of all of the current task's images before its training, where a readout will ask
+        how they moved."""
         self.departure: dict[str, Tensor] = {}
         """What is protected, by space, as the current task found it; see `pgp.drift`."""
         self.remembered: dict[int, dict[str, Any]] = {}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def started() -> bool:
@@ -37,8 +40,13 @@ def add_up(tensor: Tensor) -> Tensor:
 
 def gathered(rows: Tensor) -> Tensor:
     """Rows of all processes, on the CPU."""
+    return torch.cat(told(rows.cpu()))
+
+
+def told(value: T) -> list[T]:
+    """What each process says, in the order of their numbers; all have to say something."""
     if not together():
-        return rows
-    parts: list[Tensor | None] = [None] * world()
-    torch.distributed.all_gather_object(parts, rows.cpu())
-    return torch.cat([part for part in parts if part is not None])
+        return [value]
+    values: list[T] = [value] * world()
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pgp.processes import gathered, world
+from pgp.processes import gathered, told
 from pgp.projections import Collect, Handle, Projection
 from pgp.subspace import Protected, Rows, remove
 
@@ -68,9 +68,9 @@ class Released(Projection):
 
     @property
     def sated(self) -> bool:
-        """Whether as many images as the model is wide have been seen."""
-        seen = {space: sum(map(len, parts)) * world() for space, parts in self._images.items()}
-        return bool(seen) and all(count >= self._widths[space] for space, count in seen.items())
+        """Whether all processes together have seen as many images as the model is wide."""
+        seen, widths = zip(*told(({s: sum(map(len, p)) for s, p in self._images.items()}, self._widths)), strict=True)
+        return any(widths) and all(sum(n.get(s, 0) for n in seen) >= w for each in widths for s, w in each.items())
 
     def observe(self, space: str, rows: Rows) -> None:
         """Keep each image's rows as one long vector."""

@@ -48,8 +48,9 @@ class Readout(abc.ABC):
         """
 
     def moved(self, before: Tensor, after: Tensor) -> None:
-        """Take in features `(n, D)` of the current task's images as they were before and after its training, in test
-        views; from the second task on, before `end_task`. One that does not `compensate` ignores it.
+        """Take in features `(n, D)` of all the current task's images as they were before and after its training, in
+        test views, in every process; from the second task on, before `end_task`. One that does not `compensate`
+        ignores it.
         """
         return
 

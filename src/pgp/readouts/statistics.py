@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pgp.processes import add_up, gathered
+from pgp.processes import add_up
 from pgp.readouts import Readout
 
 
@@ -86,7 +86,7 @@ class FromStatistics(Readout):
         if not self.state or not self.compensates:
             return
         device = self.state["sums"].device
-        before, after = (gathered(rows).to(device).double() for rows in (before, after))
+        before, after = (rows.to(device).double() for rows in (before, after))
         counts, means, within = self.state["counts"], self.means, self._within()
         if self.settings.compensate == "shift":
             spread = within.trace() / self._freedom() * self.settings.bandwidth**2
