@@ -22,7 +22,7 @@ from pgp.projections.released import Released
 from pgp.projections.slowed import Slowed
 from pgp.readouts.sequential import Sequential
 from pgp.run import Run
-from pgp.subspace import Rows
+from pgp.subspace import Protected, Rows
 from test_train import learner_of
 
 EVERYTHING = Orthogonal.Config("input", 1.0, 1.0, "update")
@@ -43,6 +43,9 @@ def test_mixtures_have_the_energy_of_all_rows_on_average():
     for head in range(2):
         true = (rows.inputs[:, head] @ step).square().sum()
         assert float((mixed[head] @ step).square().sum() / 20000 / true) == pytest.approx(1, abs=0.05)
+    joined = rows.inputs.transpose(1, 2).flatten(-2) @ step.repeat(2, 1)  # heads side by side, as `released` joins them
+    both = mixed.transpose(0, 1).flatten(-2) @ step.repeat(2, 1)
+    assert float(both.square().sum() / 20000 / joined.square().sum()) == pytest.approx(1, abs=0.05)
 
 
 def test_mixtures_of_mapped_rows_are_those_of_the_rows_that_are_met():
@@ -139,7 +142,27 @@ def test_what_is_slowed_counts_as_held_and_leaking(tmp_path):
     _, _, last = drifts(tmp_path / "run", projection=Slowed.Config(0.1))
     assert set(last["held"].values()) == {1.0}
     assert all(share == pytest.approx(0.99) for share in last["removed"].values())
-    assert all(share in (1.0, None) for share in last["leak"].values())
+    for figure in ("gradients", "updates", "leak"):
+        assert all(share in (1.0, None) for share in last[figure].values()), figure
+
+
+def test_two_spaces_of_one_parameter_are_both_measured_before_either_is_taken_out():
+    parameter = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+    protected = {"rows": Protected(parameter, axis=-1), "columns": Protected(parameter, axis=-2)}
+    for on in ("gradient", "update"):
+        projection = Orthogonal(Orthogonal.Config(on=on))
+        projection.bases = {space: torch.eye(2, 1, dtype=torch.float64) for space in protected}
+        optimizer = torch.optim.SGD([parameter], lr=1.0)
+        projection.attach(optimizer, protected)
+        parameter.data.zero_()
+        parameter.grad = torch.tensor([[5.0, 3.0], [2.0, 1.0]], dtype=torch.float64)
+        optimizer.step()
+        torch.testing.assert_close(parameter.data, torch.tensor([[0, 0], [0, -1.0]], dtype=torch.float64))
+        for space, inside in {"rows": 29.0, "columns": 34.0}.items():
+            gradients, updates = projection.steps[space]
+            assert gradients.tolist() == pytest.approx([inside, inside, 39.0]), (on, space)
+            left = [0.0, 0.0, 1.0] if on == "gradient" else [inside, inside, 39.0]
+            assert updates.tolist() == pytest.approx(left), (on, space)
 
 
 def test_choices_that_change_and_prompts_that_are_used(tmp_path):
@@ -205,7 +228,13 @@ def test_a_checkpoint_without_it_goes_on(tmp_path, monkeypatch):
         Run, "load", lambda *args: {k: v for k, v in load(*args).items() if k not in ("drift", "within")}
     )
     run = train.resume(tmp_path / "run")
-    assert [event["drift"]["tasks"] for event in run.events("task")] == [[], [], [1]]
+    first, *others = run.events("task")
+    assert [event["drift"]["tasks"] for event in (first, *others)] == [[], [], [1]]
+    assert set(first["forgetting_within"].values()) == {0.0}
+    assert all(set(event["forgetting_within"].values()) == {None} for event in others)  # the first row is not known
+    assert all(None not in event["forgetting"].values() for event in others)
+    (course,) = drift_report.courses([run])
+    assert course.last(drift_report.FIGURES["forgetting, task known"]) is None
 
 
 def test_the_report_tells_means_over_seeds_and_draws_them(tmp_path):
@@ -223,6 +252,11 @@ def test_the_report_tells_means_over_seeds_and_draws_them(tmp_path):
     drift_report.draw([course], tmp_path / "drift.png")
     assert (tmp_path / "drift.png").stat().st_size > 10_000
     assert drift_report.courses([silent]) == []
+    unfinished = course._replace(runs=[course.runs[0], {0: course.runs[1][0]}])
+    assert drift_report.markdown([unfinished]).splitlines()[-1].startswith("| projection orthogonal | 1 | ")
+    alone = course._replace(runs=[course.runs[0]])
+    assert drift_report.markdown([unfinished]) == drift_report.markdown([alone])
+    drift_report.draw([unfinished], tmp_path / "unfinished.png")
 
 
 def test_the_report_draws_methods_that_protect_and_choose_nothing(tmp_path):

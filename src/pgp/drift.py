@@ -36,21 +36,22 @@ def arrive(learner: Learner) -> dict[str, dict[str, float | None]]:
     Returns:
         gradients, updates: share of the energy of all gradients, and of all updates, that lay in the protected
             subspace as they came.
-        removed: the one of both that the projection takes out.
+        removed: share of the energy of those of the two that are projected that the projection takes out.
         leak: share of the energy of the whole way from start to end of the task that lies in the protected subspace:
             what got past it.
     """
     projection, method, start = learner.projection, learner.method, learner.departure
-    inside = {
-        space: [_share(whole - left, whole) for whole, left in energies] for space, energies in projection.steps.items()
-    }
-    gradients, updates = ({space: shares[i] for space, shares in inside.items()} for i in (0, 1))
-    removed = gradients if projection.on == "gradient" else updates
+    gradients, updates = (
+        {space: _share(met[row, 0], met[row, 2]) for space, met in projection.steps.items()} for row in (0, 1)
+    )
+    row = int(projection.on == "update")
+    removed = {space: _share(met[row, 1], met[row, 2]) for space, met in projection.steps.items()}
     leaks = {}
     for space, target in method.protected().items():
         if space in start and projection.rank(space):
             way = target.parameter.detach().double() - start[space].to(target.parameter.device).double()
-            leaks[space] = _share(*projection.inside(space, way.transpose(target.axis, -1)))
+            inside, _, whole = projection.energies(space, way.transpose(target.axis, -1))
+            leaks[space] = _share(inside, whole)
     learner.departure, projection.steps = {}, {}
     return {"gradients": gradients, "updates": updates, "removed": removed, "leak": leaks}
 
@@ -91,8 +92,8 @@ def drift(learner: Learner, task: Task) -> dict[str, Any]:
     out["held"] = {}
     for space, target in protected.items():
         if learner.projection.rank(space):
-            parts = [learner.projection.inside(space, _beside(memory[i]["probes"][space], target)) for i in now]
-            inside, whole = torch.stack(parts).sum(0)
+            parts = [learner.projection.energies(space, _beside(memory[i]["probes"][space], target)) for i in now]
+            inside, _, whole = torch.stack(parts).sum(0)
             out["held"][space] = _share(inside, whole)
     return out
 

@@ -24,6 +24,16 @@ class Course(NamedTuple):
     runs: list[dict[int, Event]]
     """Of each run, its events by task."""
 
+    @property
+    def end(self) -> int:
+        """The last task that any of the runs has closed."""
+        return max(task for events in self.runs for task in events)
+
+    @property
+    def finals(self) -> list[Event]:
+        """The event of that task, of the runs that have closed it."""
+        return [events[self.end] for events in self.runs if self.end in events]
+
     def curve(self, figure: Callable[[Event], float | None]) -> dict[int, float]:
         """By number of tasks learned, the mean of a figure over the runs; tasks where no run has it are left out."""
         tasks = sorted({task for events in self.runs for task in events})
@@ -33,8 +43,7 @@ class Course(NamedTuple):
 
     def last(self, figure: Callable[[Event], float | None]) -> float | None:
         """The same after the last task, None where no run has it."""
-        curve, end = self.curve(figure), 1 + max(task for events in self.runs for task in events)
-        return curve.get(end)
+        return self.curve(figure).get(self.end + 1)
 
 
 def courses(runs: Sequence[Run]) -> list[Course]:
@@ -96,7 +105,7 @@ def markdown(table: Sequence[Course]) -> str:
     rows = []
     for course in table:
         values = [course.last(figure) for figure in FIGURES.values()]
-        rows.append([course.label, str(len(course.runs)), *("" if v is None else f"{100 * v:.2f}" for v in values)])
+        rows.append([course.label, str(len(course.finals)), *("" if v is None else f"{100 * v:.2f}" for v in values)])
     return grid(["run", "seeds", *FIGURES], rows)
 
 
@@ -178,7 +187,7 @@ def _by_space(course: Course, key: str) -> dict[str, float]:
         return shares
 
     means = {}
-    for space in dict.fromkeys(space for events in course.runs for space in told(events[max(events)])):
+    for space in dict.fromkeys(space for event in course.finals for space in told(event)):
         mean = course.last(partial(lambda space, event: told(event).get(space), space))
         if mean is not None:
             means[space] = mean if key == "rank" else 100 * mean
@@ -187,5 +196,5 @@ def _by_space(course: Course, key: str) -> dict[str, float]:
 
 def _usage(course: Course) -> list[float]:
     """Share of images that choose each prompt after the last task, the mean over runs; empty where none is chosen."""
-    of_runs = [events[max(events)]["drift"].get("usage", []) for events in course.runs]
+    of_runs = [event["drift"].get("usage", []) for event in course.finals]
     return [statistics.mean(shares) for shares in zip(*of_runs, strict=True)]

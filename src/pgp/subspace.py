@@ -41,10 +41,12 @@ class Rows(NamedTuple):
 
     def mixed(self, count: int, draws: torch.Generator) -> Tensor:
         """Random mixtures of the inputs `(..., count, D)`, each the sum of all of them with normal weights: whatever is
-        linear in rows has, on average, the same energy on a mixture as on all rows together. float64.
+        linear in rows has, on average, the same energy on a mixture as on all rows together. Weights are those of
+        an image's token in every head, so that heads can be joined. float64.
         """
         rows = images_together(self.inputs.detach().double())  # (..., n, D)
-        weights = torch.randn(*rows.shape[:-2], count, rows.shape[-2], generator=draws, dtype=torch.float64)
+        heads = () if self.through is None else rows.shape[:-2]  # rows of all heads that meet one parameter are all met
+        weights = torch.randn(*heads, count, rows.shape[-2], generator=draws, dtype=torch.float64)
         mixtures = weights.to(rows.device) @ rows
         return mixtures if self.through is None else (mixtures @ self.through.detach().double()).sum(0)
 

@@ -271,7 +271,10 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
     figures = {figure: {column: each.tolist() for column, each in of.items()} for figure, of in measured.items()}
     about: dict[str, Any] = {"seconds": seconds, "ranks": ranks, "readouts": kept, "average_accuracy": averages}
     for figure, matrices in (("forgetting", learner.matrices), ("forgetting_within", learner.within)):
-        about[figure] = {column: metrics.forgetting(matrix) for column, matrix in matrices.items()}
+        about[figure] = {  # pgp 0.1 did not measure all of them
+            column: metrics.forgetting(matrix) if metrics.learned(matrix) == learner.task else None
+            for column, matrix in matrices.items()
+        }
     learner.log(run, "task", task=task.index, **about, **figures, **moved, **streamed)
     spoken = ", ".join(f"{100 * average:.1f} % ({column})" for column, average in averages.items())
     spoken += "".join(f"; along the stream {100 * accuracy:.1f} %" for accuracy in streamed.values())

@@ -63,8 +63,8 @@ class Projection(abc.ABC):
         self.bases: dict[str, Tensor] = {}
         """Orthonormal columns `(..., D, r)` by space."""
         self.steps: dict[str, Tensor] = {}
-        """By space, the energy of this task's gradients and of its updates, whole and without what lies in the
-        protected subspace, `(2, 2)`; see `pgp.drift`."""
+        """By space, what `energies` says of this task's gradients and of its updates as they came, `(2, 3)`; see
+        `pgp.drift`."""
 
     @property
     def sated(self) -> bool:
@@ -93,10 +93,12 @@ class Projection(abc.ABC):
         """Orthonormal columns `(..., D, r)` of what steps in `space` keep out of."""
         return self.bases[space]
 
-    def inside(self, space: str, tensor: Tensor) -> Tensor:
-        """How much of the energy of `tensor (..., D)` lies in the protected subspace of `space`, and all, `(2,)`."""
+    def energies(self, space: str, tensor: Tensor) -> Tensor:
+        """Energy of `tensor (..., D)`: what lies in the protected subspace of `space`, what `project` takes out, and
+        all of it, `(3,)`.
+        """
         whole, left = tensor.double().square().sum(), self.project(space, tensor.double()).square().sum()
-        return torch.stack([whole - left, whole])
+        return torch.stack([whole - left, whole - left, whole])
 
     def rank(self, space: str) -> float:
         """Number of protected directions (their mean over heads); 0 leaves a space free."""
@@ -120,11 +122,12 @@ class Projection(abc.ABC):
         @torch.no_grad()
         def begin_step(*_: Any) -> None:
             before.update(self._values(protected))
+            gradients = {each.parameter: each.parameter.grad for each in self._held(protected).values()}
+            came = {parameter: gradient for parameter, gradient in gradients.items() if gradient is not None}
+            self._measure(0, protected, came)
             for space, (parameter, axis, _role) in self._held(protected).items():
-                if parameter.grad is not None:
-                    kept = self._along(axis, space, parameter.grad, "gradient")
-                    if self.on == "gradient":
-                        parameter.grad.copy_(kept)
+                if self.on == "gradient" and parameter in came:
+                    came[parameter].copy_(self._along(axis, space, came[parameter]))
 
         return Handle(
             optimizer.register_step_pre_hook(begin_step),
@@ -151,19 +154,22 @@ class Projection(abc.ABC):
 
     @torch.no_grad()
     def _confine(self, protected: Mapping[str, Protected], before: Mapping[nn.Parameter, Tensor]) -> None:
-        for space, target in self._held(protected).items():
-            place = self._moved(space, target, before[target.parameter])
-            if self.on == "update":
-                target.parameter.copy_(place)
+        self._measure(1, protected, {parameter: parameter.double() - was for parameter, was in before.items()})
+        for space, target in self._held(protected if self.on == "update" else {}).items():
+            target.parameter.copy_(self._moved(space, target, before[target.parameter]))
 
     def _moved(self, space: str, target: Protected, before: Tensor) -> Tensor:
         """Where a parameter may go of where the step took it from `before`, float64."""
         change = target.parameter.double() - before
-        return before + self._along(target.axis, space, change, "update")
+        return before + self._along(target.axis, space, change)
 
-    def _along(self, axis: int, space: str, tensor: Tensor, what: Literal["gradient", "update"]) -> Tensor:
-        """`tensor` without what lies in the protected subspace; its energy is added to `steps`."""
-        kept = self.project(space, tensor.transpose(axis, -1)).transpose(axis, -1)
-        total = self.steps.setdefault(space, torch.zeros(2, 2, dtype=torch.float64, device=tensor.device))
-        total[int(what == "update")] += torch.stack([part.double().square().sum() for part in (tensor, kept)])
-        return kept
+    def _along(self, axis: int, space: str, tensor: Tensor) -> Tensor:
+        """`project` for a parameter whose rows meet `axis`."""
+        return self.project(space, tensor.transpose(axis, -1)).transpose(axis, -1)
+
+    def _measure(self, row: int, protected: Mapping[str, Protected], came: Mapping[nn.Parameter, Tensor]) -> None:
+        """Add the energies of what `came` for each parameter to a row of `steps`, before any space is taken out."""
+        for space, (parameter, axis, _role) in self._held(protected).items():
+            if parameter in came:
+                energies = self.energies(space, came[parameter].transpose(axis, -1))
+                self.steps.setdefault(space, energies.new_zeros(2, 3))[row] += energies

@@ -55,6 +55,7 @@ class Slowed(Projection):
         """`factor` of the tensor."""
         return tensor * self.factor if space in self.bases else tensor
 
-    def inside(self, space: str, tensor: Tensor) -> Tensor:
-        """All of it."""
-        return tensor.double().square().sum().expand(2)
+    def energies(self, space: str, tensor: Tensor) -> Tensor:
+        """See `Projection.energies`; all of it counts as protected."""
+        _, removed, whole = super().energies(space, tensor)
+        return torch.stack([whole, removed, whole])
