@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import math
+
 import pytest
+import torch
 from rich.progress import Progress
 
 import tiny
@@ -50,6 +53,13 @@ def test_til_is_told_the_task(tmp_path):
     findings = audit.audited(run, QUIET, sizes=())
     honest = metrics.average_accuracy(run.matrices()["lda"])
     assert found(findings, "lda", "image", None, "seen") == pytest.approx(honest, abs=1e-12)
+
+
+def test_a_single_class_has_nothing_to_be_stale_by():
+    kept = LDA.Config().build(None, 2)
+    kept.observe(torch.tensor([[1.0, 2.0], [2.0, 3.0]]), torch.tensor([0, 0]))
+    kept.end_task()
+    assert math.isnan(audit.staleness(kept, kept))
 
 
 def test_the_oracle_is_what_stays_where_nothing_moves_and_beats_what_is_stale(tmp_path):

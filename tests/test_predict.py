@@ -50,6 +50,11 @@ def test_the_same_answers_as_evaluation(run, photos, readout, size):
     assert right == pytest.approx(run.matrices()[readout][2].tolist())
 
 
+def test_a_path_given_twice_is_answered_twice(run, photos):
+    path, other = images_in([photos / "test"])[:2]
+    assert [each for each, _ in Predictor(run).stream([path, other, path])] == [path, other, path]
+
+
 def test_probabilities_are_those_of_all_classes_learned_so_far(run, photos):
     predictor, paths = Predictor(run), images_in([photos / "test"])
     shares = predictor.probabilities(paths)

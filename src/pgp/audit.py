@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -110,10 +111,10 @@ def oracle(run: Run, progress: Progress) -> dict[str, tuple[float, float]]:
 
 def staleness(kept: FromStatistics, true: FromStatistics) -> float:
     """How far class means are from the true ones: the norm of the difference by that of the true means about their
-    centre.
+    centre; NaN for a single class, which has nothing to be far by.
     """
     means, truth = kept.means[true.seen].cpu(), true.means[true.seen].cpu()
-    return float((means - truth).norm() / (truth - truth.mean(0)).norm())
+    return float((means - truth).norm() / (truth - truth.mean(0)).norm()) if len(truth) > 1 else math.nan
 
 
 def _as_it_ended(run: Run, progress: Progress) -> tuple[Learner, int]:
@@ -136,14 +137,14 @@ def _features(learner: Learner, tasks: Sequence[Task], size: int | None) -> Iter
             with learner.fabric.autocast():
                 query = evaluation.query(learner.method, images, batch.indices)
                 features = learner.method.features(images, query, by_vote=size is not None).float()
-            yield task, (features, query), batch.labels.to(features.device)
+            yield task, Kept(batch.indices, features, query), batch.labels.to(features.device)
 
 
 def _scored(learner: Learner, seen: Kept, task: Task, last: int) -> Iterator[tuple[str, str, Tensor]]:
     """Readout, scope and logits `(B, C)`; a task-incremental run is told the task anyway."""
     til = learner.config.setting == "til"
     for readout in learner.readouts:
-        logits = readout.logits(readout.reads(*seen))
+        logits = readout.logits(readout.reads(seen.features, seen.queries))
         scopes = {
             "seen": task.classes if til else learner.scenario.seen(last - 1),
             "all": range(learner.data.classes),

@@ -98,9 +98,9 @@ class Predictor:
     ) -> Iterator[tuple[Path, Prediction | BadImageError]]:
         """Each path in turn with what is on it, or with why it cannot be read."""
         for start in range(0, len(paths), batch_size):
-            read = {path: _readable(path) for path in paths[start : start + batch_size]}
-            found = iter(self([image for image in read.values() if isinstance(image, Tensor)], top))
-            for path, image in read.items():
+            read = [(path, _readable(path)) for path in paths[start : start + batch_size]]
+            found = iter(self([image for _, image in read if isinstance(image, Tensor)], top))
+            for path, image in read:
                 yield path, image if isinstance(image, BadImageError) else next(found)
 
 
