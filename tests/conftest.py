@@ -38,8 +38,7 @@ def tiny_timm(**arguments):
     """The architecture of the goldens: 32 px, patch 8, width 48, depth 6, 4 heads."""
     return timm.create_model(
         "vit_tiny_patch16_224",
-        img_size=32,
-        **{"patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 4, "num_classes": 0, **arguments},
+        **{"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 4, "num_classes": 0, **arguments},
     )
 
 

@@ -12,6 +12,7 @@ import test_conformance as conformance
 import tiny
 from conftest import CIFAR_NAMES, golden_clip, golden_vit
 from pgp import train
+from pgp.backbones import joined
 from pgp.backbones.clip import CLIP
 from pgp.config import Hardware, Optimizer
 from pgp.datasets import Loading, Viewed, batches, in_order
@@ -23,6 +24,7 @@ from pgp.methods.l2p import L2P
 from pgp.projections.none import NoProjection
 from pgp.readouts.sequential import Sequential
 from pgp.scenario import Task, generator
+from test_l2p import change_of_first_block, roughen
 
 TASK = Task(0, (4, 1, 2), torch.arange(4), torch.arange(4))
 ARCHITECTURE = {
@@ -61,7 +63,6 @@ def test_equals_open_clip_without_prompts():
 
 
 @torch.no_grad()
-@torch.no_grad()
 @pytest.mark.parametrize("block", ["default", "custom"])
 def test_both_attention_classes_of_open_clip_work(block):
     towers = {name: {**ARCHITECTURE[name], "block_type": block} for name in ("vision_cfg", "text_cfg")}
@@ -77,6 +78,60 @@ def test_both_attention_classes_of_open_clip_work(block):
     prompted = clip(images(), {0: clip.place(torch.zeros(6, 3, 32, dtype=torch.float64))}, read=1)
     assert prompted.shape == (6, 1, 32)
     assert not torch.allclose(prompted[:, 0], clip.encode(images()))
+
+
+@pytest.mark.parametrize("protect", ["tokens", "affinity", "affinity+aggregation"])
+@pytest.mark.parametrize("block", ["default", "custom"])
+def test_what_old_tokens_get_in_the_first_block(protect, block):
+    """0 to first order, if affinity and aggregation of the image prompt are held, and deviations are."""
+    vision = {**ARCHITECTURE["vision_cfg"], "image_size": 16, "block_type": block}
+    clip, old = CLIP(open_clip.CLIP(**{**ARCHITECTURE, "vision_cfg": vision}).double()), images(1, 16)
+    visual = clip.model.visual
+    roughen(visual.ln_pre)
+    roughen(visual.transformer.resblocks[0].ln_1)
+    method = build(clip, context=2, image_prompt=16, protect=protect)
+    with torch.no_grad():
+        method.image_prompt *= 50  # as long as other tokens
+
+    def first(prompts):
+        out = visual.transformer.resblocks[0](joined(clip.embed(old), clip.place(prompts.unsqueeze(0))))
+        return torch.cat([out[:, :1], out[:, 17:]], dim=1)  # without the prompts themselves
+
+    change = change_of_first_block(method, old, method.image_prompt, first)
+    if protect == "affinity+aggregation":
+        assert change < 1e-5
+    else:
+        assert change > 1e-3
+
+
+@pytest.mark.parametrize("protect", ["affinity", "affinity+aggregation"])
+def test_affinity_keeps_the_promises_of_every_method(protect):
+    conformance.keeps_its_promises(CLIPPrompt.Config(protect=protect))
+
+
+def test_a_model_that_norms_keys_has_no_affinity():
+    vision = {**ARCHITECTURE["vision_cfg"], "block_type": "custom", "qk_norm": True}
+    clip = CLIP(open_clip.CLIP(**{**ARCHITECTURE, "vision_cfg": vision}).double())
+    with pytest.raises(ValueError, match="does not norm its keys"):
+        build(clip, context=2, protect="affinity").activations(images(1))
+    build(clip, context=2).activations(images(1))
+
+
+@torch.no_grad()
+def test_a_later_block_is_traced_behind_the_first():
+    clip, x = golden_clip(), images(2)
+    prompts = {
+        0: clip.place(torch.ones(2, 3, clip.width, dtype=torch.float64)),
+        1: torch.ones(2, 2, clip.width).double(),
+    }
+    traces, blocks = clip.trace(x, {0, 1}, prompts), clip.model.visual.transformer.resblocks
+    entered = blocks[0](joined(clip.embed(x), prompts[0]))
+    torch.testing.assert_close(traces[1].tokens, entered, rtol=0, atol=1e-12)
+    assert traces[0].queries.shape == (2, clip.heads, 17, clip.width // clip.heads)
+    assert traces[1].shares.shape == (2, clip.heads, 20, 2)
+    sums = clip.trace(x, {1}, {1: torch.ones(2, 5, clip.width).double()})[1].shares.sum(-1)
+    assert bool(((sums > 0) & (sums < 1)).all())
+    assert clip.trace(x, {1})[1].shares is None
 
 
 def test_contexts_stand_where_they_are_told_to():

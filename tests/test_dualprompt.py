@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import timm
 import torch
 
 import oracles
 import test_conformance as conformance
-from conftest import golden_vit
+from conftest import golden_vit, tiny_timm
 from pgp.backbones.vit import ViT
 from pgp.methods.dualprompt import DualPrompt
 from pgp.projections.none import NoProjection
@@ -28,11 +27,10 @@ def build(vit=None, **settings):
     return config.build(vit or golden_vit(), "abcdef", generator(0, "init")).double()
 
 
-def few_tokens():
+def few_tokens(**arguments):
     """A model with few tokens an image, so that few old images leave directions of every head free."""
-    arguments = {"img_size": 16, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 4, "num_classes": 0}
     torch.manual_seed(0)
-    return ViT(timm.create_model("vit_tiny_patch16_224", **arguments)).double()
+    return ViT(tiny_timm(img_size=16, **arguments)).double()
 
 
 def learn(method, projection, steps=25):

@@ -6,7 +6,7 @@ import abc
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,10 @@ class Trace(NamedTuple):
     tokens: Tensor
     """Tokens as they enter the block, `(B, N, D)`, without those that are inserted before it."""
     queries: Tensor
-    """What its attention asks with, `(B, H, N, D/H)`."""
+    """What its attention asks with for these tokens, `(B, H, N, D/H)`."""
     shares: Tensor | None
-    """How much of its attention each token gives to the positions of the prefix, `(B, H, N, L)`, or else of the prompts
-    that are inserted before the block, `(B, H, N + P, P)`; None where there are neither."""
+    """How much of its attention each of them gives to the positions of the prefix, `(B, H, N, L)`, or else of the
+    prompts that are inserted before the block, `(B, H, N, P)`; None where there are neither."""
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -50,8 +50,24 @@ class Backbone(nn.Module, abc.ABC):
         """Tokens of `images (B, 3, S, S)` as they enter the first block, `(B, N, D)`."""
 
     @abc.abstractmethod
-    def place(self, prompts: Tensor) -> Tensor:
-        """Prompts `(B, P, D)` as they enter the first block: with the position embedding they are given."""
+    def position(self, prompts: Tensor) -> Tensor:
+        """Prompts `(..., P, D)` that are to join the tokens before the first block, with the position embedding that
+        they are given.
+        """
+
+    @abc.abstractmethod
+    def norm(self, layer: int | None) -> Any:
+        """The norm before the attention of block `layer`; for None, the one before the first block, an identity where
+        there is none.
+        """
+
+    @abc.abstractmethod
+    def key_maps(self, layer: int) -> Tensor:
+        """The weights `W_k (H, D/H, D)` of the keys of each head of block `layer`.
+
+        Raises:
+            ValueError: for attention whose scores are not linear in its keys.
+        """
 
     @abc.abstractmethod
     def forward(
@@ -84,21 +100,43 @@ class Backbone(nn.Module, abc.ABC):
         """What the blocks of `layers` see in a pass with these prompts and prefixes; nothing above them is computed."""
 
     @abc.abstractmethod
-    def normed(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `(..., L, D)` behind the LayerNorm before the attention of block `layer`, and the deviation `(..., L)`
-        by which it divides each.
-        """
-
-    @abc.abstractmethod
     def prefix(self, layer: int, tokens: Tensor) -> Tensor:
         """Keys and values `(2, H, L, D/H)` that the attention of block `layer` makes of normed tokens `(L, D)`."""
 
-    @abc.abstractmethod
-    def affinity(self, layer: int, *, normed: bool) -> Tensor:
-        """Maps `(H, D/H, D)` of what head h of block `layer` asks with, q, to the direction in which a token has to
-        move to change its score: `q W_k`, and where tokens are not `normed`, back through the LayerNorm, whose
-        deviation is taken for a constant.
+    def place(self, prompts: Tensor) -> Tensor:
+        """Prompts `(..., P, D)` as they enter the first block."""
+        placed: Tensor = self.norm(None)(self.position(prompts))
+        return placed
+
+    def normed(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens `(..., L, D)` behind the norm before the attention of block `layer`, and the deviation `(..., L)` by
+        which it divides each.
         """
+        norm = self.norm(layer)
+        tokens = tokens.to(norm.weight.dtype)
+        return norm(tokens), deviation(norm, tokens)
+
+    def divided(self, prompts: Tensor) -> Tensor:
+        """By how much the norms between prompts `(..., P, D)` and the attention of the first block divide each
+        altogether, `(..., P)`.
+        """
+        first = deviation(self.norm(None), self.position(prompts))
+        return first * self.normed(0, self.place(prompts))[1]
+
+    def affinity(self, layer: int, *, moves: Literal["prompt", "token", "normed"]) -> Tensor:
+        """Maps `(H, D/H, D)` of what head h of block `layer` asks with, q, to the direction in which a token has to
+        move to change its score: `q W_k`, back through norms, whose deviations are taken for constants.
+
+        Args:
+            layer: number of the block.
+            moves: a token behind the block's norm; one that enters the block; or a prompt that is yet to be placed
+                before the block, which is the first.
+        """
+        maps = self.key_maps(layer)
+        if moves == "normed":
+            return maps
+        maps = back_through(self.norm(layer), maps)
+        return back_through(self.norm(None), maps) if moves == "prompt" else maps
 
     def encode(self, images: Tensor) -> Tensor:
         """Final CLS token of the plain pass, `(B, D)`: the query by which prompts are chosen."""
@@ -169,3 +207,43 @@ def sized(images: Tensor, height: int, width: int) -> Tensor:
     if images.dim() != 4 or images.shape[1:] != (3, height, width):
         raise ValueError(f"expected images (B, 3, {height}, {width}), got {tuple(images.shape)}")
     return images
+
+
+def joined(tokens: Tensor, prompts: Tensor | None) -> Tensor:
+    """Tokens `(B, N, D)` with prompts `(B, P, D)` behind CLS, `(B, N + P, D)`."""
+    if prompts is None:
+        return tokens
+    if prompts.dim() != 3 or prompts.shape[::2] != tokens.shape[::2]:
+        raise ValueError(f"expected prompts ({len(tokens)}, P, {tokens.shape[2]}), got {tuple(prompts.shape)}")
+    return torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1)
+
+
+def apart(rows: Tensor, count: int) -> Tensor:
+    """Of rows `(B, H, N + count, ...)` of tokens that `count` prompts have joined, those of the tokens."""
+    return torch.cat([rows[:, :, :1], rows[:, :, 1 + count :]], dim=2) if count else rows
+
+
+def deviation(norm: Any, tokens: Tensor) -> Tensor:
+    """What `norm` divides each of `tokens (..., D)` by, `(...)`."""
+    if isinstance(norm, nn.Identity):
+        return torch.ones_like(tokens[..., 0])
+    centred = isinstance(norm, nn.LayerNorm)
+    spread = tokens.var(-1, correction=0) if centred else tokens.square().mean(-1)
+    divisor: Tensor = (spread + norm.eps).sqrt()
+    return divisor
+
+
+def back_through(norm: Any, maps: Tensor) -> Tensor:
+    """Maps `(..., D)` from what comes out of `norm`, as maps from what goes in; the deviation that it divides by is
+    left out.
+
+    Raises:
+        ValueError: for a norm that is no LayerNorm.
+    """
+    if isinstance(norm, nn.Identity):
+        return maps
+    if not isinstance(norm, nn.LayerNorm):
+        raise ValueError(f"expected a model with LayerNorm for --method.protect affinity, got {type(norm).__name__}:"
+                         " choose another model, or --method.protect tokens")  # fmt: skip
+    maps = maps * norm.weight
+    return maps - maps.mean(-1, keepdim=True)

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgp.backbones import Trace, VisionLanguage, checkpoints, sized
+from pgp.backbones import Trace, VisionLanguage, apart, checkpoints, joined, sized
 
 
 class CLIP(VisionLanguage):
@@ -61,10 +62,14 @@ class CLIP(VisionLanguage):
         positioned: Tensor = torch.cat([cls, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
         return positioned
 
-    def place(self, prompts: Tensor) -> Tensor:
-        """Prompts through the first norm, without position embedding, as in the published CLIP-PGP."""
-        placed: Tensor = self.model.visual.ln_pre(prompts)
-        return placed
+    def position(self, prompts: Tensor) -> Tensor:
+        """Prompts as they are, without position embedding, as in the published CLIP-PGP."""
+        return prompts
+
+    def norm(self, layer: int | None) -> Any:
+        """See `Backbone.norm`."""
+        visual = self.model.visual
+        return visual.ln_pre if layer is None else visual.transformer.resblocks[layer].ln_1
 
     def forward(
         self,
@@ -75,12 +80,10 @@ class CLIP(VisionLanguage):
     ) -> Tensor:
         """See `Backbone.forward`; takes no prefixes."""
         if prefixes:
-            raise ValueError("expected no prefixes: a CLIP encoder takes prompts only; choose --backbone vit")
+            raise ValueError(_NO_PREFIXES)
         x = self.embed(images)  # (B, N, D)
         for layer, block in enumerate(self.model.visual.transformer.resblocks):
-            tokens = prompts.get(layer) if prompts else None
-            x = x if tokens is None else torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1)
-            x = block(x)
+            x = block(joined(x, prompts.get(layer) if prompts else None))
         read_tokens: Tensor = self.model.visual.ln_post(x[:, :read])
         return read_tokens
 
@@ -91,19 +94,31 @@ class CLIP(VisionLanguage):
         prompts: Mapping[int, Tensor] | None = None,
         prefixes: Mapping[int, Tensor] | None = None,
     ) -> dict[int, Trace]:
-        """See `Backbone.trace`; not to be had here."""
-        raise ValueError(_NO_PREFIXES)
+        """See `Backbone.trace`; takes no prefixes."""
+        if prefixes:
+            raise ValueError(_NO_PREFIXES)
+        seen = {}
+        x, last = self.embed(images), max(layers, default=-1)
+        for layer, block in enumerate(self.model.visual.transformer.resblocks[: last + 1]):
+            tokens, x = x, joined(x, prompts.get(layer) if prompts else None)
+            if layer in layers:
+                P = x.shape[1] - tokens.shape[1]
+                q, k = _queries_and_keys(block, x)
+                q = apart(q, P)  # (B, H, N, D/H)
+                scores = q @ k.mT / q.shape[-1] ** 0.5
+                seen[layer] = Trace(tokens, q, scores.softmax(-1)[..., 1 : 1 + P] if P else None)
+            if layer < last:
+                x = block(x)
+        return seen
 
-    def normed(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Backbone.normed`; not to be had here."""
-        raise ValueError(_NO_PREFIXES)
+    def key_maps(self, layer: int) -> Tensor:
+        """See `Backbone.key_maps`."""
+        attn, D = _linear(self.model.visual.transformer.resblocks[layer].attn), self.width
+        maps: Tensor = attn.in_proj_weight[D : 2 * D].unflatten(0, (self.heads, -1))  # (H, D/H, D)
+        return maps
 
     def prefix(self, layer: int, tokens: Tensor) -> Tensor:
         """See `Backbone.prefix`; not to be had here."""
-        raise ValueError(_NO_PREFIXES)
-
-    def affinity(self, layer: int, *, normed: bool) -> Tensor:
-        """See `Backbone.affinity`; not to be had here."""
         raise ValueError(_NO_PREFIXES)
 
     def project(self, tokens: Tensor) -> Tensor:
@@ -131,6 +146,23 @@ class CLIP(VisionLanguage):
         ends = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]  # the end token has the largest number
         encoded: Tensor = ends @ self._text.text_projection
         return encoded
+
+
+def _queries_and_keys(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all heads of a block, `(B, H, N, D/H)` each."""
+    attn, D = _linear(block.attn), x.shape[-1]
+    bias = attn.in_proj_bias
+    both = F.linear(block.ln_1(x), attn.in_proj_weight[: 2 * D], None if bias is None else bias[: 2 * D])
+    q, k = both.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, H, N, D/H)
+    return q, k
+
+
+def _linear(attn: Any) -> Any:
+    """`attn`, if its scores are plain products of queries and keys."""
+    if getattr(attn, "scaled_cosine", False) or not isinstance(getattr(attn, "ln_k", nn.Identity()), nn.Identity):
+        raise ValueError("expected a model that does not norm its keys for --method.protect affinity, got one that"
+                         " does: choose another model, or --method.protect tokens")  # fmt: skip
+    return attn
 
 
 def _plain(model: Any) -> Any:

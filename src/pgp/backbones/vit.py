@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from pgp.backbones import Backbone, Trace, checkpoints, sized
+from pgp.backbones import Backbone, Trace, apart, checkpoints, joined, sized
 
 
 class ViT(Backbone):
@@ -56,12 +56,15 @@ class ViT(Backbone):
         tokens: Tensor = self.vit.norm_pre(self.vit._pos_embed(self.patches(images)))
         return tokens
 
-    def place(self, prompts: Tensor) -> Tensor:
+    def position(self, prompts: Tensor) -> Tensor:
         """Prompts with the position embedding of CLS, as in the published L2P."""
         if self.vit.pos_embed is not None and not self.vit.no_embed_class:
-            prompts = prompts + self.vit.pos_embed[:, :1]
-        placed: Tensor = self.vit.norm_pre(prompts)
-        return placed
+            prompts = prompts + self.vit.pos_embed[0, :1]
+        return prompts
+
+    def norm(self, layer: int | None) -> Any:
+        """See `Backbone.norm`."""
+        return self.vit.norm_pre if layer is None else self.vit.blocks[layer].norm1
 
     def forward(
         self,
@@ -74,7 +77,7 @@ class ViT(Backbone):
         self._check(prompts, prefixes)
         x = self.embed(images)  # (B, N, D)
         for layer, block in enumerate(self.vit.blocks):
-            x = _insert(x, prompts, layer)
+            x = joined(x, prompts.get(layer) if prompts else None)
             prefix = prefixes.get(layer) if prefixes else None
             needed = read if read is not None and layer == self.depth - 1 else x.shape[1]
             x = block(x) if prefix is None and needed == x.shape[1] else _block(block, x, needed, prefix)
@@ -93,59 +96,37 @@ class ViT(Backbone):
         seen = {}
         x, last = self.embed(images), max(layers, default=-1)
         for layer, block in enumerate(self.vit.blocks[: last + 1]):
-            tokens, x = x, _insert(x, prompts, layer)
+            tokens, x = x, joined(x, prompts.get(layer) if prompts else None)
             prefix = prefixes.get(layer) if prefixes else None
             q, k, v = _heads(block, x, x.shape[1], prefix)
             if layer in layers:
-                learned = slice(1, 1 + x.shape[1] - tokens.shape[1]) if prefix is None else slice(prefix.shape[3])
-                joined = prefix is not None or x is not tokens
-                seen[layer] = Trace(tokens, q, _shares(block.attn, q, k)[..., learned] if joined else None)
+                P = x.shape[1] - tokens.shape[1]
+                own = apart(q, P)  # (B, H, N, D/H)
+                learned = slice(1, 1 + P) if prefix is None else slice(prefix.shape[3])
+                shares = _shares(block.attn, own, k)[..., learned] if P or prefix is not None else None
+                seen[layer] = Trace(tokens, own, shares)
             if layer < last:
                 x = _attend(block, x, q, k, v)
         return seen
-
-    def normed(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Backbone.normed`."""
-        norm = self.vit.blocks[layer].norm1
-        tokens = tokens.to(norm.weight.dtype)
-        deviation = (tokens.var(-1, correction=0) + norm.eps).sqrt()
-        return norm(tokens), deviation
 
     def prefix(self, layer: int, tokens: Tensor) -> Tensor:
         """See `Backbone.prefix`."""
         k, v = _keys_and_values(self.vit.blocks[layer].attn, tokens.unsqueeze(0))
         return torch.cat([k, v])
 
-    def affinity(self, layer: int, *, normed: bool) -> Tensor:
-        """See `Backbone.affinity`.
-
-        Raises:
-            ValueError: for a model that norms keys, whose scores no linear condition holds.
-        """
-        block, D = self.vit.blocks[layer], self.width
-        if not isinstance(block.attn.k_norm, nn.Identity):
+    def key_maps(self, layer: int) -> Tensor:
+        """See `Backbone.key_maps`."""
+        attn, D = self.vit.blocks[layer].attn, self.width
+        if not isinstance(attn.k_norm, nn.Identity):
             raise ValueError("expected a model that does not norm its keys for --method.protect affinity, got one that"
                              " does: choose another model, or --method.protect tokens")  # fmt: skip
-        maps: Tensor = block.attn.qkv.weight[D : 2 * D].unflatten(0, (self.heads, -1))  # (H, d, D)
-        if normed:
-            return maps
-        maps = maps * block.norm1.weight
-        return maps - maps.mean(-1, keepdim=True)
+        maps: Tensor = attn.qkv.weight[D : 2 * D].unflatten(0, (self.heads, -1))  # (H, D/H, D)
+        return maps
 
     def _check(self, *by_layer: Collection[int] | None) -> None:
         strange = sorted({layer for layers in by_layer for layer in layers or () if not 0 <= layer < self.depth})
         if strange:
             raise ValueError(f"expected layers between 0 and {self.depth - 1}, got {strange}: this model has no others")
-
-
-def _insert(x: Tensor, prompts: Mapping[int, Tensor] | None, layer: int) -> Tensor:
-    """Tokens with the prompts of `layer` behind CLS, `(B, N + P, D)`."""
-    tokens = prompts.get(layer) if prompts else None
-    if tokens is None:
-        return x
-    if tokens.dim() != 3 or tokens.shape[::2] != x.shape[::2]:
-        raise ValueError(f"expected prompts ({len(x)}, P, {x.shape[2]}), got {tuple(tokens.shape)}")
-    return torch.cat([x[:, :1], tokens, x[:, 1:]], dim=1)
 
 
 def _block(block: Any, x: Tensor, read: int, prefix: Tensor | None) -> Tensor:

@@ -119,6 +119,8 @@ class CLIPPrompt(ZeroShot):
         """Learned tokens of every image."""
         template: str = "{}."
         """Text of a class beside its context; {} is its name."""
+        protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
+        """What the image prompt is kept orthogonal to: see `pgp.methods.l2p.L2P.Config.protect`."""
 
         def __post_init__(self) -> None:
             _check(self.template)
@@ -177,13 +179,26 @@ class CLIPPrompt(ZeroShot):
         return {"text": self.text_features(task)}
 
     def protected(self) -> dict[str, Protected]:
-        """The image prompt."""
-        return {"prompts": Protected(self.image_prompt)}
+        """The image prompt and, where asked for, the same prompt from its other side."""
+        spaces = {"prompts": Protected(self.image_prompt)}
+        if self.settings.protect == "affinity+aggregation":
+            spaces["shares"] = Protected(self.image_prompt, axis=-2, role="value")
+        return spaces
 
     @torch.no_grad()
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
-        """Image tokens and the prompt as they enter the first block: no transformer runs here."""
-        return {"prompts": Rows(self.backbone.embed(images), self._prompts(len(images))[0])}
+        """Image tokens and the prompt as they enter the first block, or what its attention makes of them. No
+        transformer runs here.
+        """
+        prompts = self._prompts(len(images))
+        rows = {"prompts": Rows(self.backbone.embed(images), prompts[0])}
+        if self.settings.protect != "tokens":
+            trace = self.backbone.trace(images, {0}, prompts)[0]
+            assert trace.shares is not None
+            rows["prompts"] = Rows(trace.queries, through=self.backbone.affinity(0, moves="prompt"))
+            shares = trace.shares / self.backbone.divided(self.image_prompt)
+            rows["shares"] = Rows(shares.flatten(1, 2))  # (B, H * N, L)
+        return {space: rows[space] for space in self.protected()}
 
     def _prompts(self, count: int) -> dict[int, Tensor]:
         return {0: self.backbone.place(self.image_prompt.expand(count, -1, -1))}

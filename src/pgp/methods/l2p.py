@@ -126,11 +126,9 @@ class L2P(Method):
         if self.config.protect != "tokens":
             trace = self.backbone.trace(images, {0}, {0: prompts})[0]
             assert trace.shares is not None
-            queries, shares = (_without(rows_, prompts.shape[1]) for rows_ in (trace.queries, trace.shares))
-            rows["prompts"] = Rows(queries, through=self.backbone.affinity(0, normed=False))
-            M = self.config.pool_size
-            deviations = self.backbone.normed(0, self.backbone.place(self.pool.prompts))[1]  # (M, L)
-            shares = by_prompt(shares, selection.indices, M) / deviations[:, None, None]  # (B, M, H, N, L)
+            rows["prompts"] = Rows(trace.queries, through=self.backbone.affinity(0, moves="prompt"))
+            shares = by_prompt(trace.shares, selection.indices, self.config.pool_size)  # (B, M, H, N, L)
+            shares = shares / self.backbone.divided(self.pool.prompts)[:, None, None]
             rows["shares"] = Rows(shares.flatten(2, 3))
         return {space: rows[space] for space in self.protected()}
 
@@ -142,8 +140,3 @@ class L2P(Method):
             tokens = tokens[:, 1:]
         features: Tensor = tokens.mean(1)
         return features
-
-
-def _without(rows: Tensor, count: int) -> Tensor:
-    """Rows `(B, H, N, ...)` of an image's own tokens, of `(B, H, N + count, ...)` with prompts behind the first."""
-    return torch.cat([rows[:, :, :1], rows[:, :, 1 + count :]], dim=2)

@@ -114,7 +114,7 @@ class VPT(Method):
             if self.config.protect == "tokens":
                 rows[f"prompts {layer}"] = Rows(trace.tokens, prompts.expand(len(images), -1, -1))
                 continue
-            through = self.backbone.affinity(layer, normed=self.config.behind_norm)
+            through = self.backbone.affinity(layer, moves="normed" if self.config.behind_norm else "token")
             rows[f"prompts {layer}"] = Rows(trace.queries, through=through)
             if self.config.protect == "affinity+aggregation":
                 assert trace.shares is not None
