@@ -12,7 +12,8 @@ demo: $(STAMP)  ## train L2P-PGP and its unprojected twin on embedded digits, of
 test: $(STAMP)  ## the default test tier
 	$(BIN)/python -m pytest -q -n auto
 
-slow: $(STAMP)  ## the tests that take minutes: every published command, several processes
+slow: $(STAMP)  ## the tests that take minutes: every published command, several processes, a Ray cluster where Ray installs
+	-$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -q -n auto -m slow
 
 check: $(STAMP)  ## everything CI runs

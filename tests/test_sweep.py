@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -358,9 +360,19 @@ def test_a_process_that_dies_takes_no_other_run_with_it():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: pip install ray")
 @pytest.mark.filterwarnings("ignore")
-def test_on_a_ray_cluster(tmp_path):
-    process = as_a_process(tmp_path, *ENERGIES, "--no-controls", "--seeds", "2", "--ray", "local")
-    told = process.communicate(timeout=300)[1]
+@pytest.mark.parametrize("nodes", [0, 2])
+def test_on_a_ray_cluster(tmp_path, nodes):
+    """One that is started for the sweep, or one of two nodes that is there already."""
+    with contextlib.ExitStack() as stack:
+        address = "local"
+        if nodes:
+            cluster_utils = importlib.import_module("ray.cluster_utils")
+            cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+            stack.callback(cluster.shutdown)
+            cluster.add_node(num_cpus=1)
+            address = cluster.address
+        process = as_a_process(tmp_path, *ENERGIES, "--no-controls", "--seeds", "2", "--ray", address)
+        told = process.communicate(timeout=300)[1]
     assert process.returncode == 0, told
     assert told.count(": trained in") == 4
     kinds = {

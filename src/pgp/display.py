@@ -128,10 +128,11 @@ def show_oracle(run: Run, bounds: Mapping[str, tuple[float, float]]) -> None:
 
 
 def _table(title: str, names: Sequence[str], figures: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
-    """Rows of names and then figures; figures are never broken over two lines."""
+    """Rows of names and then figures; figures are never broken over two lines, and words only if they are long."""
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for heading in names:
-        table.add_column(heading, overflow="fold")
+    for place, heading in enumerate(names):
+        longest = max((len(word) for row in rows for word in row[place].split()), default=0)
+        table.add_column(heading, overflow="fold", min_width=min(longest, 24))
     for place, heading in enumerate(figures, len(names)):
         longest = max(len(text) for text in (*heading.split(), *(row[place] for row in rows)))
         table.add_column(heading, justify="right", width=longest)

@@ -120,7 +120,7 @@ def demo() -> Config:
         backbone=BACKBONES["demo-vit"],
         method=L2P.Config(top_k=2),
         projection=Orthogonal.Config(),
-        readouts=(Sequential.Config(), LDA.Config()),
+        readouts=(Sequential.Config(), READOUTS["lda+query+linear"]),
         tasks=5,
     )
 
