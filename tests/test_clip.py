@@ -318,6 +318,14 @@ def test_zero_shot_learns_nothing(encoder, tmp_path):
     assert not list(run.events("train"))
 
 
+@pytest.mark.parametrize("method", [CLIPPrompt.Config(context=4), ZeroShot.Config()])
+def test_mixed_precision_runs(encoder, tmp_path, method):
+    mixed = config(encoder, method=method, hardware=Hardware(precision="bf16-mixed"), epochs=1, tasks=2)
+    run = train.train(mixed, tmp_path / "run")
+    (again,) = (train.reevaluate(run, run.config)[column] for column in ("sequential",))
+    torch.testing.assert_close(again[1], run.matrices()["sequential"][1], rtol=0, atol=0)
+
+
 def test_til_masks_to_the_task(encoder, tmp_path):
     til = train.train(config(encoder, setting="til"), tmp_path / "til").matrices()["sequential"]
     cil = train.train(config(encoder), tmp_path / "cil").matrices()["sequential"]

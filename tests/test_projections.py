@@ -192,6 +192,27 @@ def test_slowed_prompts_move_a_share_of_their_step(factor, name):
     torch.testing.assert_close(moved["slow"], factor * moved["free"], rtol=0, atol=1e-12)
 
 
+def test_slowed_prompts_of_two_spaces_are_slowed_once_and_hand_on_as_they_are():
+    parameter = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
+    protected = {"rows": Protected(parameter, axis=-1), "columns": Protected(parameter, axis=-2)}
+    projection = Slowed.Config(0.1).build()
+    projection.end_task(protected)
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    projection.attach(optimizer, protected)
+    parameter.grad = torch.ones(2, 2, dtype=torch.float64)
+    optimizer.step()
+    torch.testing.assert_close(parameter.data, torch.full((2, 2), -0.1, dtype=torch.float64))
+    with projection.confined(protected), torch.no_grad():
+        parameter.fill_(3)
+    assert bool((parameter == 3).all())
+
+
+def test_rows_of_half_precision_meet_what_maps_them():
+    through = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    half = torch.ones(1, 2, 4, 3, dtype=torch.bfloat16)
+    torch.testing.assert_close(Rows(half, through=through).met, Rows(half.float(), through=through).met)
+
+
 @pytest.mark.parametrize("on", ["gradient", "update"])
 def test_spaces_without_a_basis_are_free(on):
     toy, twin = Toy(), Toy()

@@ -27,6 +27,7 @@ from pgp.datasets.synthetic import Synthetic
 from pgp.learner import Learner
 from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
 from pgp.methods.head_only import HeadOnly
+from pgp.methods.vpt import VPT
 from pgp.predict import Predictor
 from pgp.run import Run, RunError
 from pgp.stream import Stream
@@ -342,9 +343,11 @@ def test_the_stream_is_what_the_head_would_have_said(tmp_path, monkeypatch):
     assert 0 < sum(right) < 36
 
 
-def test_predicting_changes_nothing_of_what_is_learned(tmp_path):
+@pytest.mark.parametrize("method", [METHODS["l2p"], VPT.Config(length=2, norm_penalty=1.0)])
+def test_predicting_changes_nothing_of_what_is_learned(tmp_path, method):
+    config = of("l2p", dataset=TWO, tasks=2)
     ends = [
-        final(train.train(of("l2p", dataset=TWO, setting=setting, tasks=2), tmp_path / setting))
+        final(train.train(replace(config, method=method, setting=setting), tmp_path / setting))
         for setting in ("cil", "oil")
     ]
     assert ends[1].pop("/stream/counts").sum() > 0

@@ -22,6 +22,7 @@ from pgp import cli, comparison, metrics, parsing, recipes, sweep, train, worker
 from pgp.methods.head_only import HeadOnly
 from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
+from pgp.projections.released import Released
 from pgp.run import Run, RunError
 
 ENERGIES = ["--over", "projection.energy=.5,0.90"]
@@ -118,6 +119,26 @@ def test_names_and_controls(tmp_path):
     assert {name: grown.entries[name] for name in names} == plan.entries
     _, alone = planned(tmp_path / "bare", ["projection.energy=.9"], controls=False)
     assert {job.name for job in alone} == {"energy-0.9"}
+
+
+def test_a_sweep_may_go_on_on_other_hardware(tmp_path):
+    planned(tmp_path, ["projection.energy=.9"])
+    plan = sweep.Sweep(tmp_path / "out", tiny.config())
+    part = replace(tiny.config().hardware, part=2)
+    point = tiny.config(projection=Orthogonal.Config(energy=0.9), hardware=part)
+    jobs = plan.plan({"energy 0.9": point}, [2])
+    assert {job.seed for job in jobs} == {2}
+    assert {job.config.hardware for job in jobs} == {part}
+    (again, *_) = sweep.Sweep(tmp_path / "out", tiny.config()).plan({"energy 0.9": point}, [2])
+    assert again.folder == jobs[0].folder
+
+
+def test_released_has_no_random_twin(tmp_path):
+    point = tiny.config(projection=Released.Config())
+    plan = sweep.Sweep(tmp_path / "out", tiny.config())
+    plan.plan({"released": point}, [0])
+    assert {"sequential", "slower", "frozen"} <= plan.entries["released"].controls.keys()
+    assert "random" not in plan.entries["released"].controls
 
 
 def test_names_are_safe_and_unique(tmp_path):

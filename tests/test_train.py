@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from pgp import boundary, metrics, train
+from pgp import baselines, boundary, metrics, train
 from pgp.config import Hardware
 from pgp.datasets import Viewed, batches, in_order
 from pgp.datasets.synthetic import Synthetic
@@ -255,6 +255,36 @@ def test_released_runs_on_fewer_images_than_it_wants(tmp_path):
     assert 0 < last["ranks"]["prompts"] < 20
     with pytest.raises(ValueError, match="collects after a task"):
         train.train(tiny.config(projection=Released.Config(), save_every_steps=2), tmp_path / "other")
+
+
+def test_a_kill_after_the_checkpoint_of_a_task_loses_nothing_of_its_log(tmp_path, monkeypatch):
+    write = Run.write_matrices
+
+    def stop(run, matrices):
+        write(run, matrices)
+        if len(list(run.events("task"))) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_matrices", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train.train(tiny.config(epochs=1), tmp_path / "run")
+    assert Run.open(tmp_path / "run").latest_name() == "task-02"
+    run = train.resume(tmp_path / "run")
+    assert [event["task"] for event in run.events("task")] == [0, 1, 2]
+
+
+def test_frozen_freezes_all_prompts_of_every_method(tmp_path):
+    config = baselines.frozen(tiny.config(method=tiny.DUALPROMPT, epochs=1))
+    run = train.train(config, tmp_path / "run")
+    first, last = final(run, "task-01"), final(run)
+    prompts = [name for name in last if name.startswith("/method/") and "head" not in name]
+    assert {"keys", "own_values"} <= {name.rpartition(".")[2] for name in prompts}
+    for name in prompts:
+        if "experts." not in name:
+            assert torch.equal(first[name], last[name]), name
+        else:  # later tasks go on with the first one's, and do not change it
+            assert torch.equal(last[name][:3], first[name][:1].expand_as(last[name][:3])), name
 
 
 def test_mixed_precision_runs(tmp_path):

@@ -61,6 +61,16 @@ def test_affinity_is_what_changes_scores_and_nothing_else(behind_norm):
     torch.testing.assert_close(change, expected, rtol=0, atol=1e-9)
 
 
+def test_tokens_are_those_that_prompts_join_before_the_norm_or_behind_it():
+    x = images(2)
+    for behind in (False, True):
+        method = build(length=3, layers=(1,), behind_norm=behind)
+        (rows,) = method.activations(x).values()
+        tokens = method.backbone.trace(x, {1}, prefixes=method._prefixes(2))[1].tokens
+        expected = method.backbone.vit.blocks[1].norm1(tokens) if behind else tokens
+        torch.testing.assert_close(rows.inputs, expected, rtol=0, atol=1e-12)
+
+
 @torch.no_grad()
 def test_mapping_at_the_end_is_mapping_every_row():
     method, x = build(length=3, layers=(1,), protect="affinity"), images(3)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from pgp.config import Config
+from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
@@ -22,7 +23,10 @@ def sequential(config: Config) -> Config:
 
 
 def random(config: Config) -> Config:
-    """The recipe's prompts kept out of random directions, as many as its projection would protect."""
+    """The recipe's prompts kept out of random directions, as many as its projection would protect.
+
+    Of a projection other than `orthogonal`, no ranks are known: as many as `orthogonal` would protect by its defaults.
+    """
     own = config.projection
     settings = asdict(own) if type(own) is Orthogonal.Config else {}
     return replace(config, projection=Random.Config(**settings))
@@ -30,12 +34,18 @@ def random(config: Config) -> Config:
 
 def slower(config: Config) -> Config:
     """The recipe's prompts at a tenth of the learning rate after the first task, without projection."""
-    return replace(config, projection=Slowed.Config())
+    return replace(_protecting_all(config), projection=Slowed.Config())
 
 
 def frozen(config: Config) -> Config:
     """The recipe's prompts as the first task leaves them; the head goes on."""
-    return replace(config, projection=Slowed.Config(factor=0.0))
+    return replace(_protecting_all(config), projection=Slowed.Config(factor=0.0))
+
+
+def _protecting_all(config: Config) -> Config:
+    """The recipe with a method that protects all of its prompts: of DualPrompt's prefixes, values too."""
+    own = config.method
+    return replace(config, method=replace(own, protect="keys+values")) if isinstance(own, DualPrompt.Config) else config
 
 
 def linear(config: Config) -> Config:
@@ -63,3 +73,10 @@ BASELINES: dict[str, Callable[[Config], Config]] = {
     "joint": joint,
 }
 """What a recipe is to be compared with, under the same budget; `--method NAME` trains one, `--baselines` all."""
+
+
+def compared(config: Config) -> dict[str, Config]:
+    """By name, what `config` is compared with: baselines that differ; random directions where they can be counted."""
+    counted = type(config.projection) is Orthogonal.Config
+    made = {name: baseline(config) for name, baseline in BASELINES.items() if counted or name != "random"}
+    return {name: other for name, other in made.items() if other != config}

@@ -27,7 +27,7 @@ from pgp import (
     train,
     workers,
 )
-from pgp.baselines import BASELINES, sequential
+from pgp.baselines import compared, sequential
 from pgp.commands import (
     AuditCommand,
     EvalCommand,
@@ -139,7 +139,7 @@ def _trained(command: TrainCommand) -> list[Run]:
     if command.twin:
         configs["none"] = sequential(own)
     if command.baselines:
-        configs |= {name: baseline(own) for name, baseline in BASELINES.items() if baseline(own) != own}
+        configs |= compared(own)
     own.dataset.fetch()  # with bars of its own
     runs = []
     with display.progress() as bars:

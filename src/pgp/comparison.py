@@ -102,9 +102,10 @@ def _rows(member: Member, column: str) -> Iterator[tuple[str, ...]]:
 
 
 def _fitting(control: Member, column: str) -> str | None:
-    """The readout of a control that stands beside `column`: its own headline, where it has no such readout."""
+    """The readout of a control that stands beside `column`; where it has no such readout, the one that reads it best."""
     known = columns(control)
-    return column if column in known else known[0] if known else None
+    best = max(known, key=lambda name: _line(control, name).spread("average_accuracy")[0], default=None)
+    return column if column in known else best
 
 
 def _line(member: Member, column: str) -> Line:

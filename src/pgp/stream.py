@@ -32,7 +32,7 @@ class Stream:
 
         No device is waited for.
         """
-        method.end_task(task)  # what the head keeps of this task, up to the last step
+        method.catch_up(task)  # what the head keeps of this task, up to the last step
         logits = only(method(images).float(), seen)
         right = (logits.argmax(1) == labels).sum()
         self._new = self._new.to(right.device) + torch.stack([right, torch.full_like(right, len(labels))])

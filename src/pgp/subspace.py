@@ -37,7 +37,7 @@ class Rows(NamedTuple):
     @property
     def met(self) -> Tensor:
         """The inputs as they meet the parameter, `(B, ..., N, D)`, where they are mapped those of all heads."""
-        return self.inputs if self.through is None else (self.inputs @ self.through).flatten(1, 2)
+        return self.inputs if self.through is None else (self.inputs.to(self.through) @ self.through).flatten(1, 2)
 
     def mixed(self, count: int, draws: torch.Generator) -> Tensor:
         """Random mixtures of the inputs `(..., count, D)`, each the sum of all of them with normal weights: whatever is

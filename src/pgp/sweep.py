@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 import filelock
 
 from pgp import comparison, metrics, report, train
-from pgp.baselines import BASELINES
+from pgp.baselines import compared
 from pgp.comparison import Member
 from pgp.config import Config
 from pgp.curriculum import located
@@ -127,6 +127,7 @@ class Sweep:
         wanted = report.flat(config.to_json())
         for entry in self.entries.values():
             if report.flat(entry.config.to_json()) == wanted:
+                entry.config = replace(entry.config, hardware=config.hardware)  # where it goes on may be elsewhere
                 return entry
         stem, number = _safe(label), 1
         name = stem
@@ -136,13 +137,10 @@ class Sweep:
         return self.entries[name]
 
     def _add_controls(self, point: Entry) -> None:
-        kinds = {type(baseline(self.base).projection) for baseline in BASELINES.values()}
-        for name, baseline in BASELINES.items():
-            config = _bare(baseline(point.config))
-            if config == point.config or (name == "random" and type(point.config.projection) in kinds):
-                continue  # a control has no random twin of its own: it protects no directions that could be counted
-            common = config == _bare(baseline(self.base))
-            point.controls[name] = self._entry(name if common else f"{name}, {point.label}", config).name
+        common = {name: _bare(config) for name, config in compared(self.base).items()}
+        for name, config in compared(point.config).items():
+            config, shared = _bare(config), common.get(name)
+            point.controls[name] = self._entry(name if config == shared else f"{name}, {point.label}", config).name
 
     def _read(self) -> None:
         path = self.output / FILE

@@ -161,7 +161,7 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     if learner.step == 0:
         depart(learner)
         look_ahead(learner, task)
-        with projection.confined(method.protected()):
+        with projection.confined(method.protected()), learner.fabric.autocast():
             method.begin_task(task)
     plan = training_plan(config, task, learner.fabric.world_size)
     ahead = foretold(learner, task, plan[learner.step :]) if learner.stream else itertools.repeat(None)
@@ -247,7 +247,8 @@ def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, share
 def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]) -> None:
     """Learn from a finished task what to protect, evaluate on all tasks so far, and save."""
     method, readouts = learner.method, learner.readouts
-    method.end_task(task)
+    with learner.fabric.autocast():
+        method.end_task(task)
     started = time.perf_counter()
     spaces = arrive(learner)
     look_back(learner, task)
@@ -262,9 +263,6 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
     learner.task = task.index + 1
     seconds |= {"boundary": observed - started, "evaluation": evaluated - observed}
     seconds |= {"drift": time.perf_counter() - evaluated} if moved else {}
-    learner.save(run, f"task-{learner.task:02d}")
-    if learner.fabric.is_global_zero:
-        run.write_matrices(learner.matrices)
     averages = {column: metrics.average_accuracy(matrix) for column, matrix in learner.matrices.items()}
     streamed = {"stream_accuracy": learner.stream.accuracy(task)} if learner.stream else {}
     measured = {"within": row.within, "identified": row.identified}
@@ -275,7 +273,10 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
             column: metrics.forgetting(matrix) if metrics.learned(matrix) == learner.task else None
             for column, matrix in matrices.items()
         }
-    learner.log(run, "task", task=task.index, **about, **figures, **moved, **streamed)
+    learner.log(run, "task", task=task.index, **about, **figures, **moved, **streamed)  # a kill from here on loses none
+    learner.save(run, f"task-{learner.task:02d}")
+    if learner.fabric.is_global_zero:
+        run.write_matrices(learner.matrices)
     spoken = ", ".join(f"{100 * average:.1f} % ({column})" for column, average in averages.items())
     spoken += "".join(f"; along the stream {100 * accuracy:.1f} %" for accuracy in streamed.values())
     learner.progress.console.print(f"{learner.scenario.title(task)}: average accuracy {spoken}", markup=False)

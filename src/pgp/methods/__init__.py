@@ -47,8 +47,12 @@ class Method(nn.Module, abc.ABC):
     def begin_task(self, task: Task) -> None:
         """Get ready to learn `task`."""
 
+    def catch_up(self, task: Task) -> None:
+        """Bring what the head keeps of `task` up to what is learned by now; it may be asked for at any step."""
+
     def end_task(self, task: Task) -> None:
-        """Keep what is to be kept of `task` as it is trained by now; a later call keeps it anew."""
+        """Keep what is to be kept of `task`, now that it is trained; a later call keeps it anew."""
+        self.catch_up(task)
 
     def query(self, images: Tensor) -> Tensor:
         """What of an image never changes while the method learns, its plain features `(B, D)`; computed once and kept

@@ -150,10 +150,11 @@ class CLIPPrompt(ZeroShot):
     def begin_task(self, task: Task) -> None:
         """Start a new context, drawn from the run's seed and the task."""
         if not self.settings.per_class:
-            self.context.normal_(std=0.02, generator=generator(self._seed, "context", task.index))
-        self.end_task(task)
+            drawn = torch.empty(self.context.shape)  # on the CPU, where a draw is the same whatever the device
+            self.context.copy_(drawn.normal_(std=0.02, generator=generator(self._seed, "context", task.index)))
+        self.catch_up(task)
 
-    def end_task(self, task: Task) -> None:
+    def catch_up(self, task: Task) -> None:
         """Encode the classes of `task` and keep them."""
         with torch.no_grad():
             self.head.learn(task.classes, self.text_features(task))

@@ -39,7 +39,7 @@ class VPT(Method):
         layers: tuple[int, ...] | None = None
         """Blocks with prompts; the first is 0. All, where None."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
-        """What prompts are kept orthogonal to: the tokens of old images as they enter the block (PGP); the directions
+        """What prompts are kept orthogonal to: the tokens of old images where prompts join them (PGP); the directions
         that change attention scores; or those, and old attention weights on the prompts' own side (NSP2)."""
         behind_norm: bool = False
         """Learn the prompts behind the block's LayerNorm, which then has no statistics of theirs that could change: so
@@ -95,6 +95,7 @@ class VPT(Method):
     @torch.no_grad()
     def end_task(self, task: Task) -> None:
         """Take down the deviations, for the penalty."""
+        super().end_task(task)
         self.deviations.copy_(torch.stack([deviation for _, deviation in self._normed()]))
 
     def protected(self) -> dict[str, Protected]:
@@ -112,7 +113,9 @@ class VPT(Method):
         for (layer, prompts), (_, deviation) in zip(self._each(), self._normed(), strict=True):
             trace = traces[layer]
             if self.config.protect == "tokens":
-                rows[f"prompts {layer}"] = Rows(trace.tokens, prompts.expand(len(images), -1, -1))
+                behind = self.config.behind_norm
+                tokens = self.backbone.normed(layer, trace.tokens)[0] if behind else trace.tokens
+                rows[f"prompts {layer}"] = Rows(tokens, prompts.expand(len(images), -1, -1))
                 continue
             through = self.backbone.affinity(layer, moves="normed" if self.config.behind_norm else "token")
             rows[f"prompts {layer}"] = Rows(trace.queries, through=through)

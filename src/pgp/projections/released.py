@@ -98,7 +98,8 @@ class Released(Projection):
                 prompts = self._prompts.get(space, target.parameter.detach()).flatten(0, -2).T  # (D, M * L)
                 rows += scores(prompts.cpu(), components)
             energy = self.config.key_energy if key else self.config.energy
-            self.bases[space] = grow(self.bases.get(space), rows, energy)
+            basis = self.bases.get(space)
+            self.bases[space] = grow(None if basis is None else basis.cpu(), rows, energy)
         self._images, self._prompts = {}, {}
         return {space: self.rank(space) for space in protected}
 

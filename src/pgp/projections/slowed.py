@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgp.projections import Projection
 from pgp.subspace import Protected, Rows
@@ -17,7 +18,8 @@ class Slowed(Projection):
     """From the second task on, what is protected moves `factor` of each step: in every direction alike.
 
     For any optimizer this is a learning rate of its own, `factor` of that of the head. A control for projections, which
-    also make prompts learn less; `factor` 0 freezes them after the first task.
+    also make prompts learn less; `factor` 0 freezes them after the first task. What a method does not name as protected
+    learns on.
     """
 
     @dataclass(frozen=True)
@@ -59,3 +61,15 @@ class Slowed(Projection):
         """See `Projection.energies`; all of it counts as protected."""
         _, removed, whole = super().energies(space, tensor)
         return torch.stack([whole, removed, whole])
+
+    @contextmanager
+    def confined(self, protected: Mapping[str, Protected]) -> Iterator[None]:
+        """Let what is done in between be done: prompts that a task hands on to the next are not learned."""
+        yield
+
+    @torch.no_grad()
+    def _confine(self, protected: Mapping[str, Protected], before: Mapping[nn.Parameter, Tensor]) -> None:
+        moved = {parameter: parameter.double() - was for parameter, was in before.items()}
+        self._measure(1, protected, moved)
+        for parameter, was in before.items():  # once, however many spaces it has
+            parameter.copy_(was + self.factor * moved[parameter])
