@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import tiny
-from pgp import cli, recipes
+from pgp import cli, recipes, train
 from pgp.baselines import BASELINES
 from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
@@ -126,7 +126,9 @@ def test_data_get_and_check(tmp_path, capsys):
         "4 training and 2 test images of 2 classes",
         "task 1 of 2: 1 classes, 2 training and 1 test images",
         "task 2 of 2: 1 classes, 2 training and 1 test images",
-        "whole",
+        "warning: a single class in task 1 of 2, task 2 of 2: prompts and head learn nothing there, only readouts from"
+        " statistics (lda, logistic, ncm) do; give each task two classes at least",
+        "whole: every image can be read",
     ]
     cli.main(["data", "get", "demo"])
     assert "there: 72 training and 24 test images of 6 classes" in capsys.readouterr().out
@@ -205,3 +207,30 @@ def test_another_run_is_kept(tmp_path, capsys):
 def test_as_a_module():
     out = subprocess.run([sys.executable, "-m", "pgp", "--version"], capture_output=True, text=True, check=True).stdout
     assert out.startswith("pgp 0.")
+
+
+def test_words_in_the_wrong_place_are_told_where_they_belong(capsys):
+    assert "images are named by --data PHOTOS" in fails(capsys, "train", "own", "PHOTOS")
+    assert "expected --add beside --resume" in fails(capsys, "train", "own", "--add", "NEW")
+    assert "expected a run folder behind --resume" in fails(capsys, "train", "--resume")
+    for words in (["list", "--help"], ["data", "--help"], ["data", "check", "-h"]):
+        cli.main(words)
+        assert capsys.readouterr().out.startswith("usage: pgp COMMAND")
+
+
+def test_a_run_that_stopped_says_so(tmp_path, capsys, monkeypatch):
+    evaluated = train.close_task
+
+    def stop(learner, task, *args, **kwargs):
+        if task.index == 1:
+            raise KeyboardInterrupt
+        evaluated(learner, task, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "close_task", stop)
+        with pytest.raises(SystemExit):
+            cli.main(["train", "demo", "--output", "run"])
+    cli.main(["report", "run"])
+    assert "(unfinished: 1 of 3 tasks; pgp train --resume goes on)" in capsys.readouterr().out
+    cli.main(["train", "--resume", "run", "--on-bad-image", "skip"])
+    assert "unfinished" not in capsys.readouterr().out

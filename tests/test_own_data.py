@@ -121,7 +121,7 @@ def test_words_on_the_command_line_and_files_beside_the_data(photos, capsys):
     (photos.parent / "class_order.txt").write_text("\n".join(COLORS), encoding="utf-8")
     cli.main([*words, "--output", "ordered"])
     run = Run.open(Path("ordered"))
-    assert [run.classes()[0][label] for (label,) in run.classes()[1]] == list(COLORS)
+    assert [run.classes()[0][label] for task in run.classes()[1] for label in task] == list(COLORS)
     cli.main([*words, "--output", "online", "--setting", "oil", "--arrival", "listed"])
     assert list(Run.open(Path("online")).events("stream"))
 
@@ -157,4 +157,4 @@ def test_every_command_of_the_documentation_runs(monkeypatch):
         words = shlex.split(command)[1:]
         words += ["--tasks", "3"] if "5" in words else []  # there are three classes
         cli.main([*words, "--readouts", "sequential", "--output", f"run{number}"])
-    assert [Run.open(Path(f"run{number}")).config.tasks for number in range(5)] == [3, 3, 3, 2, 3]
+    assert [Run.open(Path(f"run{number}")).config.tasks for number in range(5)] == [3, 1, 1, 2, 1]

@@ -129,7 +129,7 @@ def test_on_the_command_line(run, photos, tmp_path, capsys):
     [
         ([], "expected image files or folders, got none"),
         (["nowhere.jpg"], "no file or folder at nowhere.jpg"),
-        (["broken.jpg"], "expected at least one readable image, got none among 1"),
+        (["broken.jpg"], "but none of 1 can be read"),
         (["broken.jpg", "--top", "0"], "--top and --batch-size of at least 1, got 0"),
     ],
 )

@@ -20,7 +20,7 @@ from pgp import cli, metrics, report, train
 from pgp.backbones import Backbone
 from pgp.backbones.clip import CLIP
 from pgp.config import Config, Hardware
-from pgp.curriculum import located, scenario_of
+from pgp.curriculum import idle, located, scenario_of
 from pgp.datasets.folder import Folder
 from pgp.datasets.manifest import Manifest
 from pgp.datasets.synthetic import Synthetic
@@ -68,7 +68,11 @@ def names(scenario):
 
 
 def test_files_beside_the_data_decide_the_tasks(photos, tmp_path):
-    assert [task.classes for task in scenario(config(photos)).tasks] == [(i,) for i in range(5)]
+    assert [task.classes for task in scenario(config(photos)).tasks] == [(0, 1, 2), (3, 4)]
+    assert idle(scenario(config(photos))) is None
+    single = scenario(config(photos, tasks=5))
+    assert [task.classes for task in single.tasks] == [(i,) for i in range(5)]
+    assert idle(single).startswith("a single class in task 1 of 5, task 2 of 5, task 3 of 5 and 2 more: ")
     assert [task.classes for task in scenario(config(photos, tasks=2)).tasks] == [(0, 1, 2), (3, 4)]
     (photos / "class_order.txt").write_text("dog\n eel\n\ncat\nant\nbee\n", encoding="utf-8-sig")
     assert [task.classes for task in scenario(config(photos, tasks=2)).tasks] == [(3, 4, 2), (0, 1)]

@@ -158,7 +158,7 @@ def test_parts_and_points_that_are_controls(capsys):
     assert "sequential" not in entries
     assert Run.open(folder / "projection-none" / "seed-0").config.projection == NoProjection.Config()
     out = capsys.readouterr().out
-    assert "less sequential" in out
+    assert "minus sequential" in out
     assert "figure: sweeps/demo/sweep.png" in out
     assert (folder / "sweep.png").stat().st_size > 10_000
 
@@ -263,6 +263,15 @@ def test_no_run_is_run_twice(tmp_path):
     assert asked == [[job], [job]]
 
 
+def test_a_control_without_the_readout_is_read_by_its_best(tmp_path):
+    (run,) = made(tmp_path, "control", {0: [[0.5]]}).values()
+    run.write_matrices({"sequential": torch.tensor([[0.5]]), "lda": torch.tensor([[0.7]])})
+    control = comparison.Member("linear", {0: run})
+    assert comparison._fitting(control, "sequential") == "sequential"
+    assert comparison._fitting(control, "lda+query+linear") == "lda"
+    assert comparison._fitting(comparison.Member("none", {}), "lda") is None
+
+
 def made(tmp_path, name, matrices):
     """A finished run for each seed, by its matrix of one column."""
     runs = {}
@@ -290,12 +299,12 @@ def test_the_table_is_paired_by_seed(tmp_path):
     mean, deviation = 100 * statistics.mean(accuracy), 100 * statistics.stdev(accuracy)
     assert rows[0] == ("energy 0.9", "sequential", "3", f"{mean:.2f} ± {deviation:.2f}", "20.00 ± 0.00")
     # accuracy: .75 - .65, .75 - .70; forgetting: .2 - .4, .2 - .3; the error of two is half of their difference
-    assert rows[1] == ("less sequential", "sequential", "2", "+7.50 ± 2.50", "-15.00 ± 5.00")
-    assert rows[2] == ("less joint", "sequential", "2", "-21.00 ± 1.00", "")
+    assert rows[1] == ("minus sequential", "sequential", "2", "+7.50 ± 2.50", "-15.00 ± 5.00")
+    assert rows[2] == ("minus joint", "sequential", "2", "-21.00 ± 1.00", "")
     assert rows[3][:3] == ("sequential", "sequential", "3")
     assert rows[4] == ("joint", "sequential", "2", "96.00 ± 1.41", "")
     assert len(rows) == 5
-    assert "| less sequential | sequential | 2 | +7.50 ± 2.50 |" in comparison.markdown([point])
+    assert "| minus sequential | sequential | 2 | +7.50 ± 2.50 |" in comparison.markdown([point])
     comparison.draw([point, *controls.values()], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert metrics.average_accuracy(point.runs[0].matrices()["sequential"]) == pytest.approx(0.75)

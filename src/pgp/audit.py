@@ -56,7 +56,7 @@ def audited(run: Run, progress: Progress, sizes: Sequence[int] = BATCHES) -> lis
     Args:
         run: a run with at least one finished task.
         progress: where to draw progress bars.
-        sizes: of test batches that vote for their prompts.
+        sizes: of test batches that vote for their prompts, where a method chooses any.
 
     Raises:
         RunError: if no task is finished, or the data are others.
@@ -64,7 +64,7 @@ def audited(run: Run, progress: Progress, sizes: Sequence[int] = BATCHES) -> lis
     learner, last = _as_it_ended(run, progress)
     tasks = learner.scenario.tasks[:last]
     out = []
-    for size in (None, *sizes):
+    for size in (None, *(sizes if learner.method.asks else ())):  # where nothing is chosen, nothing is voted on
         hits: dict[tuple[str, str], Tensor] = {}
         counts = torch.zeros(last, dtype=torch.float64)  # of images that can be read
         for task, seen, labels in _features(learner, tasks, size):

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,7 @@ usage: python main.py RECIPE [--model NAME] [--output_dir DIR] [--data-path DIR]
 
 The published command line: the flags that its printed commands use, and all of pgp train. python main.py RECIPE --help
 lists them."""
+HELP = {"-h", "--help"}
 PUBLISHED_OUTPUT = Path("output")
 """Where the published command line leaves its run."""
 
@@ -75,7 +77,8 @@ PUBLISHED_OUTPUT = Path("output")
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; ends the process with 0, or with 2 and one line about what was wrong."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
+    bare = words[0] in ("list", "data") and len(words) < 4 if words else True  # without flags of their own
+    if not words or words[0] in HELP or (bare and words[-1] in HELP):
         print(USAGE)
     elif words[0] == "--version":
         print(f"pgp {__version__}")
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def published_main(argv: Sequence[str] | None = None) -> None:
     """`python main.py RECIPE …`: as `main`, with the words, the folder and the file names of the published code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in HELP:
         print(PUBLISHED_USAGE)
     elif any(word.partition("=")[0] == "--resume" for word in words):
         _guarded(lambda: train_command(words))
@@ -98,7 +101,9 @@ def published_main(argv: Sequence[str] | None = None) -> None:
 
 def _guarded(work: Callable[[], None]) -> None:
     try:
-        work()
+        with warnings.catch_warnings():
+            warnings.showwarning = display.warn
+            work()
     except (ValueError, RunError, OSError) as error:
         if os.environ.get("PGP_DEBUG"):
             raise
@@ -110,14 +115,16 @@ def _guarded(work: Callable[[], None]) -> None:
 def train_command(words: list[str]) -> None:
     """`pgp train …`."""
     if any(word == "--resume" or word.startswith("--resume=") for word in words):
-        asked = not {"-h", "--help"}.isdisjoint(words)
-        default = ResumeCommand(Path("RUN"), hardware=Hardware()) if asked else _resumed(words)
-        chosen = tyro.cli(ResumeCommand, args=["--help"] if asked else words, prog="pgp train", default=default)
+        asked = not HELP.isdisjoint(words)
+        default = ResumeCommand(Path("RUN"), hardware=Hardware()) if asked else parsing.resumed(words)
+        chosen = tyro.cli(
+            ResumeCommand, args=["--help"] if asked else words, prog="pgp train --resume", default=default
+        )
         with display.progress() as bars:
             more = own_data(chosen.add) if chosen.add else None
-            run = train.resume(chosen.resume, chosen.hardware, bars, more)
+            run = train.resume(chosen.resume, chosen.hardware, bars, more, chosen.on_bad_image)
         display.show([run])
-    elif words and words[0] in ("-h", "--help"):
+    elif words and words[0] in HELP:
         print(USAGE)
     else:
         command = _train_command(words, "pgp train")
@@ -222,7 +229,8 @@ def predict_command(words: list[str]) -> None:
             else:
                 print(path, *(f"{name} {100 * score:.1f} %" for name, score in scores.items()), sep="\t")
     if bad == len(paths):
-        raise ValueError(f"expected at least one readable image, got none among {len(paths)}")
+        why = f"none of {len(paths)} can be read" if paths else "there is none"
+        raise ValueError(f"expected images in {', '.join(map(str, command.images))}, but {why}")
 
 
 def report_command(words: list[str]) -> None:
@@ -306,15 +314,11 @@ def _check(config: Config) -> None:
     data = config.dataset.read()
     with display.progress() as bars:
         census = checked(config.dataset, bars, data)
-    for line in census.lines():
-        print(line)
-    scenario = scenario_of(config, data)
-    for task in scenario.tasks:
-        print(f"{scenario.title(task)}: {len(task.classes)} classes, {len(task.train):,} training and"
-              f" {len(task.test):,} test images")  # fmt: skip
+    print("\n".join(census.lines()))
+    display.show_tasks(scenario_of(config, data))
     if not census.whole:
         raise ValueError("the data are not whole; see above")
-    print("whole")
+    print("whole: every image can be read")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -327,11 +331,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "list": list_command,
     "data": data_command,
 }
-
-
-def _resumed(words: list[str]) -> ResumeCommand:
-    folder = Path((parsing.values(words, "--resume") or [""])[0])
-    return ResumeCommand(folder, hardware=Run.open(folder).config.hardware)
 
 
 def _stop(message: str, code: int = 2) -> None:

@@ -52,13 +52,15 @@ class TrainCommand:
 
 @dataclass(frozen=True)
 class ResumeCommand:
-    """Go on with a run from its latest checkpoint. Only where it computes can change."""
+    """Go on with a run from its latest checkpoint. Only where it computes can change, and what a bad image means."""
 
     resume: Path
     """Run folder."""
     hardware: Annotated[Hardware, Choice(name="")]
     add: str | None = None
     """Data to learn as one more task of a finished run: a folder, a table or hf:NAME, as for --data."""
+    on_bad_image: Literal["error", "skip"] | None = None
+    """Stop at an image that cannot be read, or go on without it; as the run began, where not given."""
 
 
 @dataclass(frozen=True)

@@ -98,11 +98,11 @@ def _rows(member: Member, column: str) -> Iterator[tuple[str, ...]]:
             seeds = max(seeds, difference.seeds if difference else 0)
             cells.append(_signed(difference) if difference else "")
         if seeds:
-            yield f"less {name}", column if other == column else f"{column}, {other}", str(seeds), *cells
+            yield f"minus {name}", column if other == column else f"{column}, {other}", str(seeds), *cells
 
 
 def _fitting(control: Member, column: str) -> str | None:
-    """The readout of a control that stands beside `column`; where it has no such readout, the one that reads it best."""
+    """The readout of a control that stands beside `column`; where it has none of the name, the best it has."""
     known = columns(control)
     best = max(known, key=lambda name: _line(control, name).spread("average_accuracy")[0], default=None)
     return column if column in known else best

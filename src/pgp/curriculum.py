@@ -21,7 +21,7 @@ ORDER, TASKS = "class_order.txt", "tasks.json"
 """Files that are heeded where they lie beside the data: class names in the order of learning, one a line; and an object
 of task names, in the order of learning, each with a list of its class names (under dil, of its domains)."""
 USUAL = 5
-"""Tasks, where neither the settings nor the data say how many."""
+"""Tasks at most, where neither the settings nor the data say how many; each has two classes at least."""
 
 
 def located(config: Config) -> Config:
@@ -85,6 +85,20 @@ def scenario_of(config: Config, data: Dataset) -> Scenario:
                              f" {len(task.test)} in {scenario.title(task)} with classes {task.classes}")  # fmt: skip
     _check_classes(data)
     return scenario
+
+
+def idle(scenario: Scenario) -> str | None:
+    """In words, which tasks have a single class, so that their loss, which compares classes of one task, is 0; None if
+    there are none.
+    """
+    alone = [scenario.title(task) for task in scenario.tasks if len(task.classes) == 1]
+    if not alone:
+        return None
+    more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+    return (
+        f"a single class in {', '.join(alone[:3])}{more}: prompts and head learn nothing there, only readouts from"
+        " statistics (lda, logistic, ncm) do; give each task two classes at least"
+    )
 
 
 def _check_classes(data: Dataset) -> None:
@@ -153,7 +167,7 @@ def _by_class(config: Config, data: Dataset) -> Scenario:
         _check_count(config, len(groups), source)
         return split_by_name(*labels, groups)
     wanted = _read_order(order, names) if order else class_order(len(names), config.seed if config.shuffle else None)
-    return split_by_class(*labels, config.tasks or min(USUAL, len(names)), wanted)
+    return split_by_class(*labels, config.tasks or max(1, min(USUAL, len(names) // 2)), wanted)
 
 
 def _by_domain(config: Config, data: Dataset) -> Scenario:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -13,10 +16,12 @@ from rich.table import Table
 from torch import Tensor
 
 from pgp import audit, comparison, drift_report, metrics, report, sweep
+from pgp.curriculum import idle
 from pgp.processes import rank
 from pgp.run import Run, free_folder
+from pgp.scenario import Scenario
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120)  # a file has no width
 progress_console = Console(stderr=True)
 
 
@@ -31,6 +36,12 @@ def progress(memory: float = 30) -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*columns, console=progress_console, transient=True, speed_estimate_period=memory)
+
+
+def warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object) -> None:
+    """Show a warning of ours in a line, one of a library as Python does; see `warnings.showwarning`."""
+    text = warnings.formatwarning(message, category, filename, lineno)
+    print(f"pgp: {message}\n" if category is UserWarning else text, file=sys.stderr, end="")
 
 
 def draw(runs: list[Run], folder: Path) -> list[Path]:
@@ -56,7 +67,9 @@ def show(runs: list[Run], folder: Path | None = None) -> None:
     for path in draw(runs, folder):
         print(f"figure: {path}")
     for run in runs:
-        print(f"run:    {run.folder}")
+        done, tasks = run.progress()
+        left = "" if done == tasks else f"  (unfinished: {done} of {tasks} tasks; pgp train --resume goes on)"
+        print(f"run:    {run.folder}{left}")
 
 
 def follow(outcomes: sweep.Outcomes, total: int) -> list[str]:
@@ -99,6 +112,15 @@ def show_evaluation(run: Run, matrices: Mapping[str, Tensor]) -> None:
     console.print(_table(f"{run.folder}: accuracy, %", ("readout", "after"), headings, rows))
 
 
+def show_tasks(scenario: Scenario) -> None:
+    """Print how large each task is, and what a user should know of them."""
+    for task in scenario.tasks:
+        print(f"{scenario.title(task)}: {len(task.classes)} classes, {len(task.train):,} training and"
+              f" {len(task.test):,} test images")  # fmt: skip
+    if concern := idle(scenario):
+        print(f"warning: {concern}")
+
+
 def show_audit(run: Run, findings: Sequence[audit.Finding]) -> None:
     """Print what each protocol says of `run`, and how much of the highest figure is real."""
     columns = list(dict.fromkeys(finding.column for finding in findings))
@@ -130,12 +152,16 @@ def show_oracle(run: Run, bounds: Mapping[str, tuple[float, float]]) -> None:
 def _table(title: str, names: Sequence[str], figures: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
     """Rows of names and then figures; figures are never broken over two lines, and words only if they are long."""
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    for place, heading in enumerate(names):
-        longest = max((len(word) for row in rows for word in row[place].split()), default=0)
-        table.add_column(heading, overflow="fold", min_width=min(longest, 24))
-    for place, heading in enumerate(figures, len(names)):
-        longest = max(len(text) for text in (*heading.split(), *(row[place] for row in rows)))
-        table.add_column(heading, justify="right", width=longest)
+    widths = [
+        max(len(text) for text in (*heading.split(), *(row[place] for row in rows)))
+        for place, heading in enumerate(figures, len(names))
+    ]
+    words = [max((len(word) for row in rows for word in row[place].split()), default=0) for place in range(len(names))]
+    fits = sum(words) + sum(widths) + 2 * (len(words) + len(widths)) <= console.width
+    for heading, longest in zip(names, words, strict=True):
+        table.add_column(heading, overflow="fold", min_width=longest if fits else None)
+    for heading, width in zip(figures, widths, strict=True):
+        table.add_column(heading, justify="right", width=width)
     for row in rows:
         table.add_row(*row)
     return table

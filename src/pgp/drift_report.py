@@ -91,11 +91,11 @@ FIGURES: dict[str, Callable[[Event], float | None]] = {
 over spaces); then what the projection did, as a mean over spaces; then accuracy by the first readout."""
 
 SPACES = {
-    "rank": "rank",
-    "held": "energy held, %",
-    "gradients": "gradients in protected space, %",
-    "updates": "updates in protected space, %",
-    "leak": "way that leaked, %",
+    "rank": "rank of each protected space",
+    "held": "energy of old inputs that it holds, %",
+    "gradients": "gradients that lie in it, %",
+    "updates": "updates that lie in it, before projection, %",
+    "leak": "leak: a task's whole way that lies in it, %",
 }
 """What is told of each protected space, see `pgp.drift`."""
 
@@ -115,10 +115,16 @@ def draw(table: Sequence[Course], path: Path) -> None:
     """
     panels: list[Callable[[Any], None]] = []
     for heading in ("features", "logits", "protected responses", "other prompts"):
-        what = f"{heading}, %" if heading == "other prompts" else f"change of {heading}, %"
+        what = (
+            "old images that choose other prompts, %" if heading == "other prompts" else f"change of old {heading}, %"
+        )
         if any(len(course.curve(FIGURES[heading])) for course in table):
             panels.append(_curves(table, {heading: "-"}, what))
-    panels.append(_curves(table, {"forgetting": "-", "forgetting, task known": "--"}, "forgetting (-- task known), %"))
+    panels.append(
+        _curves(
+            table, {"forgetting": "-", "forgetting, task known": "--"}, "forgetting, %; dashed: once the task is known"
+        )
+    )
     panels.append(_curves(table, {"task identified": "-"}, "images whose task is identified, %"))
     for key, what in SPACES.items():
         if any(_by_space(course, key) for course in table):
@@ -136,7 +142,8 @@ def draw(table: Sequence[Course], path: Path) -> None:
             axis.grid(alpha=0.3)
             axis.set_ylim(bottom=0)
     if len(table) > 1:
-        axes[0, 0].legend(fontsize=7)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=2)
     save(figure, path)
 
 
@@ -148,7 +155,8 @@ def _curves(table: Sequence[Course], styles: Mapping[str, str], what: str) -> Ca
                 label = course.label if place == 0 else None
                 heights = [100 * value for value in curve.values()]
                 axes.plot(list(curve), heights, style, marker="o", markersize=3, color=f"C{number}", label=label)
-        axes.set(xlabel="tasks learned", ylabel=what)
+        axes.set(xlabel="tasks learned")
+        axes.set_title(what, fontsize=9)
         axes.xaxis.get_major_locator().set_params(integer=True)
 
     return onto
@@ -163,7 +171,8 @@ def _spaces(table: Sequence[Course], key: str, what: str) -> Callable[[Any], Non
             heights = [shares.get(space, float("nan")) for space in names]
             axes.plot(range(len(names)), heights, ".", color=f"C{number}", label=course.label)
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= 12 else 5)
-        axes.set(ylabel=what, xlim=(-0.5, len(names) - 0.5), ylim=(0, None if key == "rank" else 103))
+        axes.set_title(what, fontsize=9)
+        axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(0, None if key == "rank" else 103))
 
     return onto
 
@@ -173,7 +182,8 @@ def _prompts(table: Sequence[Course]) -> Callable[[Any], None]:
         for number, course in enumerate(table):
             usage = _usage(course)
             axes.plot(range(1, len(usage) + 1), [100 * share for share in usage], ".", color=f"C{number}")
-        axes.set(xlabel="prompt", ylabel="images that choose it, %", ylim=(0, 103))
+        axes.set_title("images that choose a prompt, %", fontsize=9)
+        axes.set(xlabel="prompt", ylim=(0, 103))
         axes.xaxis.get_major_locator().set_params(integer=True)
 
     return onto

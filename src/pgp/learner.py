@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pgp import metrics
 from pgp.config import Config, Hardware
-from pgp.curriculum import assembled, described, located
+from pgp.curriculum import assembled, described, idle, located
 from pgp.datasets import Counts, Viewed
 from pgp.evaluate import Evaluation
 from pgp.run import Run, RunError
@@ -128,7 +128,12 @@ class Learner:
         return Viewed(self.data.train, chosen, self.config.seed, (purpose, task.index), skip)
 
     @property
-    def shortfall(self) -> str | None:
+    def concerns(self) -> list[str]:
+        """In words, what of the data a user should know before an hour is spent on them."""
+        return [concern for concern in (self._shortfall, idle(self.scenario)) if concern]
+
+    @property
+    def _shortfall(self) -> str | None:
         """In words, how the data differ in size from what was published; None if they do not."""
         found = Counts(len(self.data.train), len(self.data.test), self.data.classes)
         expected = self.config.dataset.expected

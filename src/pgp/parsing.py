@@ -7,17 +7,19 @@ import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import tyro
 
 from pgp import published, recipes
 from pgp.baselines import BASELINES, sequential
-from pgp.commands import TrainCommand
+from pgp.commands import ResumeCommand, TrainCommand
 from pgp.config import Config
 from pgp.datasets.own import own_data
 from pgp.projections.none import NoProjection
 from pgp.projections.released import Released
+from pgp.run import Run
 
 
 def train_command(words: list[str], program: str) -> TrainCommand:
@@ -25,6 +27,11 @@ def train_command(words: list[str], program: str) -> TrainCommand:
     if not words or words[0].startswith("-"):
         raise ValueError(f"expected a recipe, one of {', '.join(recipes.RECIPES)}; or --resume RUN")
     recipe = named(recipes.RECIPES, words[0], "recipe", "pgp list")
+    if len(words) > 1 and not words[1].startswith("-"):
+        raise ValueError(f"expected flags behind {words[0]}, got {words[1]}: images are named by --data {words[1]}")
+    if values(words, "--add"):
+        raise ValueError(f"expected --add beside --resume: it teaches a run that is there one more task. Images for a"
+                         f" new run are named by --data {values(words, '--add')[0]}")  # fmt: skip
     config = _shelved(recipe(), words[1:])
     command = tyro.cli(
         TrainCommand,
@@ -38,6 +45,15 @@ def train_command(words: list[str], program: str) -> TrainCommand:
     if command.twin and (not command.pgp or isinstance(command.config.projection, NoProjection.Config)):
         raise ValueError("expected a projection beside --twin: a run without one has no other twin than itself")
     return command
+
+
+def resumed(words: list[str]) -> ResumeCommand:
+    """The run that `--resume` names, with its own settings."""
+    folders = values(words, "--resume")
+    if not folders:
+        raise ValueError("expected a run folder behind --resume, such as runs/own-seed42")
+    folder = Path(folders[0])
+    return ResumeCommand(folder, hardware=Run.open(folder).config.hardware)
 
 
 def named(table: dict[str, Callable[..., Any]], name: str, what: str, where: str) -> Callable[..., Any]:

@@ -226,6 +226,11 @@ class Run:
             name = f"task-{number:02d}" if number else None
         return name
 
+    def progress(self) -> tuple[int, int]:
+        """How many tasks are finished, and how many there are."""
+        name = self.latest_task_name()
+        return int(name.rpartition("-")[2]) if name else 0, len(self.classes()[1])
+
     def load(self, name: str | None = None) -> dict[str, Any]:
         """The state of checkpoint `name`, the latest where None."""
         name = name or self.latest_name()

@@ -8,10 +8,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor
 
@@ -51,14 +52,16 @@ def resume(
     hardware: Hardware | None = None,
     progress: Progress | None = None,
     add: DatasetConfig | None = None,
+    on_bad_image: Literal["error", "skip"] | None = None,
 ) -> Run:
     """Go on with the run in `folder` from its latest checkpoint; on the same CPU the result is bitwise the same.
 
     Args:
         folder: run folder.
-        hardware: replaces what the run was started with; nothing else of it can change.
+        hardware: replaces what the run was started with.
         progress: where to draw progress bars; nowhere, where None.
         add: data to learn as one more task, once all tasks so far are closed.
+        on_bad_image: replaces what the run was started with; nothing else of it can change.
 
     Raises:
         ValueError: if `add` does not fit.
@@ -66,6 +69,7 @@ def resume(
     """
     run = Run.open(folder)
     config = replace(run.config, hardware=hardware) if hardware else run.config
+    config = replace(config, on_bad_image=on_bad_image) if on_bad_image else config
     if add is None:
         return _learn(config, folder, run.load(), progress)
     finished, tasks, add = run.latest_name(), len(run.classes()[1]), add.located()
@@ -149,9 +153,9 @@ def _new_run(learner: Learner, output: Path | None) -> Run:
         output = output or free_folder(Path("runs"), f"{config.name}-seed{config.seed}")
         run = Run.create(output, config)
         run.write_classes(learner.description)
-        if learner.shortfall:
-            run.log("data", warning=learner.shortfall)
-            learner.progress.console.print(f"[bold]warning:[/bold] {learner.shortfall}")
+        for concern in learner.concerns:
+            run.log("data", warning=concern)
+            learner.progress.console.print("[bold]warning:[/bold]", escape(concern), highlight=False)
     return Run(Path(learner.fabric.broadcast(str(output))))
 
 

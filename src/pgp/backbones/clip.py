@@ -234,8 +234,8 @@ def _create(config: CLIP.Config, size: int) -> Any:
         except (OSError, RuntimeError) as error:
             if tag is None:
                 raise
-            raise ValueError(f"no weights {tag} for {config.model}: {error}. Offline, download the checkpoint elsewhere"
-                             " and name the file: --backbone.weights PATH") from error  # fmt: skip
+            raise ValueError(f"no weights {tag} for {config.model}: {str(error).rstrip('. ')}. Offline, download the"
+                             " checkpoint elsewhere and name the file: --backbone.weights PATH") from error  # fmt: skip
     if _is_file(config.weights):
         _load(_plain(model), checkpoints.packaged(config.weights))
     return model

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -213,20 +215,36 @@ def _create(config: ViT.Config, size: int) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # `random` weights are the same every time
-            model = timm.create_model(config.model, pretrained=hub, num_classes=0, img_size=size, **config.arguments)
+            with _hub_quiet():
+                model = timm.create_model(
+                    config.model, pretrained=hub, num_classes=0, img_size=size, **config.arguments
+                )
     except (TypeError, AssertionError) as error:
         raise ValueError(f"timm cannot make {config.model} at {size} px with {config.arguments}: {error}") from error
     except (OSError, RuntimeError) as error:
         if not hub:
             raise
-        raise ValueError(f"no weights for {config.model}: {error}. Offline, download the checkpoint elsewhere and name"
-                         " the file: --backbone.weights PATH.safetensors") from error  # fmt: skip
+        raise ValueError(f"no weights for {config.model}: {str(error).rstrip('. ')}. Offline, download the checkpoint"
+                         " elsewhere and name the file: --backbone.weights PATH.safetensors; or try things out on the"
+                         " small encoder that pgp ships: --backbone demo-vit --views.size 32") from error  # fmt: skip
     side = getattr(_plain(model).patch_embed, "patch_size", (1, 1))[0]
     if size % side:
         raise ValueError(f"expected an image size that is a multiple of the patch size {side}, got {size}")
     if not hub and config.weights != "random":
         _load(model, checkpoints.packaged(config.weights))
     return model
+
+
+@contextmanager
+def _hub_quiet() -> Iterator[None]:
+    """Keep the hub's notes on every retry to itself: what fails in the end says why."""
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _load(model: Any, path: Path) -> None:

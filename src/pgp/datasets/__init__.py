@@ -237,7 +237,8 @@ class Viewed(torch.utils.data.Dataset[tuple[Tensor, int, int] | None]):
             image = self.split.image(address.image)
         except BadImageError as error:
             if not self.skip_bad:
-                raise
+                raise BadImageError(f"{error}. --on-bad-image skip goes on without such images (beside --resume, too);"
+                                    " pgp data check lists them all") from error  # fmt: skip
             warnings.warn(f"skipped: {error}", stacklevel=2)
             return None
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
@@ -297,5 +298,5 @@ def existing(folder: Path) -> Path:
     """`folder`, made absolute; a clear error if it is not there."""
     folder = folder.expanduser()
     if not folder.is_dir():
-        raise ValueError(f"no data folder at {folder.absolute()}: name another, by --data or --dataset.root")
+        raise ValueError(f"no data folder at {folder.absolute()}: name another, by --data, --dataset.root or --add")
     return folder.absolute()
