@@ -112,8 +112,7 @@ def rows() -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {
         "head only": {"method": HeadOnly.Config(), "projection": NoProjection.Config()},
         "unprojected": {"projection": NoProjection.Config()},
-        "slower": {"projection": Slowed.Config()},
-        "slower .3": {"projection": Slowed.Config(0.3)},
+        **{f"slower {factor}": {"projection": Slowed.Config(float(factor))} for factor in (".01", ".09", ".3")},
         "frozen": {"projection": Slowed.Config(factor=0.0)},
     }
     for name, protect, settings in (
@@ -220,7 +219,7 @@ def accuracies(lines: Lines) -> str:
 
 def own_heads(lines: Lines) -> str:
     """What the first target asks: forgetting and accuracy of the own head, less those of other rows."""
-    others = ("unprojected", "slower .3", "frozen", "random, ranks of input .99")
+    others = ("unprojected", "slower .3", "slower .09", "frozen", "random, ranks of input .99")
     head = ["row", *(f"to {other}: {what}" for other in others for what in ("accuracy", "forgetting"))]
     cells = [
         [
@@ -241,7 +240,7 @@ def compensated(lines: Lines) -> str:
     that goes from the better of those toward the same row's oracle.
     """
     still = [(row, plain) for plain in ("lda", "lda+query") for row in STILL]
-    moving = ("unprojected", "slower .3", "random, ranks of input .99")
+    moving = ("unprojected", "slower .3", "slower .09", "random, ranks of input .99")
     head = ["row", "read by", "seeds", *(f"to {row}, {plain}" for row, plain in still)]
     head += [*(f"to {row}, same" for row in moving), "left to the oracle", "of the way, %: from lda", "from lda+query"]
     cells = []
