@@ -131,6 +131,10 @@ def rows() -> dict[str, dict[str, Any]]:
         }
     tokens = VPT.Config(length=8, protect="tokens")
     table["random, ranks of input .99"] = {"method": tokens, "projection": Random.Config("input", 0.99, on="update")}
+    table["random, ranks of affinity .99"] = {
+        "method": VPT.Config(length=8, protect="affinity"),
+        "projection": Random.Config("input", 0.99, on="update"),
+    }
     table["released"] = {"method": tokens, "projection": Released.Config(components=5, when="after")}
     exact = VPT.Config(length=8, protect="affinity+aggregation", behind_norm=True)
     table["behind the norm, unprojected"] = {"method": exact, "projection": NoProjection.Config()}
