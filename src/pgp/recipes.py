@@ -215,7 +215,7 @@ def cub200_dualprompt_pgp() -> Config:
 
 
 def deep(recipe: Config) -> Config:
-    """`recipe` by what docs/results.md found best: deep prompts, projected, read by statistics that move along."""
+    """`recipe` by what docs/results.md found good: deep prompts, projected, read by statistics that move along."""
     return replace(
         recipe,
         method=VPT.Config(),
