@@ -18,7 +18,7 @@ from pgp.run import Run
 FIGURES = {name: report.FIGURES[name] for name in ("average_accuracy", "forgetting")}
 HEAD = ("run", "readout", "seeds", *FIGURES.values())
 NOTE = (
-    "In percent, mean ± standard deviation over seeds. Rows that begin with `less` are differences of runs with the"
+    "In percent, mean ± standard deviation over seeds. Rows that begin with `minus` are differences of runs with the"
     " same seed, mean ± standard error of that mean.\n"
 )
 MARKS = "sD^vP*Xh"
@@ -144,12 +144,14 @@ def draw(members: Sequence[Member], path: Path) -> None:
     points = [member for member in members if member not in held] or members
     controls = [member for member in members if member not in points]
     shown = list(dict.fromkeys(column for member in points for column in columns(member)))
-    figure = Figure(figsize=(1 + 4.6 * len(shown), 5.2 + 0.1 * len(members)), layout="constrained")
+    wide = 1 + 4.6 * len(shown)
+    abreast = max(1, int(wide / (0.6 + 0.055 * max(len(member.label) for member in members))))  # in the legend
+    figure = Figure(figsize=(wide, 5 + 0.17 * (2 + len(members) // abreast)), layout="constrained")
     panels: Any = figure.subplots(1, len(shown), squeeze=False)
     for axes, column in zip(panels.flat, shown, strict=True):
         _panel(axes, column, points, controls)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", fontsize=7, ncols=max(2, 2 * len(shown)))
+    figure.legend(handles, labels, loc="outside lower center", fontsize=7, ncols=abreast)
     report.save(figure, path)
 
 
