@@ -114,17 +114,12 @@ def draw(table: Sequence[Course], path: Path) -> None:
     out.
     """
     panels: list[Callable[[Any], None]] = []
-    for heading in ("features", "logits", "protected responses", "other prompts"):
-        what = (
-            "old images that choose other prompts, %" if heading == "other prompts" else f"change of old {heading}, %"
-        )
+    changes = {heading: f"change of old {heading}, %" for heading in ("features", "logits", "protected responses")}
+    for heading, what in {**changes, "other prompts": "old images that choose other prompts, %"}.items():
         if any(len(course.curve(FIGURES[heading])) for course in table):
             panels.append(_curves(table, {heading: "-"}, what))
-    panels.append(
-        _curves(
-            table, {"forgetting": "-", "forgetting, task known": "--"}, "forgetting, %; dashed: once the task is known"
-        )
-    )
+    forgetting = {"forgetting": "-", "forgetting, task known": "--"}
+    panels.append(_curves(table, forgetting, "forgetting, %; dashed: once the task is known"))
     panels.append(_curves(table, {"task identified": "-"}, "images whose task is identified, %"))
     for key, what in SPACES.items():
         if any(_by_space(course, key) for course in table):
