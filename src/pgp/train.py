@@ -134,6 +134,7 @@ def _learn(
         fabric.barrier()
         if fabric.is_global_zero and config.added:
             run.add(replace(learner.config, hardware=run.config.hardware), learner.description)
+            _tell_concerns(learner, run)
         learner.load_state_dict(state)
         where = {"hardware": asdict(config.hardware), "environment": environment()}
         learner.log(run, "resumed", task=learner.task, step=learner.step, **where)
@@ -153,10 +154,14 @@ def _new_run(learner: Learner, output: Path | None) -> Run:
         output = output or free_folder(Path("runs"), f"{config.name}-seed{config.seed}")
         run = Run.create(output, config)
         run.write_classes(learner.description)
-        for concern in learner.concerns:
-            run.log("data", warning=concern)
-            learner.progress.console.print("[bold]warning:[/bold]", escape(concern), highlight=False)
+        _tell_concerns(learner, run)
     return Run(Path(learner.fabric.broadcast(str(output))))
+
+
+def _tell_concerns(learner: Learner, run: Run) -> None:
+    for concern in learner.concerns:
+        run.log("data", warning=concern)
+        learner.progress.console.print("[bold]warning:[/bold]", escape(concern), highlight=False)
 
 
 def fit_task(learner: Learner, task: Task, run: Run) -> None:
