@@ -112,7 +112,7 @@ def rows() -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {
         "head only": {"method": HeadOnly.Config(), "projection": NoProjection.Config()},
         "unprojected": {"projection": NoProjection.Config()},
-        **{f"slower {factor}": {"projection": Slowed.Config(float(factor))} for factor in (".01", ".09", ".3")},
+        **{f"slower {factor}": {"projection": Slowed.Config(float(factor))} for factor in (".01", ".09", ".3", ".5")},
         "frozen": {"projection": Slowed.Config(factor=0.0)},
     }
     for name, protect, settings in (
@@ -130,11 +130,10 @@ def rows() -> dict[str, dict[str, Any]]:
             "projection": Orthogonal.Config(**{"space": "input", "on": "update", **settings}),
         }
     tokens = VPT.Config(length=8, protect="tokens")
-    table["random, ranks of input .99"] = {"method": tokens, "projection": Random.Config("input", 0.99, on="update")}
-    table["random, ranks of affinity .99"] = {
-        "method": VPT.Config(length=8, protect="affinity"),
-        "projection": Random.Config("input", 0.99, on="update"),
-    }
+    for name in ("input .99", "sum .9", "affinity .99"):
+        twin = table[name]
+        space, energy = twin["projection"].space, twin["projection"].energy
+        table[random_of(name)] = {**twin, "projection": Random.Config(space, energy, on="update")}
     table["released"] = {"method": tokens, "projection": Released.Config(components=5, when="after")}
     exact = VPT.Config(length=8, protect="affinity+aggregation", behind_norm=True)
     table["behind the norm, unprojected"] = {"method": exact, "projection": NoProjection.Config()}
@@ -154,6 +153,11 @@ def rows() -> dict[str, dict[str, Any]]:
             "projection": Orthogonal.Config("input", 0.99, 0.99, "update"),
         }
     return table
+
+
+def random_of(row: str) -> str:
+    """The row of random directions, as many as the projection of this row protects."""
+    return f"random, ranks of {row}"
 
 
 READOUTS: tuple[Readout.Config, ...] = (
@@ -223,14 +227,14 @@ def accuracies(lines: Lines) -> str:
 
 def own_heads(lines: Lines) -> str:
     """What the first target asks: forgetting and accuracy of the own head, less those of other rows."""
-    others = ("unprojected", "slower .3", "slower .09", "frozen", "random, ranks of input .99")
-    head = ["row", *(f"to {other}: {what}" for other in others for what in ("accuracy", "forgetting"))]
+    others = ("unprojected", "slower .5", "slower .3", "slower .09", "frozen")
+    head = ["row", *(f"to {other}: {what}" for other in (*others, RANDOM) for what in ("accuracy", "forgetting"))]
     cells = [
         [
             name,
             *(
                 less(own, lines.get(other, {}), "sequential", "sequential", figure)
-                for other in others
+                for other in (*others, random_of(name))
                 for figure in ("average_accuracy", "forgetting")
             ),
         ]
@@ -244,9 +248,14 @@ def compensated(lines: Lines) -> str:
     that goes from the better of those toward the same row's oracle.
     """
     still = [(row, plain) for plain in ("lda", "lda+query") for row in STILL]
-    moving = ("unprojected", "slower .3", "slower .09", "random, ranks of input .99")
+    moving = ("unprojected", "slower .3", "slower .09")
     head = ["row", "read by", "seeds", *(f"to {row}, {plain}" for row, plain in still)]
-    head += [*(f"to {row}, same" for row in moving), "left to the oracle", "of the way, %: from lda", "from lda+query"]
+    head += [
+        *(f"to {row}, same" for row in (*moving, RANDOM)),
+        "left to the oracle",
+        "of the way, %: from lda",
+        "from lda+query",
+    ]
     cells = []
     for name, own in lines.items():
         for plain in ("lda", "lda+query"):
@@ -257,7 +266,9 @@ def compensated(lines: Lines) -> str:
             bound = {seed: 100 * own[seed]["oracle"][plain][0] for seed in found}
             row = [name, column, str(len(found))]
             row += [less(own, lines.get(one, {}), column, other, "average_accuracy") for one, other in still]
-            row += [less(own, lines.get(one, {}), column, column, "average_accuracy") for one in moving]
+            row += [
+                less(own, lines.get(one, {}), column, column, "average_accuracy") for one in (*moving, random_of(name))
+            ]
             row.append(emoji.spread([bound[seed] - value for seed, value in found.items()]))
             for start in ("lda", "lda+query"):
                 row.append(way(found, bound, [by_seed(lines.get(one, {}), start, "average_accuracy") for one in STILL]))
@@ -265,6 +276,7 @@ def compensated(lines: Lines) -> str:
     return grid(head, cells)
 
 
+RANDOM = "random directions of its ranks"
 STILL = ("frozen", "head only")
 """Rows whose features do not move after the first task."""
 
