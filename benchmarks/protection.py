@@ -101,7 +101,7 @@ def measure(config: Config) -> dict[str, Any]:
     finally:
         shutil.rmtree(scratch)
     about = environment()
-    kept = {key: about[key] for key in ("commit", "processor", "threads")}
+    kept = {key: about[key] for key in ("commit", "processor", "vectors", "threads")}
     kept |= {"ranks": {space: round(rank, 1) for space, rank in last["ranks"].items()}, "readouts": last["readouts"]}
     kept |= {"forgetting_within": last["forgetting_within"], "identified": last["identified"], "drift": last["drift"]}
     return {"seconds": round(time.perf_counter() - started, 1), "figures": figures, "oracle": bound, **kept}

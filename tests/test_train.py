@@ -53,7 +53,9 @@ def test_leaves_a_whole_run_folder(whole):
     assert names == {"config.json", "classes.json", "environment.json", "metrics.jsonl", "accuracy.csv", "checkpoints"}
     assert whole.latest_name() == "task-03"
     assert whole.config == tiny.config()
-    assert json.loads((whole.folder / "environment.json").read_text())["versions"]["torch"]
+    environment = json.loads((whole.folder / "environment.json").read_text())
+    assert environment["versions"]["torch"]
+    assert environment["vectors"].split()[0] == torch.backends.cpu.get_cpu_capability()
     for matrix in whole.matrices().values():
         assert matrix.isfinite().tolist() == [[True, False, False], [True, True, False], [True, True, True]]
     assert [event["task"] for event in whole.events("task")] == [0, 1, 2]

@@ -24,7 +24,7 @@ def environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        **_processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpus": devices,
@@ -33,12 +33,23 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+"""Names, by the kernel, of instructions for products in bfloat16: with others, a seed gives other figures."""
+
+
+def _processor() -> dict[str, Any]:
+    """Its name, and what of it decides how products are rounded; clouds sell several processors under one name."""
+    told: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+            key, _, value = line.partition(":")
+            told.setdefault(key.strip(), value.strip())
+    flags = {*told.get("flags", "").split(), *told.get("Features", "").split()}
+    return {
+        "processor": told.get("model name") or platform.processor(),
+        "processor_model": " ".join(told[key] for key in ("cpu family", "model", "stepping") if key in told),
+        "vectors": " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in BF16 if name in flags)]),
+    }
 
 
 def _commit() -> str | None:
