@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import tiny
-from pgp import cli, recipes, train
+from pgp import cli, recipes, report, train
 from pgp.datasets import BadImageError
 from pgp.datasets.folder import Folder
 from pgp.methods.clip_prompt import CLIPPrompt
@@ -26,6 +26,7 @@ COLOURS = {
     "cat": (30, 30, 200),
     "dog": (200, 200, 30),
     "eel": (30, 200, 200),
+    "dim": (60, 60, 60),
 }
 
 
@@ -70,6 +71,25 @@ def test_a_finished_run_learns_a_folder(run, tmp_path):
         "ant",
         "cat",
     ]
+
+
+def test_a_task_of_one_class_is_told(run, tmp_path):
+    def told(of):
+        return [event["warning"] for event in of.events("data") if "warning" in event]
+
+    before = told(run)
+    again = train.resume(run.folder, add=Folder(photos(tmp_path / "eels", "eel")))
+    assert len(told(again)) == len(before) + 1
+    assert "single class in" in told(again)[-1]
+    assert "eels" in told(again)[-1]
+
+
+def test_a_report_names_what_was_added_briefly(run, tmp_path):
+    both = [shutil.copytree(run.folder, tmp_path / name) for name in ("one", "two")]
+    for folder, names in zip(both, (("ant", "eel"), ("dim", "eel")), strict=True):
+        train.resume(folder, add=Folder(photos(tmp_path / "more" / names[0], *names)))
+    labels = [label for label, _ in report.groups([Run.open(folder) for folder in both])]
+    assert labels == ["root ant", "root dim"]
 
 
 def test_more_than_once_and_over_a_crash_bitwise(run, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import statistics
@@ -63,7 +64,7 @@ def groups(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
         key = repr(_anywhere(tree, run))
         members.setdefault(key, []).append(run)
         trees.setdefault(key, tree)
-    labels = _labels(list(trees.values()))
+    labels = _labels(_briefly(list(trees.values())))
     return [(label or own[0].config.name, own) for label, own in zip(labels, members.values(), strict=True)]
 
 
@@ -210,8 +211,24 @@ def _anywhere(tree: dict[str, Any], run: Run) -> dict[str, Any]:
     if run.data_fingerprint is None:
         return tree
     known = {"data": run.data_fingerprint, "tasks of": None if tree["shuffle"] else run.classes()[1]}
-    places = {key for key in tree if re.fullmatch(r"(dataset|added\.\d+)\.(root|file)", key)}
-    return {key: value for key, value in tree.items() if key not in places} | known
+    return {key: value for key, value in tree.items() if not PLACE.fullmatch(key)} | known
+
+
+PLACE = re.compile(r"(dataset|added\.\d+)\.(root|file)")
+"""Settings that say where data lie."""
+
+
+def _briefly(trees: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same settings, with places that differ named from the folder on that holds them all."""
+    out = [dict(tree) for tree in trees]
+    for key in filter(PLACE.fullmatch, dict.fromkeys(key for tree in trees for key in tree)):
+        placed = [tree for tree in out if tree.get(key)]
+        if len({tree[key] for tree in placed}) > 1:
+            with contextlib.suppress(ValueError):  # two drives share nothing
+                shared = os.path.commonpath([Path(tree[key]).parent for tree in placed])
+                for tree in placed:
+                    tree[key] = str(Path(tree[key]).relative_to(shared))
+    return out
 
 
 def flat(tree: Any, path: str = "") -> dict[str, Any]:
