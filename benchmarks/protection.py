@@ -18,7 +18,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +131,7 @@ def rows() -> dict[str, dict[str, Any]]:
         }
     tokens = VPT.Config(length=8, protect="tokens")
     for name in ("input .99", "sum .9", "affinity .99"):
-        twin = table[name]
-        space, energy = twin["projection"].space, twin["projection"].energy
-        table[random_of(name)] = {**twin, "projection": Random.Config(space, energy, on="update")}
+        table[random_of(name)] = {**table[name], "projection": Random.Config(**asdict(table[name]["projection"]))}
     table["released"] = {"method": tokens, "projection": Released.Config(components=5, when="after")}
     exact = VPT.Config(length=8, protect="affinity+aggregation", behind_norm=True)
     table["behind the norm, unprojected"] = {"method": exact, "projection": NoProjection.Config()}
@@ -277,6 +275,7 @@ def compensated(lines: Lines) -> str:
 
 
 RANDOM = "random directions of its ranks"
+"""The heading of what a row is to its `random_of`."""
 STILL = ("frozen", "head only")
 """Rows whose features do not move after the first task."""
 
