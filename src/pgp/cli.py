@@ -44,6 +44,7 @@ from pgp.datasets import BadImageError
 from pgp.datasets.check import checked
 from pgp.datasets.own import own_data
 from pgp.evaluate import tracked
+from pgp.outputs import is_empty, make_output
 from pgp.predict import Predictor, images_in
 from pgp.processes import rank
 from pgp.run import Run, RunError, free_folder
@@ -148,6 +149,8 @@ def _trained(command: TrainCommand) -> list[Run]:
     if command.baselines:
         configs |= compared(own)
     own.dataset.fetch()  # with bars of its own
+    if command.output and len(configs) > 1:
+        make_output(command.output)
     runs = []
     with display.progress() as bars:
         for name, config in configs.items():
@@ -162,7 +165,7 @@ def _published_train(words: list[str]) -> None:
     """`python main.py RECIPE …`: trains into `--output_dir`, or into the next free folder beside it."""
     command = _train_command(words, "python main.py")
     folder = (command.output or PUBLISHED_OUTPUT).absolute()
-    if folder.is_dir() and any(folder.iterdir()) and not processes.started():
+    if folder.is_dir() and not is_empty(folder) and not processes.started():
         folder = free_folder(folder.parent, folder.name)
         print(f"pgp: the output folder is not empty: this run goes to {folder.name}", file=sys.stderr)
     command = replace(command, output=folder)
@@ -240,7 +243,7 @@ def report_command(words: list[str]) -> None:
         raise ValueError("expected run folders, got none: pgp report RUN …")
     runs = [Run.open(folder) for folder in command.runs]
     output = command.output or (runs[0].folder if len(runs) == 1 else Path())
-    output.mkdir(parents=True, exist_ok=True)
+    make_output(output)
     courses = drift_report.courses(runs)
     tables = [report.markdown(report.lines(runs)), *([drift_report.markdown(courses)] if courses else [])]
     (output / "report.md").write_text("\n".join(tables))

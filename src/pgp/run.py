@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pgp.config import Config
 from pgp.environment import environment
+from pgp.outputs import is_empty, make_output
 
 FORMAT = 1
 """Version of the checkpoint format."""
@@ -42,7 +43,7 @@ class Run:
     def create(cls, folder: Path, config: Config) -> Run:
         """A new run in `folder`, which must not exist or be empty."""
         cls.check_free(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_output(folder)
         run = cls(folder)
         (folder / "checkpoints").mkdir()
         _write(folder / "environment.json", json.dumps(environment(), indent=2))
@@ -52,7 +53,7 @@ class Run:
     @staticmethod
     def check_free(folder: Path) -> None:
         """Raise unless `folder` is missing or empty: no run is ever overwritten."""
-        if folder.is_dir() and any(folder.iterdir()):
+        if folder.is_dir() and not is_empty(folder):
             raise RunError(f"{folder} is not empty and nothing in it will be overwritten: name another --output, or go"
                            f" on with it by --resume {folder}")  # fmt: skip
 
@@ -255,7 +256,7 @@ def free_folder(parent: Path, stem: str) -> Path:
     Raises:
         OSError: if `parent` cannot be written.
     """
-    parent.mkdir(parents=True, exist_ok=True)
+    make_output(parent)
     number = 1
     while True:
         folder = parent / (stem if number == 1 else f"{stem}-{number}")

@@ -21,6 +21,7 @@ from pgp.baselines import compared
 from pgp.comparison import Member
 from pgp.config import Config
 from pgp.curriculum import located
+from pgp.outputs import make_output
 from pgp.run import Run, RunError, free_folder
 
 FILE, TABLE, FIGURE = "sweep.json", "sweep.md", "sweep.png"
@@ -79,7 +80,7 @@ class Sweep:
         Raises:
             RunError: if the folder holds something else, or runs with other settings under the same names.
         """
-        self.output.mkdir(parents=True, exist_ok=True)
+        make_output(self.output)
         with filelock.FileLock(self.output / ".sweep.lock"):
             self._read()
             asked = [self._entry(label, config) for label, config in choices.items()]
