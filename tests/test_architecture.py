@@ -92,7 +92,7 @@ def test_nothing_prints_but_the_command_line():
 
 def test_files_and_functions_stay_short():
     for path, tree in MODULES.items():
-        assert path.read_text().count("\n") <= 340, path
+        assert path.read_text().count("\n") <= 400, path
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 60, f"{path}:{node.name}"
