@@ -15,7 +15,7 @@ import pgp
 SOURCE = Path(__file__).parent.parent / "src" / "pgp"
 MODULES = {path: ast.parse(path.read_text()) for path in SOURCE.rglob("*.py")}
 LEVELS = [
-    {"processes", "environment", "outputs", "subspace", "prompts", "metrics", "scenario"},
+    {"platforms", "processes", "environment", "outputs", "subspace", "prompts", "metrics", "scenario"},
     {"backbones", "projections", "readouts", "datasets"},
     {"methods"},
     {"config", "recipes", "baselines"},

@@ -21,6 +21,7 @@ from pgp import (
     display,
     drift_report,
     parsing,
+    platforms,
     processes,
     published,
     report,
@@ -246,7 +247,7 @@ def report_command(words: list[str]) -> None:
     make_output(output)
     courses = drift_report.courses(runs)
     tables = [report.markdown(report.lines(runs)), *([drift_report.markdown(courses)] if courses else [])]
-    (output / "report.md").write_text("\n".join(tables))
+    platforms.write_text(output / "report.md", "\n".join(tables))
     display.show(runs, output)
 
 
@@ -283,7 +284,7 @@ def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[s
     if command.ray:
         spread = functools.partial(workers.on_ray, address=command.ray, gpu=base.hardware.accelerator != "cpu")
     else:
-        count = min(command.workers or gpus or workers.cores(), max(1, len(left)))
+        count = min(command.workers or gpus or platforms.cores(), max(1, len(left)))
         spread = functools.partial(workers.at_once, workers=count, gpus=gpus)
     return display.follow(sweep.each(left, spread), len(left))
 

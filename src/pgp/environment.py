@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from pgp import platforms
+
 
 def environment() -> dict[str, Any]:
     """Versions, commit and hardware, for the record."""
@@ -39,11 +41,7 @@ BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 def _processor() -> dict[str, Any]:
     """Its name, and what of it decides how products are rounded; clouds sell several processors under one name."""
-    told: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            told.setdefault(key.strip(), value.strip())
+    told = platforms.cpu_facts()
     flags = {*told.get("flags", "").split(), *told.get("Features", "").split()}
     return {
         "processor": told.get("model name") or platform.processor(),
@@ -56,5 +54,7 @@ def _commit() -> str | None:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         here = Path(__file__).parent
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        return subprocess.run(
+            command, cwd=here, capture_output=True, encoding="utf-8", check=True, timeout=10
+        ).stdout.strip()
     return None

@@ -6,7 +6,6 @@ and `--task_inc False` is false.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from pgp import platforms
 from pgp.backbones.clip import CLIP
 from pgp.backbones.vit import ViT
 from pgp.config import Config
@@ -172,12 +172,8 @@ def leave_checkpoints(run: Run) -> list[Path]:
     for number in range(1, int(last.split("-")[1]) + 1 if last else 1):
         path = run.folder / "checkpoint" / f"task{number}_checkpoint.pth"
         path.parent.mkdir(exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with platforms.whole(path) as partial:
             torch.save({"model": run.load(f"task-{number:02d}")["method"], "task": number}, partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
         left.append(path)
     return left
 

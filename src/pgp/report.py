@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pgp import metrics
+from pgp import metrics, platforms
 from pgp.run import Run, RunError
 
 
@@ -151,9 +151,8 @@ def draw(table: Sequence[Line], path: Path) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG, whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.png")
-    FigureCanvasAgg(figure).print_png(str(partial))
-    partial.replace(path)
+    with platforms.whole(path) as partial:
+        FigureCanvasAgg(figure).print_png(str(partial))
 
 
 def _streams(axes: Any, table: Sequence[Line]) -> None:

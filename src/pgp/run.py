@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pgp import platforms
 from pgp.config import Config
 from pgp.environment import environment
 from pgp.outputs import is_empty, make_output
@@ -46,8 +47,8 @@ class Run:
         make_output(folder)
         run = cls(folder)
         (folder / "checkpoints").mkdir()
-        _write(folder / "environment.json", json.dumps(environment(), indent=2))
-        _write(folder / "config.json", json.dumps(config.to_json(), indent=2))
+        platforms.write_text(folder / "environment.json", json.dumps(environment(), indent=2))
+        platforms.write_text(folder / "config.json", json.dumps(config.to_json(), indent=2))
         return run
 
     @staticmethod
@@ -69,7 +70,7 @@ class Run:
         """The resolved configuration."""
         path = self.folder / "config.json"
         try:
-            return Config.from_json(json.loads(path.read_text()))
+            return Config.from_json(json.loads(path.read_text(encoding="utf-8")))
         except ValueError as error:
             raise RunError(f"{path} does not describe a run: {error}") from error
 
@@ -79,8 +80,9 @@ class Run:
         line = json.dumps({"event": event, **values}) + "\n"
         try:
             with path.open("ab+") as file:
-                if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-                    line = "\n" + line  # a crash cut the last line off
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    line = line if file.read(1) == b"\n" else "\n" + line  # a crash cut the last line off
                 file.write(line.encode())
         except OSError as error:
             raise self._unwritable(path, error) from error
@@ -88,7 +90,7 @@ class Run:
     def events(self, event: str) -> Iterator[dict[str, Any]]:
         """The logged events of one kind, oldest first; a last line that a crash cut off is left out."""
         path = self.folder / "metrics.jsonl"
-        for line in path.read_text().splitlines() if path.is_file() else []:
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
             with contextlib.suppress(json.JSONDecodeError):
                 values = json.loads(line)
                 if values["event"] == event:
@@ -104,7 +106,7 @@ class Run:
                 writer.writerow([column, t, j, repr(float(matrix[t, j]))])
         path = self.folder / "accuracy.csv"
         try:
-            _write(path, text.getvalue())
+            platforms.write_text(path, text.getvalue())
         except OSError as error:
             raise self._unwritable(path, error) from error
 
@@ -118,7 +120,7 @@ class Run:
             raise RunError(f"{self.folder} has no accuracy.csv yet: no task of this run is finished")
         size = len(self.classes()[1])
         matrices: dict[str, Tensor] = {}
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 matrix = matrices.setdefault(row["column"], torch.full((size, size), torch.nan, dtype=torch.float64))
                 matrix[int(row["after_task"]), int(row["task"])] = float(row["accuracy"])
@@ -126,7 +128,7 @@ class Run:
 
     def write_classes(self, description: Mapping[str, Any]) -> None:
         """Write `classes.json`: what the run remembers of its data; see `pgp.curriculum.described`."""
-        _write(self.folder / "classes.json", json.dumps(description))
+        platforms.write_text(self.folder / "classes.json", json.dumps(description))
 
     def classes(self) -> tuple[list[str], list[list[int]]]:
         """Class names by label, and the labels of each task."""
@@ -148,7 +150,7 @@ class Run:
 
     def add(self, config: Config, description: Mapping[str, Any]) -> None:
         """Let the data that `config` added join the run; `description` is of all its data."""
-        _write(self.folder / "config.json", json.dumps(config.to_json(), indent=2))
+        platforms.write_text(self.folder / "config.json", json.dumps(config.to_json(), indent=2))
         self.write_classes(description)
 
     def check_data(self, description: Mapping[str, Any], *, images: bool = True, tasks: int | None = None) -> None:
@@ -173,7 +175,7 @@ class Run:
     def _remembered(self) -> dict[str, Any]:
         path = self.folder / "classes.json"
         try:
-            known: dict[str, Any] = json.loads(path.read_text())
+            known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(
                 f"{path} does not name the classes of this run ({error}): was it made by an older pgp?"
@@ -200,12 +202,15 @@ class Run:
             tensors: dict[str, Tensor] = {}
             tree = _split(state, "", tensors)
             save_file(tensors, partial / "state.safetensors")
-            _sync(partial / "state.safetensors")
-            _write(partial / "state.json", json.dumps({"format": FORMAT, "tensors": len(tensors), "state": tree}))
+            platforms.sync_file(partial / "state.safetensors")
+            platforms.write_text(
+                partial / "state.json", json.dumps({"format": FORMAT, "tensors": len(tensors), "state": tree})
+            )
             if (checkpoints / name).exists():  # the run was rewound: keep what it was
-                (checkpoints / name).replace(free_folder(checkpoints, f"{name}-replaced"))
-            partial.replace(checkpoints / name)
-            _write(checkpoints / "latest", name)
+                platforms.move_folder(checkpoints / name, free_folder(checkpoints, f"{name}-replaced"))
+            platforms.move_folder(partial, checkpoints / name)
+            platforms.sync_folder(checkpoints)  # before `latest` names it
+            platforms.write_text(checkpoints / "latest", name)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             kept = f"the last good state is {checkpoints / last}" if last else "there is no earlier state"
@@ -217,7 +222,7 @@ class Run:
     def latest_name(self) -> str | None:
         """Name of the newest checkpoint, or None."""
         path = self.folder / "checkpoints" / "latest"
-        return path.read_text().strip() if path.is_file() else None
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
     def latest_task_name(self) -> str | None:
         """Name of the newest checkpoint at the end of a task, or None."""
@@ -239,7 +244,7 @@ class Run:
             raise RunError(f"{self.folder} has no checkpoint yet: start it anew in another folder")
         folder = self.folder / "checkpoints" / name
         try:
-            header = json.loads((folder / "state.json").read_text())
+            header = json.loads((folder / "state.json").read_text(encoding="utf-8"))
             tensors = load_file(folder / "state.safetensors")
         except (OSError, ValueError, SafetensorError) as error:
             raise RunError(f"checkpoint {folder} is damaged ({error}): name an earlier one in"
@@ -312,19 +317,3 @@ def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, list):
         return [_join(item, tensors) for item in tree]
     return tree
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a whole text file or none of it."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text)
-        _sync(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

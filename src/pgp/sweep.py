@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
-import os
-import re
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import filelock
 
-from pgp import comparison, metrics, report, train
+from pgp import comparison, metrics, platforms, report, train
 from pgp.baselines import compared
 from pgp.comparison import Member
 from pgp.config import Config
@@ -112,9 +109,7 @@ class Sweep:
         """What was compared; the table and the figure are left in the folder, where any run is finished."""
         members = self.members()
         if members:
-            partial = self.output / f".{TABLE}.{os.getpid()}"
-            partial.write_text(comparison.markdown(members))
-            partial.replace(self.output / TABLE)
+            platforms.write_text(self.output / TABLE, comparison.markdown(members))
             comparison.draw(members, self.output / FIGURE)
         return members
 
@@ -130,9 +125,9 @@ class Sweep:
             if report.flat(entry.config.to_json()) == wanted:
                 entry.config = replace(entry.config, hardware=config.hardware)  # where it goes on may be elsewhere
                 return entry
-        stem, number = _safe(label), 1
-        name = stem
-        while name in self.entries:
+        stem, number = platforms.safe_name(label, LONGEST, otherwise="point"), 1
+        name, taken = stem, {known.lower() for known in self.entries}  # some file systems do not tell case apart
+        while name.lower() in taken:
             name, number = f"{stem}-{number + 1}", number + 1
         self.entries[name] = Entry(name, label, config)
         return self.entries[name]
@@ -152,7 +147,7 @@ class Sweep:
                                f" {', '.join(strange[:3])}: name another --output")  # fmt: skip
             return
         try:
-            tree = json.loads(path.read_text())
+            tree = json.loads(path.read_text(encoding="utf-8"))
             if tree["format"] != FORMAT:
                 raise ValueError(f"format {tree['format']}")
             base = Config.from_json(tree["base"])
@@ -174,9 +169,7 @@ class Sweep:
             for one in self.entries.values()
         }
         tree = {"format": FORMAT, "base": self.base.to_json(), "seeds": self.seeds, "entries": entries}
-        partial = self.output / f".{FILE}.{os.getpid()}"
-        partial.write_text(json.dumps(tree, indent=2))
-        partial.replace(self.output / FILE)
+        platforms.write_text(self.output / FILE, json.dumps(tree, indent=2))
 
 
 def check(job: Job) -> None:
@@ -235,7 +228,7 @@ def _settled(job: Job) -> How:
         train.resume(job.folder, job.config.hardware)
         return "resumed"
     if job.folder.exists() and any(job.folder.iterdir()):  # stopped in its first task: what there is, is kept aside
-        job.folder.replace(free_folder(job.folder.parent, f"{job.folder.name}-abandoned"))
+        platforms.move_folder(job.folder, free_folder(job.folder.parent, f"{job.folder.name}-abandoned"))
     train.train(job.config, job.folder)
     return "trained"
 
@@ -284,11 +277,3 @@ def _difference(one: Config, other: Config) -> str:
         if was.get(key) != now.get(key):
             return f"{key} {was.get(key)}, as there, got {now.get(key)}"
     return ""
-
-
-def _safe(label: str) -> str:
-    """A short name that any file system takes."""
-    name = re.sub(r"[^\w.+-]+", "-", label.replace(", ", "_").replace(" ", "-"), flags=re.ASCII).strip(".-") or "point"
-    if len(name) <= LONGEST:
-        return name
-    return f"{name[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from pgp import platforms
 from pgp.run import RunError
 
 Job = TypeVar("Job")
@@ -25,13 +26,6 @@ Pairs = Generator[tuple[Job, Result | Exception], None, None]
 
 class DiedError(RuntimeError):
     """The process of a job was killed, or died."""
-
-
-def cores() -> int:
-    """How many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return max(1, len(os.sched_getaffinity(0)))
-    return os.cpu_count() or 1
 
 
 def at_once(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, gpus: int = 0) -> Pairs[Job, Result]:
@@ -106,7 +100,7 @@ def _pooled(
     while left:
         ours = set(multiprocessing.active_children())
         context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks, and no CUDA
-        settings = (max(1, cores() // workers), _visible(gpus), context.Value("i", 0))
+        settings = (max(1, platforms.cores() // workers), _visible(gpus), context.Value("i", 0))
         pool = ProcessPoolExecutor(min(workers, len(left)), context, _begin, settings)
         running: dict[Future[Result | Exception], Job] = {}
         try:

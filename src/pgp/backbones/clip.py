@@ -222,7 +222,7 @@ def _create(config: CLIP.Config, size: int) -> Any:
         torch.manual_seed(0)  # `random` weights are the same every time
         try:
             if own:
-                description = json.loads(checkpoints.packaged(config.model).read_text())
+                description = json.loads(checkpoints.packaged(config.model).read_text(encoding="utf-8"))
                 description["vision_cfg"]["image_size"] = size
                 model: Any = open_clip.CLIP(**description)
             else:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
 
+from pgp import platforms
 from pgp.datasets.archives import Archive
 from pgp.scenario import seed_of
 
@@ -267,6 +268,7 @@ def batches(data: Viewed, plan: Sequence[Sequence[Address]], loading: Loading) -
         data,
         batch_sampler=share,
         num_workers=workers,
+        multiprocessing_context=platforms.loader_start() if workers else None,
         collate_fn=_collate,
         generator=torch.Generator(),  # or the loader would draw its workers' seed from the global one
         pin_memory=loading.pin_memory and torch.cuda.is_available(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -11,6 +10,7 @@ from typing import NamedTuple
 import torch
 from rich.progress import Progress
 
+from pgp import platforms
 from pgp.datasets import BadImageError, Counts, Dataset, DatasetConfig, Split
 from pgp.datasets.files import FileSplit, read_image
 
@@ -57,7 +57,7 @@ def checked(config: DatasetConfig, progress: Progress | None = None, data: Datas
     data = data or config.read()
     bad = []
     bar = progress.add_task("checking images", total=len(data.train) + len(data.test)) if progress else None
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(min(8, platforms.cores()))
     try:
         for problem in pool.map(lambda look: look(), _looks(data)):
             bad += [problem] if problem else []

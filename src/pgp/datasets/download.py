@@ -17,6 +17,7 @@ import filelock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from pgp import platforms
 from pgp.datasets.archives import Archive, ArchiveError, extract
 
 WORK = ".pgp"
@@ -43,9 +44,8 @@ def unpacked(archive: Archive, root: Path, progress: Progress | None = None) -> 
             path = _had(archive, root, bars)
             with tempfile.TemporaryDirectory(dir=root / WORK, prefix=_scratch(archive)) as scratch:
                 extract(path, archive.folder, Path(scratch), bars)
-                if hasattr(os, "sync"):
-                    os.sync()  # or a power cut could leave a whole folder of empty files
-                (Path(scratch) / archive.folder).rename(folder)
+                platforms.sync_all()  # or a power cut could leave a whole folder of empty files
+                platforms.move_folder(Path(scratch) / archive.folder, folder)
     return folder
 
 

@@ -1,0 +1,155 @@
+"""What other systems do is simulated: names that `os` and `signal` lack there, and renames that Windows refuses."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+
+import pytest
+import torch
+
+import tiny
+from pgp import platforms
+from pgp.run import Run
+from pgp.sweep import Job, Sweep, settle
+
+
+@pytest.fixture
+def windows(monkeypatch):
+    """No POSIX calls, no rename over a folder, no sync of what is open for reading only."""
+    if sys.platform == "win32":
+        return
+    import fcntl
+
+    fsync, replace, rename = os.fsync, pathlib.Path.replace, pathlib.Path.rename
+
+    def fsync_there(descriptor):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(9, "Bad file descriptor")
+        fsync(descriptor)
+
+    def replace_there(source, target):
+        if pathlib.Path(target).is_dir():
+            raise PermissionError(13, "Access is denied", str(target))
+        return replace(source, target)
+
+    def rename_there(source, target):
+        if pathlib.Path(target).exists():
+            raise FileExistsError(17, "Cannot create a file when that file already exists", str(target))
+        return rename(source, target)
+
+    for name in ("pread", "sync", "sched_getaffinity", "fork"):
+        monkeypatch.delattr(os, name, raising=False)
+    for name in ("SIGHUP", "SIGKILL"):
+        monkeypatch.delattr(signal, name)
+    monkeypatch.setattr(os, "fsync", fsync_there)
+    monkeypatch.setattr(pathlib.Path, "replace", replace_there)
+    monkeypatch.setattr(pathlib.Path, "rename", rename_there)
+    monkeypatch.setattr(platforms, "WINDOWS", True)
+    monkeypatch.setattr(platforms, "PAUSES", (0.0, 0.0))
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_run_is_written_where_posix_is_missing(tmp_path):
+    run = Run.create(tmp_path / "run", tiny.config())
+    run.log("task", task=0)
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "ta')
+    run.log("task", task=1)
+    assert [event["task"] for event in run.events("task")] == [0, 1]
+    for name in ("task-01", "task-02-step-000005", "task-02"):
+        run.save(name, {"name": name, "rows": torch.arange(3)})
+    (run.folder / "checkpoints" / "latest").write_text("task-01")
+    run.save("task-02", {"name": "again", "rows": torch.arange(3)})
+    assert run.load()["name"] == "again"
+    assert run.load("task-02-replaced")["name"] == "task-02"
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_sweep_keeps_an_abandoned_run_where_folders_cannot_be_replaced(tmp_path):
+    config = tiny.config(tasks=1, epochs=1)
+    job = Job("point", 0, tmp_path / "point" / "seed-0", config)
+    Run.create(job.folder, config)  # and stopped before the first checkpoint
+    (job.folder / "classes.json").write_text("{}")
+    assert settle(job).how == "trained"
+
+
+@pytest.mark.usefixtures("windows")
+def test_a_folder_moves_to_a_place_that_is_free_or_empty(tmp_path):
+    for name in ("one", "two", "full", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "file").touch()
+    platforms.move_folder(tmp_path / "one", tmp_path / "free")
+    platforms.move_folder(tmp_path / "full", tmp_path / "empty")
+    assert (tmp_path / "empty" / "file").is_file()
+    with pytest.raises(OSError, match="empty"):
+        platforms.move_folder(tmp_path / "two", tmp_path / "empty")
+    assert (tmp_path / "two").is_dir()
+
+
+@pytest.mark.parametrize(("there", "tries"), [(True, 3), (False, 1)])
+def test_a_rename_waits_for_whoever_holds_the_file_open_on_windows(tmp_path, monkeypatch, there, tries):
+    asked = []
+
+    def refuse(*_):
+        asked.append(1)
+        raise PermissionError(13, "The process cannot access the file")
+
+    monkeypatch.setattr(pathlib.Path, "replace", refuse)
+    monkeypatch.setattr(platforms, "WINDOWS", there)
+    monkeypatch.setattr(platforms, "PAUSES", (0.0, 0.0))
+    (tmp_path / "latest").write_text("before")
+    with pytest.raises(PermissionError):
+        platforms.write_text(tmp_path / "latest", "after")
+    assert len(asked) == tries
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("latest", "before")]
+
+
+def test_text_is_the_same_on_every_system(tmp_path):
+    platforms.write_text(tmp_path / "text", "café\nβ\n")
+    assert (tmp_path / "text").read_bytes() == b"caf\xc3\xa9\n\xce\xb2\n"
+
+
+def test_what_a_system_lacks_is_not_asked_for(monkeypatch):
+    for place, name in ((signal, "SIGHUP"), (signal, "SIGBREAK"), (os, "sched_getaffinity"), (os, "sync")):
+        monkeypatch.delattr(place, name, raising=False)
+    assert platforms.ending_signals() == [signal.SIGTERM]
+    assert platforms.cores() == os.cpu_count()
+    platforms.sync_all()
+
+
+@pytest.mark.parametrize(("default", "start"), [("fork", "fork"), ("forkserver", "fork"), ("spawn", None)])
+def test_loaders_are_forked_on_linux_unless_a_program_spawns(monkeypatch, default, start):
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: default)
+    assert platforms.loader_start() == start
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("method.length 5, optimizer.lr .1", "method.length-5_optimizer.lr-.1"),
+        ("a:b/c\\d*e?", "a-b-c-d-e"),
+        ("trailing. ", "trailing"),
+        ("../..", "unnamed"),
+        ("CON", "_CON"),
+        ("nul.txt", "_nul.txt"),
+        ("com1", "_com1"),
+        ("console", "console"),
+        ("café\x1b[31m\n", "caf-31m"),
+    ],
+)
+def test_names_are_safe_on_every_file_system(text, name):
+    assert platforms.safe_name(text) == name
+    assert len(platforms.safe_name(text * 50)) <= 100
+    assert platforms.safe_name("a" * 101) != platforms.safe_name("a" * 102)
+
+
+def test_points_that_differ_in_case_have_folders_of_their_own(tmp_path):
+    base = tiny.config()
+    choices = {"rate x": base, "rate X": tiny.config(epochs=3)}
+    jobs = Sweep(tmp_path, base).plan(choices, [0], controls=False)
+    assert len({str(job.folder).lower() for job in jobs}) == 2
