@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from pgp import platforms
+from pgp.datasets import memory
 from pgp.run import RunError
 
 Job = TypeVar("Job")
@@ -100,7 +101,7 @@ def _pooled(
     while left:
         ours = set(multiprocessing.active_children())
         context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks, and no CUDA
-        settings = (max(1, platforms.cores() // workers), _visible(gpus), context.Value("i", 0))
+        settings = (workers, _visible(gpus), context.Value("i", 0))
         pool = ProcessPoolExecutor(min(workers, len(left)), context, _begin, settings)
         running: dict[Future[Result | Exception], Job] = {}
         try:
@@ -119,10 +120,11 @@ def _pooled(
                 process.terminate()  # interrupted: what is half done goes on from its checkpoint another time
 
 
-def _begin(threads: int, gpus: list[str], counter: Any) -> None:
+def _begin(workers: int, gpus: list[str], counter: Any) -> None:
     """Make a new process ready: its share of the machine, and it ends with the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it hears Ctrl-C, and ends this one
-    torch.set_num_threads(threads)
+    torch.set_num_threads(max(1, platforms.cores() // workers))
+    memory.processes = workers
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
     if gpus:

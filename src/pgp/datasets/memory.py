@@ -4,78 +4,123 @@ from __future__ import annotations
 
 import mmap
 import multiprocessing
+import weakref
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pgp.datasets.free_memory import free_memory
 from pgp.processes import world
 
 SHARE = 0.2
-"""Of the memory that is free when a split is made, how much its images may take; divided among processes that train
-together."""
-MEMINFO = Path("/proc/meminfo")
-CGROUP = Path("/sys/fs/cgroup")
+"""How much of the free memory the images of all splits and all processes together may take."""
+CHECK_EVERY = 1 << 24
+"""Bytes of images after which a store looks again at how much memory is free."""
+processes = 1
+"""How many processes that do not train together share this machine, such as those of a sweep."""
+
+
+class Store:
+    """Shared memory for images. It fills from the front, and is given back as a whole when nobody uses it any more."""
+
+    def __init__(self, budget: int) -> None:
+        """Make room for `budget` bytes; no memory is taken before images are written.
+
+        Raises:
+            OSError: if the system does not grant them.
+            ImportError: if it has no locks that processes share.
+        """
+        self.lock = multiprocessing.Lock()
+        shared = mmap.mmap(-1, 24 + budget)  # anonymous and shared; pages are taken as they are written
+        # how many bytes are taken, how many may be, and at how many to look again at what is free
+        self._counts = torch.frombuffer(shared, dtype=torch.int64, count=3)
+        self._counts[1] = budget
+        self.pixels = torch.frombuffer(shared, dtype=torch.uint8, offset=24)
+
+    @property
+    def budget(self) -> int:
+        """How many bytes of images the store may hold."""
+        return int(self._counts[1])
+
+    def add(self, image: Tensor) -> int | None:
+        """Copy `image` into the store, whose lock the caller holds.
+
+        Returns:
+            The number of the byte behind the copy, or None if the store may hold no more.
+        """
+        taken, budget, check = self._counts.tolist()
+        end: int = taken + image.numel()
+        if end > budget:
+            return None
+        if end > check:
+            if end > _budget() + SHARE * taken:  # the memory is needed elsewhere: never grow again
+                self._counts[1] = taken
+                return None
+            self._counts[2] = end + CHECK_EVERY
+        self.pixels[taken:end] = image.flatten()
+        self._counts[0] = end
+        return end
 
 
 class Memory:
-    """Images by number, up to a number of bytes; what does not fit is decoded again each time.
+    """The images of one split by number; what its store has no room for is decoded again each time.
 
     Forked worker processes of a loader fill and read one memory together. Workers that are spawned decode every time:
     they live for one pass, and what they kept would go with them.
     """
 
-    def __init__(self, images: int, budget: int | None = None) -> None:
-        """Keeps `budget` bytes at most; by default a share of what is free, and nothing where the system hides that."""
-        self.budget = int(free_memory() * SHARE / world()) if budget is None else budget
-        self._rows: Tensor | None = None
-        if images and self.budget:
-            head = 8 * (3 * images + 1)
+    def __init__(self, images: int, store: Store | None = None) -> None:
+        """Keep up to `images` images in `store`. If None, all splits of this process have one store together."""
+        self._store = store or (_common_store() if images else None)
+        if self._store is not None:
             try:
-                self._lock = multiprocessing.Lock()
-                shared = mmap.mmap(-1, head + self.budget)  # anonymous and shared; pages are taken as they are written
-            except (OSError, ImportError):  # a system that grants no room ahead, or has no locks
+                rows = mmap.mmap(-1, 24 * images)
+            except OSError:
+                self._store = None
                 return
-            # (images, 3): byte behind the image or 0, height, width; at the end of all, how many bytes are taken
-            whole = torch.frombuffer(shared, dtype=torch.int64, count=3 * images + 1)
-            self._rows, self._taken = whole[:-1].view(images, 3), whole[-1:]
-            self._pixels = torch.frombuffer(shared, dtype=torch.uint8, offset=head)
+            # (images, 3): byte behind the image in the store or 0, height, width
+            self._rows = torch.frombuffer(rows, dtype=torch.int64).view(images, 3)
+
+    @property
+    def budget(self) -> int:
+        """How many bytes of images may be kept, together with those of other splits."""
+        return self._store.budget if self._store else 0
 
     def kept(self, index: int, decode: Callable[[], Tensor]) -> Tensor:
         """Image number `index`, `(3, H, W)` uint8; decoded only if it is not here. It is not to be written to."""
-        if self._rows is None:
+        if self._store is None:
             return decode()
-        with self._lock:
+        with self._store.lock:
             end, height, width = self._rows[index].tolist()
         if end:
-            return self._pixels[end - 3 * height * width : end].view(3, height, width)
+            return self._store.pixels[end - 3 * height * width : end].view(3, height, width)
         image = decode()
-        with self._lock:
-            end = int(self._taken) + image.numel()
-            if end <= self.budget and not self._rows[index, 0]:
-                self._pixels[end - image.numel() : end] = image.flatten()
+        with self._store.lock:
+            if not self._rows[index, 0] and (end := self._store.add(image)):
                 self._rows[index] = torch.tensor([end, *image.shape[1:]])
-                self._taken.fill_(end)
         return image
 
-    def __getstate__(self) -> dict[str, Any]:  # for processes that are spawned
-        return {"budget": 0}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(0, **state)  # type: ignore[misc]
+    def __reduce__(self) -> tuple[type[Memory], tuple[int]]:  # for processes that are spawned
+        return Memory, (0,)
 
 
-def free_memory() -> int:
-    """Bytes that new data can take, within the limit of a container too; 0 where the system does not say."""
-    try:
-        lines = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return 0
-    try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, max(0, int(limit) - int(used)))
-    except (OSError, ValueError):
-        return free
+def _budget() -> int:
+    """Return how many bytes the images of this process may take of what is free now."""
+    return int(SHARE * free_memory() / (world() * processes))
+
+
+_shared: weakref.ref[Store] | None = None
+
+
+def _common_store() -> Store | None:
+    """Return the store that the splits of this process use; None if the system grants no memory."""
+    global _shared
+    store = _shared() if _shared else None
+    if store is None and (budget := _budget()):
+        try:
+            store = Store(budget)
+        except (OSError, ImportError):
+            return None
+        _shared = weakref.ref(store)
+    return store
