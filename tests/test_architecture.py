@@ -98,6 +98,18 @@ def test_files_and_functions_stay_short():
                 assert node.end_lineno - node.lineno < 60, f"{path}:{node.name}"
 
 
+def test_float64_on_a_device_is_asked_for_in_one_place():
+    """Apple's MPS has no float64: `to_float64` takes to the CPU what needs it."""
+    for path, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr == "double":
+                raise AssertionError(f"{path}:{node.lineno}: use pgp.subspace.to_float64")
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "to" and room(path) != "subspace":
+                assert "torch.float64" not in ast.unparse(node), f"{path}:{node.lineno}: use pgp.subspace.to_float64"
+                    path
+                )
+
+
 @pytest.mark.parametrize("heavy", ["torch", "timm", "matplotlib"])
 def test_importing_pgp_is_light(heavy):
     code = f"import pgp, sys; sys.exit({heavy!r} in sys.modules)"

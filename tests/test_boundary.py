@@ -102,7 +102,7 @@ def test_who_has_seen_nothing_is_told_why():
 
 def test_images_that_can_be_read_only_once_tell_nothing_about_movement(tmp_path):
     config = tiny.config(readouts=(LINEAR,), on_bad_image="skip")
-    learner = train.Learner(train.fabric_for(Hardware("cpu")), config, train._quiet())
+    learner = train.Learner(train.fabric_for(config), config, train._quiet())
     task, split = learner.scenario.tasks[1], learner.data.train
     lost, found = task.train[0], task.train[-1]
     read, told, broken = split.image, [], [int(found)]

@@ -290,7 +290,7 @@ def test_no_image_depends_on_its_batch_or_its_neighbours_tasks(encoder, tmp_path
 
 def test_neighbours_in_a_batch_decide_nothing(encoder, tmp_path):
     run = train.train(config(encoder, epochs=1), tmp_path / "run")
-    learner = train.Learner(train.fabric_for(Hardware("cpu")), run.config, train._quiet())
+    learner = train.Learner(train.fabric_for(run.config), run.config, train._quiet())
     learner.load_state_dict(run.load())
     tests = torch.arange(len(learner.data.test))
     viewed = Viewed(learner.data.test, run.config.views.test(), 0, ("test",), skip_bad=False)
@@ -320,7 +320,7 @@ def test_zero_shot_learns_nothing(encoder, tmp_path):
 
 @pytest.mark.parametrize("method", [CLIPPrompt.Config(context=4), ZeroShot.Config()])
 def test_mixed_precision_runs(encoder, tmp_path, method):
-    mixed = config(encoder, method=method, hardware=Hardware(precision="bf16-mixed"), epochs=1, tasks=2)
+    mixed = config(encoder, method=method, precision="bf16-mixed", epochs=1, tasks=2)
     run = train.train(mixed, tmp_path / "run")
     again = train.reevaluate(run, run.config)["sequential"]
     torch.testing.assert_close(again[1], run.matrices()["sequential"][1], rtol=0, atol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ import tiny
 from pgp import drift_report, train
 from pgp.config import Optimizer
 from pgp.datasets.synthetic import Synthetic
+from pgp.drift import DriftMeter
+from pgp.evaluate import FeatureBatch
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
 from pgp.methods.vpt import VPT
@@ -21,7 +24,6 @@ from pgp.projections.random import Random
 from pgp.projections.released import Released
 from pgp.projections.slowed import Slowed
 from pgp.readouts.sequential import Sequential
-from pgp.run import Run
 from pgp.subspace import Protected, Rows
 from test_train import learner_of
 
@@ -34,11 +36,12 @@ def drifts(folder, **changes):
     return [event["drift"] for event in run.events("task")]
 
 
-def test_mixtures_have_the_energy_of_all_rows_on_average():
+def test_sketches_have_the_energy_of_all_rows_on_average():
     draws = torch.Generator().manual_seed(0)
     rows = Rows(torch.randn(3, 2, 5, 4, generator=draws, dtype=torch.float64))  # (B, H, N, d)
     step = torch.randn(4, 2, generator=draws, dtype=torch.float64)
-    mixed = rows.mixed(20000, draws)
+    assert rows.sketch_shape(20000) == (20000, 5)
+    mixed = rows.sketch(torch.randn(3, 20000, 5, generator=draws, dtype=torch.float64))
     assert mixed.shape == (2, 20000, 4)
     for head in range(2):
         true = (rows.inputs[:, head] @ step).square().sum()
@@ -48,15 +51,66 @@ def test_mixtures_have_the_energy_of_all_rows_on_average():
     assert float(both.square().sum() / 20000 / joined.square().sum()) == pytest.approx(1, abs=0.05)
 
 
-def test_mixtures_of_mapped_rows_are_those_of_the_rows_that_are_met():
+def test_sketches_of_mapped_rows_are_those_of_the_rows_that_enter_the_parameter():
     inputs = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     through = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     mapped = Rows(inputs, through=through)
-    weights = torch.randn(2, 7, 15, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    heads = (inputs @ through).movedim(0, 1).flatten(1, 2)  # (H, B * N, D)
-    mixed = mapped.mixed(7, torch.Generator().manual_seed(2))
-    torch.testing.assert_close(mixed, (weights @ heads).sum(0))
+    assert mapped.sketch_shape(7) == (2, 7, 5)
+    weights = torch.randn(3, 2, 7, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    torch.testing.assert_close(mapped.sketch(weights), (weights @ (inputs @ through)).sum((0, 1)))
     assert mapped.met.shape == (3, 10, 6)
+
+
+@pytest.mark.parametrize(
+    "method", [L2P.Config(top_k=2), tiny.DUALPROMPT, VPT.Config(length=3, protect="affinity+aggregation")]
+)
+def test_figures_do_not_depend_on_how_many_images_are_seen_together(tmp_path, method):
+    """Line 11: mixtures are drawn image by image, so that figures of a CPU and a GPU can be compared."""
+    run = train.train(tiny.config(method=method), tmp_path / "run")
+    figures = []
+    for size in (1, 3, None):
+        learner = learner_of(run)
+        learner.meter.micro_batch_size = size or 32
+        task = learner.scenario.tasks[2]
+        learner.evaluation.row(learner.method, [], 2, learner.progress, learner.meter.watch)
+        figures.append(learner.meter.end_task(learner.method, learner.projection, task, learner.progress))
+        sketch = learner.meter.references[2]["sketch"]
+        figures[-1]["sketch"] = {space: rows.flatten().tolist() for space, rows in sketch.items()}
+    for other in figures[1:]:
+        for what in ("held", "sketch"):
+            for space, value in figures[0][what].items():
+                assert other[what][space] == pytest.approx(value, rel=1e-4, abs=1e-4), (what, space)
+
+
+def test_the_jump_at_the_begin_of_a_task_is_no_update(tmp_path):
+    """Line 12: DualPrompt copies a prompt when a task begins: no step of the optimizer, whatever is projected."""
+    updates = {}
+    for on in ("gradient", "update"):
+        projection = Orthogonal.Config("input", 0.5, 0.5, on)
+        run = train.train(tiny.config(method=tiny.DUALPROMPT, projection=projection, drift_images=4), tmp_path / on)
+        learner = learner_of(run)
+        learner.meter.start_task(learner.method.protected())
+        with learner.projection.confined(learner.method.protected()):
+            learner.method.begin_task(learner.scenario.tasks[1])
+        updates[on] = learner.meter.energies
+    assert updates == {"gradient": {}, "update": {}}
+
+
+def test_it_costs_one_pass_over_a_sample_of_the_new_task(tmp_path, monkeypatch):
+    """Line 21: images of earlier tasks are seen by evaluation anyway, so the cost does not grow with the tasks."""
+    learner = learner_of(train.train(tiny.config(), tmp_path / "run"))
+    passes = []
+    monkeypatch.setattr(type(learner.method), "features", lambda *_, **__: pytest.fail("a pass of its own"))
+    activations = type(learner.method).activations
+    monkeypatch.setattr(
+        type(learner.method), "activations", lambda *args: passes.append(len(args[1])) or activations(*args)
+    )
+    watched = FeatureBatch(torch.arange(len(learner.data.test)), torch.randn(len(learner.data.test), 48), None)
+    for task in learner.scenario.tasks:
+        learner.meter.watch(task, watched)
+    monkeypatch.setattr(type(learner.method), "choices", lambda *_: None)
+    learner.meter.end_task(learner.method, learner.projection, learner.scenario.tasks[2], learner.progress)
+    assert sum(passes) == len(learner.meter.sample(learner.scenario.tasks[2]))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +157,7 @@ def test_leak_is_the_share_of_the_way_in_the_protected_subspace(tmp_path):
     basis = before["projection"]["prompts"]
     _, event, _ = run.events("task")
     assert event["drift"]["leak"]["prompts"] == pytest.approx(float((way @ basis).norm() / way.norm()) ** 2, rel=1e-6)
-    assert learner.departure == {}
+    assert learner.meter.params_at_task_start == {}
 
 
 def test_features_and_logits_are_compared_with_those_of_then(tmp_path):
@@ -153,13 +207,15 @@ def test_two_spaces_of_one_parameter_are_both_measured_before_either_is_taken_ou
         projection = Orthogonal(Orthogonal.Config(on=on))
         projection.bases = {space: torch.eye(2, 1, dtype=torch.float64) for space in protected}
         optimizer = torch.optim.SGD([parameter], lr=1.0)
+        meter = DriftMeter(SimpleNamespace(config=tiny.config()), None)
+        meter.attach(optimizer, protected, projection)
         projection.attach(optimizer, protected)
         parameter.data.zero_()
         parameter.grad = torch.tensor([[5.0, 3.0], [2.0, 1.0]], dtype=torch.float64)
         optimizer.step()
         torch.testing.assert_close(parameter.data, torch.tensor([[0, 0], [0, -1.0]], dtype=torch.float64))
         for space, inside in {"rows": 29.0, "columns": 34.0}.items():
-            gradients, updates = projection.steps[space]
+            gradients, updates = meter.energies[space]
             assert gradients.tolist() == pytest.approx([inside, inside, 39.0]), (on, space)
             left = [0.0, 0.0, 1.0] if on == "gradient" else [inside, inside, 39.0]
             assert updates.tolist() == pytest.approx(left), (on, space)
@@ -173,8 +229,8 @@ def test_choices_that_change_and_prompts_that_are_used(tmp_path):
     assert sum(event["drift"]["usage"]) == pytest.approx(1)
     key = learner.method.pool.learned_key.detach()
     learner.method.pool.learned_key.data = -key  # the last choice is now the first
-    learner.task = 2
-    moved = train.drift(learner, learner.scenario.tasks[2])
+    learner.evaluation.row(learner.method, learner.readouts, 2, learner.progress, learner.meter.watch)
+    moved = learner.meter.end_task(learner.method, learner.projection, learner.scenario.tasks[2], learner.progress)
     assert moved["changed"] == [1.0, 1.0]
     assert event["drift"]["changed"] != moved["changed"]
 
@@ -197,7 +253,7 @@ def test_off_costs_nothing(tmp_path):
     *_, event = run.events("task")
     assert "drift" not in event
     assert "drift" not in event["seconds"]
-    assert run.load()["drift"] == {"departure": {}, "remembered": {}, "steps": {}}
+    assert "drift" not in run.load()
 
 
 def test_forgetting_stands_beside_what_is_left_once_the_task_is_known(tmp_path):
@@ -209,32 +265,6 @@ def test_forgetting_stands_beside_what_is_left_once_the_task_is_known(tmp_path):
     expected = (within[:, :2].nan_to_num(nan=-math.inf).amax(0) - within[2, :2]).mean()
     assert events[-1]["forgetting_within"]["sequential"] == pytest.approx(float(expected))
     assert events[-1]["forgetting"]["sequential"] >= 0
-
-
-def test_a_checkpoint_without_it_goes_on(tmp_path, monkeypatch):
-    """As pgp 0.1 wrote it: tasks closed before are not measured, later ones are."""
-    close = train.close_task
-
-    def stop(learner, task, run, seconds):
-        close(learner, task, run, seconds)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(train, "close_task", stop)
-    with pytest.raises(KeyboardInterrupt):
-        train.train(tiny.config(), tmp_path / "run")
-    monkeypatch.undo()
-    load = Run.load
-    monkeypatch.setattr(
-        Run, "load", lambda *args: {k: v for k, v in load(*args).items() if k not in ("drift", "within")}
-    )
-    run = train.resume(tmp_path / "run")
-    first, *others = run.events("task")
-    assert [event["drift"]["tasks"] for event in (first, *others)] == [[], [], [1]]
-    assert set(first["forgetting_within"].values()) == {0.0}
-    assert all(set(event["forgetting_within"].values()) == {None} for event in others)  # the first row is not known
-    assert all(None not in event["forgetting"].values() for event in others)
-    (course,) = drift_report.courses([run])
-    assert course.last(drift_report.FIGURES["forgetting, task known"]) is None
 
 
 def test_the_report_tells_means_over_seeds_and_draws_them(tmp_path):

@@ -12,7 +12,6 @@ from PIL import Image
 
 import tiny
 from pgp import cli, train
-from pgp.config import Hardware
 from pgp.datasets.folder import Folder
 from pgp.datasets.synthetic import Synthetic
 from pgp.methods.head_only import HeadOnly
@@ -98,7 +97,7 @@ def test_another_encoder_is_refused(run, tmp_path):
         Predictor(copy)
 
 
-@pytest.mark.parametrize("change", [{"method": HeadOnly.Config()}, {"hardware": Hardware(precision="bf16-mixed")}])
+@pytest.mark.parametrize("change", [{"method": HeadOnly.Config()}, {"precision": "bf16-mixed"}])
 def test_every_kind_of_run(photos, tmp_path, change):
     run = train.train(tiny.config(dataset=Folder(photos), epochs=1, tasks=2, **change), tmp_path / "run")
     paths = images_in([photos / "test"])

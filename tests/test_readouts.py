@@ -154,7 +154,7 @@ def test_a_first_task_without_images_is_named():  # all were bad and skipped, sa
 
 def test_sequential_asks_the_head():
     head = nn.Linear(4, 5).double()
-    readout = Sequential.Config().build(head, classes=5)
+    readout = Sequential.Config().build(head, classes=5, seed=0)
     readout.observe(FEATURES, LABELS)
     readout.end_task()
     assert torch.equal(readout.logits(FEATURES), head(FEATURES))
@@ -162,7 +162,7 @@ def test_sequential_asks_the_head():
 
 
 def test_config_builds_what_it_says():
-    built = LDA.Config(shrinkage=0.3).build(nn.Linear(4, 5), classes=5)
+    built = LDA.Config(shrinkage=0.3).build(nn.Linear(4, 5), classes=5, seed=0)
     built.observe(FEATURES, LABELS)
     built.end_task()
     assert torch.equal(built.logits(FEATURES), fitted(0.3).logits(FEATURES))

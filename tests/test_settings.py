@@ -19,7 +19,7 @@ from conftest import golden_clip
 from pgp import cli, metrics, report, train
 from pgp.backbones import Backbone
 from pgp.backbones.clip import CLIP
-from pgp.config import Config, Hardware
+from pgp.config import Config
 from pgp.curriculum import idle, located, scenario_of
 from pgp.datasets.folder import Folder
 from pgp.datasets.manifest import Manifest
@@ -282,7 +282,7 @@ def test_every_method_learns_domain_after_domain(tmp_path, monkeypatch, method):
 
 def test_clip_knows_a_class_by_the_context_of_the_last_domain_that_showed_it(tmp_path):
     run = train.train(of("clip", dataset=DOMAINS, setting="dil"), tmp_path / "run")
-    learner = Learner(train.fabric_for(Hardware("cpu")), run.config, train._quiet())
+    learner = Learner(train.fabric_for(run.config), run.config, train._quiet())
     learner.load_state_dict(run.load())
     last = learner.scenario.tasks[2]
     with torch.no_grad():

@@ -125,6 +125,16 @@ def test_logistic_goes_round_and_starts_from_what_it_was():
     assert torch.isinf(smaller.logits(MEANS)[:, [3]]).all()
 
 
+def test_logistic_draws_from_the_seed_of_the_run():
+    head = nn.Linear(D, 5)
+    one, same, other = (
+        taught(Logistic.Config(draws=2).build(head, 5, seed), drawn([0, 1, 2])).logits(MEANS)[:, :3]
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
 def test_logistic_survives_one_image_of_each_class():
     taught(Logistic(nn.Linear(D, 5), 5), drawn([0, 1, 2], each=1)).logits(MEANS)
 

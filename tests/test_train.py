@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from pgp import baselines, boundary, metrics, train
-from pgp.config import Hardware
-from pgp.datasets import Viewed, batches, in_order
+from pgp import baselines, boundary, cli, metrics, train
+from pgp.config import Hardware, Optimizer
+from pgp.curriculum import scenario_of, training_plan
+from pgp.datasets import BadImageError, Viewed, batches, in_order
 from pgp.datasets.synthetic import Synthetic
 from pgp.evaluate import Evaluation
+from pgp.learner import accelerator_name
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
 from pgp.projections.none import NoProjection
@@ -43,7 +47,7 @@ def whole(tmp_path_factory):
 
 
 def learner_of(run, config=None):
-    learner = train.Learner(train.fabric_for(Hardware("cpu")), config or run.config, train._quiet())
+    learner = train.Learner(train.fabric_for(config or run.config), config or run.config, train._quiet())
     learner.load_state_dict(run.load())
     return learner
 
@@ -161,7 +165,9 @@ def test_predictions_at_batch_1_equal_those_at_batch_64_image_by_image(whole):
         order = torch.arange(len(learner.data.test))
         with torch.no_grad():
             for batch in batches(viewed, in_order(order, size), learner.evaluation.loading):
-                logits = dict(learner.evaluation.logits(learner.method, learner.readouts, batch, task, 2))
+                evaluation, method = learner.evaluation, learner.method
+                seen = evaluation.features(method, batch.images, batch.indices)
+                logits = dict(evaluation.logits(method, learner.readouts, batch.images, seen, task, 2))
                 rows.append(torch.stack([value.argmax(1) for value in logits.values()], dim=1))
         predicted[size] = torch.cat(rows)
     assert len(predicted[1].unique()) > 1
@@ -251,6 +257,115 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     assert Run.open(tmp_path / "run").load()["task"] == 1
 
 
+class Exploding(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.inf
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_an_infinite_gradient_of_the_last_step_stops_the_run_before_it_is_made(tmp_path, monkeypatch, clip):
+    loss, steps = L2P.loss, itertools.count()
+
+    def poisoned(self, images, labels, task, prepared):
+        value = loss(self, images, labels, task, prepared)
+        return Exploding.apply(value) if next(steps) == 5 else value  # the last of the first task's six
+
+    monkeypatch.setattr(L2P, "loss", poisoned)
+    config = tiny.config(hardware=Hardware("cpu", part=8), optimizer=Optimizer(lr=0.1, clip=clip))
+    with pytest.raises(RunError, match=r"the norm of the gradients is (inf|nan) at step 5 of task 1.*No state was"):
+        train.train(config, tmp_path / "run")
+    assert Run.open(tmp_path / "run").latest_name() is None
+
+
+def test_weights_that_are_not_finite_are_never_saved(whole):
+    learner = learner_of(whole)
+    learner.saved = whole.folder / "checkpoints" / "task-03"
+    learner.method.head.weight.data[0, 0] = torch.nan
+    with pytest.raises(RunError, match=r"head\.weight are not finite any more.*last good state is .*task-03$"):
+        learner.save(whole, "task-03")
+    assert learner_of(whole).method.head.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_skipped_images_neither_shift_steps_nor_shrink_gradients(tmp_path, monkeypatch, on_gpu):
+    """A batch of bad images is no step; the images that are left of another make a mean over those."""
+    hardware = Hardware("cpu", part=8)
+    config = tiny.config(hardware=hardware, on_bad_image="skip", epochs=1, tasks=2, log_every_steps=100)
+    order = [[address.image for address in batch] for batch in training_plan(config, first_task(config), 1)]
+    bad = {*order[1], *order[2][:6]}
+    split = type(config.dataset.build().train)
+    image = split.image
+
+    def broken(self, index):
+        if len(self) > 50 and index in bad:  # the training images
+            raise BadImageError(f"cannot read image {index}")
+        return image(self, index)
+
+    losses, loss, weights = [], L2P.loss, []
+
+    def watched(self, images, labels, task, prepared):
+        value = loss(self, images, labels, task, prepared)
+        losses.append(len(images))
+        value.register_hook(weights.append)
+        return value * torch.nan if len(losses) == 3 else value
+
+    monkeypatch.setattr(split, "image", broken)
+    monkeypatch.setattr(L2P, "loss", watched)
+    if on_gpu:  # where finiteness is only looked at when losses are logged
+        check = train.check_finite
+        monkeypatch.setattr(train, "check_finite", lambda *a: None if sys._getframe(1).f_code.co_name == "train_step"
+                            else check(*a))  # fmt: skip
+    with pytest.warns(UserWarning, match="skipped"), pytest.raises(RunError, match="at step 3 of task 1"):
+        train.train(config, tmp_path / "run")
+    assert losses[:3] == [8, 2, 8]
+    assert [float(weight) for weight in weights[:2]] == [1, 1]
+
+
+def first_task(config):
+    return scenario_of(config, config.dataset.build()).tasks[0]
+
+
+def test_precision_is_fixed_when_a_run_begins(whole, capsys):
+    assert "precision" not in {field.name for field in fields(Hardware)}
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--resume", str(whole.folder), "--precision", "bf16-mixed"])
+    assert "got --precision: what decides results is fixed when a run begins" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("cuda", "expected"), [(True, "cuda"), (False, "cpu")])
+def test_auto_never_takes_an_accelerator_without_float64(monkeypatch, cuda, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert accelerator_name(Hardware("auto")) == expected
+    assert accelerator_name(Hardware("gpu")) == "cuda"  # Fabric's own gpu would take MPS on a Mac
+    assert accelerator_name(Hardware("mps")) == "mps"
+
+
+def test_loaded_tensors_are_aligned_as_torch_aligns_its_own(whole):
+    """Products of tensors that are aligned otherwise are rounded otherwise: a resumed run's log would differ."""
+    state = whole.load()
+    tensors = [*state["method"].values(), *state["projection"].values(), *state["readouts"]["lda"].values()]
+    assert len(tensors) > 5
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors if tensor.numel())
+
+
+def test_the_log_is_the_same_after_a_resume(tmp_path, whole):
+    half = Path(shutil.copytree(whole.folder, tmp_path / "half"))
+    (half / "checkpoints" / "latest").write_text("task-01")
+    resumed = train.resume(half)
+    events = [list(run.events("task")) for run in (whole, resumed)]
+    for event in itertools.chain(*events):
+        del event["seconds"], event["readouts"]
+    assert events[0] == events[1][:1] + events[1][-2:]
+
+
 def test_released_runs_on_fewer_images_than_it_wants(tmp_path):
     run = train.train(tiny.config(projection=Released.Config(energy=0.97)), tmp_path / "run")  # 24 images, width 48
     *_, last = run.events("task")
@@ -290,14 +405,13 @@ def test_frozen_freezes_all_prompts_of_every_method(tmp_path):
 
 
 def test_mixed_precision_runs(tmp_path):
-    mixed = Hardware(precision="bf16-mixed")
-    run = train.train(tiny.config(hardware=mixed, epochs=1, tasks=2), tmp_path / "run")
+    run = train.train(tiny.config(precision="bf16-mixed", epochs=1, tasks=2), tmp_path / "run")
     assert all(tensor.isfinite().all() for name, tensor in final(run, "task-02").items()
                if "matrices" not in name and "within" not in name)  # fmt: skip
 
 
 def test_bf16_runs_are_evaluated_as_they_were(tmp_path):
-    run = train.train(tiny.config(hardware=Hardware(precision="bf16-mixed"), epochs=1), tmp_path / "run")
+    run = train.train(tiny.config(precision="bf16-mixed", epochs=1), tmp_path / "run")
     for column, row in last_rows(train.reevaluate(run, run.config)).items():
         torch.testing.assert_close(row, run.matrices()[column][2], rtol=0, atol=0)
 
@@ -350,8 +464,8 @@ def test_two_processes_learn_the_same(tmp_path, precision, selection):
         "from pgp.config import Hardware\n"
         "torch.set_num_threads(1)\n"
         "if __name__ == '__main__':\n"
-        "    hardware = Hardware('cpu', devices=int(sys.argv[1]), precision=sys.argv[3], part=1)\n"
-        "    config = tiny.config(hardware=hardware)\n"
+        "    hardware = Hardware('cpu', devices=int(sys.argv[1]), part=1)\n"
+        "    config = tiny.config(hardware=hardware, precision=sys.argv[3])\n"
         "    config = replace(config, method=replace(config.method, selection=sys.argv[4]))\n"
         "    train.train(config, Path(sys.argv[2]))\n"
     )

@@ -11,9 +11,9 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from pgp.boundary import Kept, observe
+from pgp.boundary import observe
 from pgp.datasets import Viewed, batches, in_order
-from pgp.evaluate import tracked
+from pgp.evaluate import FeatureBatch, tracked
 from pgp.learner import Learner, opened
 from pgp.methods import only
 from pgp.readouts import Readout
@@ -95,7 +95,7 @@ def oracle(run: Run, progress: Progress) -> dict[str, tuple[float, float]]:
     for one in learner.config.readouts:
         if one.name in kept:
             plain = replace(one, compensate="none") if isinstance(one, FromStatistics.Config) else one
-            fresh.append(plain.build(learner.method.head, learner.data.classes))
+            fresh.append(plain.build(learner.method.head, learner.data.classes, learner.config.seed))
             fresh[-1].name = one.name
     for task in learner.scenario.tasks[:last]:
         observe(learner, task, None, fresh)
@@ -123,7 +123,7 @@ def _as_it_ended(run: Run, progress: Progress) -> tuple[Learner, int]:
     return opened(run, replace(run.config, hardware=hardware, legacy_eval=False), progress)
 
 
-def _features(learner: Learner, tasks: Sequence[Task], size: int | None) -> Iterator[tuple[Task, Kept, Tensor]]:
+def _features(learner: Learner, tasks: Sequence[Task], size: int | None) -> Iterator[tuple[Task, FeatureBatch, Tensor]]:
     """Features with queries, and labels of test batches of one task each; by vote of `size` images, where given."""
     config, evaluation = learner.config, learner.evaluation
     plan = [(task, part) for task in tasks for part in in_order(task.test, size or config.eval_batch_size)]
@@ -134,13 +134,11 @@ def _features(learner: Learner, tasks: Sequence[Task], size: int | None) -> Iter
     for (task, _), batch in zip(plan, stream, strict=True):
         if len(batch.indices):
             images = batch.images.to(learner.fabric.device)
-            with learner.fabric.autocast():
-                query = evaluation.query(learner.method, images, batch.indices)
-                features = learner.method.features(images, query, by_vote=size is not None).float()
-            yield task, Kept(batch.indices, features, query), batch.labels.to(features.device)
+            seen = evaluation.features(learner.method, images, batch.indices, by_vote=size is not None)
+            yield task, seen, batch.labels.to(images.device)
 
 
-def _scored(learner: Learner, seen: Kept, task: Task, last: int) -> Iterator[tuple[str, str, Tensor]]:
+def _scored(learner: Learner, seen: FeatureBatch, task: Task, last: int) -> Iterator[tuple[str, str, Tensor]]:
     """Readout, scope and logits `(B, C)`; a task-incremental run is told the task anyway."""
     til = learner.config.setting == "til"
     for readout in learner.readouts:

@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pgp.datasets import batches, in_order
-from pgp.evaluate import tracked
+from pgp.evaluate import FeatureBatch, tracked
 from pgp.learner import Learner
 from pgp.processes import gathered, told
 from pgp.projections import Collect, Projection
 from pgp.readouts import Readout
 from pgp.scenario import Task
-
-
-class Kept(NamedTuple):
-    """Some images as the model sees them: where they are in their split `(B,)`, and features `(B, D)`."""
-
-    indices: Tensor
-    features: Tensor
-    queries: Tensor | None
-    """`(B, Q)`, where readouts read them."""
 
 
 def look_ahead(learner: Learner, task: Task) -> None:
@@ -67,7 +58,7 @@ def fitted(readout: Readout) -> dict[str, Any]:
 @torch.no_grad()
 def observe(
     learner: Learner, task: Task, projection: Projection | None, readouts: list[Readout], keep: bool = False
-) -> list[Kept]:
+) -> list[FeatureBatch]:
     """Show the images of a task to a projection, to readouts, or to both in one pass.
 
     Returns:
@@ -79,7 +70,7 @@ def observe(
     method, fabric, config = learner.method, learner.fabric, learner.config
     collect = (projection.collect if projection else None) or Collect()
     viewed = learner.viewed(collect.view, "observed", task)
-    kept: list[Kept] = []
+    kept: list[FeatureBatch] = []
     for number in itertools.count() if collect.repeat else range(1):
         plan = in_order(task.train, (learner.part or config.eval_batch_size) * fabric.world_size, number)
         seen = 0
@@ -99,7 +90,7 @@ def observe(
                     assert features is not None
                     readout.observe(readout.reads(features, query), labels)
                 if keep and features is not None:
-                    kept.append(Kept(indices, features.cpu(), None if query is None else query.cpu()))
+                    kept.append(FeatureBatch(indices, features.cpu(), None if query is None else query.cpu()))
             if collect.repeat and projection and projection.sated:  # all processes ask, so that all stop
                 return kept
         _check_seen(told(seen), task)
@@ -115,23 +106,23 @@ def _check_seen(seen: list[int], task: Task) -> None:
                          f" that can be read: train on at most {sum(map(bool, seen))}, by --devices")  # fmt: skip
 
 
-def _together(kept: list[Kept]) -> Kept:
+def _together(kept: list[FeatureBatch]) -> FeatureBatch:
     """The images of all processes in the order of the split, on the CPU: however many processes share them."""
     indices, features = (
         gathered(torch.cat(parts)) for parts in ([k.indices for k in kept], [k.features for k in kept])
     )
     queries = [each.queries for each in kept if each.queries is not None]
     order = indices.argsort()
-    return Kept(indices[order], features[order], gathered(torch.cat(queries))[order] if queries else None)
+    return FeatureBatch(indices[order], features[order], gathered(torch.cat(queries))[order] if queries else None)
 
 
-def _matched(before: dict[str, Tensor], after: Kept) -> tuple[Tensor, Kept]:
+def _matched(before: dict[str, Tensor], after: FeatureBatch) -> tuple[Tensor, FeatureBatch]:
     """Features `(n, D)` before, and all that is known after, of the images that could be read both times."""
     was, now = (torch.isin(*pair) for pair in ((before["indices"], after.indices), (after.indices, before["indices"])))
     if not bool(was.any()):
         raise ValueError("expected images of this task that can be read before and after its training, got none")
     queries = None if after.queries is None else after.queries[now]
-    return before["features"][was], Kept(after.indices[now], after.features[now], queries)
+    return before["features"][was], FeatureBatch(after.indices[now], after.features[now], queries)
 
 
 def _collects(learner: Learner, when: str) -> bool:

@@ -118,6 +118,7 @@ def train_command(words: list[str]) -> None:
     """`pgp train …`."""
     if any(word == "--resume" or word.startswith("--resume=") for word in words):
         asked = not HELP.isdisjoint(words)
+        parsing.check_resumable(words)
         default = ResumeCommand(Path("RUN"), hardware=Hardware()) if asked else parsing.resumed(words)
         chosen = tyro.cli(
             ResumeCommand, args=["--help"] if asked else words, prog="pgp train --resume", default=default

@@ -78,7 +78,7 @@ class Optimizer:
     def set_rate(self, optimizer: torch.optim.Optimizer, step: int, steps: int, batch_size: int) -> None:
         """Give each group of `optimizer` its rate at `step` of `steps`."""
         for group in optimizer.param_groups:
-            group["lr"] = self.rate(step, steps, batch_size) * group.get("share", 1.0)  # pgp 0.1 saved no share
+            group["lr"] = self.rate(step, steps, batch_size) * group["share"]
 
     def rate(self, step: int, steps: int, batch_size: int) -> float:
         """Learning rate at `step` of `steps`."""
@@ -90,10 +90,11 @@ class Optimizer:
 class Hardware:
     """Where a run computes. It changes the speed and, beyond rounding, nothing else."""
 
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """auto takes a CUDA GPU if there is one, else the CPU. gpu is CUDA; mps is Apple's, which has no float64: what
+    needs float64 is computed on the CPU."""
     devices: int = 1
     """Processes, one per device; a batch is shared among them."""
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
     workers: int = 0
     """Processes that load images, per device."""
     pin_memory: bool = True
@@ -122,6 +123,8 @@ class Config:
     views: Views = field(default_factory=Views)
     optimizer: Optimizer = field(default_factory=Optimizer)
     hardware: Annotated[Hardware, tyro.conf.arg(name="")] = field(default_factory=Hardware)
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """Number format of the forward and backward pass. It decides results, so it is fixed when a run begins."""
     tasks: int | None = 10
     """Tasks into which the classes are split; None: as many as the data name (domains, tasks), else 5."""
     setting: Setting = "cil"

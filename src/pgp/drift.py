@@ -1,163 +1,266 @@
-"""The drift meter: how far answers to old images move as a model learns on, and what its projection has to do with it.
+"""The drift meter: how far responses to old images move as a model learns on, and what its projection does about it.
 
-A few test images of each task are answered when the task is closed, and again after every later one. Of the rows that
-meet a protected parameter only some random mixtures are kept: what a step does to them is, but for a common factor and
-on average, what it does to all rows.
+After each task, evaluation sees the test images of all tasks so far; the meter compares the features of a few of them
+with those of then. Of the rows that enter a protected parameter it keeps random mixtures only: what a step does to them
+is, up to a common factor and on average, what it does to all rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
+from rich.progress import Progress
 from torch import Tensor
 
 from pgp.datasets import Loading, Viewed, batches, in_order
-from pgp.evaluate import tracked
-from pgp.learner import Learner
+from pgp.evaluate import Evaluation, FeatureBatch, tracked
+from pgp.methods import Method
+from pgp.processes import told
+from pgp.projections import Handle, Projection
 from pgp.scenario import Task, generator
-from pgp.subspace import Protected
+from pgp.subspace import Protected, to_float64
 
-PROBES = 16
+SKETCH_SIZE = 16
 """Random mixtures of rows that are kept of each task and space."""
 
 
-def depart(learner: Learner) -> None:
-    """Take down what is protected as the next task finds it, before anything of it changes."""
-    if learner.config.drift_images:
-        learner.departure = {name: met.parameter.detach().clone() for name, met in learner.method.protected().items()}
-        learner.projection.steps = {}
+class Drift(NamedTuple):
+    """What is measured of the images of one task: what they were answered right after it, and what they are now."""
+
+    indices: Tensor
+    """Where the images are in the test split, `(B,)`."""
+    features: Tensor
+    """`(B, D)`."""
+    logits: Tensor
+    """Of the method's own head for the classes of then, centred per image, `(B, c)`."""
+    selected: Tensor | None
+    """Prompts that the images select, `(B, M)` bool; None for a method that selects none."""
+
+    def at(self, indices: Tensor) -> Drift:
+        """Return the rows of these images, in their order; all of them are here."""
+        places = torch.searchsorted(self.indices, indices)
+        return Drift(*(None if each is None else each[places] for each in self))  # type: ignore[arg-type]
 
 
-def arrive(learner: Learner) -> dict[str, dict[str, float | None]]:
-    """What the projection did to the task that was just trained, by space, before it learns from that task itself.
+class DriftMeter:
+    """Measures drift on a few test images of each task; it changes nothing that is learned.
 
-    Returns:
-        gradients, updates: share of the energy of all gradients, and of all updates, that lay in the protected
-            subspace as they came.
-        removed: share of the energy of those of the two that are projected that the projection takes out.
-        leak: share of the energy of the whole way from start to end of the task that lies in the protected subspace:
-            what got past it.
+    Use: `start_task`, `attach` to the task's optimizer before the projection is attached, `projection_stats` once the
+    task is trained, `watch` during evaluation, `end_task`.
     """
-    projection, method, start = learner.projection, learner.method, learner.departure
-    gradients, updates = (
-        {space: _share(met[row, 0], met[row, 2]) for space, met in projection.steps.items()} for row in (0, 1)
-    )
-    row = int(projection.on == "update")
-    removed = {space: _share(met[row, 1], met[row, 2]) for space, met in projection.steps.items()}
-    leaks = {}
-    for space, target in method.protected().items():
-        if space in start and projection.rank(space):
-            way = target.parameter.detach().double() - start[space].to(target.parameter.device).double()
-            inside, _, whole = projection.energies(space, way.transpose(target.axis, -1))
-            leaks[space] = _share(inside, whole)
-    learner.departure, projection.steps = {}, {}
-    return {"gradients": gradients, "updates": updates, "removed": removed, "leak": leaks}
+
+    def __init__(self, evaluation: Evaluation, micro_batch_size: int | None) -> None:
+        """Measure on the images that `evaluation` sees; `micro_batch_size` of them have activations in memory at once,
+        an evaluation batch if None.
+        """
+        self.evaluation, self.config = evaluation, evaluation.config
+        self.micro_batch_size = micro_batch_size or self.config.eval_batch_size
+        self.params_at_task_start: dict[str, Tensor] = {}
+        """The protected parameters by space, as the current task found them."""
+        self.energies: dict[str, Tensor] = {}
+        """By space, what `Projection.energies` says of this task's gradients and of its updates, `(2, 3)`."""
+        self.references: dict[int, dict[str, Any]] = {}
+        """By task, what was measured right after it."""
+        self._watched: dict[int, list[FeatureBatch]] = {}
+
+    def start_task(self, protected: Mapping[str, Protected]) -> None:
+        """Take a snapshot of the protected parameters, before anything of the next task changes them."""
+        self.params_at_task_start = {space: each.parameter.detach().clone() for space, each in protected.items()}
+        self.energies = {}
+
+    def attach(
+        self, optimizer: torch.optim.Optimizer, protected: Mapping[str, Protected], projection: Projection
+    ) -> Handle:
+        """Measure the gradients and the updates of every step as they come, until the handle is removed."""
+        measured = {space: target for space, target in protected.items() if projection.rank(space)}
+        before: dict[str, Tensor] = {}
+
+        @torch.no_grad()
+        def before_step(*_: Any) -> None:
+            for space, (parameter, axis, _role) in measured.items():
+                before[space] = to_float64(parameter.detach().clone())
+                if parameter.grad is not None:
+                    self._add(0, space, projection.energies(space, parameter.grad.transpose(axis, -1)))
+
+        @torch.no_grad()
+        def after_step(*_: Any) -> None:
+            for space, (parameter, axis, _role) in measured.items():
+                update = to_float64(parameter) - before.pop(space)
+                self._add(1, space, projection.energies(space, update.transpose(axis, -1)))
+
+        if not measured:
+            return Handle()
+        return Handle(optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step))
+
+    def _add(self, row: int, space: str, energies: Tensor) -> None:
+        total = self.energies.setdefault(space, energies.new_zeros(2, 3))
+        self.energies[space] = total = total.to(energies.device)
+        total[row] += energies
+
+    def projection_stats(
+        self, projection: Projection, protected: Mapping[str, Protected]
+    ) -> dict[str, dict[str, float | None]]:
+        """Return what the projection did to the task just trained, by space; ask before it learns from that task.
+
+        Returns:
+            gradients, updates: Share of the energy of all gradients, and of all updates, that lay in the protected
+                subspace as they came.
+            removed: Share of the energy of those of the two that are projected that the projection takes out.
+            leak: Share of the energy of the whole way from start to end of the task that lies in the protected
+                subspace: what got past the projection.
+        """
+        gradients, updates = (
+            {space: _ratio(energy[row, 0], energy[row, 2]) for space, energy in self.energies.items()} for row in (0, 1)
+        )
+        row = int(projection.on == "update")
+        removed = {space: _ratio(energy[row, 1], energy[row, 2]) for space, energy in self.energies.items()}
+        leaks = {}
+        for space, target in protected.items():
+            if space in self.params_at_task_start and projection.rank(space):
+                end = to_float64(target.parameter.detach())
+                way = end - self.params_at_task_start[space].to(end)
+                inside, _, whole = projection.energies(space, way.transpose(target.axis, -1))
+                leaks[space] = _ratio(inside, whole)
+        self.params_at_task_start, self.energies = {}, {}
+        return {"gradients": gradients, "updates": updates, "removed": removed, "leak": leaks}
+
+    def sample(self, task: Task) -> Tensor:
+        """Return the test images of `task` on which drift is measured, evenly spaced, `(n,)`."""
+        return task.test[torch.linspace(0, len(task.test) - 1, min(self.config.drift_images, len(task.test))).long()]
+
+    def watch(self, task: Task, batch: FeatureBatch) -> None:
+        """Keep what evaluation makes of the images of the sample; the rest of the batch is not needed."""
+        chosen = torch.isin(batch.indices, self.sample(task)).nonzero().flatten()
+        if len(chosen):
+            queries = None if batch.queries is None else batch.queries[chosen].cpu()
+            kept = FeatureBatch(batch.indices[chosen], batch.features[chosen].cpu(), queries)
+            self._watched.setdefault(task.index, []).append(kept)
+
+    @torch.no_grad()
+    def end_task(self, method: Method, projection: Projection, task: Task, progress: Progress) -> dict[str, Any]:
+        """Compare the images of earlier tasks with their references, and make references of those of `task`.
+
+        Returns:
+            features, logits: Relative change, the norm of the difference by the norm of what was, by earlier task.
+                Logits are those of the method's own head for the classes of then, centred per image.
+            responses: By space, relative change of what the protected parameter answers to old rows.
+            changed: Share of images that select other prompts; only for methods that select.
+            held: By space, share of the energy of all old rows in the protected subspace, `task` included.
+            usage: Share of the images of all tasks that select each prompt.
+        """
+        fabric, scenario = self.evaluation.fabric, self.evaluation.scenario
+        protected, watched = method.protected(), told(self._watched)
+        self._watched = {}
+        now: dict[int, Drift] = {}
+        for each in scenario.tasks[: task.index + 1]:
+            batches_of_all = [batch for process in watched for batch in process.get(each.index, [])]
+            with fabric.autocast():
+                now[each.index] = _measured(method, batches_of_all, scenario.seen(each.index), each)
+        sketch = self._sketch(method, task, progress)
+        responses = {space: _responses(rows, protected[space]) for space, rows in sketch.items()}
+        self.references[task.index] = {**now[task.index]._asdict(), "sketch": sketch, "responses": responses}
+
+        old = [index for index in now if index != task.index]
+        then = {index: Drift(*(self.references[index][name] for name in Drift._fields)) for index in old}
+        pairs = [(now[index], then[index].at(now[index].indices)) for index in old]
+        out: dict[str, Any] = {"tasks": old}
+        out["features"] = [_change(new.features, was.features) for new, was in pairs]
+        out["logits"] = [_change(new.logits, was.logits) for new, was in pairs]
+        out["responses"] = {
+            space: [
+                _change(_responses(self.references[i]["sketch"][space], target), self.references[i]["responses"][space])
+                for i in old
+            ]
+            for space, target in protected.items()
+        }
+        selected = [each.selected for each in now.values() if each.selected is not None]
+        if selected:
+            out["changed"] = [float((new.selected != was.selected).any(1).float().mean()) for new, was in pairs]  # type: ignore[union-attr]
+            out["usage"] = torch.cat(selected).float().mean(0).tolist()
+        out["held"] = {}
+        for space, target in protected.items():
+            if projection.rank(space):
+                sketches = [_like_parameter(self.references[i]["sketch"][space], target) for i in now]
+                inside, _, whole = torch.stack([projection.energies(space, each) for each in sketches]).sum(0)
+                out["held"][space] = _ratio(inside, whole)
+        return out
+
+    def _sketch(self, method: Method, task: Task, progress: Progress) -> dict[str, Tensor]:
+        """Return, by space, random mixtures `(..., K, D)` of the rows of the sample.
+
+        Weights are drawn image by image, so that they are the same however many images are seen together.
+        """
+        config, evaluation = self.config, self.evaluation
+        fabric, title = evaluation.fabric, evaluation.scenario.title(task)
+        plan = in_order(self.sample(task), self.micro_batch_size)
+        viewed = Viewed(evaluation.data.test, config.views.test(), 0, ("test",), config.on_bad_image == "skip")
+        stream = batches(viewed, plan, Loading(on_bad_image=config.on_bad_image))  # every process sees them all
+        sketch: dict[str, Tensor] = {}
+        for batch in tracked(progress, stream, len(plan), f"measuring drift on {title}"):
+            if not len(batch.indices):
+                continue
+            images = batch.images.to(fabric.device)
+            query = evaluation.query(method, images, batch.indices)
+            with fabric.autocast():
+                activations = method.activations(images, query)
+            for space in method.protected():
+                rows = activations[space]
+                weights = [
+                    torch.randn(
+                        rows.sketch_shape(SKETCH_SIZE),
+                        dtype=torch.float64,
+                        generator=generator(config.seed, "drift", task.index, index, space),
+                    )
+                    for index in batch.indices.tolist()
+                ]
+                mixtures = rows.sketch(torch.stack(weights))
+                sketch[space] = sketch[space] + mixtures if space in sketch else mixtures
+        return {space: mixtures.float() for space, mixtures in sketch.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that it remembers."""
+        return {
+            "params_at_task_start": self.params_at_task_start,
+            "energies": self.energies,
+            "references": self.references,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`."""
+        self.params_at_task_start = dict(state["params_at_task_start"])
+        self.energies, self.references = dict(state["energies"]), dict(state["references"])
 
 
-@torch.no_grad()
-def drift(learner: Learner, task: Task) -> dict[str, Any]:
-    """How far the answers to each task before `task` moved since it was closed; `task` is the next to be remembered.
-
-    Returns:
-        features, logits: relative change, the norm of the difference by the norm of what was, by earlier task. Logits
-            are those of the method's own head for the classes of then, centred per image.
-        responses: by space, relative change of what the protected parameter answers to old rows.
-        changed: share of images that choose other prompts; only for methods that choose.
-        held: by space, share of the energy of all old rows in the protected subspace, `task` included.
-        usage: share of the images of all tasks that choose each prompt.
-    """
-    method, memory, tasks = learner.method, learner.remembered, learner.scenario.tasks
-    protected = method.protected()
-    now = {each.index: _answers(learner, each) for each in tasks[: task.index] if each.index in memory}
-    memory[task.index] = now[task.index] = _answers(learner, task)
-    memory[task.index]["probes"] = probes = _probes(learner, task)
-    memory[task.index]["responses"] = {space: _respond(rows, protected[space]) for space, rows in probes.items()}
-    old = [index for index in now if index != task.index]
-    out: dict[str, Any] = {"tasks": old}
-    for what in ("features", "logits"):
-        out[what] = [_change(now[index][what], memory[index][what]) for index in old]
-    out["responses"] = {
-        space: [
-            _change(_respond(memory[index]["probes"][space], target), memory[index]["responses"][space])
-            for index in old
-        ]
-        for space, target in protected.items()
-    }
-    if "chosen" in now[task.index]:
-        others = [(now[i]["chosen"].cpu() != memory[i]["chosen"].cpu()).any(1).double() for i in old]
-        out["changed"] = [float(one.mean()) for one in others]
-        out["usage"] = torch.cat([answers["chosen"] for answers in now.values()]).double().mean(0).tolist()
-    out["held"] = {}
-    for space, target in protected.items():
-        if learner.projection.rank(space):
-            parts = [learner.projection.energies(space, _beside(memory[i]["probes"][space], target)) for i in now]
-            inside, _, whole = torch.stack(parts).sum(0)
-            out["held"][space] = _share(inside, whole)
-    return out
-
-
-def _sample(learner: Learner, task: Task, size: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """A few test images `(B, 3, S, S)` of a task, evenly spaced, with their queries, `size` at once."""
-    config, evaluation = learner.config, learner.evaluation
-    places = torch.linspace(0, len(task.test) - 1, min(config.drift_images, len(task.test))).long()
-    plan = in_order(task.test[places], size)
-    viewed = Viewed(learner.data.test, config.views.test(), 0, ("test",), config.on_bad_image == "skip")
-    stream = batches(viewed, plan, Loading(on_bad_image=config.on_bad_image))  # every process sees them all
-    for batch in tracked(learner.progress, stream, len(plan), f"measuring drift on {learner.scenario.title(task)}"):
-        if len(batch.indices):
-            images = batch.images.to(learner.fabric.device)
-            yield images, evaluation.query(learner.method, images, batch.indices)
-
-
-def _answers(learner: Learner, task: Task) -> dict[str, Any]:
-    """Features `(B, D)` and logits `(B, c)` of the sample, and the prompts that its images choose, `(B, M)`."""
-    method, classes = learner.method, list(learner.scenario.seen(task.index))
-    features, logits, chosen = [], [], []
-    for images, query in _sample(learner, task, learner.config.eval_batch_size):
-        with learner.fabric.autocast():
-            features.append(method.features(images, query).float())
-            logits.append(method.head(features[-1])[:, classes].float())
-            picked = None if query is None else method.choices(query)
-        if picked is not None:
-            chosen.append(picked)
-    if not features:
+def _measured(method: Method, kept: list[FeatureBatch], classes: tuple[int, ...], task: Task) -> Drift:
+    """Return what images of `task` are answered now, in the order of the split, on the CPU."""
+    if not kept:
         raise ValueError(f"expected test images in task {task.index + 1}, but every one of a sample is unreadable")
-    found = torch.cat(logits)
-    answers = {"features": torch.cat(features), "logits": found - found.mean(1, keepdim=True)}
-    return answers | ({"chosen": torch.cat(chosen)} if chosen else {})
+    device = next(method.parameters()).device
+    indices, order = torch.cat([batch.indices for batch in kept]).sort()
+    features = torch.cat([batch.features for batch in kept])[order]
+    logits = method.head(features.to(device))[:, list(classes)].float().cpu()
+    queries = [batch.queries for batch in kept if batch.queries is not None]
+    selected = method.choices(torch.cat(queries)[order].to(device)) if queries else None
+    return Drift(indices, features, logits - logits.mean(1, keepdim=True), None if selected is None else selected.cpu())
 
 
-def _probes(learner: Learner, task: Task) -> dict[str, Tensor]:
-    """By space, random mixtures `(..., K, D)` of the rows of the sample."""
-    draws = generator(learner.config.seed, "drift", task.index)
-    probes: dict[str, Tensor] = {}
-    for images, query in _sample(learner, task, learner.part or learner.config.eval_batch_size):
-        with learner.fabric.autocast():
-            rows = learner.method.activations(images, query)
-        for space in learner.method.protected():
-            mixtures = rows[space].mixed(PROBES, draws).float()
-            probes[space] = probes[space] + mixtures if space in probes else mixtures
-    return probes
+def _responses(sketch: Tensor, target: Protected) -> Tensor:
+    """Return the inner products of a protected parameter with rows `(..., K, D)`, on the CPU."""
+    parameter = target.parameter.detach().float().cpu().transpose(target.axis, -1)
+    return sketch.cpu() @ parameter.mT
 
 
-def _respond(probes: Tensor, target: Protected) -> Tensor:
-    """What the protected parameter answers to rows `(..., K, D)`: their inner products with it."""
-    answer = target.parameter.detach().float().transpose(target.axis, -1)
-    return probes.to(answer.device) @ answer.mT
-
-
-def _beside(probes: Tensor, target: Protected) -> Tensor:
-    """Rows with as many axes as the parameter that they meet."""
-    return probes[(None,) * (target.parameter.dim() - probes.dim())].to(target.parameter.device)
+def _like_parameter(sketch: Tensor, target: Protected) -> Tensor:
+    """Return rows with as many axes as the parameter that they enter."""
+    return sketch[(None,) * (target.parameter.dim() - sketch.dim())].to(target.parameter.device)
 
 
 def _change(now: Tensor, then: Tensor) -> float | None:
-    """Relative change: the norm of the difference by the norm of what was; None where that is 0."""
-    then = then.to(now)
-    return _share((now - then).norm(), then.norm())
+    """Return the relative change: the norm of the difference by the norm of what was; None if that is 0."""
+    return _ratio((now - then).norm(), then.norm())
 
 
-def _share(part: Tensor, whole: Tensor) -> float | None:
+def _ratio(part: Tensor, whole: Tensor) -> float | None:
     return float(part / whole) if float(whole) else None

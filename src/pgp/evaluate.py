@@ -5,7 +5,7 @@ Nothing about an image's prediction depends on its batch, and no task label ente
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -15,7 +15,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pgp.config import Config
-from pgp.datasets import Batch, Dataset, Loading, Viewed, batches, in_order
+from pgp.datasets import Dataset, Loading, Viewed, batches, in_order
 from pgp.methods import Method, only
 from pgp.readouts import Readout
 from pgp.scenario import Scenario, Task
@@ -34,6 +34,17 @@ def tracked(progress: Progress, items: Iterable[T], total: int, description: str
             progress.advance(bar)
     finally:
         progress.remove_task(bar)
+
+
+class FeatureBatch(NamedTuple):
+    """Some images as the model sees them."""
+
+    indices: Tensor
+    """Where they are in their split, `(B,)`."""
+    features: Tensor
+    """`(B, D)`."""
+    queries: Tensor | None
+    """`(B, Q)`, if the method or a readout needs them."""
 
 
 class Row(NamedTuple):
@@ -55,8 +66,18 @@ class Evaluation:
         self._queries: dict[int, Tensor] = {}  # by test image, (D)
 
     @torch.no_grad()
-    def row(self, method: Method, readouts: Sequence[Readout], t: int, progress: Progress) -> Row:
-        """Each task up to t, by column: one per readout, and its legacy twin where asked for."""
+    def row(
+        self,
+        method: Method,
+        readouts: Sequence[Readout],
+        t: int,
+        progress: Progress,
+        watch: Callable[[Task, FeatureBatch], None] | None = None,
+    ) -> Row:
+        """Evaluate each task up to t, by column: one per readout, and its legacy twin if the configuration asks for it.
+
+        `watch` is given the features of every batch.
+        """
         tasks = self.scenario.tasks[: t + 1]
         hits = Row(*({c: torch.zeros(t + 1, dtype=torch.float64) for c in self._columns(readouts)} for _ in range(3)))
         counts = torch.zeros(t + 1, dtype=torch.float64)
@@ -67,7 +88,11 @@ class Evaluation:
         for (task, _), batch in zip(plan, stream, strict=True):
             if len(batch.indices):
                 counts[task.index] += len(batch.indices)
-                for column, logits in self.logits(method, readouts, batch, task, t):
+                images = batch.images.to(self.fabric.device)
+                seen = self.features(method, images, batch.indices)
+                if watch:
+                    watch(task, seen)
+                for column, logits in self.logits(method, readouts, images, seen, task, t):
                     predicted, among_own = logits.argmax(1).cpu(), only(logits, task.classes).argmax(1).cpu()
                     hits.accuracy[column][task.index] += (predicted == batch.labels).sum()
                     hits.within[column][task.index] += (among_own == batch.labels).sum()
@@ -79,20 +104,24 @@ class Evaluation:
             )
         return Row(*({column: self._sum(found) / counts for column, found in each.items()} for each in hits))
 
-    def logits(
-        self, method: Method, readouts: Sequence[Readout], batch: Batch, task: Task, t: int
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Column by column, masked logits `(B, C)` for a batch of test images of `task` after learning task t."""
-        images = batch.images.to(self.fabric.device)
-        allowed = task.classes if self.config.setting == "til" else self.scenario.seen(t)
-        query = self.query(method, images, batch.indices)
+    def features(self, method: Method, images: Tensor, indices: Tensor, *, by_vote: bool = False) -> FeatureBatch:
+        """Return what the model makes of test images, whose queries are computed once."""
+        query = self.query(method, images, indices)
         with self.fabric.autocast():
-            features = method.features(images, query).float()
-            voted = method.features(images, query, by_vote=True).float() if self.config.legacy_eval else None
+            features = method.features(images, query, by_vote=by_vote).float()
+        return FeatureBatch(indices, features, query)
+
+    def logits(
+        self, method: Method, readouts: Sequence[Readout], images: Tensor, seen: FeatureBatch, task: Task, t: int
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield masked logits `(B, C)`, column by column, of test images of `task` after learning task t."""
+        allowed = task.classes if self.config.setting == "til" else self.scenario.seen(t)
+        legacy = self.config.legacy_eval
+        voted = self.features(method, images, seen.indices, by_vote=True) if legacy else None
         for readout in readouts:
-            yield readout.name, only(readout.logits(readout.reads(features, query)), allowed)
+            yield readout.name, only(readout.logits(readout.reads(seen.features, seen.queries)), allowed)
             if voted is not None:
-                logits = readout.logits(readout.reads(voted, query))
+                logits = readout.logits(readout.reads(voted.features, voted.queries))
                 yield readout.name + LEGACY, only(logits, self._published(method, task))
 
     def _published(self, method: Method, task: Task) -> Sequence[int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from rich.progress import Progress
@@ -14,10 +16,12 @@ from pgp import metrics
 from pgp.config import Config, Hardware
 from pgp.curriculum import assembled, described, idle, located
 from pgp.datasets import Counts, Viewed
+from pgp.drift import DriftMeter
 from pgp.evaluate import Evaluation
 from pgp.run import Run, RunError
 from pgp.scenario import Task, generator
 from pgp.stream import Stream
+from pgp.subspace import float64_device
 
 
 class Learner:
@@ -30,7 +34,7 @@ class Learner:
         self.fabric, self.progress = fabric, progress
         backbone = config.backbone.build(config.views.size)
         self.fingerprint = backbone.fingerprint()
-        if config.hardware.precision == "bf16-mixed":
+        if config.precision == "bf16-mixed":
             backbone.halve()
         self.method = config.method.build(backbone, self.data.class_names, generator(config.seed, "init"))
         self.model = fabric.setup_module(self.method)
@@ -39,10 +43,11 @@ class Learner:
         self.projection.seed = config.seed
         if config.save_every_steps and self.projection.collect and self.projection.collect.when == "before":
             raise ValueError("save_every_steps needs a projection that collects after a task, not before it")
-        self.readouts = [readout.build(self.method.head, self.data.classes) for readout in config.readouts]
+        self.readouts = [readout.build(self.method.head, self.data.classes, config.seed) for readout in config.readouts]
         on_cpu = fabric.device.type == "cpu"
         self.part = config.hardware.part or (4 if on_cpu else None)
         self.evaluation = Evaluation(fabric, config, self.data, self.scenario)
+        self.meter = DriftMeter(self.evaluation, self.part) if config.drift_images else None
         self.stream = Stream(len(self.scenario)) if config.setting == "oil" else None
         self.matrices: dict[str, Tensor] = {}
         self.task, self.step = 0, 0
@@ -52,14 +57,12 @@ class Learner:
         self.before: dict[str, Tensor] | None = None
         """`indices` and `features` of all of the current task's images before its training, where a readout will ask
         how they moved."""
-        self.departure: dict[str, Tensor] = {}
-        """What is protected, by space, as the current task found it; see `pgp.drift`."""
-        self.remembered: dict[int, dict[str, Any]] = {}
-        """By closed task, how a few test images were answered when it was closed; see `pgp.drift`."""
         self.within: dict[str, Tensor] = {}
         """Matrices like `matrices`, of the accuracy among the classes of an image's own task."""
         self.restored: dict[str, Any] | None = None
         """State of the optimizer of a task that a checkpoint left in the middle."""
+        self.saved: Path | None = None
+        """The newest checkpoint."""
 
     def state_dict(self) -> dict[str, Any]:
         """The run so far."""
@@ -72,44 +75,53 @@ class Learner:
             "readouts": {readout.name: readout.state_dict() for readout in self.readouts},
             "matrices": self.matrices,
             "within": self.within,
-            "drift": {
-                "departure": self.departure,
-                "remembered": self.remembered,
-                "steps": self.projection.steps,
-            },
             "optimizer": self.optimizer.state_dict() if self.step else None,
         }
         state |= {"before": self.before} if self.before is not None else {}
+        state |= {"drift": self.meter.state_dict()} if self.meter else {}
         return state | ({"stream": self.stream.state_dict()} if self.stream else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a run; refuses one that was learned on another encoder."""
-        if missing := self.state_dict().keys() - state.keys() - {"stream", "within", "drift"}:  # pgp 0.1 had none
+        if missing := self.state_dict().keys() - state.keys():
             raise RunError(f"expected a checkpoint with {sorted(missing)}, got one without: another program wrote it")
         Run.check_encoder(state["backbone"], self.fingerprint)
         self.task, self.step = state["task"], state["step"]
         size = len(self.scenario)  # tasks may have been added since
         self.matrices, self.within = (
-            {name: metrics.grown(matrix, size) for name, matrix in state.get(which, {}).items()}
+            {name: metrics.grown(matrix, size) for name, matrix in state[which].items()}
             for which in ("matrices", "within")
         )
         self.method.load_learned_state(state["method"])
-        device = self.fabric.device
-        self.projection.load_state_dict({name: basis.to(device) for name, basis in state["projection"].items()})
+        self.projection.load_state_dict(state["projection"])
+        device = float64_device(self.fabric.device)
         for readout in self.readouts:
             readout.load_state_dict({k: tensor.to(device) for k, tensor in state["readouts"][readout.name].items()})
-        drift = state.get("drift", {})
-        self.departure, self.remembered = drift.get("departure", {}), drift.get("remembered", {})
-        self.projection.steps = {space: energy.to(device) for space, energy in drift.get("steps", {}).items()}
-        if self.stream and "stream" in state:
+        if self.meter:
+            self.meter.load_state_dict(state["drift"])
+        if self.stream:
             self.stream.load_state_dict(state["stream"])
         self.restored, self.before = state["optimizer"], state.get("before")
 
     def save(self, run: Run, name: str) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint.
+
+        Raises:
+            RunError: If what was learned is not finite: such a state is never saved.
+        """
+        state = self.state_dict()
+        broken = [key for key, value in state["method"].items() if not bool(value.isfinite().all())]
+        if broken:
+            raise RunError(f"{', '.join(broken)} are not finite any more: start a new run with a lower --optimizer.lr."
+                           f" {self.last_good_state()}")  # fmt: skip
         if self.fabric.is_global_zero:
-            run.save(name, self.state_dict())
+            run.save(name, state)
         self.fabric.barrier()
+        self.saved = run.folder / "checkpoints" / name
+
+    def last_good_state(self) -> str:
+        """Return a sentence that names the newest checkpoint."""
+        return f"The last good state is {self.saved}" if self.saved else "No state was saved yet"
 
     def log(self, run: Run, event: str, **values: Any) -> None:
         """Write one line of metrics."""
@@ -165,21 +177,33 @@ def opened(run: Run, config: Config, progress: Progress) -> tuple[Learner, int]:
     if name is None:
         raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
     config = replace(config, hardware=replace(config.hardware, devices=1))
-    learner = Learner(fabric_for(config.hardware), config, progress)
+    learner = Learner(fabric_for(config), config, progress)
     run.check_data(learner.description, images=False)
     learner.load_state_dict(run.load(name))
     return learner, int(name.rpartition("-")[2])
 
 
-def fabric_for(hardware: Hardware) -> Fabric:
-    """Fabric on this hardware, if the machine has it."""
+def fabric_for(config: Config) -> Fabric:
+    """Return a Fabric for the hardware and precision of `config`.
+
+    Raises:
+        ValueError: If this machine does not have that hardware.
+    """
+    hardware = config.hardware
     try:
         return Fabric(
-            accelerator=hardware.accelerator,
+            accelerator=accelerator_name(hardware),
             devices=hardware.devices,
-            precision=hardware.precision,
+            precision=config.precision,
             strategy=DDPStrategy(find_unused_parameters=True) if hardware.devices > 1 else "auto",
         )
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"this machine cannot compute with --accelerator {hardware.accelerator} --devices"
-                         f" {hardware.devices} --precision {hardware.precision}: {error}") from error  # fmt: skip
+                         f" {hardware.devices} --precision {config.precision}: {error}") from error  # fmt: skip
+
+
+def accelerator_name(hardware: Hardware) -> str:
+    """Return Fabric's name of the accelerator. Never let it choose: its `auto` takes MPS, which has no float64."""
+    if hardware.accelerator == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if hardware.accelerator == "gpu" else hardware.accelerator

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import tyro
 from pgp import published, recipes
 from pgp.baselines import BASELINES, sequential
 from pgp.commands import ResumeCommand, TrainCommand
-from pgp.config import Config
+from pgp.config import Config, Hardware
 from pgp.datasets.own import own_data
 from pgp.projections.none import NoProjection
 from pgp.projections.released import Released
@@ -54,6 +54,17 @@ def resumed(words: list[str]) -> ResumeCommand:
         raise ValueError("expected a run folder behind --resume, such as runs/own-seed42")
     folder = Path(folders[0])
     return ResumeCommand(folder, hardware=Run.open(folder).config.hardware)
+
+
+def check_resumable(words: list[str]) -> None:
+    """Raise if a flag stands beside --resume that can only be given when a run begins."""
+    known = {field.name.replace("_", "-") for kind in (ResumeCommand, Hardware) for field in fields(kind)}
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("_", "-")
+        if word.startswith("--") and name.removeprefix("no-") not in known | {"help"}:
+            flags = ", ".join(f"--{flag}" for flag in sorted(known - {"hardware", "resume"}))
+            raise ValueError(f"expected beside --resume only {flags}, got --{name}: what decides results is fixed when"
+                             " a run begins")  # fmt: skip
 
 
 def named(table: dict[str, Callable[..., Any]], name: str, what: str, where: str) -> Callable[..., Any]:

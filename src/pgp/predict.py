@@ -15,6 +15,7 @@ from pgp.datasets.files import images_below, read_image
 from pgp.methods import only
 from pgp.run import Run, RunError
 from pgp.scenario import generator
+from pgp.subspace import float64_device
 
 
 class Prediction(NamedTuple):
@@ -48,7 +49,7 @@ class Predictor:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         backbone: Backbone = config.backbone.build(config.views.size)
         run.check_encoder(state["backbone"], backbone.fingerprint())
-        self._half = config.hardware.precision == "bf16-mixed"
+        self._half = config.precision == "bf16-mixed"
         if self._half:
             backbone.halve()
         self._method = config.method.build(backbone, names, generator(config.seed, "init"))
@@ -58,8 +59,10 @@ class Predictor:
         if readout is not None and readout not in readouts:
             raise ValueError(f"expected a readout of this run, one of {', '.join(readouts)}, got {readout!r}")
         chosen = readouts[readout or next(iter(readouts))]
-        self._readout, self._asks = chosen.build(self._method.head, len(names)), chosen.reads_query
-        self._readout.load_state_dict({k: v.to(self.device) for k, v in state["readouts"][self._readout.name].items()})
+        self._readout, self._asks = chosen.build(self._method.head, len(names), config.seed), chosen.reads_query
+        self._readout.load_state_dict(
+            {k: v.to(float64_device(self.device)) for k, v in state["readouts"][self._readout.name].items()}
+        )
         self._view = config.views.test()
         self._learned = list(dict.fromkeys(label for task in tasks[: state["task"]] for label in task))
         self.classes = tuple(names[label] for label in self._learned)

@@ -127,7 +127,7 @@ def newest(asked: Config, words: Sequence[str], folder: Path) -> tuple[Run, Conf
                        " cannot change: leave those flags out, or train again")  # fmt: skip
     run = max(fitting, key=lambda one: (one.folder / "checkpoints" / "latest").stat().st_mtime)
     config = replace(run.config, legacy_eval=asked.legacy_eval)
-    config = replace(config, hardware=replace(asked.hardware, devices=1, precision=run.config.hardware.precision))
+    config = replace(config, hardware=replace(asked.hardware, devices=1))
     if "eval-batch-size" in given:
         config = replace(config, eval_batch_size=asked.eval_batch_size)
     data: Any = config.dataset

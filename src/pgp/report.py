@@ -238,8 +238,7 @@ def flat(tree: Any, path: str = "") -> dict[str, Any]:
         return {path: tree}
     out: dict[str, Any] = {}
     for key, item in tree.items():
-        hardware = path == "hardware" and key != "precision"
-        if not hardware and (path or key != "seed"):
+        if path != "hardware" and (path or key != "seed"):
             out |= flat(item, f"{path}.{key}" if path else key)
     return out
 

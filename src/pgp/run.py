@@ -245,7 +245,8 @@ class Run:
         folder = self.folder / "checkpoints" / name
         try:
             header = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "state.safetensors")
+            # cloned: loaded tensors are not aligned as torch's own are, and matrix products would round differently
+            tensors = {name: tensor.clone() for name, tensor in load_file(folder / "state.safetensors").items()}
         except (OSError, ValueError, SafetensorError) as error:
             raise RunError(f"checkpoint {folder} is damaged ({error}): name an earlier one in"
                            f" {folder.parent / 'latest'} to go on from there") from error  # fmt: skip

@@ -14,6 +14,20 @@ from torch import Tensor, nn
 from pgp.processes import add_up
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Return where float64 tensors that belong to `device` live: on the CPU for Apple's MPS, which has no float64.
+
+    >>> float64_device(torch.device("mps")), float64_device(torch.device("cuda", 1))
+    (device(type='cpu'), device(type='cuda', index=1))
+    """
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def to_float64(tensor: Tensor) -> Tensor:
+    """Return `tensor` in float64, on the CPU if its own device has no float64."""
+    return tensor.to(float64_device(tensor.device), torch.float64)
+
+
 class Protected(NamedTuple):
     """What a method asks to protect: a parameter, and the axis along which old rows meet it."""
 
@@ -39,16 +53,27 @@ class Rows(NamedTuple):
         """The inputs as they meet the parameter, `(B, ..., N, D)`, where they are mapped those of all heads."""
         return self.inputs if self.through is None else (self.inputs.to(self.through) @ self.through).flatten(1, 2)
 
-    def mixed(self, count: int, draws: torch.Generator) -> Tensor:
-        """Random mixtures of the inputs `(..., count, D)`, each the sum of all of them with normal weights: whatever is
-        linear in rows has, on average, the same energy on a mixture as on all rows together. Weights are those of
-        an image's token in every head, so that heads can be joined. float64.
+    def sketch_shape(self, size: int) -> tuple[int, ...]:
+        """Return the shape of the weights of one image in a `sketch`: `(K, N)`, or `(H, K, N)` for rows with maps."""
+        heads = () if self.through is None else (self.inputs.shape[1],)
+        return (*heads, size, self.inputs.shape[-2])
+
+    def sketch(self, weights: Tensor) -> Tensor:
+        """Return mixtures of the inputs, `(..., K, D)` float64, each the sum of all of them with the given weights.
+
+        With independent normal weights, whatever is linear in rows has, on average, the same energy on a mixture as
+        on all rows together. The weight of an image's token is the same in every head, so that heads can be joined;
+        rows of all heads that enter one parameter have weights of their own.
+
+        Args:
+            weights: `(B, *sketch_shape)`.
         """
-        rows = images_together(self.inputs.detach().double())  # (..., n, D)
-        heads = () if self.through is None else rows.shape[:-2]  # rows of all heads that meet one parameter are all met
-        weights = torch.randn(*heads, count, rows.shape[-2], generator=draws, dtype=torch.float64)
-        mixtures = weights.to(rows.device) @ rows
-        return mixtures if self.through is None else (mixtures @ self.through.detach().double()).sum(0)
+        inputs = to_float64(self.inputs.detach())  # (B, ..., N, D)
+        weights = weights.to(inputs)
+        while weights.dim() < inputs.dim():
+            weights = weights.unsqueeze(1)
+        mixtures = (weights @ inputs).sum(0)  # (..., K, D)
+        return mixtures if self.through is None else (mixtures @ to_float64(self.through.detach())).sum(0)
 
 
 def images_together(rows: Tensor) -> Tensor:
@@ -78,7 +103,7 @@ class Moment:
 
     def observe(self, rows: Tensor) -> None:
         """Add rows `(..., n, D)`."""
-        rows = rows.detach().double()
+        rows = to_float64(rows.detach())
         total, products = rows.sum(-2), rows.mT @ rows
         if self._sum is None or self._products is None:
             self._sum, self._products = total, products
@@ -168,7 +193,8 @@ def extend(basis: Tensor, second: Tensor, energy: float) -> Tensor:
     """
     if not 0 <= energy <= 1:
         raise ValueError(f"expected an energy in [0, 1] (a share of the second moment's trace), got {energy}")
-    second, basis = second.double(), basis.double()
+    second = to_float64(second)
+    basis = basis.to(second)
     rest = remove(remove(second, basis).mT, basis)  # (I - UU^T) C (I - UU^T)
     values, vectors = torch.linalg.eigh((rest + rest.mT) / 2)  # ascending
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
@@ -197,7 +223,7 @@ def rank_of(basis: Tensor) -> float:
     >>> rank_of(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]]))
     1.5
     """
-    return float((basis != 0).any(-2).sum(-1).double().mean())
+    return float((basis != 0).any(-2).sum(-1).float().mean())
 
 
 def _zeros_last(basis: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from pgp.boundary import fitted, look_ahead, look_back
 from pgp.config import Config, Hardware
 from pgp.curriculum import training_plan
 from pgp.datasets import Address, Batch, DatasetConfig, batches
-from pgp.drift import arrive, depart, drift
 from pgp.environment import environment
 from pgp.evaluate import tracked
 from pgp.learner import Learner, fabric_for, opened
@@ -121,7 +120,7 @@ def _learn(
     """
     if state is None and output is not None and not processes.started():
         Run.check_free(output)  # before other processes start, which would all fail
-    fabric = fabric_for(config.hardware)
+    fabric = fabric_for(config)
     fabric.launch()
     progress = progress if progress and fabric.is_global_zero else _quiet()
     learner = Learner(fabric, config, progress)
@@ -136,7 +135,8 @@ def _learn(
             run.add(replace(learner.config, hardware=run.config.hardware), learner.description)
             _tell_concerns(learner, run)
         learner.load_state_dict(state)
-        where = {"hardware": asdict(config.hardware), "environment": environment()}
+        learner.saved = run.folder / "checkpoints" / (run.latest_name() or "")
+        where = {"hardware": asdict(config.hardware), "environment": environment(), "on_bad_image": config.on_bad_image}
         learner.log(run, "resumed", task=learner.task, step=learner.step, **where)
         if learner.matrices and fabric.is_global_zero:
             run.write_matrices(learner.matrices)  # a crash may have come between checkpoint and table
@@ -168,7 +168,8 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     """Train on one task, from the step at which the run stands."""
     config, method, projection = learner.config, learner.method, learner.projection
     if learner.step == 0:
-        depart(learner)
+        if learner.meter:
+            learner.meter.start_task(method.protected())
         look_ahead(learner, task)
         with projection.confined(method.protected()), learner.fabric.autocast():
             method.begin_task(task)
@@ -184,27 +185,30 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     plain = settings.build(method, config.batch_size)
     if learner.restored:
         plain.load_state_dict(learner.restored)
-    handle = projection.attach(plain, method.protected())
+    handles = [learner.meter.attach(plain, method.protected(), projection)] if learner.meter else []
+    handles.append(projection.attach(plain, method.protected()))
     optimizer: Any = learner.fabric.setup_optimizers(plain)
     learner.optimizer, learner.restored = optimizer, None
 
     stream = batches(learner.viewed("train", "view", task), plan[learner.step :], learner.evaluation.loading)
     stream = tracked(learner.progress, stream, len(plan) - learner.step, f"{learner.scenario.title(task)}, training")
-    losses: list[Tensor] = []
+    healths: dict[int, Tensor] = {}
     for batch, _ in zip(stream, ahead, strict=False):  # a batch is predicted before it is learned
         if len(batch.indices):
             settings.set_rate(optimizer, learner.step, len(plan), config.batch_size)
-            losses.append(train_step(learner, optimizer, batch, task, share=len(plan[learner.step])))
+            whole = len(plan[learner.step]) if learner.fabric.world_size > 1 else len(batch.indices)  # none skipped
+            healths[learner.step] = train_step(learner, optimizer, batch, task, whole)
         learner.step += 1
         last, saves = learner.step == len(plan), config.save_every_steps
         saving = bool(saves) and learner.step % saves == 0 and not last
-        if losses and (saving or last or learner.step % config.log_every_steps == 0):
-            _log_losses(learner, task, run, losses)  # stops before a broken state is saved
+        if healths and (saving or last or learner.step % config.log_every_steps == 0):
+            _log_losses(learner, task, run, healths)  # stops before a broken state is saved
             learner.log_stream(run, task)
-            losses = []
+            healths = {}
         if saving:
             learner.save(run, f"task-{task.index + 1:02d}-step-{learner.step:06d}")
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     learner.step, learner.optimizer = 0, None
 
 
@@ -225,8 +229,16 @@ def foretold(learner: Learner, task: Task, plan: Sequence[Sequence[Address]]) ->
         yield
 
 
-def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, share: int) -> Tensor:
-    """One step; its loss, left on the device. `share` is the size of the batch over all processes."""
+def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, global_batch_size: int) -> Tensor:
+    """Make one step on this process's share of a batch of `global_batch_size` images.
+
+    Returns:
+        The loss and the norm of the gradients before clipping, `(2,)`, left on the device.
+
+    Raises:
+        RunError: On a CPU, if either is not finite; nothing is changed then. On a GPU, where looking at them would wait
+            for the device, `check_finite` is called whenever losses are logged and before anything is saved.
+    """
     fabric, model, clip = learner.fabric, learner.model, learner.config.optimizer.clip
     images, labels, _ = batch.to(fabric.device)
     with fabric.autocast():
@@ -239,7 +251,7 @@ def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, share
     for number, part in enumerate(parts, 1):  # activations of one part at a time
         with fabric.no_backward_sync(model, enabled=number < len(parts)):
             rows = {name: tensor[part] for name, tensor in prepared.items()} | leaves
-            weight = len(part) * fabric.world_size / share
+            weight = len(part) * fabric.world_size / global_batch_size
             with fabric.autocast():  # Fabric itself casts for other methods than forward on several devices only
                 loss = model.loss(images[part], labels[part], task, rows) * weight
             fabric.backward(loss)
@@ -247,10 +259,16 @@ def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, share
     for name, leaf in leaves.items():
         shared[name].backward(leaf.grad)
     if clip:
-        fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
+        norm = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
+        assert norm is not None
+    else:
+        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    health = torch.stack([total, norm.to(total)])
+    if health.device.type == "cpu":
+        check_finite(learner, task, {learner.step: health})
     optimizer.step()  # the projection's hooks run in here
     optimizer.zero_grad()
-    return total
+    return health
 
 
 def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]) -> None:
@@ -259,16 +277,17 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
     with learner.fabric.autocast():
         method.end_task(task)
     started = time.perf_counter()
-    spaces = arrive(learner)
+    meter = learner.meter
+    stats = meter.projection_stats(learner.projection, method.protected()) if meter else {}
     look_back(learner, task)
     ranks = learner.projection.end_task(method.protected())
     kept = {readout.name: fitted(readout) for readout in readouts if readout.fitted}
     observed = time.perf_counter()
-    row = learner.evaluation.row(method, readouts, task.index, learner.progress)
+    row = learner.evaluation.row(method, readouts, task.index, learner.progress, meter.watch if meter else None)
     metrics.put(learner.matrices, row.accuracy, task.index, len(learner.scenario))
     metrics.put(learner.within, row.within, task.index, len(learner.scenario))
     evaluated = time.perf_counter()
-    moved = {"drift": drift(learner, task) | spaces} if learner.config.drift_images else {}
+    moved = {"drift": meter.end_task(method, learner.projection, task, learner.progress) | stats} if meter else {}
     learner.task = task.index + 1
     seconds |= {"boundary": observed - started, "evaluation": evaluated - observed}
     seconds |= {"drift": time.perf_counter() - evaluated} if moved else {}
@@ -278,10 +297,7 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
     figures = {figure: {column: each.tolist() for column, each in of.items()} for figure, of in measured.items()}
     about: dict[str, Any] = {"seconds": seconds, "ranks": ranks, "readouts": kept, "average_accuracy": averages}
     for figure, matrices in (("forgetting", learner.matrices), ("forgetting_within", learner.within)):
-        about[figure] = {  # pgp 0.1 did not measure all of them
-            column: metrics.forgetting(matrix) if metrics.learned(matrix) == learner.task else None
-            for column, matrix in matrices.items()
-        }
+        about[figure] = {column: metrics.forgetting(matrix) for column, matrix in matrices.items()}
     learner.log(run, "task", task=task.index, **about, **figures, **moved, **streamed)  # a kill from here on loses none
     learner.save(run, f"task-{learner.task:02d}")
     if learner.fabric.is_global_zero:
@@ -291,18 +307,26 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
     learner.progress.console.print(f"{learner.scenario.title(task)}: average accuracy {spoken}", markup=False)
 
 
-def _log_losses(learner: Learner, task: Task, run: Run, losses: list[Tensor]) -> None:
-    """Log the mean loss since the last look; stop all processes if it is no number."""
-    means = learner.fabric.all_reduce(torch.stack(losses), reduce_op="mean")
+def check_finite(learner: Learner, task: Task, healths: dict[int, Tensor]) -> Tensor:
+    """Return the losses and gradient norms of some steps, `(n, 2)` on the CPU, averaged over processes.
+
+    Raises:
+        RunError: In every process, if one is not finite in any; the message names the step.
+    """
+    means = learner.fabric.all_reduce(torch.stack(list(healths.values())), reduce_op="mean")
     assert isinstance(means, Tensor)
-    values = means.tolist()
-    first = learner.step - len(values)
-    bad = [first + i for i, value in enumerate(values) if not math.isfinite(value)]
-    if bad:
-        last = run.latest_name()
-        raise RunError(
-            f"the loss is {values[bad[0] - first]} at step {bad[0]} of task {task.index + 1}: start a new run with a"
-            " lower --optimizer.lr."
-            + (f" The last good state is {run.folder / 'checkpoints' / last}" if last else " No state was saved yet")
-        )
-    learner.log(run, "train", task=task.index, step=learner.step, loss=sum(values) / len(values))
+    means = means.cpu()
+    for step, values in zip(healths, means, strict=True):
+        for what, value in zip(("loss", "norm of the gradients"), values.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise RunError(
+                    f"the {what} is {value} at step {step} of task {task.index + 1}: start a new run with a lower"
+                    f" --optimizer.lr. {learner.last_good_state()}"
+                )
+    return means
+
+
+def _log_losses(learner: Learner, task: Task, run: Run, healths: dict[int, Tensor]) -> None:
+    """Log the mean loss and gradient norm since the last look."""
+    loss, norm = check_finite(learner, task, healths).mean(0).tolist()
+    learner.log(run, "train", task=task.index, step=learner.step, loss=loss, gradient_norm=norm)

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pgp.subspace import Protected, Rows, rank_of, remove
+from pgp.subspace import Protected, Rows, rank_of, remove, to_float64
 
 
 class Collect(NamedTuple):
@@ -62,9 +62,6 @@ class Projection(abc.ABC):
     def __init__(self) -> None:
         self.bases: dict[str, Tensor] = {}
         """Orthonormal columns `(..., D, r)` by space."""
-        self.steps: dict[str, Tensor] = {}
-        """By space, what `energies` says of this task's gradients and of its updates as they came, `(2, 3)`; see
-        `pgp.drift`."""
 
     @property
     def sated(self) -> bool:
@@ -83,11 +80,12 @@ class Projection(abc.ABC):
         """What is left of `tensor (..., D)` outside the protected subspace of `space`; float64 inside."""
         if space not in self.bases:
             return tensor
-        self.bases[space] = self.bases[space].to(tensor.device)
+        rows = to_float64(tensor)
+        self.bases[space] = self.bases[space].to(rows.device)
         basis = self.basis(space)
         if basis.shape[-2] != tensor.shape[-1]:
             raise ValueError(f"expected width {basis.shape[-2]} in space {space!r}, got {tuple(tensor.shape)}")
-        return remove(tensor.double(), basis).to(tensor.dtype)
+        return remove(rows, basis).to(tensor)
 
     def basis(self, space: str) -> Tensor:
         """Orthonormal columns `(..., D, r)` of what steps in `space` keep out of."""
@@ -97,7 +95,8 @@ class Projection(abc.ABC):
         """Energy of `tensor (..., D)`: what lies in the protected subspace of `space`, what `project` takes out, and
         all of it, `(3,)`.
         """
-        whole, left = tensor.double().square().sum(), self.project(space, tensor.double()).square().sum()
+        rows = to_float64(tensor)
+        whole, left = rows.square().sum(), self.project(space, rows).square().sum()
         return torch.stack([whole - left, whole - left, whole])
 
     def rank(self, space: str) -> float:
@@ -121,13 +120,12 @@ class Projection(abc.ABC):
 
         @torch.no_grad()
         def begin_step(*_: Any) -> None:
-            before.update(self._values(protected))
-            gradients = {each.parameter: each.parameter.grad for each in self._held(protected).values()}
-            came = {parameter: gradient for parameter, gradient in gradients.items() if gradient is not None}
-            self._measure(0, protected, came)
+            if self.on == "update":
+                before.update(self._values(protected))
+                return
             for space, (parameter, axis, _role) in self._held(protected).items():
-                if self.on == "gradient" and parameter in came:
-                    came[parameter].copy_(self._along(axis, space, came[parameter]))
+                if parameter.grad is not None:
+                    parameter.grad.copy_(self._along(axis, space, parameter.grad))
 
         return Handle(
             optimizer.register_step_pre_hook(begin_step),
@@ -150,26 +148,18 @@ class Projection(abc.ABC):
 
     def _values(self, protected: Mapping[str, Protected]) -> dict[nn.Parameter, Tensor]:
         held = {target.parameter for target in self._held(protected).values()}
-        return {parameter: parameter.detach().to(torch.float64, copy=True) for parameter in held}
+        return {parameter: to_float64(parameter.detach().clone()) for parameter in held}
 
     @torch.no_grad()
     def _confine(self, protected: Mapping[str, Protected], before: Mapping[nn.Parameter, Tensor]) -> None:
-        self._measure(1, protected, {parameter: parameter.double() - was for parameter, was in before.items()})
         for space, target in self._held(protected if self.on == "update" else {}).items():
             target.parameter.copy_(self._moved(space, target, before[target.parameter]))
 
     def _moved(self, space: str, target: Protected, before: Tensor) -> Tensor:
         """Where a parameter may go of where the step took it from `before`, float64."""
-        change = target.parameter.double() - before
+        change = to_float64(target.parameter) - before
         return before + self._along(target.axis, space, change)
 
     def _along(self, axis: int, space: str, tensor: Tensor) -> Tensor:
         """`project` for a parameter whose rows meet `axis`."""
         return self.project(space, tensor.transpose(axis, -1)).transpose(axis, -1)
-
-    def _measure(self, row: int, protected: Mapping[str, Protected], came: Mapping[nn.Parameter, Tensor]) -> None:
-        """Add the energies of what `came` for each parameter to a row of `steps`, before any space is taken out."""
-        for space, (parameter, axis, _role) in self._held(protected).items():
-            if parameter in came:
-                energies = self.energies(space, came[parameter].transpose(axis, -1))
-                self.steps.setdefault(space, energies.new_zeros(2, 3))[row] += energies

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pgp.projections import Projection
-from pgp.subspace import Moment, Protected, Rows, extend, images_together, second_of_sums
+from pgp.subspace import Moment, Protected, Rows, extend, images_together, second_of_sums, to_float64
 
 
 class Orthogonal(Projection):
@@ -71,7 +71,7 @@ class Orthogonal(Projection):
     def observe(self, space: str, rows: Rows) -> None:
         """Add rows `(B, ..., N, D)` to the moments of `space`."""
         if rows.through is not None:
-            self._through[space] = rows.through.detach().double()
+            self._through[space] = to_float64(rows.through.detach())
         self._inputs.setdefault(space, Moment()).observe(images_together(rows.inputs))
         if rows.prompts is not None and self.config.space != "input":
             self._prompts.setdefault(space, Moment()).observe(images_together(rows.prompts))

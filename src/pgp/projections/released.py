@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pgp.processes import gathered, told
 from pgp.projections import Collect, Handle, Projection
-from pgp.subspace import Protected, Rows, remove
+from pgp.subspace import Protected, Rows, remove, to_float64
 
 
 class Released(Projection):
@@ -130,7 +130,8 @@ def scores(samples: Tensor, components: int) -> Tensor:
     if components > min(samples.shape):
         raise ValueError(f"expected at least {components} samples and features, got {tuple(samples.shape)}:"
                          " choose fewer projection components")  # fmt: skip
-    centred = samples.double() - samples.double().mean(0)
+    samples = to_float64(samples)
+    centred = samples - samples.mean(0)
     values, vectors = torch.linalg.eigh(centred @ centred.T)  # ascending; (n, n), for F is large
     values, vectors = values.flip(0)[:components].clamp(min=0), vectors.flip(1)[:, :components]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))  # (1, components)

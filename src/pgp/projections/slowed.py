@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pgp.projections import Projection
-from pgp.subspace import Protected, Rows
+from pgp.subspace import Protected, Rows, to_float64
 
 
 class Slowed(Projection):
@@ -69,7 +69,5 @@ class Slowed(Projection):
 
     @torch.no_grad()
     def _confine(self, protected: Mapping[str, Protected], before: Mapping[nn.Parameter, Tensor]) -> None:
-        moved = {parameter: parameter.double() - was for parameter, was in before.items()}
-        self._measure(1, protected, moved)
         for parameter, was in before.items():  # once, however many spaces it has
-            parameter.copy_(was + self.factor * moved[parameter])
+            parameter.copy_(was + self.factor * (to_float64(parameter) - was))

@@ -34,8 +34,14 @@ class Readout(abc.ABC):
             return False
 
         @abc.abstractmethod
-        def build(self, head: nn.Module, classes: int) -> Readout:
-            """A readout over `classes` labels; `head` is the method's own classifier."""
+        def build(self, head: nn.Module, classes: int, seed: int) -> Readout:
+            """Return a readout over `classes` labels.
+
+            Args:
+                head: The method's own classifier.
+                classes: Number of labels.
+                seed: The run's seed, which decides every random draw of the readout.
+            """
 
     def reads(self, features: Tensor, query: Tensor | None) -> Tensor:
         """What it is to be given of images with features `(B, D)` and queries `(B, Q)`: the features, `(B, D)`."""

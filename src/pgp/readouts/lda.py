@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pgp.readouts.statistics import FromStatistics
+from pgp.subspace import to_float64
 
 
 class LDA(FromStatistics):
@@ -33,7 +34,7 @@ class LDA(FromStatistics):
             """See `Readout.Config.name`."""
             return "lda" + self.suffix
 
-        def build(self, head: nn.Module, classes: int) -> LDA:
+        def build(self, head: nn.Module, classes: int, seed: int) -> LDA:
             """A readout that has seen no class yet."""
             return LDA(classes, self)
 
@@ -49,8 +50,9 @@ class LDA(FromStatistics):
         """
         if not self.state:
             raise ValueError("expected at least one task before logits(): call observe() and end_task() first")
-        weight, bias, centre = (tensor.to(features.device) for tensor in (self._weight, self._bias, self._centre))
-        return ((features.double() - centre) @ weight + bias).float()
+        x = to_float64(features)
+        weight, bias, centre = (tensor.to(x.device) for tensor in (self._weight, self._bias, self._centre))
+        return ((x - centre) @ weight + bias).to(features.device, torch.float32)
 
     def _fit(self) -> None:
         means, shrunk = self.means, self.covariance(self.config.shrinkage)

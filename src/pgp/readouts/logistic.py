@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pgp.readouts.statistics import FromStatistics
 from pgp.scenario import generator
+from pgp.subspace import to_float64
 
 
 class Logistic(FromStatistics):
@@ -45,22 +46,24 @@ class Logistic(FromStatistics):
             """See `Readout.Config.name`."""
             return "logistic" + self.suffix
 
-        def build(self, head: nn.Module, classes: int) -> Logistic:
+        def build(self, head: nn.Module, classes: int, seed: int) -> Logistic:
             """A readout that has seen no class yet."""
-            return Logistic(head, classes, self)
+            return Logistic(head, classes, self, seed)
 
-    def __init__(self, head: nn.Module, classes: int, config: Logistic.Config | None = None) -> None:
+    def __init__(self, head: nn.Module, classes: int, config: Logistic.Config | None = None, seed: int = 0) -> None:
         self.config = config or Logistic.Config()
         super().__init__(classes, self.config)
-        self.name, self.head = self.config.name, head
+        self.name, self.head, self.seed = self.config.name, head, seed
         self._weight = self._bias = torch.empty(0)  # (C, D), (C,)
 
     def logits(self, features: Tensor) -> Tensor:
         """`W x + b`, `(B, C)`; -inf for classes that were never observed."""
         if not self.state:
             raise ValueError("expected at least one task before logits(): call observe() and end_task() first")
-        weight, bias = self._weight.to(features.device), self._bias.to(features.device)
-        return (features.double() @ weight.T + bias.masked_fill(~self.seen.to(bias.device), -torch.inf)).float()
+        x = to_float64(features)
+        weight, bias = self._weight.to(x.device), self._bias.to(x.device)
+        logits = x @ weight.T + bias.masked_fill(~self.seen.to(x.device), -torch.inf)
+        return logits.to(features.device, torch.float32)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The statistics, and the classifier."""
@@ -106,7 +109,7 @@ class Logistic(FromStatistics):
             root, (means - centre).T, upper=False
         ).T  # means where features are round
         noise = torch.randn(self.config.draws, *means.shape, dtype=means.dtype,
-                            generator=generator(0, "logistic", int(self.seen.sum())))  # fmt: skip
+                            generator=generator(self.seed, "logistic", int(self.seen.sum())))  # fmt: skip
         x = (round_ + noise.to(means.device) * (covariance is not None)).flatten(0, 1)  # (draws * S, D)
         labels = torch.arange(len(means), device=means.device).repeat(self.config.draws)
         W = (self._weight[self.seen] @ root).requires_grad_()

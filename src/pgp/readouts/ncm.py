@@ -22,7 +22,7 @@ class NCM(LDA):
             """See `Readout.Config.name`."""
             return "ncm"
 
-        def build(self, head: nn.Module, classes: int) -> NCM:
+        def build(self, head: nn.Module, classes: int, seed: int) -> NCM:
             """A readout that has seen no class yet."""
             return NCM(classes)
 

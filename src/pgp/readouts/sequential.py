@@ -22,7 +22,7 @@ class Sequential(Readout):
             """See `Readout.Config.name`."""
             return "sequential"
 
-        def build(self, head: nn.Module, classes: int) -> Sequential:
+        def build(self, head: nn.Module, classes: int, seed: int) -> Sequential:
             """A readout that asks `head`."""
             return Sequential(head)
 

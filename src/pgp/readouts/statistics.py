@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pgp.processes import add_up
 from pgp.readouts import Readout
+from pgp.subspace import to_float64
 
 
 class FromStatistics(Readout):
@@ -67,8 +68,8 @@ class FromStatistics(Readout):
 
     def observe(self, features: Tensor, labels: Tensor) -> None:
         """Add to the counts `(C,)`, sums `(C, D)` and pooled products `(D, D)` of this task, in float64."""
-        features = features.detach().double()
-        chosen = nn.functional.one_hot(labels, self.classes).double()  # (B, C)
+        features = to_float64(features.detach())
+        chosen = nn.functional.one_hot(labels, self.classes).to(features)  # (B, C)
         _add(self._task, {"counts": chosen.sum(0), "sums": chosen.T @ features, "products": features.T @ features})
 
     def end_task(self) -> None:
@@ -86,7 +87,7 @@ class FromStatistics(Readout):
         if not self.state or not self.compensates:
             return
         device = self.state["sums"].device
-        before, after = (rows.to(device).double() for rows in (before, after))
+        before, after = (to_float64(rows).to(device) for rows in (before, after))
         counts, means, within = self.state["counts"], self.means, self._within()
         if self.settings.compensate == "shift":
             spread = within.trace() / self._freedom() * self.settings.bandwidth**2
