@@ -106,8 +106,6 @@ def test_float64_on_a_device_is_asked_for_in_one_place():
                 raise AssertionError(f"{path}:{node.lineno}: use pgp.subspace.to_float64")
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "to" and room(path) != "subspace":
                 assert "torch.float64" not in ast.unparse(node), f"{path}:{node.lineno}: use pgp.subspace.to_float64"
-                    path
-                )
 
 
 @pytest.mark.parametrize("heavy", ["torch", "timm", "matplotlib"])

@@ -56,7 +56,7 @@ def test_til_is_told_the_task(tmp_path):
 
 
 def test_a_single_class_has_nothing_to_be_stale_by():
-    kept = LDA.Config().build(None, 2)
+    kept = LDA.Config().build(None, 2, seed=0)
     kept.observe(torch.tensor([[1.0, 2.0], [2.0, 3.0]]), torch.tensor([0, 0]))
     kept.end_task()
     assert math.isnan(audit.staleness(kept, kept))

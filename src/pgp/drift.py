@@ -177,7 +177,11 @@ class DriftMeter:
         }
         selected = [each.selected for each in now.values() if each.selected is not None]
         if selected:
-            out["changed"] = [float((new.selected != was.selected).any(1).float().mean()) for new, was in pairs]  # type: ignore[union-attr]
+            out["changed"] = [
+                float(torch.ne(new.selected, was.selected).any(1).float().mean())
+                for new, was in pairs
+                if new.selected is not None and was.selected is not None
+            ]
             out["usage"] = torch.cat(selected).float().mean(0).tolist()
         out["held"] = {}
         for space, target in protected.items():
