@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test slow check format clean
+.PHONY: demo test slow docs check format clean
 
 demo: $(STAMP)  ## train L2P-PGP and its unprojected twin on embedded digits, offline
 	$(BIN)/pgp train demo --twin
@@ -15,6 +15,11 @@ test: $(STAMP)  ## the default test tier
 slow: $(STAMP)  ## the tests that take minutes: every published command, several processes, a Ray cluster where Ray installs
 	-$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'
 	$(BIN)/python -m pytest -q -n auto -m slow
+
+docs: $(STAMP)  ## the documentation site, in build/docs; every warning is an error
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "open build/docs/index.html"
 
 check: $(STAMP)  ## everything CI runs
 	$(BIN)/ruff format --check .
