@@ -6,7 +6,7 @@ import pgp
 
 project = "prompt-gradient-projection"
 author = "the prompt-gradient-projection maintainers"
-copyright = "2026, the prompt-gradient-projection maintainers"  # noqa: A001 (Sphinx asks for this name)
+copyright = "2026, the prompt-gradient-projection maintainers"
 release = version = pgp.__version__
 
 extensions = [
