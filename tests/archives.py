@@ -174,6 +174,13 @@ class Server:
         self.seconds = 0.0
         """Before each answer."""
         self.headers: dict[str, str] = {}
+        self.span: str | None = None
+        """Content-Range of a partial answer, instead of a true one."""
+        self.pause = 0.0
+        """Seconds between pieces of `piece` bytes."""
+        self.piece = 1 << 30
+        self.more = 0
+        """Bytes that come behind the file."""
 
     @property
     def url(self) -> str:
@@ -185,7 +192,10 @@ class Server:
         time.sleep(self.seconds)
         path = self.folder / handler.path.lstrip("/")
         if self.statuses or not path.is_file():
-            handler.send_error(self.statuses.pop(0) if self.statuses else 404)
+            handler.send_response(self.statuses.pop(0) if self.statuses else 404)
+            for name, value in {**self.headers, "Content-Length": "0"}.items():
+                handler.send_header(name, value)
+            handler.end_headers()
             return
         body, start = path.read_bytes(), 0
         if wanted and self.ranges and condition in (None, self.version):
@@ -195,15 +205,18 @@ class Server:
                 return
         handler.send_response(206 if start else 200)
         if start:
-            handler.send_header("Content-Range", f"bytes {start}-{len(body) - 1}/{len(body)}")
+            handler.send_header("Content-Range", self.span or f"bytes {start}-{len(body) - 1}/{len(body)}")
         if self.length:
             handler.send_header("Content-Length", str(len(body) - start))
         for name, value in {**({"ETag": self.version} if self.version else {}), **self.headers}.items():
             handler.send_header(name, value)
         handler.end_headers()
         stop = start + self.breaks.pop(0) if self.breaks else len(body)
+        sent = body[start:stop] + bytes(self.more)
         with contextlib.suppress(ConnectionError):
-            handler.wfile.write(body[start:stop])
+            for place in range(0, len(sent), self.piece):
+                handler.wfile.write(sent[place : place + self.piece])
+                time.sleep(self.pause)
 
     def __enter__(self) -> Server:
         server = self

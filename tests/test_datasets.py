@@ -4,7 +4,6 @@ import gzip
 import hashlib
 import pickle
 import struct
-from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -12,7 +11,8 @@ import torch
 from PIL import Image
 from torchvision import datasets as torchvision_sets
 
-from pgp.datasets import ArraySplit, BadImageError, Loading, Viewed, Views, batches, fashion_mnist, in_order
+from archives import Server
+from pgp.datasets import ArraySplit, BadImageError, Loading, Viewed, Views, batches, fashion_mnist, in_order, transfer
 from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.digits import Digits
 from pgp.datasets.fashion_mnist import FashionMNIST
@@ -66,10 +66,21 @@ def test_fashion_mnist_in_place(garments):
         ("train-images-idx3-ubyte.gz", lambda b: b[:200], "is damaged"),
         ("train-images-idx3-ubyte.gz", lambda b: b"plain" + b, "is damaged"),
         ("train-images-idx3-ubyte.gz", lambda b: b[:10] + b"\xff" + b[11:], "is damaged"),
-        ("train-images-idx3-ubyte.gz", lambda b: gzip.compress(idx(np.zeros(6, np.uint8))), "no complete idx file"),
+        ("train-images-idx3-ubyte.gz", lambda b: gzip.compress(idx(np.zeros(6, np.uint8))), "no idx file of bytes"),
         ("train-labels-idx1-ubyte", lambda b: b[:-1], "no complete idx file"),
-        ("train-labels-idx1-ubyte", lambda b: b"\1" + b[1:], "no complete idx file"),
-        ("train-labels-idx1-ubyte", lambda b: b"", "no complete idx file"),
+        ("train-labels-idx1-ubyte", lambda b: b"\1" + b[1:], "no idx file of bytes"),
+        ("train-labels-idx1-ubyte", lambda b: b"", "no idx file of bytes"),
+        ("train-labels-idx1-ubyte", lambda b: b + b"\0", "no complete idx file of 6 bytes"),
+        ("train-labels-idx1-ubyte", lambda b: b[:4] + b"\xff" * 4 + b[8:], "no idx file of bytes"),
+        ("train-images-idx3-ubyte.gz", lambda b: gzip.compress(b"\0\0\x08\x03" + b"\xff" * 12), "no idx file of bytes"),
+        ("train-images-idx3-ubyte.gz", lambda b: gzip.compress(idx(np.zeros((0, 28, 28), np.uint8))), "no idx file of"),
+        (
+            "train-images-idx3-ubyte.gz",
+            lambda b: gzip.compress(idx(np.zeros((6, 2, 2), np.uint8)) + bytes(1 << 20)),
+            "no complete idx file of 24 bytes",
+        ),
+        ("train-labels-idx1-ubyte", lambda b: b[:-1] + b"\x0a", "expected a label below 10 for each image of train"),
+        ("t10k-labels-idx1-ubyte", lambda b: idx(np.zeros(5, np.uint8)), "got 4 images and 5 labels"),
     ],
 )
 def test_damaged_fashion_mnist(garments, name, damage, message):
@@ -96,18 +107,44 @@ def test_fashion_mnist_where_torchvision_and_debian_put_it(garments, monkeypatch
     assert len(FashionMNIST(garments / "root").build().train) == 6
 
 
-@pytest.fixture(params=[URLError("no route to host"), RuntimeError("no route to host")])
-def _offline(request, tmp_path, monkeypatch):
-    def fail(*_, **__):
-        raise request.param
-
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """A server of the four files, and no copy of Debian's."""
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "nowhere")
-    monkeypatch.setattr(torchvision_sets.mnist, "download_and_extract_archive", fail)
+    (tmp_path / "site").mkdir()
+    resources = []
+    for part, count in (("train", 6), ("t10k", 4)):
+        images = np.arange(count * 784, dtype=np.uint8).reshape(count, 28, 28)
+        for name, array in (("images-idx3", images), ("labels-idx1", np.arange(count, dtype=np.uint8))):
+            path = tmp_path / "site" / f"{part}-{name}-ubyte.gz"
+            path.write_bytes(gzip.compress(idx(array)))
+            resources.append((path.name, hashlib.md5(path.read_bytes()).hexdigest()))
+    monkeypatch.setattr(torchvision_sets.FashionMNIST, "resources", resources)
+    monkeypatch.setattr(transfer, "PAUSE", 0)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with Server(tmp_path / "site") as server:
+        monkeypatch.setenv("PGP_MIRROR", server.url)
+        yield server
 
 
-@pytest.mark.usefixtures("_offline")
-def test_no_network(tmp_path):
-    with pytest.raises(ValueError, match=rf"(?s){tmp_path}.*no route to host.*put its four idx files there"):
+def test_fashion_mnist_is_fetched_once_and_goes_on_where_it_stopped(published, tmp_path):
+    (tmp_path / "site" / "t10k-images-idx3-ubyte.gz").rename(tmp_path / "aside.gz")
+    with pytest.raises(ValueError, match=r"Fashion-MNIST is neither in .* cannot fetch t10k-images-idx3-ubyte.gz"):
+        FashionMNIST(tmp_path / "data").build()
+    (tmp_path / "aside.gz").rename(tmp_path / "site" / "t10k-images-idx3-ubyte.gz")
+    for _ in range(2):
+        data = FashionMNIST(tmp_path / "data").build()
+        assert (len(data.train), len(data.test)) == (6, 4)
+    asked = [path for path, *_ in published.requests]
+    assert len(asked) == 5
+    assert len(set(asked)) == 4
+
+
+def test_no_network(published, tmp_path, monkeypatch):
+    monkeypatch.setenv("PGP_MIRROR", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match=rf"neither in {tmp_path} nor in .*refused.* put it, as it is, into {tmp_path}"
+                                         r"/FashionMNIST/raw; .*; or install Debian's"):  # fmt: skip
         FashionMNIST(tmp_path).build()
     with pytest.raises(ValueError, match=rf"Fashion-MNIST is neither in {tmp_path} nor in .*: pgp data get fetches it"):
         FashionMNIST(tmp_path).read()

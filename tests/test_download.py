@@ -6,16 +6,18 @@ import errno
 import io
 import multiprocessing
 import os
+import random
+import re
 import shutil
 import stat
 import tarfile
 import threading
+import time
 import zipfile
 from pathlib import Path
 
 import filelock
 import pytest
-import urllib3
 from rich.progress import Progress
 
 from archives import Server, pack, signed, tree
@@ -29,7 +31,6 @@ BLOB = os.urandom(900_000)
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch):
     monkeypatch.setattr(transfer, "PAUSE", 0)
-    monkeypatch.setattr(transfer, "RETRIES", urllib3.Retry(2, backoff_factor=0, status_forcelist=(503,)))
     monkeypatch.setattr(os, "sync", lambda: None)  # the disk of this machine is not the test's to wait for
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "PGP_MIRROR"):
         monkeypatch.delenv(name, raising=False)
@@ -99,7 +100,7 @@ def test_a_broken_transfer_goes_on(tape, server, tmp_path):
 
 
 def test_the_next_start_goes_on(tape, server, tmp_path):
-    server.breaks = [300_000] + [0] * transfer.BREAKS
+    server.breaks = [300_000] + [0] * transfer.FAILURES
     with pytest.raises(ArchiveError, match=r"cannot fetch toy\.tgz .*; [23]..,... bytes of it are kept for the next"):
         unpacked(tape, tmp_path / "data")
     assert set(tree(tmp_path / "data")) == set()
@@ -112,7 +113,7 @@ def test_the_next_start_goes_on(tape, server, tmp_path):
 
 def interrupted(tape, server, root):
     """Leaves a part of `tape` in `root`."""
-    server.breaks = [300_000] + [0] * transfer.BREAKS
+    server.breaks = [300_000] + [0] * transfer.FAILURES
     with pytest.raises(ArchiveError, match="are kept for the next start"):
         unpacked(tape, root)
     server.breaks, server.requests = [], []
@@ -185,8 +186,178 @@ def test_busy_servers_are_asked_again(tape, server, tmp_path):
     unpacked(tape, tmp_path / "data")
     assert len(server.requests) == 3
     server.statuses = [503] * 9
-    with pytest.raises(ArchiveError, match=r"cannot fetch toy\.tgz .*503"):
+    with pytest.raises(ArchiveError, match=r"cannot fetch toy\.tgz \(503 Service Unavailable, 5 requests in a row\)"):
         unpacked(tape, tmp_path / "else")
+    assert len(server.requests) == 3 + transfer.FAILURES
+
+
+def waits(monkeypatch):
+    """Seconds that are waited for, all of them short."""
+    seconds, sleep = [], time.sleep
+    monkeypatch.setattr(transfer.time, "sleep", lambda wait: seconds.append(wait) or sleep(0))
+    return seconds
+
+
+def test_a_server_may_ask_for_some_patience_only(tape, server, tmp_path, monkeypatch):
+    seconds = waits(monkeypatch)
+    server.headers, server.statuses = {"Retry-After": "120"}, [429, 503]
+    unpacked(tape, tmp_path / "data")
+    assert [wait for wait in seconds if wait] == [120, 120]
+    server.statuses = [503] * 9
+    with pytest.raises(ArchiveError, match=r"503 .*, asking to wait 120 seconds; pgp waits no more than 300 seconds"):
+        unpacked(tape, tmp_path / "else")
+    assert sum(seconds) == 480
+    seconds.clear()
+    for later, told in (
+        ("1000000000", "1,000,000,000"),
+        ("9" * 999, "inf"),
+        ("Fri, 01 Jan 2999 00:00:00 GMT", r"30,...,...,..."),
+    ):
+        server.headers, server.statuses = {"Retry-After": later}, [429]
+        with pytest.raises(ArchiveError, match=rf"\(429 Too Many Requests, asking to wait {told} seconds; pgp waits"):
+            unpacked(tape, tmp_path / "else")
+    assert not any(seconds)
+
+
+@pytest.mark.parametrize(
+    "later", ["soon", "", "-5", "1.5e3", "Mon, 99 Foo 99999 99:99:99", "Fri, 01 Jan 1999 00:00:00 GMT"]
+)
+def test_a_server_that_asks_for_nothing_sensible(tape, server, tmp_path, later):
+    server.headers, server.statuses = {"Retry-After": later}, [503]
+    unpacked(tape, tmp_path / "data")
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize(
+    "span", ["bytes 300000-300000/{size}", "bytes 0-9/{size}", "bytes 300000-/7", "nonsense", "416"]
+)
+def test_a_server_that_answers_ranges_wrongly_is_asked_a_few_times(tape, server, tmp_path, span):
+    """It says that it goes on, and gives a byte a connection, or it does not go on."""
+    server.span = span.format(size=tape.size)
+    server.breaks = [300_000] + [1, 300_000] * 50
+    if span == "416":
+        answer = server.answer
+        server.answer = lambda handler: (
+            (server.requests.append((handler.path, "", "")), handler.send_error(416))
+            if handler.headers.get("Range")
+            else answer(handler)
+        )
+        server.breaks = [300_000] * 50
+    with pytest.raises(ArchiveError, match=r"cannot fetch toy\.tgz \(.*\); [\d,]+ bytes of it are kept"):
+        unpacked(tape, tmp_path / "data")
+    assert len(server.requests) < 20
+
+
+def test_a_server_that_gives_a_byte_a_connection(tape, server, tmp_path):
+    server.breaks = [1] * 500
+    with pytest.raises(ArchiveError, match=r"toy\.tgz \(.*, 5 requests in a row\); 5 bytes of it are kept"):
+        unpacked(tape, tmp_path / "data")
+    assert len(server.requests) == 5
+
+
+def test_a_server_that_breaks_for_ever_after_a_little(tape, server, tmp_path, monkeypatch):
+    monkeypatch.setattr(transfer, "LEAST", 1)
+    monkeypatch.setattr(transfer, "ATTEMPTS", 7)
+    server.breaks = [10] * 500
+    with pytest.raises(
+        ArchiveError, match=r"toy\.tgz \(.*, and it is not whole after 7 requests\); 70 bytes of it are"
+    ):
+        unpacked(tape, tmp_path / "data")
+    server.breaks = []
+    unpacked(tape, tmp_path / "data")
+    assert [wanted for _, wanted, _ in server.requests[7:]] == ["bytes=70-"]
+
+
+def test_a_server_without_ranges_that_breaks_for_ever(tape, server, tmp_path):
+    server.ranges, server.breaks = False, [200_000, 400_000] * 50
+    with pytest.raises(
+        ArchiveError, match=r"the server has broken off 4 times, and does not go on from where it stopped"
+    ):
+        unpacked(tape, tmp_path / "data")
+    assert len(server.requests) == 5
+
+
+@pytest.mark.parametrize("size", ["published", "unknown"])
+def test_a_server_that_is_too_slow(tape, server, tmp_path, monkeypatch, size):
+    """And keeps the connection alive, a few bytes at a time."""
+    monkeypatch.setattr(transfer, "MINUTE", 0.05)
+    monkeypatch.setattr(transfer, "FAILURES", 2)
+    server.piece, server.pause, server.breaks = 100, 0.01, [3000] * 9
+    server.length = size == "published"
+    tape = tape if server.length else tape._replace(size=None)
+    with pytest.raises(
+        ArchiveError, match=r"\(the server gives [\d,]+ bytes in 0 seconds, 2 requests in a row\); .* kept"
+    ):
+        unpacked(tape, tmp_path / "data")
+    assert len(server.requests) == 2
+
+
+def test_no_more_bytes_than_the_file_has(tape, server, tmp_path, monkeypatch):
+    """Neither told nor untold: the disk is not the server's."""
+    server.more = 1 << 20
+    server.length = False
+    with pytest.raises(
+        ArchiveError, match=rf"expected {tape.size:,} bytes, got more than {tape.size:,}\. Get toy\.tgz else"
+    ):
+        unpacked(tape, tmp_path / "data")
+    assert not list((tmp_path / "data" / ".pgp").glob("*.part"))
+    monkeypatch.setattr(transfer, "LARGEST", 500_000)
+    with pytest.raises(ArchiveError, match=r"expected at most 500,000 bytes, got more than 500,000"):
+        unpacked(tape._replace(size=None), tmp_path / "data")
+    server.length = True
+    with pytest.raises(ArchiveError, match=rf"expected at most 500,000 bytes, got {tape.size:,}"):
+        unpacked(tape._replace(size=None), tmp_path / "data")
+
+
+def test_a_page_instead_of_the_file_costs_nothing_that_came(tape, server, tmp_path):
+    """As a network gives that wants a login."""
+    interrupted(tape, server, tmp_path / "data")
+    file = server.folder / tape.name
+    whole = file.read_bytes()
+    file.write_bytes(b"<html>")
+    server.ranges = False
+    with pytest.raises(ArchiveError, match=rf"does not give the published file: expected {tape.size:,} bytes, got 6"):
+        unpacked(tape, tmp_path / "data")
+    file.write_bytes(whole)
+    server.ranges = True
+    unpacked(tape, tmp_path / "data")
+    assert server.requests[-1][1] == "bytes=300000-"
+
+
+def test_a_disk_keeps_its_reserve_while_bytes_come(tape, server, tmp_path, monkeypatch):
+    """Where nobody tells a size, and where others fill the disk."""
+    server.length = False
+    usage = shutil.disk_usage(tmp_path)
+    free = [transfer.RESERVE + 400_000]
+
+    def less(_):
+        free[0] -= 65_536
+        return usage._replace(free=free[0])
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", less)
+        with pytest.raises(ArchiveError, match=r"no room in .*; choose another folder .* What has come so far is kept"):
+            unpacked(tape._replace(size=None), tmp_path / "data")
+    assert 100_000 < (tmp_path / "data" / ".pgp" / "toy.tgz.part").stat().st_size < 400_000
+
+
+def test_what_others_left_in_our_working_folder_is_not_written_through(tape, tmp_path):
+    work = tmp_path / "data" / ".pgp"
+    work.mkdir(parents=True)
+    (tmp_path / "precious").write_text("mine")
+    (work / "toy.tgz.part").symlink_to(tmp_path / "precious")
+    with pytest.raises(ArchiveError, match=r"toy\.tgz\.part is a link or a device, which pgp never makes there"):
+        unpacked(tape, tmp_path / "data")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link"])
+def test_what_is_no_file_is_no_archive(tape, server, tmp_path, kind):
+    path = tmp_path / tape.name
+    {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "dangling link": lambda: path.symlink_to("nowhere")}[kind]()
+    with pytest.raises(ArchiveError, match=rf"expected a file at {path}, got something else"):
+        unpacked(tape, tmp_path)
+    assert not server.requests
 
 
 def test_a_wrong_file_from_the_server(tape, server, tmp_path):
@@ -318,6 +489,120 @@ def test_harmful_zips_are_refused(tmp_path, name, mode, message):
     with pytest.raises(ArchiveError, match=rf"toy\.zip was not unpacked: its member .* {message}"):
         unpacked(archive, data)
     assert tree(tmp_path) == before
+
+
+def small(path, size=3000):
+    """Writes an archive of two files in a folder `toy`, in the format that the name says."""
+    content = {"toy/a.txt": b"abc" * (size // 3), "toy/in/b.bin": BLOB[:size]}
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
+            for name, data in content.items():
+                zipped.writestr(name, data)
+    else:
+        mode = {".tar": "w", ".tgz": "w:gz", ".tbz": "w:bz2", ".txz": "w:xz"}[path.suffix]
+        with tarfile.open(path, mode) as tape:
+            for name, data in content.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tape.addfile(info, io.BytesIO(data))
+    return path
+
+
+def taken(path, target):
+    """What `extract` leaves of the archive at `path`; one line where it refuses."""
+    target.mkdir()
+    try:
+        with Progress(disable=True) as progress:
+            archives.extract(path, "toy", target, progress)
+    except ArchiveError as error:
+        return str(error)
+    return tree(target)
+
+
+FORMATS = ["toy.tar", "toy.tgz", "toy.tbz", "toy.txz", "toy.zip"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_random_damage_of_archives(tmp_path, name):
+    """Is refused in one line, or was not noticed where the format has no checksum; nothing else is ever raised."""
+    whole = small(tmp_path / name).read_bytes()
+    assert isinstance(taken(tmp_path / name, tmp_path / "good"), dict)
+    draw, refused = random.Random(0), 0
+    for trial in range(60):
+        data = bytearray(whole)
+        if trial % 3 == 0:
+            del data[draw.randrange(len(data)) :]
+        for _ in range(draw.choice([1, 1, 4, 50]) if data else 0):
+            data[draw.randrange(len(data))] = draw.randrange(256)
+        (tmp_path / name).write_bytes(data)
+        refused += isinstance(taken(tmp_path / name, tmp_path / str(trial)), str)
+    assert refused > 15
+    assert {path.name for path in tmp_path.iterdir()} == {name, "good", *map(str, range(60))}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("what", ["text", "nothing", "the middle", "another format"])
+def test_what_is_no_archive(tmp_path, name, what):
+    data = small(tmp_path / name).read_bytes()
+    other = small(tmp_path / ("other.zip" if "zip" not in name else "other.tar")).read_bytes()
+    data = {"text": b"<html>" * 300, "nothing": b"", "the middle": data[600:], "another format": other}[what]
+    (tmp_path / name).write_bytes(data)
+    assert "is damaged (" in taken(tmp_path / name, tmp_path / "out")
+
+
+def test_an_encrypted_archive(tmp_path):
+    data = bytearray(small(tmp_path / "toy.zip").read_bytes())
+    for header, flags in ((b"PK\3\4", 6), (b"PK\1\2", 8)):
+        data[data.rindex(header) + flags] |= 1
+    (tmp_path / "toy.zip").write_bytes(data)
+    assert "its member 'toy/in/b.bin' is encrypted" in taken(tmp_path / "toy.zip", tmp_path / "out")
+
+
+def test_archives_that_would_unpack_to_very_much(tmp_path, monkeypatch):
+    """Bombs: repeated bytes, a size that nobody has, and a sparse file."""
+    monkeypatch.setattr(archives, "SMALL", 1_000_000)
+    for name in ("toy.zip", "toy.tgz"):
+        small(tmp_path / name)
+        assert isinstance(taken(tmp_path / name, tmp_path / f"good-{name}"), dict)
+    with zipfile.ZipFile(tmp_path / "toy.zip", "w", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.writestr("toy/zeros", bytes(5_000_000))
+    with tarfile.open(tmp_path / "toy.tgz", "w:gz") as tape:
+        tape.addfile(sized("toy/zeros", 5_000_000), io.BytesIO(bytes(5_000_000)))
+    with tarfile.open(tmp_path / "toy.tar", "w") as tape:
+        tape.addfile(sized("toy/absurd", 1 << 60))
+    sparse = sized("toy/sparse", 512)
+    sparse.pax_headers = {"GNU.sparse.size": str(1 << 50), "GNU.sparse.numblocks": "1", "GNU.sparse.map": "0,512"}
+    with tarfile.open(tmp_path / "sparse.tar", "w", format=tarfile.PAX_FORMAT) as tape:
+        tape.addfile(sparse, io.BytesIO(bytes(512)))
+    for name in ("toy.zip", "toy.tgz", "toy.tar", "sparse.tar"):
+        said = taken(tmp_path / name, tmp_path / f"out-{name}")
+        assert re.search(r"its members would take more than 1,0..,000 bytes, too many for an archive of \d", said)
+        assert tree(tmp_path / f"out-{name}") == {}
+
+
+def sized(name, size):
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info
+
+
+def test_headers_that_follow_each_other_for_ever(tmp_path):
+    long = sized("././@LongLink", 4)
+    long.type = tarfile.GNUTYPE_LONGNAME
+    (tmp_path / "toy.tar").write_bytes((long.tobuf(tarfile.GNU_FORMAT) + b"toy\0".ljust(512, b"\0")) * 5000)
+    assert "toy.tar is damaged (maximum recursion depth" in taken(tmp_path / "toy.tar", tmp_path / "out")
+
+
+def test_members_that_stand_in_each_others_way(tmp_path):
+    with tarfile.open(tmp_path / "toy.tar", "w") as tape:
+        for name in ("toy/a", "toy/a/b"):
+            tape.addfile(sized(name, 3), io.BytesIO(b"abc"))
+    assert "toy.tar is damaged (" in taken(tmp_path / "toy.tar", tmp_path / "out")
+    with tarfile.open(tmp_path / "toy.tar", "w", format=tarfile.PAX_FORMAT) as tape:
+        evil = sized("toy/a", 3)
+        evil.pax_headers = {"path": "toy/b\0/../.."}
+        tape.addfile(evil, io.BytesIO(b"abc"))
+    assert "would lie outside the folder" in taken(tmp_path / "toy.tar", tmp_path / "again")
 
 
 def test_what_lies_beside_the_folder_is_left_out(tmp_path):

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-import urllib3
 from rich.progress import Progress
 
 from archives import (
@@ -41,7 +40,7 @@ PHOTOS = [ImageNetR, TinyImageNet, CUB200]
 
 @pytest.fixture(autouse=True)
 def _hurry(monkeypatch):
-    monkeypatch.setattr(transfer, "RETRIES", urllib3.Retry(0))
+    monkeypatch.setattr(transfer, "PAUSE", 0)
     monkeypatch.setattr(os, "sync", lambda: None)
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "PGP_MIRROR"):
         monkeypatch.delenv(name, raising=False)

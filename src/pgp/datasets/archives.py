@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
+import errno
 import shutil
 import stat
 import tarfile
 import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,8 +16,14 @@ from typing import IO, NamedTuple
 from rich.progress import Progress
 
 CHUNK = 1 << 20
-DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, NotImplementedError)
-"""What the standard library says of an archive that it cannot read."""
+RESERVE = 100_000_000
+"""Bytes of a disk that are left free."""
+RATIO = 100
+"""How many times as large as itself an archive may unpack to."""
+SMALL = 1 << 26
+"""Bytes that any archive may unpack to."""
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}
+"""Errors that tell of the disk or the system, and not of an archive."""
 
 
 class ArchiveError(ValueError):
@@ -67,28 +72,41 @@ def extract(archive: Path, folder: str, target: Path, progress: Progress) -> Non
         with _members(archive) as members:
             wanted = _proved(archive, folder, members)
             size = sum(member.size for member in wanted)
-            if (free := shutil.disk_usage(target).free) < size:
-                raise ArchiveError(f"no room to unpack {archive}: {size:,} bytes are needed and {free:,} are free")
+            if (free := shutil.disk_usage(target).free) < size + RESERVE:
+                raise ArchiveError(f"no room to unpack {archive}: {size:,} bytes are needed and {free:,} are free, of"
+                                   f" which {RESERVE:,} are left to others")  # fmt: skip
             bar = progress.add_task(f"unpacking {archive.name}", total=size)
             for member in wanted:
                 _write(member, target)
                 progress.advance(bar, member.size)
             progress.remove_task(bar)
-    except DAMAGE as error:
-        raise ArchiveError(f"{archive} is damaged ({error}): fetch it again") from error
+    except ArchiveError:
+        raise
+    except Exception as error:  # the standard library raises almost anything when it reads a damaged archive
+        if isinstance(error, OSError) and error.errno in DISK:
+            raise
+        raise ArchiveError(f"{archive} is damaged ({str(error) or type(error).__name__}): fetch it again") from error
 
 
-def _proved(archive: Path, folder: str, members: list[_Member]) -> list[_Member]:
+def _proved(archive: Path, folder: str, members: Iterable[_Member]) -> list[_Member]:
     """Members of `folder`, after all of `members` proved harmless."""
+    packed = archive.stat().st_size
+    most = max(SMALL, RATIO * packed)
+    size, seen = 0, []
     for member in members:
+        seen.append(member)
+        size += member.size
+        if member.size < 0 or size > most:
+            raise ArchiveError(f"{archive} was not unpacked: its members would take more than {most:,} bytes, too"
+                               f" many for an archive of {packed:,}")  # fmt: skip
         path = PureWindowsPath(member.name)  # which knows both slashes and drives
         if path.anchor or ".." in path.parts or "\0" in member.name:
             raise ArchiveError(f"{archive} was not unpacked: its member {member.name!r} would lie outside the folder")
         if member.kind not in ("file", "folder"):
             raise ArchiveError(f"{archive} was not unpacked: its member {member.name!r} is {member.kind}")
-    wanted = [member for member in members if member.path.parts[:1] == (folder,)]
+    wanted = [member for member in seen if member.path.parts[:1] == (folder,)]
     if not any(member.kind == "file" for member in wanted):
-        tops = sorted({member.path.parts[0] for member in members if member.path.parts})
+        tops = sorted({member.path.parts[0] for member in seen if member.path.parts})
         raise ArchiveError(f"expected files in a folder {folder} in {archive}, got {tops[:5]}")
     return wanted
 
@@ -104,25 +122,25 @@ def _write(member: _Member, target: Path) -> None:
 
 
 @contextmanager
-def _members(archive: Path) -> Iterator[list[_Member]]:
+def _members(archive: Path) -> Iterator[Iterator[_Member]]:
     """All members, in the order in which they lie in the archive."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as zipped:
-            yield [
+            yield (
                 _Member(info.filename, info.file_size, _zip_kind(info), partial(zipped.open, info))
                 for info in zipped.infolist()
-            ]
+            )
         return
     with tarfile.open(archive) as tape:
-        yield [
-            _Member(info.name, info.size, _tar_kind(info), partial(_tar_open, tape, info)) for info in tape.getmembers()
-        ]
+        yield (_Member(info.name, info.size, _tar_kind(info), partial(_tar_open, tape, info)) for info in tape)
 
 
 def _zip_kind(info: zipfile.ZipInfo) -> str:
     mode = info.external_attr >> 16  # as Unix has it; 0 where the archive was made elsewhere
     if info.is_dir():
         return "folder"
+    if info.flag_bits & 1:
+        return "encrypted"
     return "file" if stat.S_IFMT(mode) in (0, stat.S_IFREG) else "no plain file"
 
 

@@ -73,7 +73,7 @@ def address(archive: Archive) -> str:
 
 def _had(archive: Archive, root: Path, bars: Progress) -> Path:
     path = root / archive.name
-    if path.exists():
+    if path.exists() or path.is_symlink():
         _prove(archive, path)
         return path
     whole = _downloaded(archive, root, bars)
@@ -85,6 +85,8 @@ def _had(archive: Archive, root: Path, bars: Progress) -> Path:
 def _prove(archive: Archive, path: Path) -> None:
     import pooch  # here, for it takes time that those who have their data need not pay
 
+    if not path.is_file():
+        raise ArchiveError(f"expected a file at {path}, got something else: move it away and start again")
     method, _, wanted = archive.digest.partition(":")
     if (got := pooch.file_hash(str(path), method)) != wanted.lower():
         size = f"{path.stat().st_size:,} bytes" + (f" of {archive.size:,}" if archive.size else "")
@@ -112,7 +114,7 @@ def _downloaded(archive: Archive, root: Path, bars: Progress) -> Path:
         except requests.RequestException as error:  # before ValueError, which some of them are too
             kept = f"; {transfer.have:,} bytes of it are kept for the next start" if transfer.have else ""
             raise ArchiveError(
-                f"cannot fetch {archive.name} ({_reason(error)}){kept}. Without a network, get it from {archive.url}"
+                f"cannot fetch {archive.name} ({error}){kept}. Without a network, get it from {archive.url}"
                 f" elsewhere and put it, as it is, into {root}; or set {MIRROR} to an address that has it"
             ) from error
         except ValueError as error:  # pooch deleted what has another digest
@@ -122,16 +124,14 @@ def _downloaded(archive: Archive, root: Path, bars: Progress) -> Path:
                                    f" and put it into {root}") from error  # fmt: skip
 
 
-def _reason(error: Exception) -> object:
-    """What was behind it, where requests says no more than that it gave up."""
-    return getattr(error.args[0], "reason", error) if error.args else error
-
-
 @contextmanager
 def _alone(archive: Archive, root: Path, bars: Progress) -> Iterator[None]:
     """Nobody else works on the archive in `root` meanwhile, and nothing of an earlier crash is in the way."""
     work = root / WORK
     work.mkdir(parents=True, exist_ok=True)
+    for path in (work, *work.iterdir()):
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ArchiveError(f"{path} is a link or a device, which pgp never makes there: remove it and start again")
     lock = filelock.FileLock(work / f"{archive.name}.lock")
     try:
         lock.acquire(timeout=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -16,14 +17,18 @@ from torch import Tensor
 from torchvision import datasets as torchvision_sets
 
 from pgp.datasets import ArraySplit, Counts, Dataset, DatasetConfig
+from pgp.datasets.archives import Archive, ArchiveError
+from pgp.datasets.download import fetched
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package `dataset-fashion-mnist` puts the four files."""
+LARGEST = 1 << 30
+"""Most bytes that an idx file may have, unpacked."""
 
 
 @dataclass(frozen=True)
 class FashionMNIST(DatasetConfig):
-    """Read in place where its four idx files lie (plain or .gz), else downloaded by torchvision."""
+    """Read in place where its four idx files lie (plain or .gz), else downloaded, in the layout of torchvision."""
 
     expected: ClassVar[Counts | None] = Counts(60_000, 10_000, 10)
 
@@ -36,16 +41,17 @@ class FashionMNIST(DatasetConfig):
         return self.read()
 
     def fetch(self, progress: Progress | None = None) -> None:
-        """See `DatasetConfig.fetch`; torchvision downloads and shows its own bars."""
-        if self._folder() is not None:
+        """See `DatasetConfig.fetch`."""
+        _, downloads, _ = self.places
+        if self._folder() not in (None, downloads):
             return
         try:
-            torchvision_sets.FashionMNIST(str(self.root), download=True)
-        except (RuntimeError, OSError) as error:
-            raise ValueError(
-                f"Fashion-MNIST is neither in {self.root.absolute()} nor in {DEBIAN}; its download failed ({error}):"
-                " put its four idx files there, or install Debian's dataset-fashion-mnist"
-            ) from error
+            for archive in _archives():
+                if _file(downloads, archive.name.removesuffix(".gz")) is None:
+                    fetched(archive, downloads, progress)
+        except ArchiveError as error:
+            raise ValueError(f"Fashion-MNIST is neither in {self.root.absolute()} nor in {DEBIAN}: {error}; or install"
+                             " Debian's dataset-fashion-mnist") from error  # fmt: skip
 
     def read(self) -> Dataset:
         """See `DatasetConfig.read`."""
@@ -58,14 +64,26 @@ class FashionMNIST(DatasetConfig):
     @property
     def places(self) -> tuple[Path, ...]:
         """See `DatasetConfig.places`."""
-        return (self.root, self.root / "FashionMNIST" / "raw", DEBIAN)
+        root = self.root.expanduser()
+        return (root, root / "FashionMNIST" / "raw", DEBIAN)
 
     def _folder(self) -> Path | None:
         return next((folder for folder in self.places if _file(folder, "train-images-idx3-ubyte")), None)
 
 
+def _archives() -> Iterator[Archive]:
+    """Yield the four files as they are published."""
+    published = torchvision_sets.FashionMNIST
+    for name, digest in published.resources:
+        yield Archive(name, f"{published.mirrors[0]}{name}", f"md5:{digest}", folder=name)
+
+
 def _split(folder: Path, name: str) -> ArraySplit:
     images, labels = _read(folder, f"{name}-images-idx3-ubyte"), _read(folder, f"{name}-labels-idx1-ubyte")
+    classes = len(torchvision_sets.FashionMNIST.classes)
+    if len(images) != len(labels) or not len(labels) or int(labels.max()) >= classes:
+        raise ValueError(f"expected a label below {classes} for each image of {name} in {folder}, got {len(images)}"
+                         f" images and {len(labels)} labels up to {max([-1, *labels.tolist()])}")  # fmt: skip
     return ArraySplit(images, labels)
 
 
@@ -78,13 +96,17 @@ def _read(folder: Path, name: str) -> Tensor:
     path = _file(folder, name)
     if path is None:
         raise ValueError(f"expected {name} or {name}.gz in {folder}, got neither")
+    axes = 3 if "idx3" in name else 1
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(4 + 4 * axes)
+            shape = [int(size) for size in np.frombuffer(head[4:].ljust(4 * axes, b"\0"), ">u4")]
+            size = math.prod(shape)
+            if head[:4] != bytes([0, 0, 8, axes]) or not 0 < size <= LARGEST:
+                raise ValueError(f"{path} is no idx file of bytes; delete it and fetch it again")
+            data = file.read(size + 1)  # one more, if there is one too many
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {error}; delete it and fetch it again") from error
-    axes = 3 if "idx3" in name else 1
-    start = 4 + 4 * axes
-    shape = [int(size) for size in np.frombuffer(data[4:start].ljust(4 * axes, b"\0"), ">u4")]
-    if data[:4] != bytes([0, 0, 8, axes]) or len(data) != start + math.prod(shape):
-        raise ValueError(f"{path} is no complete idx file of bytes; delete it and fetch it again")
-    return torch.from_numpy(np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy())
+    if len(data) != size:
+        raise ValueError(f"{path} is no complete idx file of {size:,} bytes; delete it and fetch it again")
+    return torch.from_numpy(np.frombuffer(data, np.uint8).reshape(shape).copy())

@@ -6,25 +6,47 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import requests
 import urllib3
-from requests.adapters import HTTPAdapter
 from rich.progress import Progress
 
-from pgp.datasets.archives import ArchiveError
+from pgp.datasets.archives import RESERVE, ArchiveError
 
 CHUNK = 1 << 16
 TIMEOUT = (15, 60)
 """Seconds to wait for a connection, and for the next bytes."""
-RETRIES = urllib3.Retry(4, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504), allowed_methods={"GET"})
-"""How a request is made again that got no answer, or was told to come back."""
-BREAKS = 5
-"""Connections that may break in a row with no byte gained."""
-PAUSE = 1.0
-"""Seconds to wait after the first of them; after each further one twice as long."""
+BUSY = (429, 500, 502, 503, 504)
+"""Statuses of a server that may do better later."""
+ATTEMPTS = 100
+"""Most requests for one file."""
+FAILURES = 5
+"""Most requests in a row that bring too little."""
+LEAST = 1 << 16
+"""Bytes that each request has to bring, and each minute of it, or it counts as a failure."""
+MINUTE = 60.0
+"""Seconds over which slowness is measured."""
+RESTARTS = 3
+"""How often a file is fetched again from its beginning because the server does not continue a part."""
+PAUSE = 0.25
+"""Seconds to wait after a request that brought something; after each failure in a row twice as long."""
+PATIENCE = 300.0
+"""Most seconds to wait between the requests for one file, all together; a server may ask for more."""
+LARGEST = 1 << 34
+"""Most bytes of a file whose size nobody tells."""
+
+
+class _FailedError(Exception):
+    """A request that did not bring the rest of the file, though another one may."""
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        """Tell the reason, and how many seconds the server asks to wait."""
+        super().__init__(f"{reason}, asking to wait {wait:,.0f} seconds" if wait else reason)
+        self.wait = wait
 
 
 class _Source(NamedTuple):
@@ -44,6 +66,10 @@ class Transfer:
         self.part, self.size, self.progress = part, size, progress
         self.continued = False
         """Whether bytes of an earlier start went into the file."""
+        self.restarts = 0
+        """How often the whole file was asked for again, though a part of it was here."""
+        self.anew = False
+        """Whether the next request is for the whole file."""
 
     @property
     def have(self) -> int:
@@ -51,69 +77,108 @@ class Transfer:
         return self.part.stat().st_size if self.part.is_file() else 0
 
     def __call__(self, url: str, output_file: str, pooch: Any) -> None:
-        """Nothing; `output_file` is now what `url` gives.
+        """Fetch `url` to `output_file`.
 
         Raises:
-            requests.RequestException: if it cannot be had; the part stays.
+            requests.RequestException: If it cannot be had; the part stays.
+            ArchiveError: If it is not the published file or the disk has too little room.
         """
         self.continued = self.have > 0
-        bar = self.progress.add_task(f"fetching {self.part.stem}", total=self.size, completed=self.have)
+        name = f"fetching {self.part.stem}"
+        bar = self.progress.add_task(name, total=self.size, completed=self.have)
+        failures, waited = 0, 0.0
         with requests.Session() as session:
-            for scheme in ("http://", "https://"):
-                session.mount(scheme, HTTPAdapter(max_retries=RETRIES))
-            breaks = 0
-            while True:
-                before = self.have
+            for _ in range(ATTEMPTS):
+                before, wait = self.have, 0.0
                 try:
-                    if self._come(session, url, bar):
-                        break
-                    error: Exception = requests.ConnectionError("the connection closed before the end")
-                except urllib3.exceptions.HTTPError as broken:  # while bytes were coming
-                    error = broken
-                breaks = 0 if self.have > before else breaks + 1
-                if breaks >= BREAKS:
-                    raise requests.ConnectionError(str(error)) from error
-                time.sleep(PAUSE * 2**breaks)
+                    self._request(session, url, bar)
+                    break
+                except _FailedError as error:
+                    failed, wait = str(error), error.wait
+                except (requests.ConnectionError, requests.Timeout, urllib3.exceptions.HTTPError) as error:
+                    failed = _cause(error)
+                failures = 0 if self.have >= before + LEAST else failures + 1
+                if failures == FAILURES:
+                    raise requests.ConnectionError(f"{failed}, {failures} requests in a row")
+                wait = max(wait, PAUSE * 2**failures)
+                waited += wait
+                if waited > PATIENCE:
+                    raise requests.ConnectionError(f"{failed}; pgp waits no more than {PATIENCE:.0f} seconds in all")
+                if wait >= 1:
+                    self.progress.update(bar, description=f"{name}, again in {wait:.0f} s")
+                time.sleep(wait)
+                self.progress.update(bar, description=name)
+            else:
+                raise requests.ConnectionError(f"{failed}, and it is not whole after {ATTEMPTS} requests")
         self.part.replace(output_file)
         self._note.unlink(missing_ok=True)
         self.progress.remove_task(bar)
 
-    def _come(self, session: requests.Session, url: str, bar: Any) -> bool:
-        """Whether all bytes are here, after one more request for those that are missing."""
-        source = self._source(url)
+    def _request(self, session: requests.Session, url: str, bar: Any) -> None:
+        """Make one request for the bytes that are missing; all are here once it returns.
+
+        Raises:
+            _FailedError: If some are still missing.
+        """
+        source = None if self.anew else self._source(url)
         have = self.have if source else 0
         if source and have == source.size:  # only the renaming is missing
-            return True
+            return
         headers = {"Accept-Encoding": "identity"}
         if source and have:
             headers["Range"] = f"bytes={have}-"
             headers |= {"If-Range": source.version} if source.version else {}
         with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+            if answer.status_code in BUSY:
+                raise _FailedError(f"{answer.status_code} {answer.reason}", _retry_after(answer))
             if answer.status_code == 416 or (answer.status_code == 206 and not self._fits(answer, source, have)):
-                self.part.unlink(missing_ok=True)  # it is a part of something else
-                return False
+                self.anew = True
+                span = answer.headers.get("Content-Range", "no range")
+                raise _FailedError(f"asked for all bytes from {have:,} on, it answers {answer.status_code}, {span!r}")
             answer.raise_for_status()
+            if answer.status_code not in (200, 206):
+                raise requests.HTTPError(f"the server answers {answer.status_code} {answer.reason}")
             if answer.status_code != 206:
                 have, source = 0, self._begin(answer, url)
             assert source is not None
-            self._room(source.size, have)
-            self.progress.update(bar, total=source.size or self.size, completed=have)
+            limit = LARGEST if source.size is None else source.size
+            self._check_room(0 if source.size is None else limit - have)
+            self.progress.update(bar, total=source.size, completed=have)
             with self.part.open("ab" if have else "wb") as sink:
-                # as it lies there: some servers call a .tgz an encoding, and requests would undo it
-                for chunk in answer.raw.stream(CHUNK, decode_content=False):
+                for chunk in _chunks(answer):
+                    have += len(chunk)
+                    if have > limit:
+                        break
+                    self._check_room(len(chunk))
                     sink.write(chunk)
                     self.progress.advance(bar, len(chunk))
                 sink.flush()
                 os.fsync(sink.fileno())
-        return source.size is None or self.have >= source.size
+        if have > limit:
+            self.part.unlink()
+            self._refuse(url, f"more than {limit:,}")
+        if source.size is not None and have < limit:
+            raise _FailedError("the connection closed before the end")
+
+    def _refuse(self, url: str, got: str) -> NoReturn:
+        expected = f"{self.size:,} bytes" if self.size else f"at most {LARGEST:,} bytes"
+        raise ArchiveError(f"{url} does not give the published file: expected {expected}, got {got}. Get"
+                           f" {self.part.stem} elsewhere and put it into {self.part.parent.parent}")  # fmt: skip
 
     def _begin(self, answer: requests.Response, url: str) -> _Source:
         """What a download from the first byte is of, noted beside the part."""
         tag = answer.headers.get("ETag", "")
         version = tag if tag.startswith('"') else answer.headers.get("Last-Modified")  # weak tags promise too little
-        length = answer.headers.get("Content-Length", "")
-        source = _Source(url, version, int(length) if length.isdigit() else self.size)
-        self.part.unlink(missing_ok=True)
+        length = answer.raw.length_remaining  # None where the server does not tell
+        if length is not None and (length != self.size if self.size else length > LARGEST):
+            self._refuse(url, f"{length:,}")
+        self.anew, self.restarts = False, self.restarts + bool(self.have)
+        if self.restarts > RESTARTS:
+            raise requests.RequestException(f"the server has broken off {self.restarts} times, and does not go on from"
+                                            " where it stopped")  # fmt: skip
+        source = _Source(url, version, self.size if length is None else length)
+        for stale in (self.part, self._note):
+            stale.unlink(missing_ok=True)
         self._note.write_text(json.dumps(source), encoding="utf-8")
         return source
 
@@ -121,9 +186,9 @@ class Transfer:
         """What the part is of; None if there is nothing to go on with."""
         try:
             source = _Source(*json.loads(self._note.read_text(encoding="utf-8")))
+            return source if source.url == url and (source.size is None or self.have <= source.size) else None
         except (OSError, ValueError, TypeError):  # none, or cut short by a crash
             return None
-        return source if source.url == url and (source.size is None or self.have <= source.size) else None
 
     def _fits(self, answer: requests.Response, source: _Source | None, have: int) -> bool:
         """Whether a partial answer begins where the part ends, and is of the same whole."""
@@ -131,12 +196,48 @@ class Transfer:
         same = source is not None and (total == str(source.size) or total == "*" or source.size is None)
         return same and span.startswith(f"bytes {have}-")
 
-    def _room(self, size: int | None, have: int) -> None:
+    def _check_room(self, size: int) -> None:
+        """Raise unless the disk has room for `size` more bytes."""
         free = shutil.disk_usage(self.part.parent).free
-        if size is not None and free < size - have:
-            raise ArchiveError(f"no room in {self.part.parent.parent} for {self.part.stem}: {size - have:,} bytes more"
-                               f" needed and {free:,} are free; choose another folder by --dataset.root")  # fmt: skip
+        if free < size + RESERVE:
+            raise ArchiveError(f"no room in {self.part.parent.parent} for {self.part.stem}: {size:,} bytes more needed"
+                               f" and {free:,} are free, of which {RESERVE:,} are left to others; choose another folder"
+                               f" by --dataset.root. What has come so far is kept")  # fmt: skip
 
     @property
     def _note(self) -> Path:
         return self.part.with_name(f"{self.part.name}.json")
+
+
+def _chunks(answer: requests.Response) -> Iterator[bytes]:
+    """Yield what comes, as it comes.
+
+    Raises:
+        _FailedError: If it comes too slowly.
+    """
+    since, count = time.monotonic(), 0
+    # as it lies there: some servers call a .tgz an encoding, and requests would undo it
+    while chunk := answer.raw.read1(CHUNK, decode_content=False):
+        yield chunk
+        count += len(chunk)
+        if (now := time.monotonic()) - since > MINUTE:
+            if count < LEAST:
+                raise _FailedError(f"the server gives {count:,} bytes in {now - since:.0f} seconds")
+            since, count = now, 0
+
+
+def _retry_after(answer: requests.Response) -> float:
+    """Return how many seconds the server asks to wait; 0 if it does not."""
+    asked = answer.headers.get("Retry-After", "").strip()
+    try:
+        wait = float(asked) if asked.isdecimal() else parsedate_to_datetime(asked).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return 0.0
+    return max(0.0, wait)
+
+
+def _cause(error: Exception) -> str:
+    """Return what was behind `error`: requests and urllib3 wrap their errors in each other."""
+    while error.args and isinstance(inner := getattr(error.args[0], "reason", error.args[0]), Exception):
+        error = inner
+    return next((text for text in error.args if isinstance(text, str)), str(error))
