@@ -1,8 +1,9 @@
 """Seconds and peak memory of L2P-PGP and DualPrompt-PGP on ViT-B/16, against a plain L2P measured in the same run.
 
-    python benchmarks/cost.py                          # everything: lines of docs/results/cost.jsonl, and cost.md from them
+    python benchmarks/cost.py                          # everything: docs/results/cost.jsonl, and cost.md from it
     python benchmarks/cost.py --only "L2P evaluation"  # a part, anew
     python benchmarks/cost.py --memory train l2p       # one peak, of this process
+    python benchmarks/cost.py --tiny                   # a rehearsal in seconds, whose figures mean nothing
 
 The baseline is how this family of methods is usually written: two copies of the timm model (one for queries, one
 prompted), every block computed for every token, the query computed anew whenever it is needed, the batch in one piece.
@@ -14,15 +15,15 @@ speed of shared machines drifts. Peak memory is the resident set of a process th
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
@@ -31,37 +32,64 @@ from lightning_fabric import Fabric
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from pgp import recipes
+import records
+import rehearsal
+from pgp import platforms, recipes
 from pgp.backbones.vit import ViT
+from pgp.boundary import observe
 from pgp.config import Hardware
-from pgp.datasets import Batch, Loading, batches, in_order
+from pgp.datasets import Batch, Loading, Views, batches, in_order
 from pgp.datasets.synthetic import Synthetic
 from pgp.environment import environment
+from pgp.learner import Learner
 from pgp.methods import only
 from pgp.projections.orthogonal import Orthogonal
 from pgp.scenario import Task, generator
 from pgp.subspace import Protected
-from pgp.train import Learner, observe, train_step
+from pgp.train import train_step
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "cost.jsonl"
-MODEL, SIZE, BATCH, CLASSES = "vit_base_patch16_224.orig_in21k", 224, 16, 100
+Precision = Literal["32-true", "bf16-mixed"]
+VERSION = 2
+"""Of this script, in every line of the results; older lines are marked on the page."""
+CLASSES = 100
 TASK = Task(0, tuple(range(10)), torch.empty(0), torch.empty(0))
+
+
+class Scale(NamedTuple):
+    """How large everything is that is measured."""
+
+    encoder: ViT.Config
+    size: int
+    """Pixels a side."""
+    batch: int
+    observed: int
+    """Images of a task at whose boundary time is measured. The fewer, the more the growing of bases counts."""
+    remembered: int
+    """Images of a task at whose boundary memory is measured."""
+
+
+FULL = Scale(ViT.Config("vit_base_patch16_224.orig_in21k", "random"), 224, 16, 192, 768)
+TINY = Scale(rehearsal.ENCODER, rehearsal.SIZE, 4, 8, 8)
 
 
 class Baseline(nn.Module):
     """L2P as it is usually written, on two timm models."""
 
-    def __init__(self) -> None:
+    def __init__(self, scale: Scale) -> None:
+        """Make both models, with random weights."""
         super().__init__()
-        self.original = timm.create_model(MODEL, num_classes=0).eval().requires_grad_(False)
-        self.prompted = timm.create_model(MODEL, num_classes=0).eval().requires_grad_(False)
+        name, arguments = scale.encoder.model, {"img_size": scale.size, "num_classes": 0, **scale.encoder.arguments}
+        self.original = timm.create_model(name, **arguments).eval().requires_grad_(False)
+        self.prompted = timm.create_model(name, **arguments).eval().requires_grad_(False)
         width = self.prompted.embed_dim
         self.prompts = nn.Parameter(torch.rand(10, 5, width) * 2 - 1)
         self.key = nn.Parameter(torch.rand(10, width) * 2 - 1)
         self.head = nn.Linear(width, CLASSES)
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean output of the prompts `(B, D)`, and how well their keys match."""
         with torch.no_grad():
             query = self.original.forward_features(images)[:, 0]
         similarity = F.normalize(query, dim=-1) @ F.normalize(self.key, dim=-1).T
@@ -74,19 +102,21 @@ class Baseline(nn.Module):
         return tokens[:, 1 : 1 + prompts.shape[1]].mean(1), best.values.sum(1).mean()
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss over the classes of the task."""
         features, pull = self.features(images)
         return F.cross_entropy(only(self.head(features), TASK.classes), labels) - 0.1 * pull
 
 
-def images(count: int = BATCH) -> Tensor:
-    return torch.rand(count, 3, SIZE, SIZE, generator=generator(0, "images"))
+def images(scale: Scale) -> Tensor:
+    """Return a batch of noise."""
+    return torch.rand(scale.batch, 3, scale.size, scale.size, generator=generator(0, "images"))
 
 
-def train(kind: str, precision: str) -> Callable[[], Any]:
-    """One training step."""
-    batch, labels = images(), torch.arange(BATCH) % 10
+def train(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], Any]:
+    """Return one training step."""
+    batch, labels = images(scale), torch.arange(scale.batch) % 10
     if kind == "baseline":
-        model = Baseline()
+        model = Baseline(scale)
         learned = [model.prompts, model.key, *model.head.parameters()]
         optimizer = torch.optim.Adam(learned, lr=0.001875)
 
@@ -99,25 +129,26 @@ def train(kind: str, precision: str) -> Callable[[], Any]:
             optimizer.zero_grad()
 
         return plain
-    learner = new_learner(kind, precision)
-    adam = learner.config.optimizer.build(learner.method, BATCH)
+    learner = new_learner(kind, precision, scale)
+    adam = learner.config.optimizer.build(learner.method, scale.batch)
     protected = learner.method.protected()
     half_projection(protected).attach(adam, protected)
     ready = learner.fabric.setup_optimizers(adam)
-    return lambda: train_step(learner, ready, Batch(batch, labels, labels), TASK, BATCH)
+    return lambda: train_step(learner, ready, Batch(batch, labels, labels), TASK, scale.batch)
 
 
-def new_learner(kind: str, precision: str) -> Learner:
-    """The published recipe for CIFAR-100, on noise."""
+def new_learner(kind: str, precision: Precision, scale: Scale) -> Learner:
+    """Return the published recipe for CIFAR-100, on noise."""
     recipe = recipes.RECIPES[f"10cifar100_{kind}_pgp"]()
     data = Synthetic(classes=CLASSES, per_class=8)
-    config = replace(recipe, dataset=data, backbone=ViT.Config(MODEL, "random"), batch_size=BATCH)
+    config = replace(recipe, dataset=data, backbone=scale.encoder, batch_size=scale.batch)
+    config = replace(config, views=Views(size=scale.size, resize=scale.size * 256 // 224))
     config = replace(config, hardware=Hardware("cpu", precision=precision))
     return Learner(Fabric(accelerator="cpu", devices=1, precision=precision), config, Progress(disable=True))
 
 
 def half_projection(protected: dict[str, Protected]) -> Orthogonal:
-    """A projection of half rank in every space, as many directions as a run gathers over its tasks."""
+    """Return a projection of half rank in every space, as many directions as a run gathers over its tasks."""
     projection = Orthogonal()
     bases = {}
     for space, target in protected.items():
@@ -128,48 +159,49 @@ def half_projection(protected: dict[str, Protected]) -> Orthogonal:
     return projection
 
 
-def evaluation(kind: str, precision: str) -> Callable[[], Any]:
-    """One test batch of a task that was evaluated before: the query is known to ours, and recomputed by the baseline."""
-    batch = images()
+def evaluation(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], Any]:
+    """Return one test batch of a task that was evaluated before: ours knows the query, the baseline recomputes it."""
+    batch = images(scale)
     if kind == "baseline":
-        baseline = Baseline()
+        baseline = Baseline(scale)
 
         def act() -> None:
             baseline.head(baseline.features(batch)[0])
     else:
-        model = new_learner(kind, precision).method
+        model = new_learner(kind, precision, scale).method
         with torch.no_grad(), autocast(precision):
             query = model.query(batch)
 
         def act() -> None:
             model(batch, query)
 
-    return torch.no_grad()(autocast(precision)(act))
+    def without_gradient() -> None:
+        with torch.no_grad(), autocast(precision):
+            act()
+
+    return without_gradient
 
 
-def boundary(kind: str, precision: str, count: int = 192) -> Callable[[], Any]:
-    """What follows a task of `count` images: observe them and grow the bases. The baseline is one query pass over them.
-
-    A quarter of the 768 images whose memory is measured suffices for the time: the fewer, the more growing counts.
-    """
-    learner = new_learner("l2p" if kind == "query" else kind, precision)
-    task = replace(TASK, train=torch.arange(count))
+def boundary(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], Any]:
+    """Return what follows a task: observe its images and grow the bases. The baseline is one query pass over them."""
+    learner = new_learner("l2p" if kind == "query" else kind, precision, scale)
+    task = replace(TASK, train=torch.arange(scale.observed))
 
     def looking_back() -> None:
         projection = Orthogonal()
         observe(learner, task, projection, [])
         projection.end_task(learner.method.protected())
 
-    @torch.no_grad()
-    @autocast(precision)
     def query() -> None:
-        for batch in batches(learner.viewed("test", "observed", task), in_order(task.train, BATCH), Loading()):
-            learner.method.query(batch.images)
+        with torch.no_grad(), autocast(precision):
+            viewed, plan = learner.viewed("test", "observed", task), in_order(task.train, scale.batch)
+            for batch in batches(viewed, plan, Loading()):
+                learner.method.query(batch.images)
 
     return query if kind == "query" else looking_back
 
 
-ACTS: dict[str, Callable[[str, str], Callable[[], Any]]] = {
+ACTS: dict[str, Callable[[str, Precision, Scale], Callable[[], Any]]] = {
     "train": train,
     "evaluation": evaluation,
     "boundary": boundary,
@@ -185,12 +217,13 @@ MEASURED = {
 OTHERS = {"baseline": "plain L2P", "query": "a query pass over the same images", None: ""}
 
 
-def autocast(precision: str) -> torch.autocast:
+def autocast(precision: Precision) -> torch.autocast:
+    """Return the context in which a precision computes."""
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
 def seconds(acts: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each act in each round, the acts taking turns."""
+    """Return the seconds of each act in each round, the acts taking turns."""
     taken: dict[str, list[float]] = {name: [] for name in acts}
     for number in range(rounds + 1):
         for name, act in acts.items():
@@ -201,42 +234,56 @@ def seconds(acts: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[f
     return taken
 
 
-def peak(act: str, kind: str, precision: str, threads: int) -> float:
-    """Peak resident memory in GB of a process that does one thing: twice, or the boundary of 768 images once."""
+def peak(act: str, kind: str, precision: Precision, threads: int) -> float:
+    """Return the peak resident memory in GB of a process that does one thing, see `remember`."""
     command = [sys.executable, __file__, "--memory", act, kind, "--precision", precision, "--threads", str(threads)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    return float(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.splitlines()[-1])
+
+
+def remember(act: str, kind: str, precision: Precision, scale: Scale) -> float:
+    """Do one thing twice, or a boundary once; return the peak resident memory of this process in GB."""
+    if act == "boundary":
+        seconds({kind: boundary(kind, precision, scale._replace(observed=scale.remembered))}, 0)
+    else:
+        seconds({kind: ACTS[act](kind, precision, scale)}, 1)
+    return peak_of_this_process()
 
 
 def peak_of_this_process() -> float:
-    """Peak resident memory in GB, by Linux. (`getrusage` would report the parent's peak where that was higher.)"""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    """Return the peak resident memory in GB. (`getrusage` would report the parent's peak where that was higher.)"""
+    status = Path("/proc/self/status")
+    if not status.is_file():
+        sys.exit("expected Linux, which reports the peak memory of a process in /proc/self/status; leave --memory out")
+    (line,) = (line for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / 1e9
 
 
-def compare(what: str, precision: str, threads: int, rounds: int) -> dict[str, Any]:
-    """One line of figures."""
+def compare(what: str, precision: Precision, threads: int, rounds: int, scale: Scale = FULL) -> dict[str, Any]:
+    """Return one line of figures; of a rehearsal, without peaks of memory."""
     act, kind, other = MEASURED[what]
-    line: dict[str, Any] = {"what": what, "against": OTHERS[other], "precision": precision}
+    line: dict[str, Any] = {"what": what, "against": OTHERS[other], "precision": precision, "version": VERSION}
     if other:
-        acts = {"ours": ACTS[act](kind, precision), "other": ACTS[act](other, precision)}
+        acts = {"ours": ACTS[act](kind, precision, scale), "other": ACTS[act](other, precision, scale)}
         if precision != "32-true":
-            acts["float32"] = ACTS[act](other, "32-true")
+            acts["float32"] = ACTS[act](other, "32-true", scale)
         taken = seconds(acts, rounds)
         for name in list(acts)[1:]:
             ratios = [mine / its for mine, its in zip(taken["ours"], taken[name], strict=True)]
             rounded = [round(ratio, 3) for ratio in ratios]
             line |= {f"ratio_to_{name}": statistics.median(ratios), f"ratios_to_{name}": rounded}
         line |= {f"{name}_seconds": statistics.median(taken[name]) for name in acts}
-    line["ours_peak_gb"] = peak(act, kind, precision, threads)
-    if other:
-        line["other_peak_gb"] = peak(act, other, precision, threads)
+    if scale is FULL:
+        line |= {"ours_peak_gb": peak(act, kind, precision, threads)}
+        line |= {"other_peak_gb": peak(act, other, precision, threads)} if other else {}
+    elif not other:
+        seconds({"ours": ACTS[act](kind, precision, scale)}, rounds)
     if what == "L2P train step":
         line["projection_seconds"] = projection_seconds()
     return line
 
 
 def projection_seconds() -> float:
-    """Seconds that the projection adds to an optimizer step: the difference of two medians over 30 steps."""
+    """Return the seconds that the projection adds to an optimizer step: the difference of two medians over 30 steps."""
     prompts = {"prompts": torch.nn.Parameter(torch.rand(10, 5, 768)), "keys": torch.nn.Parameter(torch.rand(10, 768))}
     protected = {space: Protected(parameter) for space, parameter in prompts.items()}
     medians = {}
@@ -251,18 +298,17 @@ def projection_seconds() -> float:
 
 
 def has_bf16() -> bool:
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    """Return whether the processor multiplies in bfloat16."""
+    flags = platforms.cpu_facts().get("flags", "").split()
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def table() -> str:
-    """The latest line of each kind."""
-    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+def table(results: Path = RESULTS) -> str:
+    """Return the latest line of each kind."""
+    lines = list(records.read(results))
     latest = {(line["what"], line["precision"]): line for line in lines}
-    out = [
-        "| what | against | precision | ours, s | other, s | ratio (rounds) | to the other in float32 | ours, GB | other, GB |",
-        "|---" * 9 + "|",
-    ]
+    head = ["what", "against", "precision", "ours, s", "other, s", "ratio (rounds)", "to the other in float32"]
+    out = [f"| {' | '.join([*head, 'ours, GB', 'other, GB'])} |", "|---" * 9 + "|"]
 
     def shown(line: dict[str, Any], name: str, digits: int) -> str:
         return f"{line[name]:.{digits}f}" if name in line else ""
@@ -272,7 +318,7 @@ def table() -> str:
 
     for (what, precision), line in latest.items():
         cells = [
-            what,
+            what if current(line) else f"{what} *",
             line["against"],
             precision,
             shown(line, "ours_seconds", 2),
@@ -290,17 +336,31 @@ def table() -> str:
             out.append(
                 f"The projection adds {1000 * added:.1f} ms to a step of {step:.2f} s: {100 * added / step:.2f} %."
             )
+    if not all(map(current, latest.values())):
+        out.append(STALE)
     about = lines[-1]
     out.append(
         f"{about['processor']}, {about['threads']} threads, torch {about['torch']};"
         f" commits {', '.join(sorted({line['commit'] for line in latest.values()}))}."
     )
-    if not has_bf16():
-        out.append("This processor has no bf16 arithmetic, so bf16-mixed is not measured.")
+    if not any(precision == "bf16-mixed" for _, precision in latest):
+        out.append("bf16-mixed was not measured: it needs a processor with bf16 arithmetic.")
     return "\n".join(out) + "\n"
 
 
-def main() -> None:
+def current(line: dict[str, Any]) -> bool:
+    """Return whether a line was measured by the script as it is."""
+    return bool(line.get("version") == VERSION)
+
+
+STALE = (
+    "*: measured before the script broke (it imported a name that had moved, and did not start); what it measures has"
+    " changed since, the projection's hooks among it. To be measured anew."
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", nargs=2, metavar=("ACT", "KIND"))
     parser.add_argument("--only", nargs="+", choices=MEASURED, default=list(MEASURED))
@@ -308,26 +368,24 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=both, default=both if has_bf16() else both[:1])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    parser.add_argument("--tiny", action="store_true", help="rehearse on a tiny encoder; nothing is kept")
+    options = parser.parse_args(argv)
+    scale = TINY if options.tiny else FULL
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.memory:
         (act, kind), (precision, *_) = options.memory, options.precision
-        if act == "boundary":
-            seconds({kind: boundary(kind, precision, 768)}, 0)
-        else:
-            seconds({kind: ACTS[act](kind, precision)}, 1)
-        print(peak_of_this_process())
+        print(remember(act, kind, precision, scale))
         return
     about = environment()
     kept = {"commit": about["commit"], "processor": about["processor"], "torch": about["versions"]["torch"]}
-    for precision in options.precision:
-        for what in options.only:
-            line = compare(what, precision, options.threads, options.rounds)
-            with RESULTS.open("a") as raw:
-                raw.write(json.dumps({**line, "threads": options.threads, **kept}) + "\n")
-    RESULTS.with_suffix(".md").write_text(table())
-    print(table())
+    with tempfile.TemporaryDirectory() as scratch:
+        results = Path(scratch) / RESULTS.name if options.tiny else RESULTS
+        for precision in options.precision:
+            for what in options.only:
+                line = compare(what, precision, options.threads, options.rounds, scale)
+                records.append(results, {**line, "threads": options.threads, **kept})
+        records.write_page(results, table(results))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python benchmarks/emoji.py run --part 1/2 &     # every row of the table, every seed; two processes share the work
     python benchmarks/emoji.py run --part 2/2
     python benchmarks/emoji.py table                # docs/results/emoji.md from docs/results/emoji.jsonl
+    python benchmarks/emoji.py run --tiny           # a rehearsal of a few rows on noise, whose figures mean nothing
 
 Needs, beside the checkout and not part of the project: ../shared/data/emoji_renditions_200.npz and
 ../shared/backbones/vit_small_patch14_imgfocus.safetensors.
@@ -14,13 +15,12 @@ Each finished run is one line of docs/results/emoji.jsonl, and is not run again.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,15 @@ from lightning_fabric import Fabric
 from PIL import Image
 from rich.progress import Progress
 
+import records
+import rehearsal
 from pgp import metrics
 from pgp.backbones.vit import ViT
 from pgp.config import Config, Optimizer
 from pgp.datasets import Loading, Viewed, Views, batches, in_order
 from pgp.datasets.folder import Folder
 from pgp.environment import environment
+from pgp.learner import Learner
 from pgp.methods import Method
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.head_only import HeadOnly
@@ -50,7 +53,7 @@ from pgp.readouts.ncm import NCM
 from pgp.readouts.sequential import Sequential
 from pgp.run import Run
 from pgp.scenario import Task
-from pgp.train import Learner, train
+from pgp.train import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -69,10 +72,12 @@ METHODS: dict[str, Method.Config] = {
 """Seven pictures of a class are few: a smaller choice of prompts, and CLS as published for the smallest data set."""
 BEST_RATE = {"l2p": 0.3, "head-only": 0.03, "dualprompt": 0.03}
 """Per 256 images; of what `tune` tried, the best average incremental accuracy (the mean over all stages)."""
+TINY_ROWS = ("head only", "L2P", "L2P-PGP sum update 0.99", "DualPrompt at 0.3-PGP keys")
+"""Rows that a rehearsal runs, where none are named."""
 
 
 def folder(held_out: tuple[str, ...], left_out: tuple[str, ...] = ()) -> Path:
-    """The pictures as an image folder, written once: `train/<class>/<vendor>.png` and `test/<class>/<vendor>.png`."""
+    """Return the pictures as an image folder, written once: `train/<class>/<vendor>.png`, and `test` likewise."""
     root = ROOT / "data" / ("emoji-" + "-".join(held_out))
     if root.is_dir():
         return root
@@ -86,7 +91,7 @@ def folder(held_out: tuple[str, ...], left_out: tuple[str, ...] = ()) -> Path:
             path = _made(partial / part / name) / f"{vendors[vendor]}.png"
             Image.fromarray(picture).save(path)
     try:
-        partial.replace(root)
+        partial.rename(root)
     except OSError:  # another process was faster
         if not root.is_dir():
             raise
@@ -94,9 +99,9 @@ def folder(held_out: tuple[str, ...], left_out: tuple[str, ...] = ()) -> Path:
     return root
 
 
-def base(root: Path, seed: int) -> Config:
-    """What all rows share."""
-    return Config(
+def base(root: Path, seed: int, *, tiny: bool = False) -> Config:
+    """Return what all rows share."""
+    config = Config(
         name="emoji",
         dataset=Folder(root),
         views=Views(
@@ -114,10 +119,11 @@ def base(root: Path, seed: int) -> Config:
         shuffle=True,
         log_every_steps=1000,
     )
+    return rehearsal.tiny(config, root) if tiny else config
 
 
 def rows() -> dict[str, dict[str, Any]]:
-    """By name, how each row of the table differs from `base`."""
+    """Return by name how each row of the table differs from `base`."""
     table: dict[str, dict[str, Any]] = {
         "head only": {"method": METHODS["head-only"], "optimizer": Optimizer(lr=BEST_RATE["head-only"])},
         "nearest class mean": {"method": HeadOnly.Config(learns=False), "readouts": (NCM.Config(),)},
@@ -128,7 +134,7 @@ def rows() -> dict[str, dict[str, Any]]:
     for energy in (0.99, 0.9, 0.999):
         for on in ("gradient", "update"):
             for space in ("sum", "union", "input"):
-                projection: Projection.Config = Orthogonal.Config(space, energy, energy, on)  # type: ignore[arg-type]
+                projection: Projection.Config = Orthogonal.Config(space, energy, energy, on)
                 table[f"L2P-PGP {space} {on} {energy:g}"] = {"projection": projection}
     for rate in (BEST_RATE["dualprompt"], 0.3):  # at the best rate its prompts hardly move: at one where they do, too
         base = {"method": METHODS["dualprompt"], "optimizer": Optimizer(lr=rate)}
@@ -136,14 +142,14 @@ def rows() -> dict[str, dict[str, Any]]:
         for protect in ("keys", "keys+values"):
             table[f"DualPrompt at {rate:g}-PGP {protect}"] = {
                 **base,
-                "method": DualPrompt.Config(protect=protect),  # type: ignore[arg-type]
+                "method": DualPrompt.Config(protect=protect),
                 "projection": Orthogonal.Config(energy=0.99, key_energy=0.99, on="update"),
             }
     return table
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """One run, in a folder that is thrown away: final figures by readout, in [0, 1]."""
+    """Run once, in a folder that is thrown away; return the final figures by readout, in [0, 1]."""
     scratch = Path(tempfile.mkdtemp())
     started = time.perf_counter()
     try:
@@ -167,8 +173,9 @@ def measure(config: Config) -> dict[str, Any]:
 
 @torch.no_grad()
 def drift(run: Run) -> float:
-    """How far features of test images moved between the end of their task and the end of the run: the norm of the change
-    by the norm of the features, the mean over all tasks but the last.
+    """Return how far features of test images moved between the end of their task and the end of the run.
+
+    The norm of the change by the norm of the features, the mean over all tasks but the last.
     """
     learner = Learner(Fabric(accelerator="cpu", devices=1), run.config, Progress(disable=True))
     viewed = Viewed(learner.data.test, run.config.views.test(), 0, ("test",), skip_bad=False)
@@ -186,35 +193,38 @@ def drift(run: Run) -> float:
     return statistics.mean(float((after - before).norm() / before.norm()) for before, after in pairs)
 
 
-def tune(part: int, parts: int) -> None:
-    """Final accuracy per learning rate on a held-out vendor; the test vendors are not looked at."""
-    root = folder(VALIDATION, left_out=TEST)
+def tune(root: Path, results: Path, part: int, parts: int, *, tiny: bool = False) -> None:
+    """Measure each learning rate on the pictures of `root`, which are not those of the test vendors."""
     jobs = [(name, method, lr) for name, method in METHODS.items() for lr in RATES]
     for name, method, lr in jobs[part - 1 :: parts]:
-        if (name, lr) not in {(line["method"], line["lr"]) for line in _lines(TUNING)}:
+        if (name, lr) not in {(line["method"], line["lr"]) for line in records.read(results)}:
             config = replace(
-                base(root, seed=100), method=method, optimizer=Optimizer(lr=lr), readouts=(Sequential.Config(),)
+                base(root, seed=100, tiny=tiny),
+                method=method,
+                optimizer=Optimizer(lr=lr),
+                readouts=(Sequential.Config(),),
             )
-            _append(TUNING, {"method": name, "lr": lr, "seed": 100, **measure(config)})
+            records.append(results, {"method": name, "lr": lr, "seed": 100, **measure(config)})
 
 
-def run(part: int, parts: int, seeds: list[int], wanted: list[str]) -> None:
-    """Every row of every seed that is not in the results yet; of the `wanted` rows only, where some are named."""
-    root = folder(TEST)
+def run(
+    root: Path, results: Path, part: int, parts: int, seeds: Sequence[int], wanted: Sequence[str], *, tiny: bool = False
+) -> None:
+    """Run every row of every seed that is not in the results yet; of the `wanted` rows only, if some are named."""
     jobs = [(name, changes, seed) for seed in seeds for name, changes in rows().items()]
     for name, changes, seed in jobs[part - 1 :: parts]:
         if wanted and name not in wanted:
             continue
-        if (name, seed) not in {(line["row"], line["seed"]) for line in _lines(RESULTS)}:
-            result = measure(replace(base(root, seed), **changes))
+        if (name, seed) not in {(line["row"], line["seed"]) for line in records.read(results)}:
+            result = measure(replace(base(root, seed, tiny=tiny), **changes))
             about = environment()
             kept = {key: about[key] for key in ("commit", "processor", "threads")}
-            _append(RESULTS, {"row": name, "seed": seed, **result, **kept})
+            records.append(results, {"row": name, "seed": seed, **result, **kept})
 
 
-def table() -> str:
-    """Mean and standard deviation over seeds, in percent, and the paired difference to the method without projection."""
-    lines = list(_lines(RESULTS))
+def table(results: Path = RESULTS) -> str:
+    """Return mean and standard deviation over seeds, in percent, and the paired difference to no projection."""
+    lines = list(records.read(results))
     by = {(line["row"], line["seed"]): line for line in lines}
     out = [
         "| row | rank prompts / keys | seeds | own head: accuracy | forgetting | LDA: accuracy | forgetting | drift |"
@@ -260,7 +270,7 @@ def table() -> str:
 
 
 def spread(values: list[float], sign: str = "") -> str:
-    """`mean ± standard deviation`."""
+    """Return `mean ± standard deviation`."""
     if not values:
         return ""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -272,42 +282,54 @@ def _made(path: Path) -> Path:
     return path
 
 
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_file():
-        yield from map(json.loads, path.read_text().splitlines())
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    _made(path.parent)
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
-    print(json.dumps(line), flush=True)
-
-
 def get_ready(*needed: Path) -> None:
-    """One thread; ends the process where something that is not part of the project is missing."""
+    """Take one thread; end the process if something is missing that is not part of the project."""
     if missing := [str(path) for path in needed if not path.is_file()]:
         sys.exit(f"skipped: this benchmark needs {', '.join(missing)}, which are not part of the project")
     torch.set_num_threads(1)
 
 
-def main() -> None:
+def share(text: str) -> tuple[int, int]:
+    """Return the numbers of `PART/PARTS`."""
+    part, parts = map(int, text.split("/"))
+    if not 1 <= part <= parts:
+        raise ValueError(f"expected PART/PARTS such as 1/2, got {text}")
+    return part, parts
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Tune, run or draw the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "run", "table"))
-    parser.add_argument("--part", default="1/1", help="which share of the runs, such as 1/2")
+    parser.add_argument("--part", type=share, default=(1, 1), help="which share of the runs, such as 1/2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", nargs="+", default=[], help="names of rows; all, where none is given")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=[],
+        choices=list(rows()),
+        metavar="ROW",
+        help="names of rows; all, if none is given",
+    )
+    parser.add_argument("--tiny", action="store_true", help="rehearse on noise with a tiny encoder; nothing is kept")
+    options = parser.parse_args(argv)
+    part, parts = options.part
     if options.what == "table":
-        RESULTS.with_suffix(".md").write_text(table())
-        print(table())
-        return
-    get_ready(IMAGES, WEIGHTS)
-    part, parts = map(int, options.part.split("/"))
-    if options.what == "tune":
-        tune(part, parts)
+        records.write_page(RESULTS, table())
+    elif options.tiny:
+        with tempfile.TemporaryDirectory() as scratch:
+            root, results = rehearsal.pictures(Path(scratch) / "pictures"), Path(scratch) / RESULTS.name
+            if options.what == "tune":
+                tune(root, results, part, parts, tiny=True)
+            else:
+                run(root, results, part, parts, options.seeds[:1], options.rows or TINY_ROWS, tiny=True)
+                records.write_page(results, table(results))
     else:
-        run(part, parts, options.seeds, options.rows)
+        get_ready(IMAGES, WEIGHTS)
+        if options.what == "tune":
+            tune(folder(VALIDATION, left_out=TEST), TUNING, part, parts)
+        else:
+            run(folder(TEST), RESULTS, part, parts, options.seeds, options.rows)
 
 
 if __name__ == "__main__":

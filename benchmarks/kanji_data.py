@@ -3,6 +3,7 @@ place and tilt. 14 typefaces to train on, 4 to tune on and 5 to test on.
 
     python benchmarks/kanji_data.py            # fetch some 190 MB by npm, draw data/kanji, print what is in it
     python benchmarks/kanji_data.py --probe    # and, in 80 s, what closed-form readouts make of frozen features
+    python benchmarks/kanji_data.py --tiny --probe    # a rehearsal with letters of installed fonts, without npm
 
 Needs npm (it comes with Node.js), of which only `npm pack` is used; the registry is the one that npm is set up for.
 The probe also needs ../shared/backbones/vit_small_patch14_imgfocus.safetensors, beside the checkout and not part of the
@@ -25,14 +26,16 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
+import rehearsal
 from pgp.backbones import Backbone
 from pgp.backbones.vit import ViT
 from pgp.datasets import Loading, Split, Viewed, Views, batches, in_order
@@ -44,9 +47,6 @@ from pgp.readouts.ncm import NCM
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT.parent / "shared" / "backbones" / "vit_small_patch14_imgfocus.safetensors"
-DATA = ROOT / "data"
-PACKAGES = DATA / "kanji-packages"
-"""What was fetched; it may be deleted once data/kanji is there."""
 SIDE = 96
 """Pixels of a picture, each way."""
 EM = (58.0, 80.0)
@@ -60,7 +60,8 @@ FINE = 256
 """Pixels of the typeface's square before it is made small."""
 LARGEST = 16 << 20
 """Bytes of the largest file that is read out of a package; what claims more is none of these typefaces."""
-PARTS = ("train", "validation", "test")
+Part = Literal["train", "validation", "test"]
+PARTS: tuple[Part, ...] = ("train", "validation", "test")
 CHARACTERS = (
     "一右雨王音下火花学九休玉金空月犬五口校左三山子四糸字耳七手十出女小上森人水正生青夕石赤千川先早草足村大男竹中虫町天田"
     "土二日入年白八百文木本名目立力林六引羽何科夏家歌画回会海外角活丸岩汽弓牛京教近兄形元言原古午後工公交光考行高黄合谷国"
@@ -73,7 +74,7 @@ CHARACTERS = (
 class Font(NamedTuple):
     """A typeface, as an npm package holds it."""
 
-    part: Literal["train", "validation", "test"]
+    part: Part
     name: str
     version: str
     subset: str
@@ -87,9 +88,9 @@ class Font(NamedTuple):
         return f"@fontsource/{self.name}@{self.version}"
 
     @property
-    def archive(self) -> Path:
-        """Where the package lies once it was fetched."""
-        return PACKAGES / f"fontsource-{self.name}-{self.version}.tgz"
+    def archive(self) -> str:
+        """What npm calls the file of the package."""
+        return f"fontsource-{self.name}-{self.version}.tgz"
 
     @property
     def file(self) -> str:
@@ -155,34 +156,54 @@ class DataError(Exception):
     """What cannot be fetched or drawn; the message says what to do."""
 
 
-def folder(held_out: Literal["validation", "test"] = "test") -> Path:
-    """An image folder, written once: data/kanji, whose test part is its folder `test`; or data/kanji-validation, which
-    holds no test image and has the folder `validation` for its test part, to tune on.
+class Collection(NamedTuple):
+    """What is drawn, and where."""
+
+    fonts: tuple[Font, ...]
+    characters: str
+    data: Path
+    """Folder of the image folders."""
+
+    @property
+    def packages(self) -> Path:
+        """What was fetched; it may be deleted once the pictures are there."""
+        return self.data / "kanji-packages"
+
+
+KANJI = Collection(FONTS, CHARACTERS, ROOT / "data")
+
+
+def folder(held_out: Literal["validation", "test"] = "test", of: Collection = KANJI) -> Path:
+    """Return an image folder, written once: data/kanji, whose test part is its folder `test`; or data/kanji-validation,
+    which holds no test image and has the folder `validation` for its test part, to tune on.
 
     Pictures are `<part>/<class>/<typeface>.png`; a class is called by its code point, as in `u6728`, and `names.txt`
     has the character.
     """
-    root = DATA / "kanji"
+    root = of.data / "kanji"
     if not root.is_dir():
-        fonts = {font: _file(font) for font in FONTS}
+        archives = {font: fetch(font, of.packages) for font in of.fonts}
         with _once(root) as partial:
-            for font, content in fonts.items():
-                draw(font, content, partial)
-            (partial / "names.txt").write_text("".join(f"{_class(c)} {c}\n" for c in CHARACTERS), encoding="utf-8")
-            lines = [f"{font.part}\t{font.package}\t{_licence(font)}\n" for font in FONTS]
-            (partial / "SOURCES.txt").write_text("".join(lines), encoding="utf-8")
+            for font, archive in archives.items():
+                draw(font, _member(archive, font.file), partial, of.characters)
+            names = "".join(f"{_class(character)} {character}\n" for character in of.characters)
+            (partial / "names.txt").write_text(names, encoding="utf-8", newline="\n")
+            sources = "".join(f"{font.part}\t{font.package}\t{_licence(path)}\n" for font, path in archives.items())
+            (partial / "SOURCES.txt").write_text(sources, encoding="utf-8", newline="\n")
     if held_out == "test":
         return root
-    tuning = DATA / "kanji-validation"
+    tuning = of.data / "kanji-validation"
     if not tuning.is_dir():
         with _once(tuning) as partial:
             shutil.copytree(root, partial, ignore=shutil.ignore_patterns("test"), dirs_exist_ok=True)
     return tuning
 
 
-def draw(font: Font, content: bytes, root: Path) -> None:
-    """Nothing; `root/<part>/<class>/<typeface>.png` is now there for every character: black on white, and as large, as
-    tilted and as far off the centre as its own random numbers say, which are the same every time.
+def draw(font: Font, content: bytes, root: Path, characters: str) -> None:
+    """Write `root/<part>/<class>/<typeface>.png` for every character.
+
+    Black on white, and as large, as tilted and as far off the centre as its own random numbers say, which are the same
+    every time.
 
     Raises:
         DataError: if the typeface cannot be read or lacks characters.
@@ -194,18 +215,18 @@ def draw(font: Font, content: bytes, root: Path) -> None:
         raise DataError(f"expected a typeface in {font.package}, got {error}: Pillow needs a FreeType with zlib, such"
                         " as the one in the wheels that pip installs") from error  # fmt: skip
     box_for_none = bytes(face.getmask("\U0010fffd"))  # a code point that no typeface has
-    lacking = [character for character in CHARACTERS if bytes(face.getmask(character)) in (b"", box_for_none)]
+    lacking = [character for character in characters if bytes(face.getmask(character)) in (b"", box_for_none)]
     if lacking:
         raise DataError(f"expected all of CHARACTERS in {font.package}, got none for {''.join(lacking)}: take these"
                         " out of CHARACTERS, or another typeface")  # fmt: skip
-    for character in CHARACTERS:
+    for character in characters:
         path = root / font.part / _class(character) / f"{font.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(face, character, random.Random(f"{font.name} {character}")).save(path)
 
 
 def picture(face: ImageFont.FreeTypeFont, character: str, numbers: random.Random) -> Image.Image:
-    """One gray picture of `SIDE` pixels each way, with all of the ink in it."""
+    """Return one gray picture of `SIDE` pixels each way, with all of the ink in it."""
     left, top, right, bottom = face.getbbox(character)
     sheet = Image.new("L", (2 * FINE, 2 * FINE), 0)  # white on black: that is what turning and cropping fill in
     corner = (FINE - (left + right) // 2, FINE - (top + bottom) // 2)
@@ -221,46 +242,52 @@ def picture(face: ImageFont.FreeTypeFont, character: str, numbers: random.Random
     return ImageOps.invert(whole)
 
 
-def fetch(font: Font) -> None:
-    """Nothing; the package now lies where `font.archive` says, and is the right one.
+def fetch(font: Font, packages: Path) -> Path:
+    """Return where the package of a typeface lies below `packages`, fetched if it is missing or another.
 
     Raises:
         DataError: if npm is missing, or gives nothing or something else.
     """
-    if font.archive.is_file() and _digest(font.archive) == font.sha256:
-        return
+    archive = packages / font.archive
+    if archive.is_file() and _digest(archive) == font.sha256:
+        return archive
     npm = shutil.which("npm")
     if npm is None:
         raise DataError("expected the program npm, got none: install Node.js, which brings it")
     print(f"fetching {font.package}", flush=True)
-    PACKAGES.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=PACKAGES) as place:
+    packages.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=packages) as place:
         command = [npm, "pack", "--ignore-scripts", "--pack-destination", place, font.package]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        came = Path(place) / font.archive.name
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+        came = Path(place) / font.archive
         if done.returncode or not came.is_file():
             raise DataError(f"expected {font.package} from npm, got exit code {done.returncode}: look at what it says"
                             f" and start again, what has come stays\n{done.stderr.strip()}")  # fmt: skip
         if (got := _digest(came)) != font.sha256:
             raise DataError(f"expected {font.package} with sha256 {font.sha256}, got {got}: its registry holds another"
                             " file than the public one; set npm to the public registry")  # fmt: skip
-        came.replace(font.archive)
+        came.replace(archive)
+    return archive
 
 
-def probe() -> None:
-    """Prints the accuracy of closed-form readouts of all classes at once, fitted to the training part: on frozen CLS
+def probe(of: Collection, encoder: ViT.Config, size: int) -> None:
+    """Print the accuracy of closed-form readouts of all classes at once, fitted to the training part: on frozen CLS
     features, and on the pixels themselves.
     """
-    data = Folder(folder()).build()
-    parts = {"train": data.train, "validation": _split("validation", data.class_names), "test": data.test}
-    views = Views(size=84, resize=84, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    backbone = ViT.Config("vit_small_patch14_dinov2.lvd142m", weights=str(WEIGHTS)).build(views.size)
+    data = Folder(folder(of=of)).build()
+    assert isinstance(data.train, FileSplit)
+    assert isinstance(data.test, FileSplit)
+    folders = {character: _class(character) for character in of.characters}
+    validation = FileSplit.of(folder(of=of) / "validation", [folders[name] for name in data.class_names])
+    parts = {"train": data.train, "validation": validation, "test": data.test}  # `Folder` reads no third part
+    views = Views(size=size, resize=size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    backbone = encoder.build(views.size)
     started = time.perf_counter()
     inputs = {"CLS": {part: _features(split, views, backbone) for part, split in parts.items()}}
     print(f"features of {sum(map(len, parts.values()))} pictures: {time.perf_counter() - started:.0f} s")
     inputs["pixels"] = {part: _features(split, Views(size=24, resize=24), None) for part, split in parts.items()}
     for kind, read in inputs.items():
-        readouts: dict[str, Readout] = {"LDA": LDA(len(CHARACTERS)), "nearest class mean": NCM(len(CHARACTERS))}
+        readouts: dict[str, Readout] = {"LDA": LDA(data.classes), "nearest class mean": NCM(data.classes)}
         for name, readout in readouts.items():
             started = time.perf_counter()
             readout.observe(read["train"], data.train.labels)
@@ -275,30 +302,25 @@ def probe() -> None:
                     print("   ", _by_font(parts[part], hits))
 
 
-def summary(root: Path) -> str:
-    """Classes, images by part, and who made them."""
+def summary(of: Collection) -> str:
+    """Return classes, images by part, and who made them."""
+    root = folder(of=of)
     counts = {part: len(list((root / part).glob("*/*.png"))) for part in PARTS}
-    each = {part: sum(font.part == part for font in FONTS) for part in PARTS}
+    each = {part: sum(font.part == part for font in of.fonts) for part in PARTS}
     images = ", ".join(f"{part} {counts[part]} ({each[part]} a class)" for part in PARTS)
     sources = (root / "SOURCES.txt").read_text(encoding="utf-8")
-    return f"{root}: {len(CHARACTERS)} classes; images: {images}\n{sources.strip()}"
+    return f"{root}: {len(of.characters)} classes; images: {images}\n{sources.strip()}"
 
 
 def _features(split: Split, views: Views, backbone: Backbone | None) -> torch.Tensor:
-    """`(N, D)`: what the frozen encoder makes of the test view, or the view itself without one."""
+    """Return `(N, D)`: what the frozen encoder makes of the test view, or the view itself without one."""
     viewed = Viewed(split, views.test(), 0, ("probe",), skip_bad=False)
     plan = in_order(torch.arange(len(split)), 64)
     seen = (batch.images for batch in batches(viewed, plan, Loading()))
     return torch.cat([images.flatten(1) if backbone is None else backbone.encode(images) for images in seen])
 
 
-def _split(part: str, class_names: tuple[str, ...]) -> FileSplit:
-    """A part that `Folder` does not read, because there is a test part too."""
-    folders = {character: _class(character) for character in CHARACTERS}
-    return FileSplit.of(folder() / part, [folders[name] for name in class_names])
-
-
-def _by_font(split: Any, hits: torch.Tensor) -> str:
+def _by_font(split: FileSplit, hits: torch.Tensor) -> str:
     fonts = [path.stem for path in split.paths]
     share = {
         name: hits[[i for i, font in enumerate(fonts) if font == name]].float().mean() for name in sorted(set(fonts))
@@ -307,36 +329,29 @@ def _by_font(split: Any, hits: torch.Tensor) -> str:
 
 
 def _class(character: str) -> str:
-    """Plain letters, because some file systems and programs know no others."""
+    """Return plain letters, because some file systems and programs know no others."""
     return f"u{ord(character):04x}"
 
 
-def _file(font: Font) -> bytes:
-    fetch(font)
-    return _member(font, font.file)
-
-
-def _licence(font: Font) -> str:
-    """What the package says of it."""
-    licence = json.loads(_member(font, "package/metadata.json"))["license"]
+def _licence(archive: Path) -> str:
+    """Return what the package says of it."""
+    licence = json.loads(_member(archive, "package/metadata.json"))["license"]
     return f"{licence['type']}\t{licence['attribution']}"
 
 
-def _member(font: Font, name: str) -> bytes:
-    """One plain file of the package, read and not unpacked: no path in it matters to the disk."""
+def _member(archive: Path, name: str) -> bytes:
+    """Return one plain file of the package, read and not unpacked: no path in it matters to the disk."""
     try:
-        with tarfile.open(font.archive) as package:
+        with tarfile.open(archive) as package:
             info = package.getmember(name)
             if not info.isfile() or info.size > LARGEST:
-                raise DataError(f"expected a plain file {name} of at most {LARGEST} bytes in {font.archive}, got"
+                raise DataError(f"expected a plain file {name} of at most {LARGEST} bytes in {archive}, got"
                                 f" {'one' if info.isfile() else 'no plain file'} of {info.size}")  # fmt: skip
             file = package.extractfile(info)
             assert file is not None  # it is a plain file
             return file.read()
     except (KeyError, tarfile.TarError, EOFError) as error:
-        raise DataError(
-            f"expected {name} in {font.archive}, got {error}: delete the archive and start again"
-        ) from error
+        raise DataError(f"expected {name} in {archive}, got {error}: delete the archive and start again") from error
 
 
 def _digest(path: Path) -> str:
@@ -349,35 +364,57 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def _once(root: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `root` when all went well and is gone when not."""
+    """Yield a folder to fill, which becomes `root` when all went well and is gone when not."""
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=".partial-") as place:
         partial = Path(place) / root.name  # the one around it can be read by its owner only
         partial.mkdir()
         yield partial
         try:
-            partial.replace(root)
+            partial.rename(root)
         except OSError:  # another process was faster
             if not root.is_dir():
                 raise
 
 
-def main() -> None:
+def letters(data: Path) -> Collection:
+    """Return a few letters of the typefaces that matplotlib brings, in packages as npm's, for a rehearsal."""
+    fonts = []
+    for part, name in zip(PARTS, ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono"), strict=True):
+        font = Font(part, name.lower(), "0", "latin", "")
+        content = (Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf").read_bytes()
+        about = json.dumps({"license": {"type": "Bitstream Vera", "attribution": "DejaVu"}}).encode()
+        archive = Collection((), "", data).packages / font.archive
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive, "w:gz") as package:
+            for member, text in ((font.file, content), ("package/metadata.json", about)):
+                info = tarfile.TarInfo(member)
+                info.size = len(text)
+                package.addfile(info, io.BytesIO(text))
+        fonts.append(font._replace(sha256=_digest(archive)))
+    return Collection(tuple(fonts), "abcd", data)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fetch, draw and tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--probe", action="store_true", help="also measure frozen features")
-    options = parser.parse_args()
-    started = time.perf_counter()
-    try:
-        print(summary(folder()))
-    except DataError as error:
-        sys.exit(str(error))
-    print(f"{time.perf_counter() - started:.0f} s; drawn by FreeType {features.version('freetype2')}")
-    if options.probe:
-        if not WEIGHTS.is_file():
+    parser.add_argument("--tiny", action="store_true", help="rehearse with a few letters; nothing is kept")
+    options = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as scratch:
+        of = letters(Path(scratch)) if options.tiny else KANJI
+        started = time.perf_counter()
+        try:
+            print(summary(of))
+        except DataError as error:
+            sys.exit(str(error))
+        print(f"{time.perf_counter() - started:.0f} s; drawn by FreeType {features.version('freetype2')}")
+        if options.probe and not options.tiny and not WEIGHTS.is_file():
             print(f"skipped the probe: it needs {WEIGHTS}, which is not part of the project")
-            return
-        torch.set_num_threads(1)
-        probe()
+        elif options.probe:
+            torch.set_num_threads(1)
+            encoder = ViT.Config("vit_small_patch14_dinov2.lvd142m", weights=str(WEIGHTS))
+            probe(of, rehearsal.ENCODER if options.tiny else encoder, rehearsal.SIZE if options.tiny else 84)
 
 
 if __name__ == "__main__":

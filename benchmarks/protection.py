@@ -4,11 +4,13 @@
     python benchmarks/protection.py run --data emoji --part 1/2 &    # rows and seeds that are not in the results yet
     python benchmarks/protection.py run --data emoji --part 2/2
     python benchmarks/protection.py table                            # docs/results/protection.md from protection.jsonl
+    python benchmarks/protection.py run --tiny                       # a rehearsal of a few rows on noise
 
 `--data emoji`: 200 emoji, needs ../shared/data/emoji_renditions_200.npz beside the checkout. `--data kanji`: 200
 characters, made by benchmarks/kanji_data.py. Both need ../shared/backbones/vit_small_patch14_imgfocus.safetensors.
 
-Each finished run is one line of docs/results/protection.jsonl (of protection_tuning.jsonl for tune), and is not run again.
+Each finished run is one line of docs/results/protection.jsonl (for tune, of protection_tuning.jsonl), and is not run
+again.
 """
 
 from __future__ import annotations
@@ -18,14 +20,17 @@ import shutil
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import emoji
-import kanji_data
 from rich.progress import Progress
 
+import emoji
+import kanji_data
+import records
+import rehearsal
 from pgp import metrics
 from pgp.audit import oracle
 from pgp.comparison import paired
@@ -60,19 +65,21 @@ RATES = {
 """Of the head, per 256 images, and the share of it at which prompts learn; None: without prompts."""
 RATE = {"emoji": (0.3, 0.1), "kanji": (0.3, 0.1)}
 """What `tune` chose: the highest oracle."""
+TINY_ROWS = ("head only", "unprojected", "input .99", "random, ranks of input .99", "frozen")
+"""Rows that a rehearsal runs, if none are named."""
 
 
 def folder(data: str, *, tuning: bool) -> Path:
-    """The pictures as an image folder; those for tuning hold none of the test pictures."""
+    """Return the pictures as an image folder; those for tuning hold none of the test pictures."""
     if data == "kanji":
         return kanji_data.folder("validation") if tuning else kanji_data.folder()
     return emoji.folder(emoji.VALIDATION, left_out=emoji.TEST) if tuning else emoji.folder(emoji.TEST)
 
 
-def base(data: str, seed: int, *, tuning: bool = False) -> Config:
-    """What all rows share: 10 tasks of 20 classes at 84 px, deep prompts."""
-    config, (lr, share) = emoji.base(folder(data, tuning=tuning), seed), RATE[data]
-    return replace(
+def base(data: str, root: Path, seed: int, *, tiny: bool = False) -> Config:
+    """Return what all rows share: 10 tasks of 20 classes at 84 px, deep prompts."""
+    config, (lr, share) = emoji.base(root, seed), RATE[data]
+    config = replace(
         config,
         name=data,
         views=replace(config.views, size=84, resize=84),
@@ -81,10 +88,11 @@ def base(data: str, seed: int, *, tuning: bool = False) -> Config:
         hardware=Hardware(precision="bf16-mixed"),
         epochs=5 if data == "emoji" else 2,  # 6 or 7 pictures a class, or 14: about as many steps
     )
+    return rehearsal.tiny(config, root) if tiny else config
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """One run, in a folder that is thrown away: final figures by readout, in [0, 1]."""
+    """Run once, in a folder that is thrown away; return the final figures by readout, in [0, 1]."""
     scratch = Path(tempfile.mkdtemp())
     started = time.perf_counter()
     try:
@@ -108,27 +116,25 @@ def measure(config: Config) -> dict[str, Any]:
 
 
 def rows() -> dict[str, dict[str, Any]]:
-    """By name, how each row differs from `base`."""
+    """Return by name how each row differs from `base`."""
     table: dict[str, dict[str, Any]] = {
         "head only": {"method": HeadOnly.Config(), "projection": NoProjection.Config()},
         "unprojected": {"projection": NoProjection.Config()},
         **{f"slower {factor}": {"projection": Slowed.Config(float(factor))} for factor in (".01", ".09", ".3", ".5")},
         "frozen": {"projection": Slowed.Config(factor=0.0)},
     }
-    for name, protect, settings in (
-        ("affinity+aggregation .99", "affinity+aggregation", {"energy": 0.99}),
-        ("affinity+aggregation .9", "affinity+aggregation", {"energy": 0.9}),
-        ("affinity .99", "affinity", {"energy": 0.99}),
-        ("input .99", "tokens", {"energy": 0.99}),
-        ("input .9", "tokens", {"energy": 0.9}),
-        ("sum .99", "tokens", {"space": "sum", "energy": 0.99}),
-        ("sum .9", "tokens", {"space": "sum", "energy": 0.9}),
+    for name, protect, space, energy in (
+        ("affinity+aggregation .99", "affinity+aggregation", "input", 0.99),
+        ("affinity+aggregation .9", "affinity+aggregation", "input", 0.9),
+        ("affinity .99", "affinity", "input", 0.99),
+        ("input .99", "tokens", "input", 0.99),
+        ("input .9", "tokens", "input", 0.9),
+        ("sum .99", "tokens", "sum", 0.99),
+        ("sum .9", "tokens", "sum", 0.9),
     ):
         method = VPT.Config(length=8, protect=protect)  # type: ignore[arg-type]
-        table[name] = {
-            "method": method,
-            "projection": Orthogonal.Config(**{"space": "input", "on": "update", **settings}),
-        }
+        projection = Orthogonal.Config(space, energy, on="update")  # type: ignore[arg-type]
+        table[name] = {"method": method, "projection": projection}
     tokens = VPT.Config(length=8, protect="tokens")
     for name in ("input .99", "sum .9", "affinity .99"):
         table[random_of(name)] = {**table[name], "projection": Random.Config(**asdict(table[name]["projection"]))}
@@ -154,7 +160,7 @@ def rows() -> dict[str, dict[str, Any]]:
 
 
 def random_of(row: str) -> str:
-    """The row of random directions, as many as the projection of this row protects."""
+    """Return the row of random directions, as many as the projection of this row protects."""
     return f"random, ranks of {row}"
 
 
@@ -167,27 +173,37 @@ READOUTS: tuple[Readout.Config, ...] = (
 """Twice as wide features are pulled twice as far toward a round covariance."""
 
 
-def run(data: str, part: int, parts: int, seeds: list[int], wanted: list[str]) -> None:
-    """Every row of every seed that is not in the results yet; of the `wanted` rows only, where some are named."""
+def run(
+    data: str,
+    root: Path,
+    results: Path,
+    part: int,
+    parts: int,
+    seeds: Sequence[int],
+    wanted: Sequence[str],
+    *,
+    tiny: bool = False,
+) -> None:
+    """Run every row of every seed that is not in the results yet; of the `wanted` rows only, if some are named."""
     jobs = [(name, changes, seed) for seed in seeds for name, changes in rows().items() if not wanted or name in wanted]
     for name, changes, seed in jobs[part - 1 :: parts]:
-        if not any(is_of(line, data, name, seed) for line in emoji._lines(RESULTS)):
-            config = replace(base(data, seed), readouts=READOUTS, **changes)
-            emoji._append(RESULTS, {"data": data, "row": name, "seed": seed, **measure(config)})
+        if not any(is_of(line, data, name, seed) for line in records.read(results)):
+            config = replace(base(data, root, seed, tiny=tiny), readouts=READOUTS, **changes)
+            records.append(results, {"data": data, "row": name, "seed": seed, **measure(config)})
 
 
 def is_of(line: dict[str, Any], data: str, row: str, seed: int) -> bool:
-    """Whether this line of the results answers for a run, by all readouts."""
-    own = (line["data"], line["row"], line["seed"]) == (data, row, seed)
+    """Return whether this line of the results answers for a run, by all readouts."""
+    own = bool((line["data"], line["row"], line["seed"]) == (data, row, seed))
     return own and {readout.name for readout in READOUTS} <= line["figures"].keys()
 
 
-def table() -> str:
-    """By data set: accuracy of every readout; differences that the targets ask for; what the drift meter said."""
+def table(results: Path = RESULTS) -> str:
+    """Return by data set the accuracy of every readout, the differences that the targets ask for, and the drift."""
     out = []
     for data in ("emoji", "kanji"):
-        lines = {name: {} for name in rows()}  # by row and seed
-        for line in emoji._lines(RESULTS):
+        lines: Lines = {name: {} for name in rows()}
+        for line in records.read(results):
             if line["data"] == data:
                 lines[line["row"]][line["seed"]] = line
         known = {name: own for name, own in lines.items() if own}
@@ -211,7 +227,7 @@ Lines = dict[str, dict[int, dict[str, Any]]]
 
 
 def accuracies(lines: Lines) -> str:
-    """Mean and standard deviation over seeds of every readout, of the bound, and of the own head's forgetting."""
+    """Return mean and deviation over seeds of every readout, of the bound, and of the own head's forgetting."""
     cells = []
     for name, own in lines.items():
         readouts = [emoji.spread(values(own, readout.name, "average_accuracy")) for readout in READOUTS]
@@ -224,7 +240,7 @@ def accuracies(lines: Lines) -> str:
 
 
 def own_heads(lines: Lines) -> str:
-    """What the first target asks: forgetting and accuracy of the own head, less those of other rows."""
+    """Return what the first target asks: forgetting and accuracy of the own head, less those of other rows."""
     others = ("unprojected", "slower .5", "slower .3", "slower .09", "frozen")
     head = ["row", *(f"to {other}: {what}" for other in (*others, RANDOM) for what in ("accuracy", "forgetting"))]
     cells = [
@@ -242,8 +258,9 @@ def own_heads(lines: Lines) -> str:
 
 
 def compensated(lines: Lines) -> str:
-    """What the second target asks: accuracy by statistics that move, less that by statistics that need not; and how far
-    that goes from the better of those toward the same row's oracle.
+    """Return what the second target asks: accuracy by statistics that move, less that by statistics that need not.
+
+    And how far that goes from the better of those toward the same row's oracle.
     """
     still = [(row, plain) for plain in ("lda", "lda+query") for row in STILL]
     moving = ("unprojected", "slower .3", "slower .09")
@@ -281,8 +298,9 @@ STILL = ("frozen", "head only")
 
 
 def way(found: dict[int, float], bound: dict[int, float], floors: list[dict[int, float]]) -> str:
-    """Share in percent of the way from the higher of the mean `floors` to the bound, over the seeds of all; where that is a
-    way of more than a point.
+    """Return the share in percent of the way from the higher of the mean `floors` to the bound, over the seeds of all.
+
+    Nothing if that is a way of a point or less.
     """
     seeds = [seed for seed in found if all(seed in floor for floor in floors)]
     if not seeds:
@@ -292,7 +310,7 @@ def way(found: dict[int, float], bound: dict[int, float], floors: list[dict[int,
 
 
 def drifts(lines: Lines) -> str:
-    """Means over old tasks, over spaces and over seeds; forgetting that is left once the task is known."""
+    """Return means over old tasks, over spaces and over seeds; forgetting that is left once the task is known."""
     cells = []
     for name, own in lines.items():
         course = Course(name, [{0: line} for line in own.values()])
@@ -307,55 +325,75 @@ DRIFT = ("features", "logits", "protected responses", "energy held", "removed", 
 
 
 def by_seed(lines: dict[int, dict[str, Any]], column: str, figure: str) -> dict[int, float]:
-    """A figure in percent, of the runs that were read so."""
+    """Return a figure in percent, of the runs that were read so."""
     figures = {seed: line["figures"].get(column) for seed, line in lines.items()}
     return {seed: 100 * found[figure] for seed, found in figures.items() if found}
 
 
 def values(lines: dict[int, dict[str, Any]], column: str, figure: str) -> list[float]:
-    """The same without seeds."""
+    """Return the same without seeds."""
     return list(by_seed(lines, column, figure).values())
 
 
 def less(
     own: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]], column: str, others: str, figure: str
 ) -> str:
-    """The mean difference of a figure to that of another row over the seeds of both, with its standard error."""
+    """Return the mean difference of a figure to that of another row over the seeds of both, with its standard error."""
     found = paired(by_seed(own, column, figure), by_seed(other, others, figure))
     if found is None:
         return ""
     return f"{found.mean:+.1f}" + ("" if found.error is None else f" ± {found.error:.1f}")
 
 
-def tune(data: str, part: int, parts: int) -> None:
-    """Figures per learning rate of unprojected prompts; the test pictures are not looked at."""
+def tune(data: str, root: Path, results: Path, part: int, parts: int, *, tiny: bool = False) -> None:
+    """Measure each learning rate of unprojected prompts on the pictures of `root`, which are not those of the test."""
     for lr, share in RATES[data][part - 1 :: parts]:
-        if (data, lr, share) not in {(line["data"], line["lr"], line["prompt_share"]) for line in emoji._lines(TUNING)}:
-            config = replace(base(data, 100, tuning=True), optimizer=Optimizer(lr=lr, prompt_share=share or 1.0))
+        if (data, lr, share) not in {
+            (line["data"], line["lr"], line["prompt_share"]) for line in records.read(results)
+        }:
+            optimizer = Optimizer(lr=lr, prompt_share=share or 1.0)
+            config = replace(base(data, root, 100, tiny=tiny), optimizer=optimizer)
             if share is None:
                 config = replace(config, method=HeadOnly.Config())
             config = replace(config, readouts=(Sequential.Config(), LDA.Config(), LDA.Config(compensate="linear")))
-            emoji._append(TUNING, {"data": data, "lr": lr, "prompt_share": share, "seed": 100, **measure(config)})
+            records.append(results, {"data": data, "lr": lr, "prompt_share": share, "seed": 100, **measure(config)})
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Tune, run or draw the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "run", "table"))
     parser.add_argument("--data", choices=("emoji", "kanji"), default="emoji")
-    parser.add_argument("--part", default="1/1", help="which share of the runs, such as 1/2")
+    parser.add_argument("--part", type=emoji.share, default=(1, 1), help="which share of the runs, such as 1/2")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
-    parser.add_argument("--rows", nargs="+", default=[], help="names of rows; all, where none is given")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        default=[],
+        choices=list(rows()),
+        metavar="ROW",
+        help="names of rows; all, if none is given",
+    )
+    parser.add_argument("--tiny", action="store_true", help="rehearse on noise with a tiny encoder; nothing is kept")
+    options = parser.parse_args(argv)
+    data, tuning, (part, parts) = options.data, options.what == "tune", options.part
     if options.what == "table":
-        RESULTS.with_suffix(".md").write_text(table())
-        print(table())
-        return
-    emoji.get_ready(emoji.WEIGHTS, *([emoji.IMAGES] if options.data == "emoji" else []))
-    part, parts = map(int, options.part.split("/"))
-    if options.what == "tune":
-        tune(options.data, part, parts)
+        records.write_page(RESULTS, table())
+    elif options.tiny:
+        with tempfile.TemporaryDirectory() as scratch:
+            root, results = rehearsal.pictures(Path(scratch) / "pictures"), Path(scratch) / RESULTS.name
+            if tuning:
+                tune(data, root, results, part, parts, tiny=True)
+            else:
+                run(data, root, results, part, parts, options.seeds[:1], options.rows or TINY_ROWS, tiny=True)
+                records.write_page(results, table(results))
     else:
-        run(options.data, part, parts, options.seeds, options.rows)
+        emoji.get_ready(emoji.WEIGHTS, *([emoji.IMAGES] if data == "emoji" else []))
+        root = folder(data, tuning=tuning)
+        if tuning:
+            tune(data, root, TUNING, part, parts)
+        else:
+            run(data, root, RESULTS, part, parts, options.seeds, options.rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Pre-train the small CLIP that pgp ships for its demo, on captioned garments and letters, and measure it on digits.
 
     python scripts/pretrain_demo_clip.py --steps 4000 --output src/pgp/weights
+    python scripts/pretrain_demo_clip.py --tiny --output SCRATCH    # a rehearsal on noise, in seconds
 
 Pictures: Fashion-MNIST, turned by a multiple of 90 degrees ("a coat turned left"), and letters in matplotlib's fonts
 ("the bold capital letter k"), both jittered. No digit is seen and no digit's name is read. Loss: each picture against
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -21,13 +23,12 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from pretrain_demo_vit import SIZE, augmented, digits_accuracy
 from safetensors.torch import save_file
 
 from pgp.backbones.clip import CLIP
 from pgp.datasets import ArraySplit, Views
 from pgp.datasets.digits import Digits
-from pgp.datasets.fashion_mnist import FashionMNIST
+from pretrain_demo_vit import OUTPUT, SIZE, augmented, digits_accuracy, garments
 
 ARCHITECTURE = {
     "embed_dim": 64,
@@ -47,7 +48,7 @@ LETTERS = "abcdefghijklmnpqrstuvwxyz" + "ABCDEFGHJKLMNPQRTUVWXYZ"
 
 
 def letters() -> tuple[torch.Tensor, list[str]]:
-    """Letters `(n, 1, 28, 28)` in [0, 1], white on black, and a caption each."""
+    """Return letters `(n, 1, 28, 28)` in [0, 1], white on black, and a caption each."""
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     pictures, captions = [], []
     for style, files in FONTS.items():
@@ -62,23 +63,24 @@ def letters() -> tuple[torch.Tensor, list[str]]:
     return torch.stack(pictures).unsqueeze(1).float() / 255, captions
 
 
-def batch_of(data: ArraySplit, glyphs: torch.Tensor, captions: list[str], size: int, draw: torch.Generator):
-    """Half garments, half letters, `(size, 3, 32, 32)`, and their captions."""
+def batch_of(
+    data: ArraySplit, glyphs: torch.Tensor, captions: list[str], size: int, draw: torch.Generator
+) -> tuple[torch.Tensor, list[str]]:
+    """Return half garments, half letters, `(size, 3, 32, 32)`, and their captions."""
     half = size // 2
     chosen = torch.randint(len(data), (half,), generator=draw)
     turns = torch.randint(4, (half,), generator=draw)
-    garments = augmented(data.images[chosen].unsqueeze(1).float() / 255, turns.float(), draw)
+    clothes = augmented(data.images[chosen].unsqueeze(1).float() / 255, turns.float(), draw)
     texts = [f"a {GARMENTS[label]} {TURNS[turn]}." for label, turn in zip(data.labels[chosen], turns, strict=True)]
     chosen = torch.randint(len(glyphs), (size - half,), generator=draw)
     marks = augmented(glyphs[chosen], torch.zeros(size - half), draw)
-    return torch.cat([garments, marks]), texts + [captions[i] for i in chosen]
+    return torch.cat([clothes, marks]), texts + [captions[i] for i in chosen]
 
 
-def train(steps: int, batch: int, lr: float, seed: int) -> tuple[open_clip.CLIP, dict[str, float]]:
+def train(data: ArraySplit, steps: int, batch: int, lr: float, seed: int) -> tuple[open_clip.CLIP, dict[str, float]]:
+    """Return the trained model, and how long it took."""
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
-    data = FashionMNIST().build().train
-    assert isinstance(data, ArraySplit)
     glyphs, captions = letters()
     model = open_clip.CLIP(**ARCHITECTURE).train()
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
@@ -111,43 +113,51 @@ def train(steps: int, batch: int, lr: float, seed: int) -> tuple[open_clip.CLIP,
 
 
 @torch.no_grad()
-def zero_shot(clip: CLIP) -> float:
-    """Test accuracy on digits by their names alone; chance is .1."""
+def zero_shot(clip: CLIP, *, tiny: bool = False) -> float:
+    """Return the test accuracy on digits by their names alone; chance is .1."""
     data, view = Digits().build(), Views(size=SIZE, resize=SIZE).test()
-    images = torch.stack([view(data.test.image(i)) for i in range(len(data.test))])
+    count = 50 if tiny else len(data.test)
+    images = torch.stack([view(data.test.image(i)) for i in range(count)])
     tokens = clip.tokenize([f"the digit {name}." for name in data.class_names])
     text = F.normalize(clip.encode_text(clip.embed_text(tokens), tokens), dim=-1)
     guessed = (F.normalize(clip.project(clip.encode(images)), dim=-1) @ text.T).argmax(1)
-    return round(float((guessed == data.test.labels).float().mean()), 4)
+    return round(float((guessed == data.test.labels[:count]).float().mean()), 4)
 
 
 def saved(model: open_clip.CLIP, folder: Path) -> int:
-    """Write weights and architecture; the number of parameters in the file."""
+    """Write weights and architecture; return the number of parameters in the file."""
     tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
-    garments = [f"a {garment} {turn}." for garment in GARMENTS for turn in TURNS]
+    clothes = [f"a {garment} {turn}." for garment in GARMENTS for turn in TURNS]
     names = [f"the digit {number}. x a photo of" for number in "0123456789"]
     words = "zero one two three four five six seven eight nine"
-    ids = tokenizer([*garments, *letters()[1], *names, words]).unique()
+    ids = tokenizer([*clothes, *letters()[1], *names, words]).unique()
     state = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items() if name != "attn_mask"}
     rows = state.pop("token_embedding.weight")[ids]
     state |= {"token_embedding.ids": ids.int(), "token_embedding.rows": rows}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "demo_clip.safetensors")
-    (folder / "demo_clip_model.json").write_text(json.dumps(ARCHITECTURE, indent=2) + "\n")
+    description = json.dumps(ARCHITECTURE, indent=2) + "\n"
+    (folder / "demo_clip_model.json").write_text(description, encoding="utf-8", newline="\n")
     return sum(tensor.numel() for tensor in state.values())
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path("src/pgp/weights"))
-    options = parser.parse_args()
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--tiny", action="store_true", help="rehearse on noise; needs an --output of its own")
+    options = parser.parse_args(argv)
+    if options.tiny and options.output == OUTPUT:
+        parser.error("--tiny needs --output, for the weights that are shipped lie where it writes otherwise")
+    if options.tiny:
+        options.steps, options.batch = 2, 8
     torch.set_num_threads(options.threads)
-    model, measured = train(options.steps, options.batch, options.lr, options.seed)
+    model, measured = train(garments(tiny=options.tiny)[0], options.steps, options.batch, options.lr, options.seed)
     shipped = saved(model, options.output)
     folder = options.output
     config = CLIP.Config(str(folder / "demo_clip_model.json"), str(folder / "demo_clip.safetensors"))
@@ -161,10 +171,10 @@ def main() -> None:
         "parameters_shipped": shipped,
         "torch": torch.__version__,
         **measured,
-        **digits_accuracy(lambda images: clip.project(clip.encode(images))),
-        "digits_zero_shot": zero_shot(clip),
+        **digits_accuracy(lambda images: clip.project(clip.encode(images)), tiny=options.tiny),
+        "digits_zero_shot": zero_shot(clip, tiny=options.tiny),
     }
-    (folder / "demo_clip.json").write_text(json.dumps(record, indent=2) + "\n")
+    (folder / "demo_clip.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8", newline="\n")
     print(json.dumps(record, indent=2))
 
 

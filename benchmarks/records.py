@@ -1,0 +1,29 @@
+"""Raw results: one JSON object a line, in a file that only grows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a file; none if there is no file."""
+    if path.is_file():
+        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+
+
+def append(path: Path, line: dict[str, Any]) -> None:
+    """Append a line to a file, and print it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(line)
+    with path.open("a", encoding="utf-8", newline="\n") as file:
+        file.write(text + "\n")
+    print(text, flush=True)
+
+
+def write_page(results: Path, text: str) -> None:
+    """Write the page that is made from the results, beside them, and print it."""
+    results.with_suffix(".md").write_text(text, encoding="utf-8", newline="\n")
+    print(text)
