@@ -143,7 +143,7 @@ def new_learner(kind: str, precision: Precision, scale: Scale) -> Learner:
     data = Synthetic(classes=CLASSES, per_class=8)
     config = replace(recipe, dataset=data, backbone=scale.encoder, batch_size=scale.batch)
     config = replace(config, views=Views(size=scale.size, resize=scale.size * 256 // 224))
-    config = replace(config, hardware=Hardware("cpu", precision=precision))
+    config = replace(config, hardware=Hardware("cpu"), precision=precision)
     return Learner(Fabric(accelerator="cpu", devices=1, precision=precision), config, Progress(disable=True))
 
 

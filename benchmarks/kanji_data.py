@@ -380,7 +380,9 @@ def _once(root: Path) -> Iterator[Path]:
 def letters(data: Path) -> Collection:
     """Return a few letters of the typefaces that matplotlib brings, in packages as npm's, for a rehearsal."""
     fonts = []
-    for part, name in zip(PARTS, ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono"), strict=True):
+    faces = ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral")
+    parts: tuple[Part, ...] = ("train", *PARTS)
+    for part, name in zip(parts, faces, strict=True):
         font = Font(part, name.lower(), "0", "latin", "")
         content = (Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf").read_bytes()
         about = json.dumps({"license": {"type": "Bitstream Vera", "attribution": "DejaVu"}}).encode()

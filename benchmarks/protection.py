@@ -34,7 +34,7 @@ import rehearsal
 from pgp import metrics
 from pgp.audit import oracle
 from pgp.comparison import paired
-from pgp.config import Config, Hardware, Optimizer
+from pgp.config import Config, Optimizer
 from pgp.drift_report import FIGURES, Course
 from pgp.environment import environment
 from pgp.methods.dualprompt import DualPrompt
@@ -85,7 +85,7 @@ def base(data: str, root: Path, seed: int, *, tiny: bool = False) -> Config:
         views=replace(config.views, size=84, resize=84),
         method=VPT.Config(length=8, protect="affinity+aggregation"),
         optimizer=Optimizer(lr=lr, prompt_share=share),
-        hardware=Hardware(precision="bf16-mixed"),
+        precision="bf16-mixed",
         epochs=5 if data == "emoji" else 2,  # 6 or 7 pictures a class, or 14: about as many steps
     )
     return rehearsal.tiny(config, root) if tiny else config

@@ -1,0 +1,128 @@
+"""Every benchmark and script starts, runs in a tiny case, and its page is what its raw output says."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+import cost
+import emoji
+import kanji_data
+import loading
+import pretrain_demo_clip
+import pretrain_demo_vit
+import protection
+
+ROOT = Path(__file__).parent.parent
+PROGRAMS = {path.stem: path for folder in ("benchmarks", "scripts") for path in (ROOT / folder).glob("*.py")}
+PARTS = {"records", "rehearsal"}
+"""Modules in these folders that are no programs."""
+
+
+@pytest.mark.parametrize("name", sorted(PROGRAMS.keys() - PARTS))
+def test_every_program_says_what_it_does(name, capsys):
+    module = importlib.import_module(name)
+    with pytest.raises(SystemExit) as ended:
+        module.main(["--help"])
+    assert ended.value.code == 0
+    assert f"python {PROGRAMS[name].relative_to(ROOT).as_posix()}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("page", [cost, loading, emoji, protection])
+def test_pages_say_what_the_raw_output_says(page):
+    assert page.RESULTS.with_suffix(".md").read_text(encoding="utf-8") == page.table()
+
+
+def test_cost(capsys):
+    cost.main(["--tiny", "--rounds", "1", "--precision", "32-true"])
+    out = capsys.readouterr().out
+    assert out.count("| 32-true |") == len(cost.MEASURED)
+    assert "The projection adds" in out
+    assert "measured before" not in out
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a process its peak of memory")
+def test_memory(capsys):
+    cost.main(["--tiny", "--memory", "boundary", "l2p"])
+    assert float(capsys.readouterr().out) > 0
+
+
+def test_old_figures_are_marked(capsys):
+    assert "L2P train step *" in cost.table()
+    assert "To be measured anew." in loading.table()
+
+
+def test_loading(capsys):
+    loading.main(["--tiny"])
+    out = capsys.readouterr().out
+    assert "| photos, later passes, 0 workers |" in out
+    assert "measured anew" not in out
+
+
+def test_emoji(capsys):
+    emoji.main(["run", "--tiny", "--rows", "L2P", "L2P-PGP sum update 0.99"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| L2P")]
+    assert [row.split(" | ")[0] for row in rows] == ["| L2P", "| L2P-PGP sum update 0.99"]
+    assert rows[1].rstrip(" |").split(" | ")[-2:] != ["", ""]  # paired with the first
+    emoji.main(["tune", "--tiny", "--part", "1/12"])
+    assert json.loads(capsys.readouterr().out)["method"] == "head-only"
+
+
+def test_protection(capsys):
+    protection.main(["run", "--tiny", "--rows", "input .99"])
+    out = capsys.readouterr().out
+    assert "## emoji" in out
+    assert out.count("| input .99 | ") == 5  # a row in three tables, two in that of compensated readouts
+    protection.main(["tune", "--tiny", "--data", "kanji", "--part", "6/6"])
+    assert json.loads(capsys.readouterr().out)["data"] == "kanji"
+
+
+@pytest.mark.parametrize("benchmark", [emoji, protection])
+def test_what_a_benchmark_lacks_is_named(benchmark, monkeypatch, tmp_path):
+    monkeypatch.setattr(emoji, "WEIGHTS", tmp_path / "weights")
+    with pytest.raises(SystemExit, match=r"skipped: this benchmark needs .*weights.* not part of the project"):
+        benchmark.main(["run"])
+    with pytest.raises(SystemExit):
+        benchmark.main(["run", "--rows", "nonsense"])
+    with pytest.raises(SystemExit):
+        benchmark.main(["run", "--part", "3/2"])
+
+
+def test_drawn_characters(capsys):
+    kanji_data.main(["--tiny", "--probe"])
+    out = capsys.readouterr().out
+    assert "4 classes; images: train 8 (2 a class), validation 4 (1 a class), test 4 (1 a class)" in out
+    assert "LDA of CLS: validation" in out
+
+
+def test_drawn_characters_need_their_tools(monkeypatch, tmp_path):
+    monkeypatch.setattr(kanji_data, "KANJI", kanji_data.KANJI._replace(data=tmp_path))
+    monkeypatch.setattr(kanji_data.shutil, "which", lambda name: None)
+    with pytest.raises(SystemExit, match="expected the program npm, got none"):
+        kanji_data.main([])
+
+
+@pytest.mark.parametrize("script", [pretrain_demo_vit, pretrain_demo_clip])
+def test_pretraining(script, tmp_path, capsys):
+    script.main(["--tiny", "--output", str(tmp_path)])
+    name = script.__name__.removeprefix("pretrain_")
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    assert record.keys() == json.loads((script.OUTPUT / f"{name}.json").read_text()).keys()
+    assert (tmp_path / f"{name}.safetensors").is_file()
+    with pytest.raises(SystemExit):
+        script.main(["--tiny"])  # which would replace what is shipped
+
+
+def test_the_wheel_check(capsys, tmp_path):
+    check_wheel = importlib.import_module("check_wheel")
+    check_wheel.main(["--tiny"])
+    assert "1 modules import" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_wheel(capsys):
+    importlib.import_module("check_wheel").main([])
+    assert "modules import" in capsys.readouterr().out
