@@ -122,13 +122,16 @@ def test_data_get_and_check(tmp_path, capsys):
     cli.main(["data", "get", *words])
     assert f"there: 4 training and 2 test images of 2 classes, at {'photos'}" in capsys.readouterr().out
     cli.main(["data", "check", *words])
-    assert capsys.readouterr().out.splitlines() == [
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
         "4 training and 2 test images of 2 classes",
         "task 1 of 2: 1 classes, 2 training and 1 test images",
         "task 2 of 2: 1 classes, 2 training and 1 test images",
-        "warning: a single class in task 1 of 2, task 2 of 2: prompts and head learn nothing there, only readouts from"
-        " statistics (lda, logistic, ncm) do; give each task two classes at least",
         "whole: every image can be read",
+    ]
+    assert err.splitlines() == [
+        "pgp: warning: a single class in task 1 of 2, task 2 of 2: prompts and head learn nothing there, only readouts"
+        " from statistics (lda, logistic, ncm) do; give each task two classes at least",
     ]
     cli.main(["data", "get", "demo"])
     assert "there: 72 training and 24 test images of 6 classes" in capsys.readouterr().out

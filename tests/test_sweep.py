@@ -240,7 +240,10 @@ def test_one_failing_run_stops_no_other(monkeypatch, capsys):
 
     monkeypatch.setattr(train, "train", fail)
     told = fails(capsys, *ENERGIES, "--no-controls", "--seeds", "3")
-    assert "1 of 6 runs failed; the same call tries them again:\nenergy-0.5, seed 1: the loss is nan at step 3" in told
+    assert (
+        "1 of 6 runs failed; the same call tries them again:\npgp: energy-0.5, seed 1: the loss is nan at step 3"
+        in told
+    )
     table = Path("sweeps/demo/sweep.md").read_text()
     assert "| energy 0.5 | sequential | 2 |" in table
     assert "| energy 0.9 | sequential | 3 |" in table

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.progress import Progress
@@ -107,6 +108,17 @@ def oracle(run: Run, progress: Progress) -> dict[str, tuple[float, float]]:
         assert isinstance(readout, FromStatistics)
         out[readout.name] = float(row.accuracy[readout.name].mean()), staleness(kept[readout.name], readout)
     return out
+
+
+def to_json(findings: Sequence[Finding], bounds: Mapping[str, tuple[float, float]] | None = None) -> str:
+    """Return the findings and, if there are any, the bounds of `oracle` as a JSON text; shares are in [0, 1]."""
+    tree: dict[str, Any] = {"accuracy": [finding._asdict() | {"honest": finding.honest} for finding in findings]}
+    if bounds is not None:
+        tree["oracle"] = {
+            name: {"accuracy": accuracy, "staleness": None if math.isnan(stale) else stale}
+            for name, (accuracy, stale) in bounds.items()
+        }
+    return json.dumps(tree, indent=2)
 
 
 def staleness(kept: FromStatistics, true: FromStatistics) -> float:

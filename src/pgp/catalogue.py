@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from typing import get_args
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
 
 from rich.console import Group, RenderableType
-from rich.markup import escape
 from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from pgp import recipes
 from pgp.backbones import Backbone
@@ -17,6 +17,7 @@ from pgp.baselines import BASELINES
 from pgp.config import Config
 from pgp.datasets import DatasetConfig
 from pgp.datasets.hugging_face import HuggingFace
+from pgp.escaping import printable
 from pgp.scenario import Setting
 
 SETTINGS: dict[Setting, str] = {
@@ -42,12 +43,12 @@ def _sections() -> Iterator[RenderableType]:
     for name, dataset in recipes.DATASETS.items():
         yield _entry(name, type(dataset), _whereabouts(dataset))
     yield "\nsettings, for --setting NAME"
-    yield _grid({name: escape(text) for name, text in SETTINGS.items()})
+    yield _grid(SETTINGS)
     yield "\nparts, each of which can replace a recipe's own"
     shelves = {f"--{field}": ", ".join(shelf) for field, shelf in recipes.SHELVES.items() if field != "dataset"}
     yield _grid(shelves)
     yield "\nbaselines of a recipe, for --method NAME; all of them by --baselines"
-    yield _grid({name: escape(_summary(baseline)) for name, baseline in BASELINES.items()})
+    yield _grid({name: _summary(baseline) for name, baseline in BASELINES.items()})
 
 
 def _needs(config: Config) -> list[str]:
@@ -78,9 +79,13 @@ def _whereabouts(dataset: DatasetConfig) -> str:
     return "looked for at " + ", ".join(map(str, dataset.places)) + "; else fetched: " * bool(sizes) + ", ".join(sizes)
 
 
-def _entry(name: str, thing: object, note: str) -> Padding:
-    text = f"{escape(_summary(thing))}\n[dim]{escape(note)}[/dim]"
-    return Padding(Group(f"[bold]{name}[/bold]", Padding(text, (0, 0, 0, 2))), (0, 0, 0, 2))
+def _entry(name: str, thing: object, note: str) -> RenderableType:
+    text = Text.assemble(printable(_summary(thing)), "\n", (printable(note), "dim"))
+    return _indented(Group(Text(name, "bold"), _indented(text)))
+
+
+def _indented(what: RenderableType) -> Padding:
+    return Padding(what, (0, 0, 0, 2), expand=False)
 
 
 def _summary(thing: object) -> str:
@@ -89,8 +94,8 @@ def _summary(thing: object) -> str:
     return " ".join(paragraph.split())
 
 
-def _grid(rows: dict[str, str]) -> Padding:
+def _grid(rows: Mapping[Any, str]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", text)
-    return Padding(table, (0, 0, 0, 2))
+        table.add_row(Text(name, "bold"), Text(printable(text)))
+    return _indented(table)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +16,11 @@ from pgp import (
     audit,
     catalogue,
     display,
-    drift_report,
+    escaping,
     parsing,
     platforms,
     processes,
     published,
-    report,
     sweep,
     train,
     workers,
@@ -45,10 +41,11 @@ from pgp.datasets import BadImageError
 from pgp.datasets.check import checked
 from pgp.datasets.own import own_data
 from pgp.evaluate import tracked
+from pgp.guard import guarded
 from pgp.outputs import is_empty, make_output
 from pgp.predict import Predictor, images_in
 from pgp.processes import rank
-from pgp.run import Run, RunError, free_folder
+from pgp.run import Run, free_folder
 
 USAGE = """\
 usage: pgp COMMAND ...
@@ -64,7 +61,9 @@ usage: pgp COMMAND ...
   data get RECIPE            download what a recipe learns from, and nothing else
   data check RECIPE          look at every file of it, before an hour is spent
 
-PGP_DEBUG=1 shows where in the code an error comes from."""
+Results go to standard output, bars and notes to standard error. The exit status is 0; 2 if something has to be put
+right, which one line names; 70 for a fault of pgp itself; 128 and the signal's number after Ctrl-C, SIGTERM or SIGHUP,
+such as 130; 141 if whatever reads the output went away. PGP_DEBUG=1 shows where in the code an error comes from."""
 PUBLISHED_USAGE = """\
 usage: python main.py RECIPE [--model NAME] [--output_dir DIR] [--data-path DIR] [--epochs N] [--seed N] [--no_pgp] ...
        python main.py RECIPE --eval
@@ -77,41 +76,28 @@ PUBLISHED_OUTPUT = Path("output")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; ends the process with 0, or with 2 and one line about what was wrong."""
+    """Run one command; end the process with another status than 0 unless it is done, see `USAGE`."""
     words = list(sys.argv[1:] if argv is None else argv)
     bare = words[0] in ("list", "data") and len(words) < 4 if words else True  # without flags of their own
     if not words or words[0] in HELP or (bare and words[-1] in HELP):
-        print(USAGE)
+        guarded(lambda: print(USAGE))
     elif words[0] == "--version":
-        print(f"pgp {__version__}")
+        guarded(lambda: print(f"pgp {__version__}"))
     else:
-        _guarded(lambda: parsing.named(COMMANDS, words[0], "command", "pgp --help")(words[1:]))
+        guarded(lambda: parsing.named(COMMANDS, words[0], "command", "pgp --help")(words[1:]))
 
 
 def published_main(argv: Sequence[str] | None = None) -> None:
     """`python main.py RECIPE …`: as `main`, with the words, the folder and the file names of the published code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in HELP:
-        print(PUBLISHED_USAGE)
+        guarded(lambda: print(PUBLISHED_USAGE))
     elif any(word.partition("=")[0] == "--resume" for word in words):
-        _guarded(lambda: train_command(words))
+        guarded(lambda: train_command(words))
     elif "--eval" in words:
-        _guarded(lambda: _published_eval([word for word in words if word != "--eval"]))
+        guarded(lambda: _published_eval([word for word in words if word != "--eval"]))
     else:
-        _guarded(lambda: _published_train(words))
-
-
-def _guarded(work: Callable[[], None]) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = display.warn
-            work()
-    except (ValueError, RunError, OSError) as error:
-        if os.environ.get("PGP_DEBUG"):
-            raise
-        _stop(str(error))
-    except KeyboardInterrupt:
-        _stop("interrupted; a sweep goes on by the same call, a run with a checkpoint by pgp train --resume RUN", 130)
+        guarded(lambda: _published_train(words))
 
 
 def train_command(words: list[str]) -> None:
@@ -138,7 +124,7 @@ def _train_command(words: list[str], program: str) -> TrainCommand:
     """As `parsing.train_command`, and says what a published flag means where it says less than it means."""
     command = parsing.train_command(words, program)
     if note := published.says(words[1:], command.config):
-        print(f"pgp: {note}", file=sys.stderr)
+        display.note(note)
     return command
 
 
@@ -169,7 +155,7 @@ def _published_train(words: list[str]) -> None:
     folder = (command.output or PUBLISHED_OUTPUT).absolute()
     if folder.is_dir() and not is_empty(folder) and not processes.started():
         folder = free_folder(folder.parent, folder.name)
-        print(f"pgp: the output folder is not empty: this run goes to {folder.name}", file=sys.stderr)
+        display.note(f"the output folder is not empty: this run goes to {folder.name}")
     command = replace(command, output=folder)
     try:
         display.show(_trained(command), folder)
@@ -185,7 +171,8 @@ def _published_eval(words: list[str]) -> None:
     asked = command.config if command.pgp else sequential(command.config)
     run, config = published.newest(asked, words[1:], (command.output or PUBLISHED_OUTPUT).absolute())
     with display.progress() as bars:
-        display.show_evaluation(run, train.reevaluate(run, config, bars, every_task=True))
+        matrices = train.reevaluate(run, config, bars, every_task=True)
+    display.show_evaluation(run, matrices)
 
 
 def eval_command(words: list[str]) -> None:
@@ -196,7 +183,8 @@ def eval_command(words: list[str]) -> None:
     size = command.batch_size or run.config.eval_batch_size
     config = replace(run.config, hardware=hardware, legacy_eval=command.legacy_eval, eval_batch_size=size)
     with display.progress() as bars:
-        display.show_evaluation(run, train.reevaluate(run, config, bars, every_task=command.every_task))
+        matrices = train.reevaluate(run, config, bars, every_task=command.every_task)
+    display.show_evaluation(run, matrices)
 
 
 def audit_command(words: list[str]) -> None:
@@ -206,9 +194,13 @@ def audit_command(words: list[str]) -> None:
         raise ValueError(f"expected --batch-sizes of at least 1, got {command.batch_sizes}")
     run = Run.open(command.run)
     with display.progress() as bars:
-        display.show_audit(run, audit.audited(run, bars, command.batch_sizes))
-        if command.oracle:
-            display.show_oracle(run, audit.oracle(run, bars))
+        findings, bounds = audit.audited(run, bars, command.batch_sizes), None
+    display.show_audit(run, findings)
+    if command.oracle:
+        with display.progress() as bars:
+            bounds = audit.oracle(run, bars)
+        display.show_oracle(run, bounds)
+    display.keep_audit(run, findings, bounds)
 
 
 def predict_command(words: list[str]) -> None:
@@ -220,19 +212,21 @@ def predict_command(words: list[str]) -> None:
         raise ValueError(f"expected --top and --batch-size of at least 1, got {command.top} and {command.batch_size}")
     paths, bad = images_in(command.images), 0
     predictor = Predictor(Run.open(command.run), command.readout)
-    with display.progress() as bars:
+    ascii_only = not (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
+    with display.progress(hidden=display.is_terminal(sys.stdout)) as bars:  # where answers appear, they are the bar
         for path, found in tracked(
             bars, predictor.stream(paths, command.top, command.batch_size), len(paths), "images"
         ):
             if isinstance(found, BadImageError):
                 bad += 1
-                print(f"pgp: skipped: {found}", file=sys.stderr)
+                display.note(f"skipped: {found}")
                 continue
             scores = dict(zip(found.names, found.probabilities, strict=True))
             if command.json:
-                print(json.dumps({"image": str(path), "classes": scores}, ensure_ascii=False))
+                print(escaping.json_line({"image": str(path), "classes": scores}, ascii_only=ascii_only))
             else:
-                print(path, *(f"{name} {100 * score:.1f} %" for name, score in scores.items()), sep="\t")
+                answers = (f"{name} {100 * score:.1f} %" for name, score in scores.items())
+                print(*map(escaping.tsv_field, (path, *answers)), sep="\t")
     if bad == len(paths):
         why = f"none of {len(paths)} can be read" if paths else "there is none"
         raise ValueError(f"expected images in {', '.join(map(str, command.images))}, but {why}")
@@ -246,9 +240,6 @@ def report_command(words: list[str]) -> None:
     runs = [Run.open(folder) for folder in command.runs]
     output = command.output or (runs[0].folder if len(runs) == 1 else Path())
     make_output(output)
-    courses = drift_report.courses(runs)
-    tables = [report.markdown(report.lines(runs)), *([drift_report.markdown(courses)] if courses else [])]
-    platforms.write_text(output / "report.md", "\n".join(tables))
     display.show(runs, output)
 
 
@@ -272,15 +263,17 @@ def sweep_command(words: list[str]) -> None:
     if members := swept.conclude():
         display.show_comparison(members, command.output or Path("sweeps") / first[0])
     if failures:
-        head = f"{len(failures)} of {len(jobs)} runs failed; the same call tries them again:"
-        raise RunError("\n".join([head, *failures]))
+        display.note(f"{len(failures)} of {len(jobs)} runs failed; the same call tries them again:")
+        for failure in failures:
+            display.note(failure)
+        sys.exit(2)
 
 
 def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[str]:
     """What went wrong, a line for each run that failed; every other run is there when this returns."""
     left = [job for job in jobs if not sweep.finished(job)]
     if len(left) < len(jobs):
-        print(f"pgp: {len(jobs) - len(left)} of {len(jobs)} runs are there already", file=sys.stderr)
+        display.note(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
     gpus = torch.cuda.device_count() if base.hardware.accelerator != "cpu" else 0
     if command.ray:
         spread = functools.partial(workers.on_ray, address=command.ray, gpu=base.hardware.accelerator != "cpu")
@@ -294,7 +287,7 @@ def list_command(words: list[str]) -> None:
     """`pgp list`."""
     if words:
         raise ValueError(f"pgp list takes no arguments, got {' '.join(words)}")
-    display.console.print(catalogue.catalogue(), highlight=False)
+    display.show_rich(catalogue.catalogue())
 
 
 def data_command(words: list[str]) -> None:
@@ -310,7 +303,9 @@ def _get(config: Config) -> None:
     config.dataset.fetch()
     data = config.dataset.read()
     where = next((f", at {place}" for place in config.dataset.places if place.exists()), "")
-    print(f"there: {len(data.train):,} training and {len(data.test):,} test images of {data.classes:,} classes{where}")
+    display.show_lines(
+        f"there: {len(data.train):,} training and {len(data.test):,} test images of {data.classes:,} classes{where}"
+    )
 
 
 def _check(config: Config) -> None:
@@ -319,11 +314,11 @@ def _check(config: Config) -> None:
     data = config.dataset.read()
     with display.progress() as bars:
         census = checked(config.dataset, bars, data)
-    print("\n".join(census.lines()))
+    display.show_lines(*census.lines())
     display.show_tasks(scenario_of(config, data))
     if not census.whole:
         raise ValueError("the data are not whole; see above")
-    print("whole: every image can be read")
+    display.show_lines("whole: every image can be read")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
@@ -336,8 +331,3 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "list": list_command,
     "data": data_command,
 }
-
-
-def _stop(message: str, code: int = 2) -> None:
-    print(f"pgp: {message}", file=sys.stderr)
-    sys.exit(code)

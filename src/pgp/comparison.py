@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from pgp import metrics, report
+from pgp.escaping import plot_text
 from pgp.report import Line
 from pgp.run import Run
 
@@ -174,7 +175,7 @@ def _panel(axes: Any, column: str, points: Sequence[Member], controls: Sequence[
         line = _line(control, other)
         if _at_once(line):
             mean, _ = line.spread("average_accuracy")
-            axes.axhline(100 * mean, color="black", linestyle=":", linewidth=1, label=control.label)
+            axes.axhline(100 * mean, color="black", linestyle=":", linewidth=1, label=plot_text(control.label))
             continue
         mark = MARKS[number % len(MARKS)]
         places.append(
@@ -195,6 +196,6 @@ def _point(axes: Any, line: Line, label: str, **style: Any) -> tuple[float, floa
     (y, up), (x, wide) = line.spread("average_accuracy"), line.spread("forgetting")
     axes.errorbar(
         100 * x, 100 * y, xerr=100 * (wide or 0), yerr=100 * (up or 0), linestyle="", elinewidth=0.8, capsize=2,
-        label=label.replace("$", r"\$"), **style,
+        label=plot_text(label), **style,
     )  # fmt: skip
     return 100 * x, 100 * y

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import sys
@@ -220,6 +221,7 @@ class Config:
             raise ValueError("not a configuration: " + "; ".join(reasons)) from error
 
 
+@functools.cache  # a report opens many runs, and making one takes longer than all that it does
 def _converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True)
     converter.register_unstructure_hook(Path, str)

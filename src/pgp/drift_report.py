@@ -10,9 +10,12 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
-from pgp.report import grid, groups, save
+from pgp.escaping import plot_text
+from pgp.report import grid, groups, marker, save, whole_numbers
 from pgp.run import Run
 
+NAMED = 48
+"""Protected spaces that are named beside a panel; of more, every second or third."""
 Event = dict[str, Any]
 """What is logged when a task is closed."""
 
@@ -147,12 +150,13 @@ def _curves(table: Sequence[Course], styles: Mapping[str, str], what: str) -> Ca
         for number, course in enumerate(table):
             for place, (heading, style) in enumerate(styles.items()):
                 curve = course.curve(FIGURES[heading])
-                label = course.label if place == 0 else None
+                label = plot_text(course.label) if place == 0 else None
                 heights = [100 * value for value in curve.values()]
-                axes.plot(list(curve), heights, style, marker="o", markersize=3, color=f"C{number}", label=label)
+                style_of = {"marker": marker(len(curve)), "markersize": 3, "color": f"C{number}", "label": label}
+                axes.plot(list(curve), heights, style, **style_of)
         axes.set(xlabel="tasks learned")
         axes.set_title(what, fontsize=9)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(axes)
 
     return onto
 
@@ -164,8 +168,9 @@ def _spaces(table: Sequence[Course], key: str, what: str) -> Callable[[Any], Non
         for number, course in enumerate(table):
             shares = _by_space(course, key)
             heights = [shares.get(space, float("nan")) for space in names]
-            axes.plot(range(len(names)), heights, ".", color=f"C{number}", label=course.label)
-        axes.set_xticks(range(len(names)), names, rotation=90, fontsize=8 if len(names) <= 12 else 5)
+            axes.plot(range(len(names)), heights, ".", color=f"C{number}", label=plot_text(course.label))
+        named = range(0, len(names), -(-len(names) // NAMED))
+        axes.set_xticks(named, [names[i] for i in named], rotation=90, fontsize=8 if len(names) <= 12 else 5)
         axes.set_title(what, fontsize=9)
         axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(0, None if key == "rank" else 103))
 
@@ -179,7 +184,7 @@ def _prompts(table: Sequence[Course]) -> Callable[[Any], None]:
             axes.plot(range(1, len(usage) + 1), [100 * share for share in usage], ".", color=f"C{number}")
         axes.set_title("images that choose a prompt, %", fontsize=9)
         axes.set(xlabel="prompt", ylim=(0, 103))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        whole_numbers(axes)
 
     return onto
 

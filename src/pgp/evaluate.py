@@ -12,10 +12,12 @@ import torch
 from lightning_fabric import Fabric
 from rich.markup import escape
 from rich.progress import Progress
+from rich.text import Text
 from torch import Tensor
 
 from pgp.config import Config
 from pgp.datasets import Dataset, Loading, Viewed, batches, in_order
+from pgp.escaping import printable
 from pgp.methods import Method, only
 from pgp.readouts import Readout
 from pgp.scenario import Scenario, Task
@@ -27,13 +29,18 @@ LEGACY = "/legacy"
 
 def tracked(progress: Progress, items: Iterable[T], total: int, description: str) -> Iterator[T]:
     """`items`, under a progress bar that goes when they are through."""
-    bar = progress.add_task(escape(description), total=total)
+    bar = progress.add_task(escape(printable(description)), total=total)
     try:
         for item in items:
             yield item
             progress.advance(bar)
     finally:
         progress.remove_task(bar)
+
+
+def tell(progress: Progress, text: str) -> None:
+    """Print one line above the progress bars: not wrapped, and safe for a terminal."""
+    progress.console.print(Text(printable(text)), soft_wrap=True)
 
 
 class FeatureBatch(NamedTuple):

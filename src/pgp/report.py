@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pgp import metrics, platforms
+from pgp.escaping import markdown_cell, plot_text, printable
 from pgp.run import Run, RunError
 
 
@@ -48,6 +52,10 @@ FIGURES = {
 }
 """What a table shows: functions of `pgp.metrics` and their headings."""
 STREAM = "stream"
+NUMBERED = 12
+"""Tasks up to which an accuracy matrix is drawn with numbers; more tasks have a colour bar."""
+DOTTED = 20
+"""Points up to which a curve has dots."""
 
 
 def figures(table: Sequence[Line]) -> dict[str, str]:
@@ -99,7 +107,7 @@ def markdown(table: Sequence[Line]) -> str:
 
 def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
-    return "".join("| " + " | ".join(row) + " |\n" for row in (head, ["---"] * len(head), *rows))
+    return "".join("| " + " | ".join(map(markdown_cell, row)) + " |\n" for row in (head, ["---"] * len(head), *rows))
 
 
 def cells(line: Line, shown: Mapping[str, str] = FIGURES) -> list[str]:
@@ -122,6 +130,7 @@ def draw(table: Sequence[Line], path: Path) -> None:
     wide = 2 if len(matrices) == 4 else min(3, len(matrices))
     tall = -(-len(matrices) // wide)
     online = any(line.streams for line in table)
+    numbered = max(map(len, matrices)) <= NUMBERED
     figure = Figure(figsize=(4.6 + 3.1 * wide, max(6.2 if online else 3.6, 3.1 * tall)), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(4.6, 3.1 * wide))
     left, right = halves
@@ -133,26 +142,39 @@ def draw(table: Sequence[Line], path: Path) -> None:
         curves = 100 * torch.tensor([metrics.curve(matrix) for matrix in line.matrices])  # (seeds, t)
         x, mean = range(1, curves.shape[1] + 1), curves.mean(0).numpy()
         style = "-" if line.column == table[0].column else "--"
-        axes.plot(x, mean, style, marker="o", markersize=3, label=_name(line, table))
+        axes.plot(x, mean, style, marker=marker(len(x)), markersize=3, label=plot_text(_name(line, table)))
         if len(curves) > 1:
             deviation = curves.std(0).numpy()
             axes.fill_between(x, mean - deviation, mean + deviation, alpha=0.15)
     axes.set(xlabel="tasks learned", ylabel="average accuracy, %", ylim=(0, 102))
-    axes.set_xticks(range(1, len(matrices[0]) + 1))
+    whole_numbers(axes)
     axes.legend(fontsize=7, loc="lower left")
     axes.grid(alpha=0.3)
     grid: Any = right.subplots(tall, wide, squeeze=False)
     for i, axis in enumerate(grid.flat):
         axis.axis("on" if i < len(matrices) else "off")
         if i < len(matrices):
-            _matrix(axis, matrices[i], _name(table[i], table), table[i].tasks)
+            image = _matrix(axis, matrices[i], plot_text(_name(table[i], table)), table[i].tasks, numbered)
+    if not numbered:
+        right.colorbar(image, ax=list(grid.flat), label="accuracy, %", shrink=0.7)
     save(figure, path)
 
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG, whole or not at all."""
-    with platforms.whole(path) as partial:
+    with platforms.whole(path) as partial, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box
         FigureCanvasAgg(figure).print_png(str(partial))
+
+
+def marker(points: int) -> str:
+    """Return the marker of a curve: a dot at each of its points, none if they would hide the line."""
+    return "o" if points <= DOTTED else ""
+
+
+def whole_numbers(axes: Any) -> None:
+    """Let only whole numbers stand at the x-axis, and no more than there is room for."""
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def _streams(axes: Any, table: Sequence[Line]) -> None:
@@ -163,33 +185,46 @@ def _streams(axes: Any, table: Sequence[Line]) -> None:
             continue
         known.append(line.streams)
         for number, stream in enumerate(line.streams):
-            label = line.label if number == 0 else None
+            label = plot_text(line.label) if number == 0 else None
             axes.plot(list(stream), [100 * value for value in stream.values()], color=f"C{len(known) - 1}", label=label)
     axes.set(xlabel="images that came", ylabel="accuracy along the stream, %", ylim=(0, 102))
     axes.legend(fontsize=7, loc="lower left")
     axes.grid(alpha=0.3)
 
 
-def _matrix(axis: Any, matrix: Tensor, title: str, tasks: Sequence[str]) -> None:
+def _matrix(axis: Any, matrix: Tensor, title: str, tasks: Sequence[str], numbered: bool) -> Any:
+    """Draw an accuracy matrix with or without numbers, and return its image."""
     percent = 100 * matrix
-    axis.imshow(percent.numpy(), cmap="viridis", vmin=0, vmax=100)
-    small = 8 if len(matrix) <= 5 else 6 if len(matrix) <= 10 else 4
-    for t, j in matrix.isfinite().nonzero().tolist():
+    image = axis.imshow(percent.numpy(), cmap="viridis", vmin=0, vmax=100)
+    for t, j in matrix.isfinite().nonzero().tolist() if numbered else []:
         value = float(percent[t, j])
         axis.text(
-            j, t, f"{value:.0f}", ha="center", va="center", fontsize=small, color="white" if value < 60 else "black"
-        )
-    ticks = range(0, len(matrix), 1 if len(matrix) <= 10 else 5)
+            j, t, f"{value:.0f}", ha="center", va="center", fontsize=8 if len(matrix) <= 5 else 6,
+            color="white" if value < 60 else "black",
+        )  # fmt: skip
+    ticks = _ticks(len(matrix))
     axis.set_xticks(ticks, [str(i + 1) for i in ticks], fontsize=7)
     axis.set_yticks(ticks, [_short(tasks[i]) or str(i + 1) for i in ticks], fontsize=7)
-    axis.set_xlabel("accuracy on task, %", fontsize=8)
+    axis.set_xlabel("accuracy on task, %" if numbered else "task", fontsize=8)
     axis.set_ylabel("after task", fontsize=8)
     axis.set_title(title, fontsize=8)
+    return image
+
+
+def _ticks(tasks: int) -> list[int]:
+    """Return the tasks that are named beside a matrix: all up to twelve, else so many that their names have room.
+
+    >>> _ticks(3), _ticks(100)
+    ([0, 1, 2], [0, 9, 19, 29, 39, 49, 59, 69, 79, 89, 99])
+    """
+    step = next(step for step in itertools.chain((1, 2, 5), itertools.count(10, 10)) if tasks <= 12 * step)
+    return [0] * (step > 2) + list(range(step - 1, tasks, step))
 
 
 def _short(name: str) -> str:
-    """The beginning of a task's name, as text that no character turns into a formula."""
-    return (name if len(name) <= 14 else f"{name[:13]}…").replace("$", r"\$")
+    """Return the beginning of a task's name."""
+    name = printable(name)
+    return plot_text(name if len(name) <= 14 else f"{name[:13]}…")
 
 
 def _name(line: Line, table: Sequence[Line]) -> str:

@@ -96,15 +96,15 @@ class Run:
                 if values["event"] == event:
                     yield values
 
-    def write_matrices(self, matrices: Mapping[str, Tensor]) -> None:
-        """Write `accuracy.csv` from the accuracy matrix `(T, T)` of each column; NaN entries are left out."""
+    def write_matrices(self, matrices: Mapping[str, Tensor], name: str = "accuracy.csv") -> None:
+        """Write the table `name` from the accuracy matrix `(T, T)` of each column; NaN entries are left out."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["column", "after_task", "task", "accuracy"])
         for column, matrix in matrices.items():
             for t, j in matrix.isfinite().nonzero().tolist():
                 writer.writerow([column, t, j, repr(float(matrix[t, j]))])
-        path = self.folder / "accuracy.csv"
+        path = self.folder / name
         try:
             platforms.write_text(path, text.getvalue())
         except OSError as error:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from pgp.config import Config, Hardware
 from pgp.curriculum import training_plan
 from pgp.datasets import Address, Batch, DatasetConfig, batches
 from pgp.environment import environment
-from pgp.evaluate import tracked
+from pgp.evaluate import tell, tracked
 from pgp.learner import Learner, fabric_for, opened
 from pgp.run import Run, RunError, free_folder
 from pgp.scenario import Task
@@ -161,7 +160,7 @@ def _new_run(learner: Learner, output: Path | None) -> Run:
 def _tell_concerns(learner: Learner, run: Run) -> None:
     for concern in learner.concerns:
         run.log("data", warning=concern)
-        learner.progress.console.print("[bold]warning:[/bold]", escape(concern), highlight=False)
+        tell(learner.progress, f"pgp: warning: {concern}")
 
 
 def fit_task(learner: Learner, task: Task, run: Run) -> None:
@@ -304,7 +303,7 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
         run.write_matrices(learner.matrices)
     spoken = ", ".join(f"{100 * average:.1f} % ({column})" for column, average in averages.items())
     spoken += "".join(f"; along the stream {100 * accuracy:.1f} %" for accuracy in streamed.values())
-    learner.progress.console.print(f"{learner.scenario.title(task)}: average accuracy {spoken}", markup=False)
+    tell(learner.progress, f"{learner.scenario.title(task)}: average accuracy {spoken}")
 
 
 def check_finite(learner: Learner, task: Task, healths: dict[int, Tensor]) -> Tensor:

@@ -172,6 +172,5 @@ def _shown(progress: Progress | None) -> AbstractContextManager[Progress]:
     if progress is not None:
         return nullcontext(progress)
     left = (TransferSpeedColumn(), TextColumn("left"), TimeRemainingColumn())
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), *left, console=Console(stderr=True)
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), *left)
+    return Progress(*columns, console=Console(stderr=True), redirect_stdout=False)
