@@ -44,7 +44,6 @@ from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.random import Random
 from pgp.projections.released import Released
-from pgp.projections.slowed import Slowed
 from pgp.readouts import Readout
 from pgp.readouts.lda import LDA
 from pgp.readouts.logistic import Logistic
@@ -78,13 +77,13 @@ def folder(data: str, *, tuning: bool) -> Path:
 
 def base(data: str, root: Path, seed: int, *, tiny: bool = False) -> Config:
     """Return what all rows share: 10 tasks of 20 classes at 84 px, deep prompts."""
-    config, (lr, share) = emoji.base(root, seed), RATE[data]
+    config = emoji.base(root, seed)
     config = replace(
         config,
         name=data,
         views=replace(config.views, size=84, resize=84),
         method=VPT.Config(length=8, protect="affinity+aggregation"),
-        optimizer=Optimizer(lr=lr, prompt_share=share),
+        optimizer=optimizer(data),
         precision="bf16-mixed",
         epochs=5 if data == "emoji" else 2,  # 6 or 7 pictures a class, or 14: about as many steps
     )
@@ -115,13 +114,25 @@ def measure(config: Config) -> dict[str, Any]:
     return {"seconds": round(time.perf_counter() - started, 1), "figures": figures, "oracle": bound, **kept}
 
 
-def rows() -> dict[str, dict[str, Any]]:
+def optimizer(data: str) -> Optimizer:
+    """Return the optimizer of `base`."""
+    lr, share = RATE[data]
+    return Optimizer(lr=lr, prompt_share=share)
+
+
+def later_prompt_lr_scale(data: str, scale: float) -> dict[str, Any]:
+    """Return how a row differs from `base` whose prompts learn at `scale` of their rate from the second task on."""
+    slowed = replace(optimizer(data), later_prompt_lr_scale=scale)
+    return {"projection": NoProjection.Config(), "optimizer": slowed}
+
+
+def rows(data: str) -> dict[str, dict[str, Any]]:
     """Return by name how each row differs from `base`."""
     table: dict[str, dict[str, Any]] = {
         "head only": {"method": HeadOnly.Config(), "projection": NoProjection.Config()},
         "unprojected": {"projection": NoProjection.Config()},
-        **{f"slower {factor}": {"projection": Slowed.Config(float(factor))} for factor in (".01", ".09", ".3", ".5")},
-        "frozen": {"projection": Slowed.Config(factor=0.0)},
+        **{f"slower {scale}": later_prompt_lr_scale(data, float(scale)) for scale in (".01", ".09", ".3", ".5")},
+        "frozen": later_prompt_lr_scale(data, 0.0),
     }
     for name, protect, space, energy in (
         ("affinity+aggregation .99", "affinity+aggregation", "input", 0.99),
@@ -185,7 +196,9 @@ def run(
     tiny: bool = False,
 ) -> None:
     """Run every row of every seed that is not in the results yet; of the `wanted` rows only, if some are named."""
-    jobs = [(name, changes, seed) for seed in seeds for name, changes in rows().items() if not wanted or name in wanted]
+    jobs = [
+        (name, changes, seed) for seed in seeds for name, changes in rows(data).items() if not wanted or name in wanted
+    ]
     for name, changes, seed in jobs[part - 1 :: parts]:
         if not any(is_of(line, data, name, seed) for line in records.read(results)):
             config = replace(base(data, root, seed, tiny=tiny), readouts=READOUTS, **changes)
@@ -202,7 +215,7 @@ def table(results: Path = RESULTS) -> str:
     """Return by data set the accuracy of every readout, the differences that the targets ask for, and the drift."""
     out = []
     for data in ("emoji", "kanji"):
-        lines: Lines = {name: {} for name in rows()}
+        lines: Lines = {name: {} for name in rows(data)}
         for line in records.read(results):
             if line["data"] == data:
                 lines[line["row"]][line["seed"]] = line
@@ -351,8 +364,8 @@ def tune(data: str, root: Path, results: Path, part: int, parts: int, *, tiny: b
         if (data, lr, share) not in {
             (line["data"], line["lr"], line["prompt_share"]) for line in records.read(results)
         }:
-            optimizer = Optimizer(lr=lr, prompt_share=share or 1.0)
-            config = replace(base(data, root, 100, tiny=tiny), optimizer=optimizer)
+            rates = Optimizer(lr=lr, prompt_share=share or 1.0)
+            config = replace(base(data, root, 100, tiny=tiny), optimizer=rates)
             if share is None:
                 config = replace(config, method=HeadOnly.Config())
             config = replace(config, readouts=(Sequential.Config(), LDA.Config(), LDA.Config(compensate="linear")))
@@ -370,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--rows",
         nargs="+",
         default=[],
-        choices=list(rows()),
+        choices=list(rows("emoji")),
         metavar="ROW",
         help="names of rows; all, if none is given",
     )

@@ -40,6 +40,21 @@ def prefix_attention(q, k, v, prefix_k, prefix_v, scale):
     return out
 
 
+def adam(value, gradients, lr, decay=0.0, decoupled=False, betas=(0.9, 0.999)):
+    """Where Adam's steps take `value`, by its paper (Kingma and Ba, 2015); decoupled decay is AdamW's."""
+    first = second = np.zeros_like(value)
+    for t, gradient in enumerate(gradients, 1):
+        if decoupled:
+            value = value - lr * decay * value
+        else:
+            gradient = gradient + decay * value
+        first = betas[0] * first + (1 - betas[0]) * gradient
+        second = betas[1] * second + (1 - betas[1]) * gradient**2
+        unbiased = first / (1 - betas[0] ** t), second / (1 - betas[1] ** t)
+        value = value - lr * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8)
+    return value
+
+
 def average_accuracy(a, t):
     return sum(a[t - 1][j] for j in range(t)) / t
 

@@ -7,11 +7,10 @@ import torch
 from rich.progress import Progress
 
 import tiny
-from pgp import audit, cli, metrics, train
+from pgp import audit, baselines, cli, metrics, train
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.vpt import VPT
 from pgp.projections.none import NoProjection
-from pgp.projections.slowed import Slowed
 from pgp.readouts.lda import LDA
 from pgp.readouts.sequential import Sequential
 from pgp.run import Run, RunError
@@ -64,7 +63,7 @@ def test_a_single_class_has_nothing_to_be_stale_by():
 
 def test_the_oracle_is_what_stays_where_nothing_moves_and_beats_what_is_stale(tmp_path):
     readouts = (Sequential.Config(), LDA.Config(), LDA.Config(compensate="shift"))
-    frozen = tiny.config(method=VPT.Config(), projection=Slowed.Config(factor=0.0), readouts=readouts)
+    frozen = baselines.frozen(tiny.config(method=VPT.Config(), readouts=readouts))
     run = train.train(frozen, tmp_path / "frozen")
     bound = audit.oracle(run, QUIET)
     accuracy, stale = bound["lda"]

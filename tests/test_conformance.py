@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+import oracles
 from conftest import CIFAR_NAMES, golden_clip, golden_vit
 from pgp import recipes
+from pgp.config import Optimizer
 from pgp.methods.clip_prompt import CLIPPrompt
 from pgp.methods.vpt import VPT
 from pgp.scenario import Task, generator
@@ -73,6 +77,64 @@ def test_state_goes_round_without_the_encoder(method):
     assert torch.equal(method(images(4)), before)
     with pytest.raises(ValueError, match="belongs to another model or run"):
         method.load_learned_state({**state, "head.bias": torch.zeros(7)})
+
+
+def test_prompts_are_all_that_learns_but_the_head(method):
+    prompts = method.prompt_parameters()
+    whole = [parameter for parameter in learned(method) if all(parameter is not p for p in method.head.parameters())]
+    if isinstance(method, CLIPPrompt):  # its context makes the classifier's rows, anew for each task
+        whole = [parameter for parameter in whole if parameter is not method.context]
+    assert [id(parameter) for parameter in prompts] == [id(parameter) for parameter in whole]
+    assert {id(target.parameter) for target in method.protected().values()} <= {id(parameter) for parameter in prompts}
+
+
+STEPPERS = {
+    "sgd": Optimizer("sgd", lr=25.6, momentum=0.9, weight_decay=0.1, clip=0),
+    "adam": Optimizer("adam", lr=2.56, weight_decay=0.1, clip=0),
+    "adamw": Optimizer("adamw", lr=2.56, weight_decay=0.1, clip=0),
+}
+
+
+def steps(method, settings, count=3):
+    """Gradients by name, and where they lead: of the second task, by a batch of one image's rate."""
+    optimizer = settings.of_task(1).build(method, 1)
+    before = {name: p.detach().clone() for name, p in method.named_parameters() if p.requires_grad}
+    gradients = {name: [] for name in before}
+    for _ in range(count):
+        method.loss(images(4), torch.arange(4) % 3, TASK).backward()
+        for name, parameter in method.named_parameters():
+            if name in gradients:
+                gradients[name].append(
+                    torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+                )
+        optimizer.step()
+        optimizer.zero_grad()
+    return before, gradients
+
+
+@pytest.mark.parametrize("name", STEPPERS)
+def test_at_a_rate_of_0_no_bit_of_a_prompt_moves(method, name):
+    method = method.float()
+    method.loss = lambda x, *rest, loss=method.loss: loss(x.float(), *rest)
+    before, _ = steps(method, replace(STEPPERS[name], later_prompt_lr_scale=0.0))
+    prompts = {id(parameter) for parameter in method.prompt_parameters()}
+    for path, parameter in method.named_parameters():
+        if path in before:
+            same = torch.equal(parameter.detach().view(torch.int32), before[path].view(torch.int32))
+            assert same == (id(parameter) in prompts), path
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_a_slower_prompt_makes_the_steps_of_a_lower_rate(method, name):
+    settings = replace(STEPPERS[name], later_prompt_lr_scale=0.1)
+    before, gradients = steps(method, settings)
+    prompts = {id(parameter) for parameter in method.prompt_parameters()}
+    for path, parameter in method.named_parameters():
+        if path in before:
+            rate = 0.01 * (0.1 if id(parameter) in prompts else 1.0)
+            given = [gradient.numpy() for gradient in gradients[path]]
+            expected = oracles.adam(before[path].numpy(), given, rate, settings.weight_decay, name == "adamw")
+            torch.testing.assert_close(parameter.detach(), torch.from_numpy(expected), rtol=0, atol=1e-12)
 
 
 @torch.no_grad()

@@ -22,7 +22,6 @@ from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.random import Random
 from pgp.projections.released import Released
-from pgp.projections.slowed import Slowed
 from pgp.readouts.sequential import Sequential
 from pgp.subspace import Protected, Rows
 from test_train import learner_of
@@ -190,14 +189,6 @@ def test_held_is_about_the_energy_asked_for_and_less_in_random_directions(tmp_pa
     for space, share in true["held"].items():
         assert share == pytest.approx(0.9, abs=0.08)
         assert random["held"][space] < share - 0.2
-
-
-def test_what_is_slowed_counts_as_held_and_leaking(tmp_path):
-    _, _, last = drifts(tmp_path / "run", projection=Slowed.Config(0.1))
-    assert set(last["held"].values()) == {1.0}
-    assert all(share == pytest.approx(0.99) for share in last["removed"].values())
-    for figure in ("gradients", "updates", "leak"):
-        assert all(share in (1.0, None) for share in last[figure].values()), figure
 
 
 def test_two_spaces_of_one_parameter_are_both_measured_before_either_is_taken_out():

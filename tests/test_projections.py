@@ -12,7 +12,6 @@ from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.random import Random
 from pgp.projections.released import Released, grow, scores
-from pgp.projections.slowed import Slowed
 from pgp.prompts import match
 from pgp.subspace import Protected, Rows
 
@@ -169,42 +168,6 @@ def test_the_random_control_has_the_ranks_and_not_the_directions():
     taught(random, toy, images=9)
     for space, basis in first.items():
         assert torch.equal(random.basis(space)[..., : basis.shape[-1]], basis)  # nested
-
-
-@pytest.mark.parametrize(("factor", "name"), [(0.1, "sgd"), (0.0, "adam"), (0.3, "adamw")])
-def test_slowed_prompts_move_a_share_of_their_step(factor, name):
-    moved = {}
-    for kind, projection in {"free": NoProjection(), "slow": Slowed.Config(factor).build()}.items():
-        toy = Toy()
-        optimizer = OPTIMIZERS[name](toy.parameters())
-        handle = projection.attach(optimizer, toy.protected())
-        before = toy.prompts.detach().clone()
-        toy.learn(optimizer, steps=1)
-        first = toy.prompts.detach() - before
-        assert first.abs().max() > 0  # the first task is free
-        handle.remove()
-        projection.end_task(toy.protected())
-        toy, optimizer = Toy(), None
-        optimizer = OPTIMIZERS[name](toy.parameters())
-        projection.attach(optimizer, toy.protected())
-        toy.learn(optimizer, steps=1)
-        moved[kind] = toy.prompts.detach() - before
-    torch.testing.assert_close(moved["slow"], factor * moved["free"], rtol=0, atol=1e-12)
-
-
-def test_slowed_prompts_of_two_spaces_are_slowed_once_and_hand_on_as_they_are():
-    parameter = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
-    protected = {"rows": Protected(parameter, axis=-1), "columns": Protected(parameter, axis=-2)}
-    projection = Slowed.Config(0.1).build()
-    projection.end_task(protected)
-    optimizer = torch.optim.SGD([parameter], lr=1.0)
-    projection.attach(optimizer, protected)
-    parameter.grad = torch.ones(2, 2, dtype=torch.float64)
-    optimizer.step()
-    torch.testing.assert_close(parameter.data, torch.full((2, 2), -0.1, dtype=torch.float64))
-    with projection.confined(protected), torch.no_grad():
-        parameter.fill_(3)
-    assert bool((parameter == 3).all())
 
 
 def test_rows_of_half_precision_meet_what_maps_them():

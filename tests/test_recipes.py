@@ -7,11 +7,11 @@ import sys
 from dataclasses import dataclass, replace
 
 import pytest
-from torch import nn
 
 import tiny
 from conftest import golden_vit
 from pgp import cli, recipes
+from pgp.baselines import BASELINES
 from pgp.config import Config, Hardware, Optimizer
 from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.cub200 import CUB200
@@ -103,8 +103,9 @@ def test_rates():
     assert Optimizer(lr=0.03).rate(5, 10, 16) == pytest.approx(0.001875)
     cosine = Optimizer(lr=0.256, schedule="cosine")
     assert [cosine.rate(step, 4, 1) for step in (0, 2, 4)] == pytest.approx([0.001, 0.0005, 0])
+    method = L2P.Config(top_k=2).build(golden_vit(), "abc", generator(0, "init"))
     for name in ("adam", "adamw", "sgd"):
-        assert Optimizer(name=name).build(nn.Linear(2, 2), 256).param_groups[0]["lr"] == 0.03
+        assert Optimizer(name=name).build(method, 256).param_groups[0]["lr"] == 0.03
 
 
 def test_prompts_may_learn_at_a_share_of_the_heads_rate():
@@ -116,8 +117,27 @@ def test_prompts_may_learn_at_a_share_of_the_heads_rate():
     Optimizer(lr=0.5, prompt_share=0.1, schedule="cosine").set_rate(optimizer, 1, 2, 256)
     assert (head["lr"], rest["lr"]) == pytest.approx((0.25, 0.025))
     assert len(Optimizer().build(method, 16).param_groups) == 1
-    with pytest.raises(ValueError, match="prompt_share > 0"):
-        Optimizer(prompt_share=0)
+    with pytest.raises(ValueError, match="prompt_share >= 0"):
+        Optimizer(prompt_share=-1)
+
+
+def test_later_tasks_may_have_a_learning_rate_of_their_own_for_prompts():
+    optimizer = Optimizer(prompt_share=0.5, later_prompt_lr_scale=0.1)
+    assert [optimizer.of_task(index).prompt_share for index in (0, 1, 2)] == [0.5, 0.05, 0.05]
+    assert [Optimizer(prompt_share=0.5).of_task(index).prompt_share for index in (0, 1)] == [0.5, 0.5]
+    with pytest.raises(ValueError, match=r"expected optimizer\.later_prompt_lr_scale >= 0, got -0\.1"):
+        Optimizer(later_prompt_lr_scale=-0.1)
+
+
+def test_slower_and_frozen_are_learning_rates_without_projection():
+    for name, scale in (("slower", 0.1), ("frozen", 0.0)):
+        config = tiny.config(method=tiny.DUALPROMPT)
+        expected = replace(config.optimizer, later_prompt_lr_scale=scale)
+        assert BASELINES[name](config) == replace(config, projection=NoProjection.Config(), optimizer=expected)
+        with pytest.raises(ValueError, match=rf"--optimizer.later-prompt-lr-scale .*, --method {name}$"):
+            cli._train_command(["demo", "--projection", name], "pgp train")
+        command = cli._train_command(["demo", "--method", name], "pgp train")
+        assert command.config.optimizer.later_prompt_lr_scale == scale
 
 
 PUBLISHED = {  # tasks, epochs, batch, lr, seed, and what the method's settings differ in

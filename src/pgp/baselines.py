@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 from pgp.config import Config
-from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.random import Random
-from pgp.projections.slowed import Slowed
 from pgp.readouts.lda import LDA
 from pgp.readouts.ncm import NCM
 from pgp.readouts.sequential import Sequential
@@ -34,18 +32,16 @@ def random(config: Config) -> Config:
 
 def slower(config: Config) -> Config:
     """The recipe's prompts at a tenth of the learning rate after the first task, without projection."""
-    return replace(_protecting_all(config), projection=Slowed.Config())
+    return _later_prompt_lr_scale(config, 0.1)
 
 
 def frozen(config: Config) -> Config:
-    """The recipe's prompts as the first task leaves them; the head goes on."""
-    return replace(_protecting_all(config), projection=Slowed.Config(factor=0.0))
+    """The recipe's prompts as the first task leaves them, without projection; the head goes on."""
+    return _later_prompt_lr_scale(config, 0.0)
 
 
-def _protecting_all(config: Config) -> Config:
-    """The recipe with a method that protects all of its prompts: of DualPrompt's prefixes, values too."""
-    own = config.method
-    return replace(config, method=replace(own, protect="keys+values")) if isinstance(own, DualPrompt.Config) else config
+def _later_prompt_lr_scale(config: Config, scale: float) -> Config:
+    return replace(sequential(config), optimizer=replace(config.optimizer, later_prompt_lr_scale=scale))
 
 
 def linear(config: Config) -> Config:

@@ -14,7 +14,6 @@ import cattrs
 import torch
 import tyro
 from cattrs.v import format_exception
-from torch import nn
 
 from pgp.backbones import Backbone
 from pgp.datasets import DatasetConfig, Views
@@ -49,28 +48,34 @@ class Optimizer:
     """Weight decay of the first task, where it differs."""
     prompt_share: float = 1.0
     """Learning rate of all but the head, as a share of `lr`: what suits a head may be far too fast for deep prompts."""
+    later_prompt_lr_scale: float | None = None
+    """From the second task on, multiply the learning rate of all but the head by this; 0 freezes the prompts. If None,
+    as in the first task."""
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and self.prompt_share > 0 and self.clip >= 0 and self.weight_decay >= 0):
+        if not (self.lr > 0 and self.prompt_share >= 0 and self.clip >= 0 and self.weight_decay >= 0):
             raise ValueError(
-                f"expected optimizer.lr > 0, prompt_share > 0, clip >= 0 and weight_decay >= 0, got {self}"
+                f"expected optimizer.lr > 0, prompt_share >= 0, clip >= 0 and weight_decay >= 0, got {self}"
             )
+        if self.later_prompt_lr_scale is not None and not self.later_prompt_lr_scale >= 0:
+            raise ValueError(f"expected optimizer.later_prompt_lr_scale >= 0, got {self.later_prompt_lr_scale}")
 
     def of_task(self, index: int) -> Optimizer:
-        """The settings for task number `index`."""
+        """Return the settings for task number `index`, from 0."""
         lr = self.lr if index or self.first_lr is None else self.first_lr
         decay = self.weight_decay if index or self.first_weight_decay is None else self.first_weight_decay
-        return replace(self, lr=lr, weight_decay=decay)
+        later = 1.0 if index == 0 or self.later_prompt_lr_scale is None else self.later_prompt_lr_scale
+        return replace(self, lr=lr, weight_decay=decay, prompt_share=self.prompt_share * later)
 
-    def build(self, method: nn.Module, batch_size: int) -> torch.optim.Optimizer:
-        """A new optimizer over what `method` learns; each of its groups has its `share` of the rate."""
-        lr, learned = self.rate(0, 1, batch_size), [(n, p) for n, p in method.named_parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": [p for _, p in learned], "share": 1.0}]
+    def build(self, method: Method, batch_size: int) -> torch.optim.Optimizer:
+        """Return a new optimizer over what `method` learns; each of its groups has its `share` of the rate."""
+        lr, learned = self.rate(0, 1, batch_size), [p for p in method.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": learned, "share": 1.0}]
         if self.prompt_share != 1:
-            head = [p for name, p in learned if name.startswith("head.")]
-            rest = [p for name, p in learned if not name.startswith("head.")]
+            prompts = {id(parameter) for parameter in method.prompt_parameters()}
+            head, rest = [p for p in learned if id(p) not in prompts], [p for p in learned if id(p) in prompts]
             groups = [{"params": head, "share": 1.0}, {"params": rest, "share": self.prompt_share}]
-        groups = [group for group in groups if group["params"]]
+            groups = [group | {"lr": lr * group["share"]} for group in groups if group["params"]]
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr, momentum=self.momentum, weight_decay=self.weight_decay)
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW

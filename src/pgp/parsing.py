@@ -78,6 +78,10 @@ def named(table: dict[str, Callable[..., Any]], name: str, what: str, where: str
 
 def _shelved(config: Config, words: list[str]) -> Config:
     """`config` with the parts that flags like `--projection none` name, so that the flags of those parts are known."""
+    if gone := [name for name in values(words, "--projection") if name in ("slower", "frozen")]:
+        raise ValueError(f"expected a projection behind --projection, got {gone[0]}: slower and frozen prompts are a"
+                         f" learning rate, --optimizer.later-prompt-lr-scale 0.1 or 0, or a baseline, --method"
+                         f" {gone[0]}")  # fmt: skip
     for name in values(words, "--method"):
         if name in BASELINES:
             config = BASELINES[name](config)

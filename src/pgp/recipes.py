@@ -32,7 +32,6 @@ from pgp.projections.none import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.random import Random
 from pgp.projections.released import Released
-from pgp.projections.slowed import Slowed
 from pgp.readouts import Readout
 from pgp.readouts.lda import LDA
 from pgp.readouts.logistic import Logistic
@@ -52,8 +51,6 @@ PROJECTIONS: dict[str, Projection.Config] = {
     "released": Released.Config(),
     "none": NoProjection.Config(),
     "random": Random.Config(),
-    "slower": Slowed.Config(),
-    "frozen": Slowed.Config(factor=0.0),
 }
 READOUTS: dict[str, Readout.Config] = {
     one.name: one

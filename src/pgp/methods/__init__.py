@@ -108,6 +108,14 @@ class Method(nn.Module, abc.ABC):
         """By the name of a space: what meets its parameter when these images pass, the inputs to protect."""
         return {}
 
+    def prompt_parameters(self) -> list[nn.Parameter]:
+        """Return all that learns but the head: prompts, prefixes, and the keys by which images choose them.
+
+        The optimizer gives them a learning rate of their own, which may fall to 0 after the first task.
+        """
+        head = {id(parameter) for parameter in self.head.parameters()}
+        return [parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in head]
+
     def learned_state(self) -> dict[str, Tensor]:
         """All that learns, by name: the state without the frozen encoder."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}

@@ -179,6 +179,14 @@ class CLIPPrompt(ZeroShot):
         """Text features, the same for all parts of a batch."""
         return {"text": self.text_features(task)}
 
+    def prompt_parameters(self) -> list[nn.Parameter]:
+        """Return the image prompt alone, which all tasks share.
+
+        The text context counts as part of the head: it makes the classifier's rows, and each task learns a new one (or
+        new rows of it, with `per_class`), so it keeps the head's learning rate and must never be frozen with the rest.
+        """
+        return [self.image_prompt]
+
     def protected(self) -> dict[str, Protected]:
         """The image prompt and, where asked for, the same prompt from its other side."""
         spaces = {"prompts": Protected(self.image_prompt)}
