@@ -131,8 +131,7 @@ def train(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], 
         return plain
     learner = new_learner(kind, precision, scale)
     adam = learner.config.optimizer.build(learner.method, scale.batch)
-    protected = learner.method.protected()
-    half_projection(protected).attach(adam, protected)
+    half_projection(learner.method.protected()).attach(adam)
     ready = learner.fabric.setup_optimizers(adam)
     return lambda: train_step(learner, ready, Batch(batch, labels, labels), TASK, scale.batch)
 
@@ -149,7 +148,7 @@ def new_learner(kind: str, precision: Precision, scale: Scale) -> Learner:
 
 def half_projection(protected: dict[str, Protected]) -> Orthogonal:
     """Return a projection of half rank in every space, as many directions as a run gathers over its tasks."""
-    projection = Orthogonal()
+    projection = Orthogonal(protected)
     bases = {}
     for space, target in protected.items():
         width = target.parameter.shape[target.axis]
@@ -188,9 +187,9 @@ def boundary(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[
     task = replace(TASK, train=torch.arange(scale.observed))
 
     def looking_back() -> None:
-        projection = Orthogonal()
+        projection = Orthogonal(learner.method.protected())
         observe(learner, task, projection, [])
-        projection.end_task(learner.method.protected())
+        projection.end_task()
 
     def query() -> None:
         with torch.no_grad(), autocast(precision):
@@ -290,7 +289,7 @@ def projection_seconds() -> float:
     for on in (False, True):
         optimizer = torch.optim.Adam(prompts.values(), lr=0.001875)
         if on:
-            half_projection(protected).attach(optimizer, protected)
+            half_projection(protected).attach(optimizer)
         for parameter in prompts.values():
             parameter.grad = torch.rand_like(parameter)
         medians[on] = statistics.median(seconds({"step": optimizer.step}, 30)["step"])

@@ -182,21 +182,23 @@ def test_a_boundary_and_a_step_of_every_projection(method, name):
     if name == "released" and isinstance(method, VPT):
         method = built(VPT.Config(protect="tokens"))  # the published code never protects the prompts' own side
     config = recipes.PROJECTIONS[name]
-    projection = config.build()
+    projection = config.build(method.protected(), seed=7)
+    assert projection.protected == method.protected()
+    assert projection.seed == 7
     seed = 0
-    while not projection.sated and seed < 4:
+    while not projection.has_enough() and seed < 4:
         for space, rows in method.activations(images(seed=seed)).items():
             projection.observe(space, rows)
         seed += 1
-    ranks = projection.end_task(method.protected())
+    ranks = projection.end_task()
     assert all(0 <= rank <= method.backbone.width for rank in ranks.values())
-    restored = config.build()
+    restored = config.build(method.protected(), seed=7)
     restored.load_state_dict(projection.state_dict())
     ends = []
     for one in (projection, restored):
         twin = type(method).__name__
         optimizer = torch.optim.SGD(learned(method), lr=0.0)
-        handle = one.attach(optimizer, method.protected())
+        handle = one.attach(optimizer)
         method.loss(images(), torch.arange(16) % 3, TASK).backward()
         optimizer.step()
         ends.append([p.grad.clone() for p in learned(method)])

@@ -72,7 +72,7 @@ def test_figures_do_not_depend_on_how_many_images_are_seen_together(tmp_path, me
         learner.meter.micro_batch_size = size or 32
         task = learner.scenario.tasks[2]
         learner.evaluation.row(learner.method, [], 2, learner.progress, learner.meter.watch)
-        figures.append(learner.meter.end_task(learner.method, learner.projection, task, learner.progress))
+        figures.append(learner.meter.end_task(learner.method, task, learner.progress))
         sketch = learner.meter.references[2]["sketch"]
         figures[-1]["sketch"] = {space: rows.flatten().tolist() for space, rows in sketch.items()}
     for other in figures[1:]:
@@ -88,8 +88,8 @@ def test_the_jump_at_the_begin_of_a_task_is_no_update(tmp_path):
         projection = Orthogonal.Config("input", 0.5, 0.5, on)
         run = train.train(tiny.config(method=tiny.DUALPROMPT, projection=projection, drift_images=4), tmp_path / on)
         learner = learner_of(run)
-        learner.meter.start_task(learner.method.protected())
-        with learner.projection.confined(learner.method.protected()):
+        learner.meter.start_task()
+        with learner.projection.confined():
             learner.method.begin_task(learner.scenario.tasks[1])
         updates[on] = learner.meter.energies
     assert updates == {"gradient": {}, "update": {}}
@@ -108,7 +108,7 @@ def test_it_costs_one_pass_over_a_sample_of_the_new_task(tmp_path, monkeypatch):
     for task in learner.scenario.tasks:
         learner.meter.watch(task, watched)
     monkeypatch.setattr(type(learner.method), "choices", lambda *_: None)
-    learner.meter.end_task(learner.method, learner.projection, learner.scenario.tasks[2], learner.progress)
+    learner.meter.end_task(learner.method, learner.scenario.tasks[2], learner.progress)
     assert sum(passes) == len(learner.meter.sample(learner.scenario.tasks[2]))
 
 
@@ -195,20 +195,20 @@ def test_two_spaces_of_one_parameter_are_both_measured_before_either_is_taken_ou
     parameter = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
     protected = {"rows": Protected(parameter, axis=-1), "columns": Protected(parameter, axis=-2)}
     for on in ("gradient", "update"):
-        projection = Orthogonal(Orthogonal.Config(on=on))
+        projection = Orthogonal(protected, Orthogonal.Config(on=on))
         projection.bases = {space: torch.eye(2, 1, dtype=torch.float64) for space in protected}
         optimizer = torch.optim.SGD([parameter], lr=1.0)
-        meter = DriftMeter(SimpleNamespace(config=tiny.config()), None)
-        meter.attach(optimizer, protected, projection)
-        projection.attach(optimizer, protected)
+        meter = DriftMeter(SimpleNamespace(config=tiny.config()), projection, None)
+        meter.attach(optimizer)
+        projection.attach(optimizer)
         parameter.data.zero_()
         parameter.grad = torch.tensor([[5.0, 3.0], [2.0, 1.0]], dtype=torch.float64)
         optimizer.step()
         torch.testing.assert_close(parameter.data, torch.tensor([[0, 0], [0, -1.0]], dtype=torch.float64))
         for space, inside in {"rows": 29.0, "columns": 34.0}.items():
             gradients, updates = meter.energies[space]
-            assert gradients.tolist() == pytest.approx([inside, inside, 39.0]), (on, space)
-            left = [0.0, 0.0, 1.0] if on == "gradient" else [inside, inside, 39.0]
+            assert gradients.tolist() == pytest.approx([inside, 39.0]), (on, space)
+            left = [0.0, 1.0] if on == "gradient" else [inside, 39.0]
             assert updates.tolist() == pytest.approx(left), (on, space)
 
 
@@ -221,7 +221,7 @@ def test_choices_that_change_and_prompts_that_are_used(tmp_path):
     key = learner.method.pool.learned_key.detach()
     learner.method.pool.learned_key.data = -key  # the last choice is now the first
     learner.evaluation.row(learner.method, learner.readouts, 2, learner.progress, learner.meter.watch)
-    moved = learner.meter.end_task(learner.method, learner.projection, learner.scenario.tasks[2], learner.progress)
+    moved = learner.meter.end_task(learner.method, learner.scenario.tasks[2], learner.progress)
     assert moved["changed"] == [1.0, 1.0]
     assert event["drift"]["changed"] != moved["changed"]
 

@@ -36,7 +36,7 @@ def few_tokens(**arguments):
 def learn(method, projection, steps=25):
     """A new task, by Adam; its losses."""
     optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], lr=0.05)
-    projection.attach(optimizer, method.protected())
+    projection.attach(optimizer)
     labels, losses = torch.arange(8) % 2 + 2, []
     x = images(8, 16, seed=2) * 0.2 + images(4, 16, seed=3)[labels]
     for _ in range(steps):
@@ -48,25 +48,26 @@ def learn(method, projection, steps=25):
     return losses
 
 
-def drift(protect, projection, **settings):
+def drift(protect, config, **settings):
     """How far a new task moves features of old images, relatively, and how far its loss falls."""
     method = build(few_tokens(), general_length=12, expert_length=12, protect=protect, **settings)
-    return drift_of(method, projection)
+    return drift_of(method, config)
 
 
-def drift_of(method, projection):
+def drift_of(method, config):
     """The same, of a method on a model with few tokens; two old images leave some directions of every space free."""
     old = images(2, 16)
-    if projection is not None:
+    projection = (config or NoProjection.Config()).build(method.protected())
+    if config is not None:
         for space, rows in method.activations(old).items():
             projection.observe(space, rows)
-        projection.end_task(method.protected())
+        projection.end_task()
         assert all(projection.rank(name) < target.parameter.shape[target.axis]
                    for name, target in method.protected().items())  # fmt: skip
     before = method.features(old).detach()
-    with (projection or NoProjection()).confined(method.protected()):
+    with projection.confined():
         method.begin_task(TASK)
-    first, *_, last = learn(method, projection or NoProjection())
+    first, *_, last = learn(method, projection)
     return float((method.features(old).detach() - before).norm() / before.norm()), first - last
 
 
@@ -82,11 +83,11 @@ def test_old_features_stay_through_the_whole_network(settings):
     What an image picks is another matter: a key's cosine changes with its norm, so with top_k 2 the pull rests here.
     """
     moved = {
-        name: drift(protect, projection, **settings)
-        for name, protect, projection in (
-            ("exact", "keys+values", Orthogonal(Orthogonal.Config(**EVERYTHING, on="update"))),
-            ("gradient", "keys+values", Orthogonal(Orthogonal.Config(**EVERYTHING, on="gradient"))),
-            ("keys", "keys", Orthogonal(Orthogonal.Config(**EVERYTHING, on="update"))),
+        name: drift(protect, config, **settings)
+        for name, protect, config in (
+            ("exact", "keys+values", Orthogonal.Config(**EVERYTHING, on="update")),
+            ("gradient", "keys+values", Orthogonal.Config(**EVERYTHING, on="gradient")),
+            ("keys", "keys", Orthogonal.Config(**EVERYTHING, on="update")),
             ("none", "keys", None),
         )
     }
@@ -200,4 +201,4 @@ def test_variants_keep_the_promises_of_every_method(settings):
 def test_the_released_projection_refuses_values():
     method = conformance.built(DualPrompt.Config(protect="keys+values"))
     with pytest.raises(ValueError, match="never protects values"):
-        Released.Config().build().attach(torch.optim.SGD(conformance.learned(method)), method.protected())
+        Released.Config().build(method.protected())

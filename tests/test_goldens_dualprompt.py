@@ -82,10 +82,10 @@ def test_three_optimizer_steps(arrays, case, pgp, dtype):
     learned = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learned, lr=0.03)
     if pgp == "pgp":
-        projection = Released()
+        projection = Released(method.protected())
         spaces = {f"general {i} keys": f"P_g{i}" for i in (0, 1)} | {f"expert {i} keys": f"P_e{i}" for i in (2, 3, 4)}
         projection.load_state_dict({space: columns(arrays[name]) for space, name in spaces.items()})
-        projection.attach(optimizer, method.protected())
+        projection.attach(optimizer)
     losses = []
     for step in range(3):
         loss = method.loss(arrays[f"x{step}"].to(dtype), arrays[f"y{step}"], TASK)

@@ -83,9 +83,9 @@ def test_three_optimizer_steps(arrays, case, pgp, dtype):
     parameters = dict(method.named_parameters())
     optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], lr=0.03)
     if pgp == "pgp":
-        projection = Orthogonal()
+        projection = Orthogonal(method.protected())
         projection.load_state_dict({"prompts": columns(arrays["P_prompt"]), "keys": columns(arrays["P_key"])})
-        projection.attach(optimizer, method.protected())
+        projection.attach(optimizer)
     losses = []
     for step in range(3):
         loss = method.loss(arrays[f"x{step}"].to(dtype), arrays[f"y{step}"], TASK)

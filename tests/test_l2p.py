@@ -29,10 +29,10 @@ def change_of_first_block(method, old, prompts, block):
 
     The step is at a right angle to the gradients of the deviations that norms divide prompts by, which so stay.
     """
-    projection = Orthogonal(Orthogonal.Config("input", 1.0, 1.0, on="update"))
+    projection = Orthogonal(method.protected(), Orthogonal.Config("input", 1.0, 1.0, on="update"))
     for space, rows in method.activations(old).items():
         projection.observe(space, rows)
-    projection.end_task(method.protected())
+    projection.end_task()
     backbone, moving = method.backbone, prompts.detach().requires_grad_()
     divisors = [
         backbone.normed(0, backbone.place(moving))[1],

@@ -54,10 +54,10 @@ def rows(seed=0, images=5, with_prompts=True):
     return {"prompts": Rows(inputs, prompts if with_prompts else None), "keys": Rows(draw(images, 1, 16, seed=seed))}
 
 
-def taught(projection, toy, **arguments):
+def taught(projection, **arguments):
     for space, met in rows(**arguments).items():
         projection.observe(space, met)
-    projection.end_task(toy.protected())
+    projection.end_task()
     return projection
 
 
@@ -72,10 +72,10 @@ def leaks(projection, toy, before):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_projected_updates_do_not_leak(name, dtype):
     toy = Toy(dtype)
-    projection = taught(Orthogonal(Orthogonal.Config("union", 0.9, 0.9, on="update")), toy)
+    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("union", 0.9, 0.9, on="update")))
     before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
     optimizer = OPTIMIZERS[name](toy.parameters())
-    projection.attach(optimizer, toy.protected())
+    projection.attach(optimizer)
     toy.learn(optimizer)
     assert max(leaks(projection, toy, before)) < (1e-5 if dtype == torch.float32 else 1e-13)
 
@@ -84,10 +84,10 @@ def test_projected_gradients_leak_under_adam_only():
     leak = {}
     for name in ("sgd", "adam"):
         toy = Toy()
-        projection = taught(Orthogonal(Orthogonal.Config("union", 0.9, 0.9, on="gradient")), toy)
+        projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("union", 0.9, 0.9, on="gradient")))
         before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
         optimizer = OPTIMIZERS[name](toy.parameters()) if name == "adam" else torch.optim.SGD(toy.parameters(), lr=1e-3)
-        projection.attach(optimizer, toy.protected())
+        projection.attach(optimizer)
         toy.learn(optimizer)
         leak[name] = max(leaks(projection, toy, before))
     assert leak["sgd"] < 1e-13
@@ -98,11 +98,10 @@ def test_projected_gradients_leak_under_adam_only():
 @pytest.mark.parametrize("on", ["gradient", "update"])
 def test_no_energy_is_no_projection_bitwise(on, name):
     ends = []
-    for projection in (Orthogonal(Orthogonal.Config(energy=0, key_energy=0, on=on)), NoProjection()):
+    for config in (Orthogonal.Config(energy=0, key_energy=0, on=on), NoProjection.Config()):
         toy = Toy(torch.float32)
         optimizer = OPTIMIZERS[name](toy.parameters())
-        taught(projection, toy)
-        projection.attach(optimizer, toy.protected())
+        taught(config.build(toy.protected())).attach(optimizer)
         toy.learn(optimizer)
         ends.append((toy.prompts.detach(), toy.keys.detach()))
     assert torch.equal(ends[0][0], ends[1][0])
@@ -111,11 +110,11 @@ def test_no_energy_is_no_projection_bitwise(on, name):
 
 def test_a_full_basis_freezes_until_the_handle_is_removed():
     toy = Toy()
-    projection = taught(Orthogonal(Orthogonal.Config("input", 1, 1, on="update")), toy, images=40)
+    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, on="update")), images=40)
     assert projection.rank("prompts") == projection.rank("keys") == 16
     before = toy.prompts.detach().clone()
     optimizer = OPTIMIZERS["adam"](toy.parameters())
-    handle = projection.attach(optimizer, toy.protected())
+    handle = projection.attach(optimizer)
     toy.learn(optimizer)
     torch.testing.assert_close(toy.prompts.detach(), before, rtol=0, atol=1e-13)
     handle.remove()
@@ -126,10 +125,10 @@ def test_a_full_basis_freezes_until_the_handle_is_removed():
 @pytest.mark.parametrize("hold", [True, False])
 def test_old_queries_keep_their_cosines_if_keys_keep_their_norms(hold):
     toy = Toy()
-    projection = taught(Orthogonal(Orthogonal.Config("input", 1, 1, on="update", hold_norms=hold)), toy)
+    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, on="update", hold_norms=hold)))
     queries, before = rows()["keys"].inputs.flatten(0, 1), toy.keys.detach().clone()
     optimizer = OPTIMIZERS["adam"](toy.parameters())
-    projection.attach(optimizer, toy.protected())
+    projection.attach(optimizer)
     toy.learn(optimizer)
     after = toy.keys.detach()
     assert (after - before).norm() > 0.1
@@ -141,13 +140,9 @@ def test_old_queries_keep_their_cosines_if_keys_keep_their_norms(hold):
 
 
 def test_the_random_control_has_the_ranks_and_not_the_directions():
-    true, control = (
-        Orthogonal(Orthogonal.Config("union", 0.8, 0.8, on="update")),
-        Random.Config("union", 0.8, 0.8, "update"),
-    )
-    toy, random = Toy(), control.build()
-    taught(true, toy)
-    taught(random, toy)
+    toy, control = Toy(), Random.Config("union", 0.8, 0.8, "update")
+    true = taught(Orthogonal(toy.protected(), Orthogonal.Config("union", 0.8, 0.8, on="update")))
+    random = taught(control.build(toy.protected(), seed=3))
     assert [random.rank(space) for space in toy.protected()] == [true.rank(space) for space in toy.protected()]
     first = {space: random.basis(space) for space in toy.protected()}
     for space, basis in first.items():
@@ -156,16 +151,18 @@ def test_the_random_control_has_the_ranks_and_not_the_directions():
         assert held < 0.5 + 0.5 * basis.shape[-1] / basis.shape[-2]
     before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
     optimizer = OPTIMIZERS["adam"](toy.parameters())
-    random.attach(optimizer, toy.protected())
+    random.attach(optimizer)
     toy.learn(optimizer)
     for space, target in toy.protected().items():
         change = target.parameter.detach() - before[space]
         assert (change @ first[space]).norm() < 1e-12 * change.norm()
         assert (change @ true.bases[space]).norm() > 0.01 * change.norm()
-    restored = control.build()
-    restored.load_state_dict(random.state_dict())
+    restored, other = control.build(toy.protected(), seed=3), control.build(toy.protected(), seed=4)
+    for projection in (restored, other):
+        projection.load_state_dict(random.state_dict())
     assert all(torch.equal(restored.basis(space), basis) for space, basis in first.items())
-    taught(random, toy, images=9)
+    assert not any(torch.equal(other.basis(space), basis) for space, basis in first.items())
+    taught(random, images=9)
     for space, basis in first.items():
         assert torch.equal(random.basis(space)[..., : basis.shape[-1]], basis)  # nested
 
@@ -179,27 +176,26 @@ def test_rows_of_half_precision_meet_what_maps_them():
 @pytest.mark.parametrize("on", ["gradient", "update"])
 def test_spaces_without_a_basis_are_free(on):
     toy, twin = Toy(), Toy()
-    projection = Orthogonal(Orthogonal.Config("input", 0, 1, on=on))
-    taught(projection, toy, images=40)
+    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("input", 0, 1, on=on)), images=40)
     before = toy.keys.detach().clone()
     for learner in (toy, twin):
         optimizer = OPTIMIZERS["sgd"](learner.parameters())
         if learner is toy:
-            projection.attach(optimizer, toy.protected())
+            projection.attach(optimizer)
         learner.learn(optimizer)
     assert torch.equal(toy.prompts, twin.prompts)
     torch.testing.assert_close(toy.keys.detach(), before, rtol=0, atol=1e-13)
 
 
 def test_prompts_and_keys_have_energies_of_their_own():
-    projection = taught(Orthogonal(Orthogonal.Config("input", 0.2, 0.95)), Toy(), images=12)
+    projection = taught(Orthogonal(Toy().protected(), Orthogonal.Config("input", 0.2, 0.95)), images=12)
     assert 0 < projection.rank("prompts") < projection.rank("keys") < 12
 
 
 def test_bases_grow_and_keep_what_they_held():
-    toy, projection, held = Toy(), Orthogonal(Orthogonal.Config("union", 0.8, 0.8)), None
+    projection, held = Orthogonal(Toy().protected(), Orthogonal.Config("union", 0.8, 0.8)), None
     for seed in range(3):
-        taught(projection, toy, seed=seed)
+        taught(projection, seed=seed)
         basis = projection.bases["prompts"]
         if held is not None:
             assert basis.shape[1] > held.shape[1]
@@ -211,12 +207,11 @@ def test_union_guarantees_both_conditions_and_sum_does_not():
     met = rows(images=3)["prompts"]
     broken = {}
     for space in ("union", "sum"):
-        toy = Toy()
-        projection = Orthogonal(Orthogonal.Config(space, 1.0))
+        projection = Orthogonal({"prompts": Protected(Toy().prompts)}, Orthogonal.Config(space, 1.0))
         # one prompt that cancels the only input: every sum is zero, and so is the space of sums
         inputs, prompts = (met.inputs, met.prompts) if space == "union" else (met.inputs[:1], -met.inputs[:1])
         projection.observe("prompts", Rows(inputs, prompts))
-        projection.end_task({"prompts": Protected(toy.prompts)})
+        projection.end_task()
         change = projection.project("prompts", draw(2, 16, seed=9))
         broken[space] = max(float((part.flatten(0, -2) @ change.T).abs().max()) for part in (inputs, prompts))
     assert broken["union"] < 1e-12
@@ -225,13 +220,14 @@ def test_union_guarantees_both_conditions_and_sum_does_not():
 
 @pytest.mark.parametrize("space", ["sum", "union", "input"])
 def test_order_and_batching_of_images_do_not_matter(space):
-    whole, parts = (Orthogonal(Orthogonal.Config(space, 0.7)) for _ in range(2))
+    protected = {"prompts": Protected(Toy().prompts)}
+    whole, parts = (Orthogonal(protected, Orthogonal.Config(space, 0.7)) for _ in range(2))
     met = rows(images=6)["prompts"]
     whole.observe("prompts", met)
     for chosen in ([4, 0], [5, 2, 1], [3]):
         parts.observe("prompts", Rows(met.inputs[chosen], met.prompts[chosen]))
     for projection in (whole, parts):
-        projection.end_task({"prompts": Protected(Toy().prompts)})
+        projection.end_task()
     one, other = whole.bases["prompts"], parts.bases["prompts"]
     torch.testing.assert_close(one @ one.T, other @ other.T, rtol=0, atol=1e-10)
 
@@ -239,14 +235,14 @@ def test_order_and_batching_of_images_do_not_matter(space):
 def test_heads_and_axes():
     keys, values = nn.Parameter(draw(3, 2, 5, 8)), nn.Parameter(draw(3, 2, 5, 8))  # (M, H, L, d)
     protected = {"keys": Protected(keys), "values": Protected(values, axis=-2)}
-    projection = Orthogonal(Orthogonal.Config("input", 1.0, on="update"))
+    projection = Orthogonal(protected, Orthogonal.Config("input", 1.0, on="update"))
     queries, attention = draw(2, 2, 3, 8, seed=1), draw(1, 2, 2, 5, seed=2)  # (B, H, n, d), (B, H, n, L)
     projection.observe("keys", Rows(queries))
     projection.observe("values", Rows(attention))
-    projection.end_task(protected)
+    projection.end_task()
     before = keys.detach().clone(), values.detach().clone()
     optimizer = OPTIMIZERS["adam"]([keys, values])
-    projection.attach(optimizer, protected)
+    projection.attach(optimizer)
     for _ in range(5):
         ((keys - 1) ** 2 + (values + 1) ** 2).sum().backward()
         optimizer.step()
@@ -262,14 +258,14 @@ def test_heads_and_axes():
 def test_projections_of_heads_are_those_of_each_head_alone():
     queries = draw(2, 2, 3, 8, seed=1) * torch.stack([torch.linspace(1, 0.1, 8), torch.logspace(0, -2, 8)])[:, None]
     change = draw(3, 2, 5, 8, seed=2)
-    both = Orthogonal(Orthogonal.Config("input", 0.9))
+    both = Orthogonal({"keys": Protected(nn.Parameter(change))}, Orthogonal.Config("input", 0.9))
     both.observe("keys", Rows(queries))
-    both.end_task({"keys": Protected(nn.Parameter(change))})
+    both.end_task()
     ranks = []
     for head in range(2):
-        alone = Orthogonal(both.config)
+        alone = Orthogonal({"keys": Protected(nn.Parameter(change[:, head]))}, both.config)
         alone.observe("keys", Rows(queries[:, head]))
-        alone.end_task({"keys": Protected(nn.Parameter(change[:, head]))})
+        alone.end_task()
         expected = alone.project("keys", change[:, head])
         torch.testing.assert_close(both.project("keys", change)[:, head], expected, rtol=0, atol=1e-12)
         ranks.append(alone.rank("keys"))
@@ -277,15 +273,28 @@ def test_projections_of_heads_are_those_of_each_head_alone():
     assert both.rank("keys") == sum(ranks) / 2
 
 
+@pytest.mark.parametrize("accelerator", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_parameters_are_the_same_objects_after_fabric_sets_a_module_up(accelerator):
+    """A projection is built once, with parameters that are moved in place, cast and loaded into, never replaced."""
+    toy = Toy()
+    before = {space: target.parameter for space, target in toy.protected().items()}
+    fabric = Fabric(accelerator=accelerator, devices=1)
+    model = fabric.setup_module(toy.float())
+    toy.load_state_dict(Toy().state_dict())
+    assert all(target.parameter is before[space] for space, target in toy.protected().items())
+    assert {id(parameter) for parameter in model.parameters()} == {id(parameter) for parameter in before.values()}
+    assert all(parameter.device == fabric.device for parameter in before.values())
+
+
 @pytest.mark.parametrize("on", ["gradient", "update"])
 def test_hooks_fire_through_a_module_and_optimizer_set_up_by_fabric(on):
     toy = Toy(torch.float32)
-    projection = taught(Orthogonal(Orthogonal.Config("union", 0.9, 0.9, on=on)), toy)
+    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("union", 0.9, 0.9, on=on)))
     before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
     fabric = Fabric(accelerator="cpu", devices=1)
     plain = torch.optim.SGD(toy.parameters(), lr=1e-2)
     model, optimizer = fabric.setup(toy, plain)
-    projection.attach(plain, toy.protected())
+    projection.attach(plain)
     for _ in range(20):
         fabric.backward(model())
         optimizer.step()
@@ -295,11 +304,11 @@ def test_hooks_fire_through_a_module_and_optimizer_set_up_by_fabric(on):
 
 def test_states_go_round():
     toy = Toy()
-    projection = taught(Orthogonal(Orthogonal.Config("union", 0.7, 0.7)), toy)
-    restored = Orthogonal(projection.config)
+    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("union", 0.7, 0.7)))
+    restored = Orthogonal(toy.protected(), projection.config)
     restored.load_state_dict(projection.state_dict())
     for some in (projection, restored):
-        taught(some, toy, seed=1)
+        taught(some, seed=1)
     for space in ("prompts", "keys"):
         assert restored.rank(space) == projection.rank(space) > 0
         assert torch.equal(restored.project(space, draw(4, 16)), projection.project(space, draw(4, 16)))
@@ -307,12 +316,12 @@ def test_states_go_round():
 
 def test_hooks_fire_through_fabric_and_states_go_round():
     toy = Toy(torch.float32)
-    projection = Orthogonal(Orthogonal.Config("input", 1, 1, on="update"))
-    restored = Orthogonal(projection.config)
-    restored.load_state_dict(taught(projection, toy, images=40).state_dict())
+    projection = Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, on="update"))
+    restored = Orthogonal(toy.protected(), projection.config)
+    restored.load_state_dict(taught(projection, images=40).state_dict())
     fabric = Fabric(accelerator="cpu", devices=1)
     plain = OPTIMIZERS["adam"](toy.parameters())
-    restored.attach(plain, toy.protected())
+    restored.attach(plain)
     optimizer = fabric.setup_optimizers(plain)
     before = toy.keys.detach().clone()
     toy.learn(optimizer)
@@ -320,7 +329,7 @@ def test_hooks_fire_through_fabric_and_states_go_round():
 
 
 def test_widths_and_energies_are_checked():
-    projection = taught(Orthogonal(), Toy())
+    projection = taught(Orthogonal(Toy().protected()))
     with pytest.raises(ValueError, match=r"expected width 16 in space 'prompts', got \(2, 5\)"):
         projection.project("prompts", torch.zeros(2, 5))
     with pytest.raises(ValueError, match=r"projection.key_energy in \[0, 1\], got 2"):
@@ -345,7 +354,7 @@ def test_settings_of_released_are_checked(settings, message):
 
 def test_a_task_without_images_is_named():  # all were bad and skipped, say
     with pytest.raises(ValueError, match="observe"):
-        Orthogonal().end_task(Toy().protected())
+        Orthogonal(Toy().protected()).end_task()
 
 
 @pytest.mark.parametrize("kind", ["flat", "decay"])
@@ -381,25 +390,26 @@ def test_released_depends_on_the_order_of_images_and_orthogonal_does_not():
     for kind in (Released, Orthogonal):
         projectors = []
         for images in (inputs, inputs[order]):
-            projection, toy = kind(configs[kind]), Toy()
+            projection = kind({"prompts": Protected(Toy().prompts)}, configs[kind])
             projection.observe("prompts", Rows(images))
-            projection.end_task({"prompts": Protected(toy.prompts)})
+            projection.end_task()
             projectors.append(projection.bases["prompts"] @ projection.bases["prompts"].T)
         changes[kind] = float((projectors[0] - projectors[1]).norm() / projectors[0].norm())
     assert changes[Released] > 0.5
     assert changes[Orthogonal] < 1e-10
 
 
-def test_released_is_sated_by_as_many_images_as_it_is_wide():
-    projection = Released()
+def test_released_has_enough_after_as_many_images_as_it_is_wide():
+    projection = Released(Toy().protected())
     projection.observe("prompts", Rows(draw(15, 2, 16)))
-    assert not projection.sated
+    assert not projection.has_enough()
     projection.observe("prompts", Rows(draw(1, 2, 16)))
-    assert projection.sated
+    assert projection.has_enough()
 
 
 def test_released_is_the_published_basis_of_scores_of_images_and_old_prompts():
-    toy, projection = Toy(), Released(Released.Config(0.9, 0.9, components=4, key_components=2))
+    toy = Toy()
+    projection = Released(toy.protected(), Released.Config(0.9, 0.9, components=4, key_components=2))
     assert projection.collect == Collect(when="before", view="train", repeat=True)
     images = {"prompts": draw(20, 3, 16, seed=5), "keys": draw(20, 1, 16, seed=6)}
     old = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
@@ -407,9 +417,9 @@ def test_released_is_the_published_basis_of_scores_of_images_and_old_prompts():
         for space in images:
             projection.observe(space, Rows(images[space][part]))
     optimizer = OPTIMIZERS["adam"](toy.parameters())
-    projection.attach(optimizer, toy.protected())
+    projection.attach(optimizer)
     toy.learn(optimizer)
-    ranks = projection.end_task(toy.protected())
+    ranks = projection.end_task()
     for space, components in (("prompts", 4), ("keys", 2)):
         flat = images[space][:16].flatten(1).float()  # as many images as the model is wide, and not one more
         added = scores(flat, components) + scores(old[space].reshape(-1, 16).T, components)
@@ -421,18 +431,19 @@ def test_released_is_the_published_basis_of_scores_of_images_and_old_prompts():
 
 @pytest.mark.parametrize("images", [5, 15])
 def test_released_refuses_fewer_images_than_it_is_wide(images):
-    projection = Released(Released.Config(components=4))
+    projection = Released({"prompts": Protected(Toy().prompts)}, Released.Config(components=4))
     projection.observe("prompts", Rows(draw(images, 2, 16)))
     with pytest.raises(ValueError, match=f"16 images.*got {images}"):
-        projection.end_task({"prompts": Protected(Toy().prompts)})
+        projection.end_task()
 
 
 @pytest.mark.parametrize("on", ["gradient", "update"])
 def test_a_handle_projects_what_is_learned_after_it_was_attached(on):
     toy = Toy()
-    projection, optimizer = Orthogonal(Orthogonal.Config("input", 1, 1, on=on)), OPTIMIZERS["sgd"](toy.parameters())
-    projection.attach(optimizer, toy.protected())
-    taught(projection, toy)
+    projection = Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, on=on))
+    optimizer = OPTIMIZERS["sgd"](toy.parameters())
+    projection.attach(optimizer)
+    taught(projection)
     before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
     toy.learn(optimizer)
     assert max(leaks(projection, toy, before)) < 1e-10
@@ -441,9 +452,9 @@ def test_a_handle_projects_what_is_learned_after_it_was_attached(on):
 def test_a_jump_is_confined_where_updates_are():
     for on in ("gradient", "update"):
         toy = Toy()
-        projection = taught(Orthogonal(Orthogonal.Config("input", 1, 1, on=on)), toy)
+        projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, on=on)))
         before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
-        with torch.no_grad(), projection.confined(toy.protected()):
+        with torch.no_grad(), projection.confined():
             toy.prompts += draw(*toy.prompts.shape, seed=9)
             toy.keys += draw(*toy.keys.shape, seed=8)
         leak = max(leaks(projection, toy, before))

@@ -76,21 +76,21 @@ def test_mapping_at_the_end_is_mapping_every_row():
     method, x = build(length=3, layers=(1,), protect="affinity"), images(3)
     ends = []
     for whole in (True, False):
-        projection = Orthogonal(Orthogonal.Config("input", 0.97, on="update"))
+        projection = Orthogonal(method.protected(), Orthogonal.Config("input", 0.97, on="update"))
         for space, rows in method.activations(x).items():
             projection.observe(space, rows if whole else rows._replace(inputs=rows.met, through=None))
-        projection.end_task(method.protected())
+        projection.end_task()
         basis = projection.bases["prompts 1"]
         ends.append(basis @ basis.T)
     torch.testing.assert_close(*ends, rtol=0, atol=1e-9)
 
 
-def drift(protect, projection, monkeypatch=None, **settings):
+def drift(protect, config, monkeypatch=None, **settings):
     """How far a new task moves features of old images, relatively, and how far its loss falls."""
     method = build(few_tokens(), length=48, protect=protect, **settings)
     if monkeypatch:
         hold_norms(method, monkeypatch)
-    return drift_of(method, projection)
+    return drift_of(method, config)
 
 
 def hold_norms(method, monkeypatch):
@@ -113,17 +113,17 @@ EVERYTHING = Orthogonal.Config("input", 1.0, on="update")
 def test_old_features_stay_if_affinity_and_aggregation_hold_and_norms_do(behind_norm, monkeypatch):
     """All energy, the update projected, free directions left: by rounding only, while a new task is learned."""
     patch = None if behind_norm else monkeypatch
-    far, fall = drift("affinity+aggregation", Orthogonal(EVERYTHING), patch, behind_norm=behind_norm)
+    far, fall = drift("affinity+aggregation", EVERYTHING, patch, behind_norm=behind_norm)
     assert far < 1e-10
     assert fall > 0.1
-    affinity, _ = drift("affinity", Orthogonal(EVERYTHING), patch, behind_norm=behind_norm)
+    affinity, _ = drift("affinity", EVERYTHING, patch, behind_norm=behind_norm)
     assert affinity > 1e-3  # what is gathered from prompts changes
     free, _ = drift("affinity", None, patch, behind_norm=behind_norm)
     assert free > affinity
 
 
 def test_norms_that_move_let_old_features_drift_and_the_penalty_holds_them():
-    far, _ = drift("affinity+aggregation", Orthogonal(EVERYTHING))
+    far, _ = drift("affinity+aggregation", EVERYTHING)
     assert far > 1e-6
     method = build(norm_penalty=10.0)
     method.end_task(TASK)

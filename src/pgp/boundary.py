@@ -91,7 +91,7 @@ def observe(
                     readout.observe(readout.reads(features, query), labels)
                 if keep and features is not None:
                     kept.append(FeatureBatch(indices, features.cpu(), None if query is None else query.cpu()))
-            if collect.repeat and projection and projection.sated:  # all processes ask, so that all stop
+            if collect.repeat and projection and projection.has_enough():
                 return kept
         _check_seen(told(seen), task)
     return kept
@@ -128,4 +128,4 @@ def _matched(before: dict[str, Tensor], after: FeatureBatch) -> tuple[Tensor, Fe
 def _collects(learner: Learner, when: str) -> bool:
     """Whether the projection wants to see the images of a task before, or after, it is trained."""
     collect = learner.projection.collect
-    return collect is not None and collect.when == when and bool(learner.method.protected())
+    return collect is not None and collect.when == when and bool(learner.projection.protected)

@@ -51,30 +51,31 @@ class DriftMeter:
     task is trained, `watch` during evaluation, `end_task`.
     """
 
-    def __init__(self, evaluation: Evaluation, micro_batch_size: int | None) -> None:
-        """Measure on the images that `evaluation` sees; `micro_batch_size` of them have activations in memory at once,
-        an evaluation batch if None.
+    def __init__(self, evaluation: Evaluation, projection: Projection, micro_batch_size: int | None) -> None:
+        """Measure what `projection` protects, on the images that `evaluation` sees.
+
+        `micro_batch_size` of them have activations in memory at once, an evaluation batch if None.
         """
-        self.evaluation, self.config = evaluation, evaluation.config
+        self.evaluation, self.config, self.projection = evaluation, evaluation.config, projection
         self.micro_batch_size = micro_batch_size or self.config.eval_batch_size
         self.params_at_task_start: dict[str, Tensor] = {}
         """The protected parameters by space, as the current task found them."""
         self.energies: dict[str, Tensor] = {}
-        """By space, what `Projection.energies` says of this task's gradients and of its updates, `(2, 3)`."""
+        """By space, the `energies` of all of this task's gradients and of all its updates, `(2, 2)`."""
         self.references: dict[int, dict[str, Any]] = {}
         """By task, what was measured right after it."""
         self._watched: dict[int, list[FeatureBatch]] = {}
 
-    def start_task(self, protected: Mapping[str, Protected]) -> None:
+    def start_task(self) -> None:
         """Take a snapshot of the protected parameters, before anything of the next task changes them."""
-        self.params_at_task_start = {space: each.parameter.detach().clone() for space, each in protected.items()}
+        targets = self.projection.protected
+        self.params_at_task_start = {space: each.parameter.detach().clone() for space, each in targets.items()}
         self.energies = {}
 
-    def attach(
-        self, optimizer: torch.optim.Optimizer, protected: Mapping[str, Protected], projection: Projection
-    ) -> Handle:
+    def attach(self, optimizer: torch.optim.Optimizer) -> Handle:
         """Measure the gradients and the updates of every step as they come, until the handle is removed."""
-        measured = {space: target for space, target in protected.items() if projection.rank(space)}
+        projection = self.projection
+        measured = {space: target for space, target in projection.protected.items() if projection.rank(space)}
         before: dict[str, Tensor] = {}
 
         @torch.no_grad()
@@ -82,47 +83,43 @@ class DriftMeter:
             for space, (parameter, axis, _role) in measured.items():
                 before[space] = to_float64(parameter.detach().clone())
                 if parameter.grad is not None:
-                    self._add(0, space, projection.energies(space, parameter.grad.transpose(axis, -1)))
+                    self._add(0, space, energies(projection, space, parameter.grad.transpose(axis, -1)))
 
         @torch.no_grad()
         def after_step(*_: Any) -> None:
             for space, (parameter, axis, _role) in measured.items():
                 update = to_float64(parameter) - before.pop(space)
-                self._add(1, space, projection.energies(space, update.transpose(axis, -1)))
+                self._add(1, space, energies(projection, space, update.transpose(axis, -1)))
 
         if not measured:
             return Handle()
         return Handle(optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step))
 
-    def _add(self, row: int, space: str, energies: Tensor) -> None:
-        total = self.energies.setdefault(space, energies.new_zeros(2, 3))
-        self.energies[space] = total = total.to(energies.device)
-        total[row] += energies
+    def _add(self, row: int, space: str, values: Tensor) -> None:
+        total = self.energies.setdefault(space, values.new_zeros(2, 2))
+        self.energies[space] = total = total.to(values.device)
+        total[row] += values
 
-    def projection_stats(
-        self, projection: Projection, protected: Mapping[str, Protected]
-    ) -> dict[str, dict[str, float | None]]:
+    def projection_stats(self) -> dict[str, dict[str, float | None]]:
         """Return what the projection did to the task just trained, by space; ask before it learns from that task.
 
         Returns:
             gradients, updates: Share of the energy of all gradients, and of all updates, that lay in the protected
                 subspace as they came.
-            removed: Share of the energy of those of the two that are projected that the projection takes out.
+            removed: Of those of the two that are projected, the same share: what the projection takes out.
             leak: Share of the energy of the whole way from start to end of the task that lies in the protected
                 subspace: what got past the projection.
         """
         gradients, updates = (
-            {space: _ratio(energy[row, 0], energy[row, 2]) for space, energy in self.energies.items()} for row in (0, 1)
+            {space: _ratio(*energy[row]) for space, energy in self.energies.items()} for row in (0, 1)
         )
-        row = int(projection.on == "update")
-        removed = {space: _ratio(energy[row, 1], energy[row, 2]) for space, energy in self.energies.items()}
+        removed = updates if self.projection.on == "update" else gradients
         leaks = {}
-        for space, target in protected.items():
-            if space in self.params_at_task_start and projection.rank(space):
+        for space, target in self.projection.protected.items():
+            if space in self.params_at_task_start and self.projection.rank(space):
                 end = to_float64(target.parameter.detach())
                 way = end - self.params_at_task_start[space].to(end)
-                inside, _, whole = projection.energies(space, way.transpose(target.axis, -1))
-                leaks[space] = _ratio(inside, whole)
+                leaks[space] = _ratio(*energies(self.projection, space, way.transpose(target.axis, -1)))
         self.params_at_task_start, self.energies = {}, {}
         return {"gradients": gradients, "updates": updates, "removed": removed, "leak": leaks}
 
@@ -139,8 +136,10 @@ class DriftMeter:
             self._watched.setdefault(task.index, []).append(kept)
 
     @torch.no_grad()
-    def end_task(self, method: Method, projection: Projection, task: Task, progress: Progress) -> dict[str, Any]:
+    def end_task(self, method: Method, task: Task, progress: Progress) -> dict[str, Any]:
         """Compare the images of earlier tasks with their references, and make references of those of `task`.
+
+        Collective: every process must call it.
 
         Returns:
             features, logits: Relative change, the norm of the difference by the norm of what was, by earlier task.
@@ -151,7 +150,7 @@ class DriftMeter:
             usage: Share of the images of all tasks that select each prompt.
         """
         fabric, scenario = self.evaluation.fabric, self.evaluation.scenario
-        protected, watched = method.protected(), told(self._watched)
+        protected, watched = self.projection.protected, told(self._watched)
         self._watched = {}
         now: dict[int, Drift] = {}
         for each in scenario.tasks[: task.index + 1]:
@@ -185,10 +184,10 @@ class DriftMeter:
             out["usage"] = torch.cat(selected).float().mean(0).tolist()
         out["held"] = {}
         for space, target in protected.items():
-            if projection.rank(space):
+            if self.projection.rank(space):
                 sketches = [_like_parameter(self.references[i]["sketch"][space], target) for i in now]
-                inside, _, whole = torch.stack([projection.energies(space, each) for each in sketches]).sum(0)
-                out["held"][space] = _ratio(inside, whole)
+                total = torch.stack([energies(self.projection, space, each) for each in sketches]).sum(0)
+                out["held"][space] = _ratio(*total)
         return out
 
     def _sketch(self, method: Method, task: Task, progress: Progress) -> dict[str, Tensor]:
@@ -209,7 +208,7 @@ class DriftMeter:
             query = evaluation.query(method, images, batch.indices)
             with fabric.autocast():
                 activations = method.activations(images, query)
-            for space in method.protected():
+            for space in self.projection.protected:
                 rows = activations[space]
                 weights = [
                     torch.randn(
@@ -235,6 +234,13 @@ class DriftMeter:
         """Restore a `state_dict`."""
         self.params_at_task_start = dict(state["params_at_task_start"])
         self.energies, self.references = dict(state["energies"]), dict(state["references"])
+
+
+def energies(projection: Projection, space: str, tensor: Tensor) -> Tensor:
+    """Return the energy of `tensor (..., D)` in the protected subspace of `space`, and all its energy, `(2,)`."""
+    rows = to_float64(tensor)
+    whole, left = rows.square().sum(), projection.project(space, rows).square().sum()
+    return torch.stack([whole - left, whole])
 
 
 def _measured(method: Method, kept: list[FeatureBatch], classes: tuple[int, ...], task: Task) -> Drift:

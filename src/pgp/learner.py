@@ -39,15 +39,14 @@ class Learner:
         self.method = config.method.build(backbone, self.data.class_names, generator(config.seed, "init"))
         self.model = fabric.setup_module(self.method)
         self.model.mark_forward_method("loss")
-        self.projection = config.projection.build()
-        self.projection.seed = config.seed
+        self.projection = config.projection.build(self.method.protected(), config.seed)
         if config.save_every_steps and self.projection.collect and self.projection.collect.when == "before":
             raise ValueError("save_every_steps needs a projection that collects after a task, not before it")
         self.readouts = [readout.build(self.method.head, self.data.classes, config.seed) for readout in config.readouts]
         on_cpu = fabric.device.type == "cpu"
         self.part = config.hardware.part or (4 if on_cpu else None)
         self.evaluation = Evaluation(fabric, config, self.data, self.scenario)
-        self.meter = DriftMeter(self.evaluation, self.part) if config.drift_images else None
+        self.meter = DriftMeter(self.evaluation, self.projection, self.part) if config.drift_images else None
         self.stream = Stream(len(self.scenario)) if config.setting == "oil" else None
         self.matrices: dict[str, Tensor] = {}
         self.task, self.step = 0, 0

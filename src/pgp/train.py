@@ -168,9 +168,9 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     config, method, projection = learner.config, learner.method, learner.projection
     if learner.step == 0:
         if learner.meter:
-            learner.meter.start_task(method.protected())
+            learner.meter.start_task()
         look_ahead(learner, task)
-        with projection.confined(method.protected()), learner.fabric.autocast():
+        with projection.confined(), learner.fabric.autocast():
             method.begin_task(task)
     plan = training_plan(config, task, learner.fabric.world_size)
     ahead = foretold(learner, task, plan[learner.step :]) if learner.stream else itertools.repeat(None)
@@ -184,8 +184,8 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     plain = settings.build(method, config.batch_size)
     if learner.restored:
         plain.load_state_dict(learner.restored)
-    handles = [learner.meter.attach(plain, method.protected(), projection)] if learner.meter else []
-    handles.append(projection.attach(plain, method.protected()))
+    handles = [learner.meter.attach(plain)] if learner.meter else []
+    handles.append(projection.attach(plain))
     optimizer: Any = learner.fabric.setup_optimizers(plain)
     learner.optimizer, learner.restored = optimizer, None
 
@@ -277,16 +277,16 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
         method.end_task(task)
     started = time.perf_counter()
     meter = learner.meter
-    stats = meter.projection_stats(learner.projection, method.protected()) if meter else {}
+    stats = meter.projection_stats() if meter else {}
     look_back(learner, task)
-    ranks = learner.projection.end_task(method.protected())
+    ranks = learner.projection.end_task()
     kept = {readout.name: fitted(readout) for readout in readouts if readout.fitted}
     observed = time.perf_counter()
     row = learner.evaluation.row(method, readouts, task.index, learner.progress, meter.watch if meter else None)
     metrics.put(learner.matrices, row.accuracy, task.index, len(learner.scenario))
     metrics.put(learner.within, row.within, task.index, len(learner.scenario))
     evaluated = time.perf_counter()
-    moved = {"drift": meter.end_task(method, learner.projection, task, learner.progress) | stats} if meter else {}
+    moved = {"drift": meter.end_task(method, task, learner.progress) | stats} if meter else {}
     learner.task = task.index + 1
     seconds |= {"boundary": observed - started, "evaluation": evaluated - observed}
     seconds |= {"drift": time.perf_counter() - evaluated} if moved else {}

@@ -22,7 +22,7 @@ class Collect(NamedTuple):
     view: Literal["train", "test"] = "test"
     """Augmented training views, or test views."""
     repeat: bool = False
-    """Pass over the images again, in new views, until `sated`."""
+    """Pass over the images again, in new views, until the projection `has_enough`."""
 
 
 class Handle:
@@ -41,7 +41,7 @@ class Projection(abc.ABC):
     """Keeps the steps of an optimizer out of directions that old tasks need.
 
     Use: `attach` to each task's optimizer, `observe` the task's rows, `end_task`. It never touches a model, only the
-    parameters that a method names.
+    parameters that it was built with.
     """
 
     @dataclass(frozen=True)
@@ -49,23 +49,31 @@ class Projection(abc.ABC):
         """How to make one; `build` is the factory."""
 
         @abc.abstractmethod
-        def build(self) -> Projection:
-            """A projection that has seen no task yet."""
+        def build(self, protected: Mapping[str, Protected], seed: int = 0) -> Projection:
+            """Return a projection that has seen no task yet.
+
+            Args:
+                protected: By the name of a space, the parameter to protect, as `Method.protected` returns it.
+                seed: The run's seed. All that is drawn at random depends on it.
+            """
 
     collect: Collect | None = Collect()
-    """None: it observes nothing."""
-    seed: int = 0
-    """The run's, for what is drawn at random."""
+    """If None, it observes nothing."""
     on: Literal["gradient", "update"] = "gradient"
     """What is projected: the gradient before the step, or the change that the step made."""
 
-    def __init__(self) -> None:
+    def __init__(self, protected: Mapping[str, Protected], seed: int = 0) -> None:
+        self.protected = dict(protected)
+        """By space, the parameter whose steps are projected."""
+        self.seed = seed
         self.bases: dict[str, Tensor] = {}
         """Orthonormal columns `(..., D, r)` by space."""
 
-    @property
-    def sated(self) -> bool:
-        """Whether it has seen all it wants of this task."""
+    def has_enough(self) -> bool:
+        """Return whether the images observed so far are enough; asked after each batch, only if `collect.repeat`.
+
+        Collective: every process must call it.
+        """
         return False
 
     @abc.abstractmethod
@@ -73,11 +81,14 @@ class Projection(abc.ABC):
         """Take in what met the protected parameter of `space` for a batch of images."""
 
     @abc.abstractmethod
-    def end_task(self, protected: Mapping[str, Protected]) -> dict[str, float]:
-        """Grow the protected subspaces by what was observed of this task; the rank of each space."""
+    def end_task(self) -> dict[str, float]:
+        """Grow the protected subspaces by what was observed of this task, and return the rank of each space.
+
+        Collective: every process must call it.
+        """
 
     def project(self, space: str, tensor: Tensor) -> Tensor:
-        """What is left of `tensor (..., D)` outside the protected subspace of `space`; float64 inside."""
+        """Return what is left of `tensor (..., D)` outside the protected subspace of `space`; float64 inside."""
         if space not in self.bases:
             return tensor
         rows = to_float64(tensor)
@@ -88,30 +99,22 @@ class Projection(abc.ABC):
         return remove(rows, basis).to(tensor)
 
     def basis(self, space: str) -> Tensor:
-        """Orthonormal columns `(..., D, r)` of what steps in `space` keep out of."""
+        """Return orthonormal columns `(..., D, r)` that span what steps in `space` keep out of."""
         return self.bases[space]
 
-    def energies(self, space: str, tensor: Tensor) -> Tensor:
-        """Energy of `tensor (..., D)`: what lies in the protected subspace of `space`, what `project` takes out, and
-        all of it, `(3,)`.
-        """
-        rows = to_float64(tensor)
-        whole, left = rows.square().sum(), self.project(space, rows).square().sum()
-        return torch.stack([whole - left, whole - left, whole])
-
     def rank(self, space: str) -> float:
-        """Number of protected directions (their mean over heads); 0 leaves a space free."""
+        """Return the number of protected directions (their mean over heads); 0 leaves a space free."""
         return rank_of(self.bases[space]) if space in self.bases else 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All it has learned: the basis of each space."""
+        """Return all it has learned: the basis of each space."""
         return dict(self.bases)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state_dict`."""
         self.bases = dict(state)
 
-    def attach(self, optimizer: torch.optim.Optimizer, protected: Mapping[str, Protected]) -> Handle:
+    def attach(self, optimizer: torch.optim.Optimizer) -> Handle:
         """Project every step of `optimizer` from now on, by torch's own step hooks, until the handle is removed.
 
         A space of rank 0 is left alone entirely, so a projection that holds nothing changes no bit.
@@ -121,45 +124,44 @@ class Projection(abc.ABC):
         @torch.no_grad()
         def begin_step(*_: Any) -> None:
             if self.on == "update":
-                before.update(self._values(protected))
+                before.update(self._values())
                 return
-            for space, (parameter, axis, _role) in self._held(protected).items():
+            for space, (parameter, axis, _role) in self._held().items():
                 if parameter.grad is not None:
                     parameter.grad.copy_(self._along(axis, space, parameter.grad))
 
         return Handle(
             optimizer.register_step_pre_hook(begin_step),
-            optimizer.register_step_post_hook(lambda *_: self._confine(protected, before)),
+            optimizer.register_step_post_hook(lambda *_: self._confine(before)),
         )
 
     @contextmanager
-    def confined(self, protected: Mapping[str, Protected]) -> Iterator[None]:
-        """Project what is done to the parameters in between, where updates are projected: a jump is a step, too."""
-        before = self._values(protected) if self.on == "update" else {}
+    def confined(self) -> Iterator[None]:
+        """Project what is done to the parameters inside the `with` block, if updates are projected."""
+        before = self._values() if self.on == "update" else {}
         yield
-        if self.on == "update":
-            self._confine(protected, before)
+        self._confine(before)
 
-    def _held(self, protected: Mapping[str, Protected]) -> dict[str, Protected]:
-        return {space: target for space, target in protected.items() if self._rank_in(space)}
+    def _held(self) -> dict[str, Protected]:
+        return {space: target for space, target in self.protected.items() if self._rank_in(space)}
 
     def _rank_in(self, space: str) -> int:
         return self.bases[space].shape[-1] if space in self.bases else 0
 
-    def _values(self, protected: Mapping[str, Protected]) -> dict[nn.Parameter, Tensor]:
-        held = {target.parameter for target in self._held(protected).values()}
+    def _values(self) -> dict[nn.Parameter, Tensor]:
+        held = {target.parameter for target in self._held().values()}
         return {parameter: to_float64(parameter.detach().clone()) for parameter in held}
 
     @torch.no_grad()
-    def _confine(self, protected: Mapping[str, Protected], before: Mapping[nn.Parameter, Tensor]) -> None:
-        for space, target in self._held(protected if self.on == "update" else {}).items():
+    def _confine(self, before: Mapping[nn.Parameter, Tensor]) -> None:
+        for space, target in (self._held() if self.on == "update" else {}).items():
             target.parameter.copy_(self._moved(space, target, before[target.parameter]))
 
     def _moved(self, space: str, target: Protected, before: Tensor) -> Tensor:
-        """Where a parameter may go of where the step took it from `before`, float64."""
+        """Return where a parameter may go of where the step took it from `before`, float64."""
         change = to_float64(target.parameter) - before
         return before + self._along(target.axis, space, change)
 
     def _along(self, axis: int, space: str, tensor: Tensor) -> Tensor:
-        """`project` for a parameter whose rows meet `axis`."""
+        """Apply `project` to a parameter whose rows meet `axis`."""
         return self.project(space, tensor.transpose(axis, -1)).transpose(axis, -1)

@@ -16,15 +16,15 @@ class NoProjection(Projection):
     class Config(Projection.Config):
         """It has no settings."""
 
-        def build(self) -> NoProjection:
-            """A projection that does nothing."""
-            return NoProjection()
+        def build(self, protected: Mapping[str, Protected], seed: int = 0) -> NoProjection:
+            """Return a projection that does nothing."""
+            return NoProjection(protected, seed)
 
     collect = None
 
     def observe(self, space: str, rows: Rows) -> None:
-        """Look away."""
+        """Ignore the inputs."""
 
-    def end_task(self, protected: Mapping[str, Protected]) -> dict[str, float]:
-        """No space, no rank."""
+    def end_task(self) -> dict[str, float]:
+        """Return no ranks."""
         return {}

@@ -50,18 +50,20 @@ class Orthogonal(Projection):
             if self.hold_norms and self.on == "gradient":
                 raise ValueError("expected projection.on=update beside hold_norms: a gradient knows no norms")
 
-        def build(self) -> Orthogonal:
-            """A projection that has seen no task yet."""
-            return Orthogonal(self)
+        def build(self, protected: Mapping[str, Protected], seed: int = 0) -> Orthogonal:
+            """Return a projection that has seen no task yet."""
+            return Orthogonal(protected, self, seed)
 
         def energy_of(self, role: str) -> float:
-            """Share of the second moment that the basis of a space with this role must hold."""
+            """Return the share of the second moment that the basis of a space with this role must hold."""
             if role == "value" and self.aggregation_energy is not None:
                 return self.aggregation_energy
             return self.key_energy if role == "key" else self.energy
 
-    def __init__(self, config: Orthogonal.Config | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self, protected: Mapping[str, Protected], config: Orthogonal.Config | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(protected, seed)
         self.config = config or Orthogonal.Config()
         self.on = self.config.on
         self._inputs: dict[str, Moment] = {}
@@ -76,16 +78,19 @@ class Orthogonal(Projection):
         if rows.prompts is not None and self.config.space != "input":
             self._prompts.setdefault(space, Moment()).observe(images_together(rows.prompts))
 
-    def end_task(self, protected: Mapping[str, Protected]) -> dict[str, float]:
-        """Extend each basis by this task's moments and forget the moments."""
-        for space, target in protected.items():
+    def end_task(self) -> dict[str, float]:
+        """Extend each basis by this task's moments, forget the moments, and return the ranks.
+
+        Collective: every process must call it.
+        """
+        for space, target in self.protected.items():
             if space not in self._inputs:
                 raise ValueError(f"expected rows of space {space!r} in this task, got none: call observe() first")
             for second in self._seconds(space):
                 basis = self.bases.get(space, second.new_zeros(*second.shape[:-1], 0))
                 self.bases[space] = extend(basis, second, self.config.energy_of(target.role))
         self._inputs, self._prompts = {}, {}
-        return {space: self.rank(space) for space in protected}
+        return {space: self.rank(space) for space in self.protected}
 
     def _moved(self, space: str, target: Protected, before: Tensor) -> Tensor:
         """See `Projection._moved`; for keys, their part outside the subspace is scaled so that norms stay."""
@@ -98,7 +103,10 @@ class Orthogonal(Projection):
         return held
 
     def _seconds(self, space: str) -> list[Tensor]:
-        """The second moments that the basis of `space` has to hold, one after the other."""
+        """Return the second moments that the basis of `space` has to hold, one after the other.
+
+        Collective: every process must call it.
+        """
         inputs, prompts = self._inputs[space], self._prompts.get(space)
         inputs.all_reduce()
         if space in self._through:

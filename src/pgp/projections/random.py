@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from pgp.projections.orthogonal import Orthogonal
 from pgp.scenario import generator
+from pgp.subspace import Protected
 
 
 class Random(Orthogonal):
@@ -21,16 +23,18 @@ class Random(Orthogonal):
     class Config(Orthogonal.Config):
         """The settings of `Orthogonal`, which decide the ranks."""
 
-        def build(self) -> Random:
-            """A projection that has seen no task yet."""
-            return Random(self)
+        def build(self, protected: Mapping[str, Protected], seed: int = 0) -> Random:
+            """Return a projection that has seen no task yet."""
+            return Random(protected, self, seed)
 
-    def __init__(self, config: Random.Config) -> None:
-        super().__init__(config)
+    def __init__(
+        self, protected: Mapping[str, Protected], config: Orthogonal.Config | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(protected, config, seed)
         self._drawn: dict[str, Tensor] = {}  # by space, (..., D, D)
 
     def basis(self, space: str) -> Tensor:
-        """Random orthonormal columns, as many in each head as the subspace of old inputs has."""
+        """Return random orthonormal columns, as many in each head as the subspace of old inputs has."""
         true = self.bases[space]
         if space not in self._drawn:
             shape = (*true.shape[:-1], true.shape[-2])

@@ -52,23 +52,30 @@ class Released(Projection):
                 if getattr(self, name) < 1:
                     raise ValueError(f"expected projection.{name} of at least 1, got {getattr(self, name)}")
 
-        def build(self) -> Released:
-            """A projection that has seen no task yet."""
-            return Released(self)
+        def build(self, protected: Mapping[str, Protected], seed: int = 0) -> Released:
+            """Return a projection that has seen no task yet."""
+            return Released(protected, self, seed)
 
     on = "gradient"
 
-    def __init__(self, config: Released.Config | None = None) -> None:
-        super().__init__()
+    def __init__(
+        self, protected: Mapping[str, Protected], config: Released.Config | None = None, seed: int = 0
+    ) -> None:
+        super().__init__(protected, seed)
+        if values := [space for space, target in protected.items() if target.role == "value"]:
+            raise ValueError(f"the published code never protects values, got {values}: choose"
+                             " another --method.protect")  # fmt: skip
         self.config = config or Released.Config()
         self.collect = Collect(when=self.config.when, view="train", repeat=True)
         self._images: dict[str, list[Tensor]] = {}
         self._widths: dict[str, int] = {}
         self._prompts: dict[str, Tensor] = {}
 
-    @property
-    def sated(self) -> bool:
-        """Whether all processes together have seen as many images as the model is wide."""
+    def has_enough(self) -> bool:
+        """Return whether all processes together have seen as many images as the model is wide.
+
+        Collective: every process must call it.
+        """
         seen, widths = zip(*told(({s: sum(map(len, p)) for s, p in self._images.items()}, self._widths)), strict=True)
         return any(widths) and all(sum(n.get(s, 0) for n in seen) >= w for each in widths for s, w in each.items())
 
@@ -78,18 +85,18 @@ class Released(Projection):
         self._widths[space] = inputs.shape[-1]
         self._images.setdefault(space, []).append(inputs.detach().float().flatten(1).cpu())
 
-    def attach(self, optimizer: torch.optim.Optimizer, protected: Mapping[str, Protected]) -> Handle:
-        """See `Projection.attach`; also takes down the prompts as they are before this task."""
-        if values := [space for space, target in protected.items() if target.role == "value"]:
-            raise ValueError(f"the published code never protects values, got {values}: choose"
-                             " another --method.protect")  # fmt: skip
+    def attach(self, optimizer: torch.optim.Optimizer) -> Handle:
+        """See `Projection.attach`; also take a snapshot of the prompts, if images are collected before the task."""
         if self.config.when == "before":
-            self._prompts = {space: target.parameter.detach().clone() for space, target in protected.items()}
-        return super().attach(optimizer, protected)
+            self._prompts = {space: target.parameter.detach().clone() for space, target in self.protected.items()}
+        return super().attach(optimizer)
 
-    def end_task(self, protected: Mapping[str, Protected]) -> dict[str, float]:
-        """Add scores of images to scores of prompts, row by unrelated row, and grow the basis from that."""
-        for space, target in protected.items():
+    def end_task(self) -> dict[str, float]:
+        """Add scores of images to scores of prompts, row by unrelated row, and grow the basis from that.
+
+        Collective: every process must call it.
+        """
+        for space, target in self.protected.items():
             key = target.role == "key"
             components = self.config.key_components if key else self.config.components
             images = self._sample(space)
@@ -101,7 +108,7 @@ class Released(Projection):
             basis = self.bases.get(space)
             self.bases[space] = grow(None if basis is None else basis.cpu(), rows, energy)
         self._images, self._prompts = {}, {}
-        return {space: self.rank(space) for space in protected}
+        return {space: self.rank(space) for space in self.protected}
 
     def project(self, space: str, tensor: Tensor) -> Tensor:
         """See `Projection.project`; the published basis of a prefix spans its heads side by side."""
@@ -112,17 +119,22 @@ class Released(Projection):
         return projected
 
     def _sample(self, space: str) -> Tensor:
-        """As many images as the model is wide, `(D, N * D)`: the number on which the published code rests."""
+        """Return as many images as the model is wide, `(D, N * D)`: the number on which the published code rests.
+
+        Collective: every process must call it.
+        """
         width = self._widths.get(space, 0)
         images = gathered(torch.cat(self._images[space])) if width else torch.empty(0)
         if not width or len(images) < width:
             raise ValueError(f"expected {width or 'the'} images of this task in space {space!r}, got {len(images)}:"
-                             " call observe() until it is sated")  # fmt: skip
+                             " call observe() until has_enough()")  # fmt: skip
         return images[:width]
 
 
 def scores(samples: Tensor, components: int) -> Tensor:
-    """Principal-component scores `(n, components)` of `samples (n, F)`, the largest entry of each component positive.
+    """Return principal-component scores `(n, components)` of `samples (n, F)`.
+
+    The largest entry of each component is positive.
 
     Raises:
         ValueError: if there are fewer samples or features than components.
@@ -140,7 +152,7 @@ def scores(samples: Tensor, components: int) -> Tensor:
 
 
 def grow(basis: Tensor | None, rows: Tensor, energy: float) -> Tensor:
-    """The published basis update, from `rows (D, c)`: energy on S^2, where S are the singular values of `rows rows^T`.
+    """Apply the published basis update to `rows (D, c)`: energy on S^2, with S the singular values of `rows rows^T`.
 
     The first call keeps one direction fewer than `energy` asks for; later calls add until it is reached.
     """
@@ -157,10 +169,10 @@ def grow(basis: Tensor | None, rows: Tensor, energy: float) -> Tensor:
 
 
 def _has_heads(tensor: Tensor) -> bool:
-    """Whether these are prefixes `(M, H, L, d)` or what meets them `(B, H, N, d)`: all else has three axes or two."""
+    """Return whether these are prefixes `(M, H, L, d)` or what meets them `(B, H, N, d)`: all else has fewer axes."""
     return tensor.dim() == 4
 
 
 def _joined(tensor: Tensor) -> Tensor:
-    """Heads side by side: `(..., H, n, d)` -> `(..., n, H * d)`."""
+    """Put heads side by side: `(..., H, n, d)` -> `(..., n, H * d)`."""
     return tensor.transpose(-3, -2).flatten(-2)
