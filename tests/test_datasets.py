@@ -231,7 +231,7 @@ def test_folders_that_do_not_fit(tmp_path):
         Folder(tmp_path / "whole").build()
     for part in ("train", "test"):
         (tmp_path / part / "empty").mkdir(parents=True)
-    with pytest.raises(ValueError, match="no images in"):
+    with pytest.raises(ValueError, match=r"expected folders of classes with images in \['test'\] of"):
         Folder(tmp_path).build()
 
 
@@ -321,14 +321,17 @@ def test_hidden_files_and_thumbnails_are_no_images(photos):
     assert not any(path.name.startswith(".") for path in images_in([photos]))
 
 
-@pytest.mark.parametrize("name", ["val", "validation"])
-def test_other_names_of_the_test_part(photos, name):
+@pytest.mark.parametrize("name", ["val", "validation", "VALID", "Test", "testing", "Eval"])
+@pytest.mark.parametrize("train", ["train", "Training"])
+def test_other_names_of_the_parts(photos, name, train):
     data = Folder(photos).build()
-    (photos / "test").rename(photos / name)
-    assert Folder(photos).build().test.names() == data.test.names()
-    (photos / "train").rename(photos / "training")
-    with pytest.raises(ValueError, match=r"no data folder at .*train, beside .*'training'"):
-        Folder(photos).build()
+    (photos / "test").rename(photos / "away")  # or a system that ignores case would find it there
+    (photos / "away").rename(photos / name)
+    (photos / "train").rename(photos / "away")
+    (photos / "away").rename(photos / train)
+    other = Folder(photos).build()
+    assert (other.train.names(), other.test.names()) == (data.train.names(), data.test.names())
+    assert (other.notes, other.ignored) == ((), ())
 
 
 def test_names_of_ones_own_are_checked(photos):

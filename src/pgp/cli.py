@@ -39,6 +39,7 @@ from pgp.config import Config, Hardware
 from pgp.curriculum import located, scenario_of
 from pgp.datasets import BadImageError
 from pgp.datasets.check import checked
+from pgp.datasets.ignored import Ignored
 from pgp.datasets.own import own_data
 from pgp.evaluate import tracked
 from pgp.guard import guarded
@@ -210,7 +211,10 @@ def predict_command(words: list[str]) -> None:
         raise ValueError("expected image files or folders, got none: pgp predict RUN photo.jpg folder/")
     if command.top < 1 or command.batch_size < 1:
         raise ValueError(f"expected --top and --batch-size of at least 1, got {command.top} and {command.batch_size}")
-    paths, bad = images_in(command.images), 0
+    told: list[Ignored] = []
+    paths, bad = images_in(command.images, told), 0
+    for line in (line for ignored in told for line in ignored.lines()):
+        print(f"pgp: {line}", file=sys.stderr)
     predictor = Predictor(Run.open(command.run), command.readout)
     ascii_only = not (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
     with display.progress(hidden=display.is_terminal(sys.stdout)) as bars:  # where answers appear, they are the bar

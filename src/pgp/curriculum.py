@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pgp.config import Config
-from pgp.datasets import Address, Dataset, DatasetConfig, Joined, Split, in_order
+from pgp.datasets import Address, BadImageError, Dataset, DatasetConfig, Joined, Split, in_order, stopped_by
+from pgp.datasets.text import lines_of, normalized, read_text
 from pgp.scenario import Groups, Scenario, Task, class_order, generator, split_by_class, split_by_domain, split_by_name
 
 ORDER, TASKS = "class_order.txt", "tasks.json"
@@ -63,10 +66,12 @@ def _with(data: Dataset, scenario: Scenario, more: DatasetConfig, config: Config
         tuple(train.unique().tolist()),
         torch.arange(len(train)) + len(data.train),
         torch.arange(len(test)) + len(data.test),
-        more.places[0].stem if more.places else "",
+        normalized(more.places[0].stem) if more.places else "",
     )
     both = Joined(data.train, new.train, train), Joined(data.test, new.test, test)
-    return data._replace(train=both[0], test=both[1], class_names=names), Scenario((*scenario.tasks, task))
+    notes, ignored = (*data.notes, *new.notes), (*data.ignored, *new.ignored)
+    data = data._replace(train=both[0], test=both[1], class_names=names, notes=notes, ignored=ignored)
+    return data, Scenario((*scenario.tasks, task))
 
 
 def scenario_of(config: Config, data: Dataset) -> Scenario:
@@ -85,6 +90,49 @@ def scenario_of(config: Config, data: Dataset) -> Scenario:
                              f" {len(task.test)} in {scenario.title(task)} with classes {task.classes}")  # fmt: skip
     _check_classes(data)
     return scenario
+
+
+def check_images(data: Dataset, scenario: Scenario, *, skip_bad: bool, learned: int = 0) -> None:
+    """Raise unless each class that is to be learned has a training image that can be read, and each task a test image.
+
+    It looks at the images of a class, and at the test images of a task, until it finds a good one, so it costs little.
+
+    Args:
+        data: All data of the run.
+        scenario: Its tasks.
+        skip_bad: Whether training goes on without images that cannot be read; else the first one is an error.
+        learned: Number of tasks that are learned already.
+
+    Raises:
+        BadImageError: Naming the first image that cannot be read, unless `skip_bad`.
+        ValueError: Naming the classes or the task without any image that can be read.
+    """
+    if learned == len(scenario):
+        return
+    for task in scenario.tasks[learned:]:
+        labels = data.train.labels[task.train]
+        if bad := [label for label in task.classes if not _any_good(data.train, task.train[labels == label], skip_bad)]:
+            names = [data.class_names[label] for label in bad]
+            raise ValueError(f"expected training images of every class that can be read, got none of {names[:5]},"
+                             f" {len(names)} in all, in {scenario.title(task)}: pgp data check lists them")  # fmt: skip
+    for task in scenario.tasks:
+        if not _any_good(data.test, task.test, skip_bad):
+            raise ValueError(f"expected test images in every task that can be read, got none of {len(task.test)} in"
+                             f" {scenario.title(task)}: pgp data check lists them")  # fmt: skip
+
+
+def _any_good(split: Split, places: Tensor, skip_bad: bool) -> bool:
+    return any(_is_good(split, place, skip_bad) for place in places.tolist())
+
+
+def _is_good(split: Split, place: int, skip_bad: bool) -> bool:
+    try:
+        split.image(place)
+    except BadImageError as error:
+        if not skip_bad:
+            raise stopped_by(error) from error
+        return False
+    return True
 
 
 def idle(scenario: Scenario) -> str | None:
@@ -151,7 +199,7 @@ def _digest(*splits: Split) -> str:
         if split.domains is not None:
             digest.update(split.domains.numpy().tobytes())
         for name in split.names():
-            digest.update(name.encode(errors="surrogateescape") + b"\0")
+            digest.update(normalized(name).encode() + b"\0")
     return digest.hexdigest()
 
 
@@ -202,7 +250,7 @@ def _named_tasks(config: Config, data: Dataset, names: Sequence[str]) -> tuple[G
 
 def _beside(data: Dataset, name: str) -> Path | None:
     file = data.folder / name if data.folder else None
-    return file if file and file.is_file() else None
+    return file if file and os.path.lexists(file) else None
 
 
 def _check_count(config: Config, count: int, source: str) -> None:
@@ -211,24 +259,18 @@ def _check_count(config: Config, count: int, source: str) -> None:
                          " say --tasks None; a run that goes on needs the file that it began with")  # fmt: skip
 
 
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read {file} as a text in UTF-8: {error}") from error
-
-
 def _read_order(file: Path, names: Sequence[str]) -> list[int]:
     """Labels in the order in which the lines of `file` name their classes."""
-    words = [line.strip() for line in _read(file).splitlines() if line.strip()]
+    lines = [normalized(line) for line in lines_of(read_text(file)) if line.strip()]
+    words = [line if line in names else line.strip() for line in lines]
     return _all_once(words, names, str(file), "class")
 
 
 def _read_tasks(file: Path) -> list[tuple[str, list[str]]]:
     """Name and members of each task in `file`."""
     try:
-        pairs = json.loads(_read(file), object_pairs_hook=list)
-    except json.JSONDecodeError as error:
+        pairs = json.loads(read_text(file), object_pairs_hook=list)
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"expected JSON in {file}: {error}") from error
     form = 'an object of task names with a list of names each, such as {"birds": ["crow", "owl"], "fish": ["eel"]}'
     if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
@@ -236,6 +278,7 @@ def _read_tasks(file: Path) -> list[tuple[str, list[str]]]:
     for name, members in pairs:
         if not (isinstance(members, list) and members and all(isinstance(member, str) for member in members)):
             raise ValueError(f"expected {form}, got {name!r} with {members!r:.80} in {file}")
+    pairs = [(normalized(name), [normalized(member) for member in members]) for name, members in pairs]
     tasks = [name for name, _ in pairs]
     if twice := sorted({name for name in tasks if tasks.count(name) > 1}):
         raise ValueError(f"expected every task once in {file}, got {twice} again")

@@ -141,7 +141,7 @@ class Learner:
     @property
     def concerns(self) -> list[str]:
         """In words, what of the data a user should know before an hour is spent on them."""
-        return [concern for concern in (self._shortfall, idle(self.scenario)) if concern]
+        return [*self.data.told(), *(concern for concern in (self._shortfall, idle(self.scenario)) if concern)]
 
     @property
     def _shortfall(self) -> str | None:

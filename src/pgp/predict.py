@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pgp.backbones import Backbone
 from pgp.datasets import BadImageError
-from pgp.datasets.files import images_below, read_image
+from pgp.datasets.files import read_image
+from pgp.datasets.ignored import Ignored
+from pgp.datasets.scan import images_below
 from pgp.methods import only
 from pgp.run import Run, RunError
 from pgp.scenario import generator
@@ -114,8 +116,12 @@ def _readable(path: Path) -> Tensor | BadImageError:
         return error
 
 
-def images_in(places: Iterable[Path]) -> list[Path]:
+def images_in(places: Iterable[Path], told: list[Ignored] | None = None) -> list[Path]:
     """The files among `places`, and all images in the folders among them at any depth, alphabetically; each path once.
+
+    Args:
+        places: Files and folders.
+        told: Takes what is ignored in the folders. If None, nobody is told.
 
     Raises:
         ValueError: if a place does not exist.
@@ -123,7 +129,10 @@ def images_in(places: Iterable[Path]) -> list[Path]:
     found: dict[Path, None] = {}
     for place in places:
         if place.is_dir():
-            found |= dict.fromkeys(images_below(place))
+            ignored = Ignored(place)
+            found |= dict.fromkeys(images_below(place, ignored))
+            if told is not None and ignored:
+                told.append(ignored)
         elif place.exists():
             found[place] = None
         else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from pgp import metrics, processes
 from pgp.boundary import fitted, look_ahead, look_back
 from pgp.config import Config, Hardware
-from pgp.curriculum import training_plan
+from pgp.curriculum import check_images, training_plan
 from pgp.datasets import Address, Batch, DatasetConfig, batches
 from pgp.environment import environment
 from pgp.evaluate import tell, tracked
@@ -123,6 +123,8 @@ def _learn(
     fabric.launch()
     progress = progress if progress and fabric.is_global_zero else _quiet()
     learner = Learner(fabric, config, progress)
+    learned = 0 if state is None else state["task"]
+    check_images(learner.data, learner.scenario, skip_bad=config.on_bad_image == "skip", learned=learned)
     if state is None:
         run = _new_run(learner, output)
     else:
@@ -158,6 +160,8 @@ def _new_run(learner: Learner, output: Path | None) -> Run:
 
 
 def _tell_concerns(learner: Learner, run: Run) -> None:
+    if learner.data.ignored:
+        run.log("data", ignored=[ignored.to_json() for ignored in learner.data.ignored])
     for concern in learner.concerns:
         run.log("data", warning=concern)
         tell(learner.progress, f"pgp: warning: {concern}")

@@ -17,14 +17,25 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2.functional import center_crop
 
 from pgp import platforms
 from pgp.datasets.archives import Archive
+from pgp.datasets.ignored import Ignored
 from pgp.scenario import seed_of
+
+LONGEST = 100
+"""How many times longer than broad an image may be before its ends are cut off in the test view."""
 
 
 class BadImageError(ValueError):
     """An image file that cannot be read; the message names it."""
+
+
+def stopped_by(error: BadImageError) -> BadImageError:
+    """Return the same error with what to do about it, for a run that it stops."""
+    return BadImageError(f"{error}. --on-bad-image skip goes on without such images (beside --resume, too); pgp data"
+                         " check lists them all")  # fmt: skip
 
 
 class Split(abc.ABC):
@@ -99,11 +110,19 @@ class Dataset(NamedTuple):
     """Names of the domains, by number."""
     folder: Path | None = None
     """Where `class_order.txt` or `tasks.json` may lie."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the data were read, in words."""
+    ignored: tuple[Ignored, ...] = ()
+    """What lies beside the images and is not used, for each folder where there is any."""
 
     @property
     def classes(self) -> int:
         """Number of classes; labels run from 0."""
         return len(self.class_names)
+
+    def told(self) -> tuple[str, ...]:
+        """Return the notes, and a line for each kind of files that are ignored."""
+        return (*self.notes, *(line for ignored in self.ignored for line in ignored.lines()))
 
 
 class Counts(NamedTuple):
@@ -196,10 +215,22 @@ class Views:
     def test(self) -> v2.Transform:
         """The image's centre, `(3, S, S)` float."""
         resize = v2.Resize(self.resize or int(self.size * 256 / 224), InterpolationMode.BICUBIC, antialias=True)
-        return v2.Compose([resize, v2.CenterCrop(self.size), *self._to_float()])
+        return v2.Compose([v2.Lambda(_without_ends), resize, v2.CenterCrop(self.size), *self._to_float()])
 
     def _to_float(self) -> list[v2.Transform]:
         return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(self.mean, self.std)]
+
+
+def _without_ends(image: Tensor) -> Tensor:
+    """Cut the ends off an image `(3, H, W)` of more than `LONGEST` times its breadth.
+
+    Its centre alone is wanted, and resizing the whole of it would take gigabytes.
+    """
+    length = LONGEST * min(image.shape[1:])
+    if max(image.shape[1:]) <= length:
+        return image
+    centre: Tensor = center_crop(image, [min(side, length) for side in image.shape[1:]])
+    return centre
 
 
 class Batch(NamedTuple):
@@ -238,8 +269,7 @@ class Viewed(torch.utils.data.Dataset[tuple[Tensor, int, int] | None]):
             image = self.split.image(address.image)
         except BadImageError as error:
             if not self.skip_bad:
-                raise BadImageError(f"{error}. --on-bad-image skip goes on without such images (beside --resume, too);"
-                                    " pgp data check lists them all") from error  # fmt: skip
+                raise stopped_by(error) from error
             warnings.warn(f"skipped: {error}", stacklevel=2)
             return None
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
@@ -299,6 +329,9 @@ def _collate(samples: list[tuple[Tensor, int, int] | None]) -> Batch:
 def existing(folder: Path) -> Path:
     """`folder`, made absolute; a clear error if it is not there."""
     folder = folder.expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"expected a folder of images, got {folder.absolute()}, which is none: name another, by"
+                         " --data, --dataset.root or --add")  # fmt: skip
     if not folder.is_dir():
         raise ValueError(f"no data folder at {folder.absolute()}: name another, by --data, --dataset.root or --add")
     return folder.absolute()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +24,10 @@ class Census(NamedTuple):
     """Classes that lack training or test images."""
     bad: tuple[str, ...]
     """What is wrong with each image that cannot be read."""
+    unreadable: tuple[str, ...] = ()
+    """Classes none of whose training images can be read."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the data were read, and what was ignored; it makes them no less whole."""
 
     @property
     def whole(self) -> bool:
@@ -40,7 +43,8 @@ class Census(NamedTuple):
             train, test, classes = self.expected
             lines.append(f"expected {train:,} training and {test:,} test images of {classes:,} classes")
         lines += [f"no training or no test image of {name}" for name in self.without]
-        return lines + list(self.bad)
+        lines += [f"no training image of {name} can be read" for name in self.unreadable]
+        return [*lines, *self.notes, *self.bad]
 
 
 def checked(config: DatasetConfig, progress: Progress | None = None, data: Dataset | None = None) -> Census:
@@ -55,35 +59,45 @@ def checked(config: DatasetConfig, progress: Progress | None = None, data: Datas
         ValueError: if the set is not there, or its index names files that are not.
     """
     data = data or config.read()
-    bad = []
+    bad: list[str] = []
+    good: set[int] = set()
     bar = progress.add_task("checking images", total=len(data.train) + len(data.test)) if progress else None
     pool = ThreadPoolExecutor(min(8, platforms.cores()))
     try:
-        for problem in pool.map(lambda look: look(), _looks(data)):
-            bad += [problem] if problem else []
+        for (split, index), problem in pool.map(_problem, _images(data)):
+            if problem:
+                bad.append(problem)
+            elif split is data.train:
+                good.add(int(split.labels[index]))
             if progress and bar is not None:
                 progress.advance(bar)
     finally:
         pool.shutdown(cancel_futures=True)  # or an interrupt would wait for all the rest
     found = Counts(len(data.train), len(data.test), data.classes)
-    return Census(found, config.expected, _without(data), tuple(bad))
+    unreadable = tuple(data.class_names[label] for label in data.train.labels.unique().tolist() if label not in good)
+    return Census(found, config.expected, _without(data), tuple(bad), unreadable, data.told())
 
 
-def _looks(data: Dataset) -> Iterator[Callable[[], str | None]]:
+Place = tuple[Split, int]
+"""An image: its split, and its number there."""
+
+
+def _images(data: Dataset) -> Iterator[Place]:
     for split in (data.train, data.test):
-        yield from (partial(_problem, split, index) for index in range(len(split)))
+        yield from ((split, index) for index in range(len(split)))
 
 
-def _problem(split: Split, index: int) -> str | None:
-    """What is wrong with an image; None if nothing is."""
+def _problem(place: Place) -> tuple[Place, str | None]:
+    """An image, and what is wrong with it; None if nothing is."""
+    split, index = place
     try:
         if isinstance(split, FileSplit):
             read_image(split.paths[index])  # past the memory, which is for training
         else:
             split.image(index)
     except BadImageError as error:
-        return str(error)
-    return None
+        return place, str(error)
+    return place, None
 
 
 def _without(data: Dataset) -> tuple[str, ...]:

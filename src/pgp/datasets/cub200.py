@@ -10,6 +10,7 @@ from typing import ClassVar
 from pgp.datasets import Counts, Dataset
 from pgp.datasets.archives import Archive
 from pgp.datasets.published import Published, folders_in, images_in, labelled, present
+from pgp.datasets.text import lines_of, read_text
 
 SPECIES = re.compile(r"\d+\..+").fullmatch
 
@@ -56,6 +57,8 @@ def _indexed(folder: Path) -> Dataset:
         raise ValueError(f"expected the same images in images.txt, image_class_labels.txt and train_test_split.txt of"
                          f" {folder}, and their classes in classes.txt: unpack the archive again")  # fmt: skip
     present((folder / "images" / file for file in files.values()), folder / "images.txt")
+    if strange := [number for number in species if not number.isdecimal()]:
+        raise ValueError(f"expected lines of a number and a name in {folder / 'classes.txt'}, got {strange[0]!r}")
     order = sorted(species, key=int)
     pairs = {number: (folder / "images" / file, order.index(labels[number])) for number, file in files.items()}
     train, test = ([pairs[number] for number in files if parts[number] == part] for part in ("1", "0"))
@@ -66,7 +69,7 @@ def _index(path: Path) -> dict[str, str]:
     """Lines of a number and what it stands for."""
     if not path.is_file():
         raise ValueError(f"expected {path} beside the images, got none: unpack the archive again")
-    lines = (line.split(maxsplit=1) for line in path.read_text(encoding="utf-8").splitlines())
+    lines = (line.split(maxsplit=1) for line in lines_of(read_text(path)))
     return {line[0]: line[1].strip() for line in lines if len(line) == 2}
 
 

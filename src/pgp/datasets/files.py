@@ -1,31 +1,20 @@
-"""Image files: which there are, and what is in them, whatever format they have."""
+"""Image files as a split of a data set."""
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from pgp.datasets import BadImageError, Split
+from pgp.datasets.decode import SUFFIXES, decode
 from pgp.datasets.memory import Memory
 from pgp.datasets.parts import part_for_test
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-
-
-def images_below(folder: Path) -> list[Path]:
-    """Image files at any depth, alphabetically; hidden ones and thumbnails that systems leave are none."""
-
-    def shown(path: Path) -> bool:
-        return not any(part.startswith(".") or part == "@eaDir" for part in path.relative_to(folder).parts)
-
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and shown(p) and p.is_file())
+from pgp.datasets.scan import images_below
 
 
 class FileSplit(Split):
@@ -45,6 +34,7 @@ class FileSplit(Split):
             (path, label, number)
             for number, domain in enumerate(domains or [""])
             for label, name in enumerate(names)
+            if (folder / domain / name).is_dir()
             for path in images_below(folder / domain / name)
         ]
         if not found:
@@ -85,15 +75,8 @@ def read_image(path: Path, content: bytes | None = None) -> Tensor:
         BadImageError: naming `path`, if it cannot be decoded.
     """
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):  # 16 bit gray
-                image = Image.fromarray(
-                    (np.asarray(image, dtype=np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-                )
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImageError(f"cannot read the image {path}: {error}") from error
+        image = decode(path if content is None else content)
+    except Exception as error:  # whatever a decoder raises
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise BadImageError(f"cannot read the image {path}: {said or type(error).__name__}") from error
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgp.datasets import Dataset, DatasetConfig, existing
 from pgp.datasets.files import FileSplit
+from pgp.datasets.ignored import Ignored
+from pgp.datasets.layout import check_inside, class_folders, find_layout
 from pgp.datasets.parts import check_share
+from pgp.datasets.scan import contents, images_below
+from pgp.datasets.text import lines_of, normalized, read_text
 
-TEST_FOLDERS = ("test", "val", "validation")
-"""What the folder of the test images may be called; the first that is there."""
-PARTS = {*TEST_FOLDERS, "training", "testing", "valid"}
-"""Names that a class is not likely to have."""
+USUAL = (".jpg", ".png", ".gif", ".webp", ".tif")
+"""What images usually end in; there are more in `pgp.datasets.decode.SUFFIXES`."""
+NAMES = "names.txt"
+"""Beside the class folders: what the classes are called, a line of a folder and its name each."""
 
 
 @dataclass(frozen=True)
 class Folder(DatasetConfig):
-    """Images in `root/train/<class>/*` and `root/test/<class>/*` (or `val`, or `validation`), read in place; or in
-    `root/<class>/*`, some of each for the test.
+    """Images in `root/train/<class>/*` and `root/test/<class>/*`, read in place; or in `root/<class>/*`, some of each
+    for the test. The part for the test may be called `val`, `valid`, `validation` or `eval`, too, in any case.
 
     With domains the folders of a class lie in those of their domain: `root/train/<domain>/<class>/*` and
     `root/test/<domain>/<class>/*`, or `root/<domain>/<class>/*`.
@@ -33,6 +38,11 @@ class Folder(DatasetConfig):
     """Decides which images these are."""
     domains: bool = False
     """Whether the folders of classes lie in folders of domains; --setting dil turns it on."""
+    train_folder: str | None = None
+    """Folder of the training images in `root`; `.` for `root` itself, whose folders are all classes. By the usual
+    names, if None."""
+    test_folder: str | None = None
+    """Folder of the test images in `root`. By the usual names, if None."""
 
     def __post_init__(self) -> None:
         check_share(self.test_share)
@@ -43,59 +53,147 @@ class Folder(DatasetConfig):
         return (self.root,)
 
     def build(self) -> Dataset:
-        """Classes and domains are the folders of `train`, or of `root`, in alphabetical order."""
+        """Classes and domains are the folders of `train`, or of `root`, in alphabetical order.
+
+        Raises:
+            ValueError: If it is not clear which folders are what, or a class has no training images.
+        """
         root = existing(self.root)
-        train = root / "train" if (root / "train").is_dir() else root
-        test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
-        if train == root and (beside := [name for name in _folders(root) if name.lower() in PARTS]):
-            raise ValueError(f"no data folder at {root / 'train'}, beside {beside}: call the parts train and test, or"
-                             " leave only folders of classes")  # fmt: skip
-        names, domains = self._levels(train)
-        whole = FileSplit.of(train, names, domains)
-        if train != root and test:
-            for kind, own, all_ in zip(("class", "domain"), self._levels(test), (names, domains), strict=True):
-                if strangers := [name for name in own if name not in all_]:
-                    raise ValueError(f"expected every {kind} of {test} in {train} too, got {strangers[:5]} in"
-                                     f" {test.name} only")  # fmt: skip
-            parts = whole, FileSplit.of(test, names, domains)
+        ignored, notes = Ignored(root), Notes()
+        layout = find_layout(root, self.train_folder, self.test_folder, ignored)
+        train = _read(layout.train, self.domains, ignored, notes)
+        test = _read(layout.test, self.domains, ignored, notes) if layout.test else Part()
+        if not train.images:
+            raise ValueError("; ".join([self._nothing(layout.train), *ignored.lines()]))
+        names, domains = train.classes(), train.domains()
+        for kind, own, known in (("class", test.classes(), names), ("domain", test.domains(), domains)):
+            if strangers := [name for name in own if name not in known]:
+                raise ValueError(f"expected every {kind} of {layout.test} in {layout.train} too, got {strangers[:5]} in"
+                                 f" {layout.test.name if layout.test else ''} only")  # fmt: skip
+        if missing := [name for name in train.unusable if name not in names]:
+            said = f"expected training images of every class, got none of {missing[:5]}, {len(missing)} in all"
+            raise ValueError("; ".join([f"{said}: add some, or take the class out", *ignored.lines()]))
+        domains = domains if self.domains else ()
+        whole = train.split(names, domains)
+        if layout.test:
+            splits = whole, test.split(names, domains)
         else:
-            parts = whole.parted(self.test_share, self.split_seed)
-        return Dataset(*parts, _spoken(root / "names.txt", names), domains=domains, folder=root)
+            splits = whole.parted(self.test_share, self.split_seed)
+        spoken = _spoken(root / NAMES, names)
+        lines = (*layout.notes, *notes.lines(names))
+        kept = (ignored,) if ignored else ()
+        return Dataset(*splits, spoken, domains=domains, folder=root, notes=lines, ignored=kept)
+
+    def _nothing(self, folder: Path) -> str:
+        """Say that there are no images in `folder`."""
+        if not self.domains:
+            return f"no images in {folder}/<class>/: expected files ending in {', '.join(USUAL)} or the like"
+        found = contents(folder, links=True).folders
+        inside = sorted({path.name for domain in found for path in contents(domain, links=True).folders})
+        return (
+            f"expected folders DOMAIN/CLASS with images in {folder}, got folders {[path.name for path in found][:5]}"
+            f" with {inside[:5] or 'none'} inside"
+        )
 
     def by_domain(self) -> Folder:
         """The same with folders of domains."""
         return replace(self, domains=True)
 
-    def _levels(self, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of the classes below `folder`, and of the domains, if it has any."""
-        if not self.domains:
-            return _folders(folder), ()
-        domains = _folders(folder)
-        classes = tuple(sorted({name for domain in domains for name in _folders(folder / domain)}))
-        if not classes or set(classes) <= {"train", "test"}:
-            raise ValueError(f"expected folders DOMAIN/CLASS in {folder}, got folders {list(domains[:5])} with"
-                             f" {list(classes) or 'none'} inside; put train and test above the domains")  # fmt: skip
-        return classes, domains
+
+class Part:
+    """The images of training or of the test."""
+
+    def __init__(self) -> None:
+        self.images: dict[tuple[str, str], list[Path]] = {}
+        """By the names of domain and class, as far as there are any."""
+        self.unusable: list[str] = []
+        """Classes whose folder holds files, but no image."""
+
+    def classes(self) -> tuple[str, ...]:
+        """Return the names of the classes in alphabetical order."""
+        return tuple(sorted({name for _, name in self.images}))
+
+    def domains(self) -> tuple[str, ...]:
+        """Return the names of the domains in alphabetical order."""
+        return tuple(sorted({domain for domain, _ in self.images}))
+
+    def split(self, names: tuple[str, ...], domains: tuple[str, ...]) -> FileSplit:
+        """Return the images by domain, class and file name, with the numbers of `names` and `domains` as labels."""
+        found = [
+            (path, label, number)
+            for number, domain in enumerate(domains or [""])
+            for label, name in enumerate(names)
+            for path in self.images.get((domain, name), ())
+        ]
+        paths, labels, numbers = (list(column) for column in zip(*found, strict=True))
+        return FileSplit(paths, labels, numbers if domains else None)
 
 
-def _folders(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+class Notes:
+    """What a user may not expect of how folders are read."""
+
+    def __init__(self) -> None:
+        self.nested: list[Path] = []
+        """Images that lie deeper than in the folder of their class."""
+        self.renamed: list[str] = []
+        """Folders whose names are not UTF-8."""
+
+    def lines(self, names: tuple[str, ...]) -> list[str]:
+        """Return a line for each finding; `names` are those of the classes."""
+        lines = []
+        if self.nested:
+            lines.append(f"{len(self.nested):,} images lie deeper than in the folder of their class, and count for it,"
+                         f" such as {self.nested[0].as_posix()}")  # fmt: skip
+        if self.renamed:
+            lines.append(f"{len(self.renamed):,} folders have names that are not UTF-8; what is not stands as"
+                         f" \N{REPLACEMENT CHARACTER}: {', '.join(self.renamed[:3])}")  # fmt: skip
+        folded: dict[str, list[str]] = {}
+        for name in names:
+            folded.setdefault(name.casefold(), []).append(name)
+        if alike := [both for both in folded.values() if len(both) > 1]:
+            lines.append(f"classes whose names differ in case only are told apart: {', '.join(alike[0])}")
+        return lines
+
+
+def _read(folder: Path, domains: bool, ignored: Ignored, notes: Notes) -> Part:
+    """Return the images in the folders of classes, or of domains, in `folder`."""
+    part = Part()
+    above = class_folders(folder, ignored)
+    check_inside(above.values())
+    for domain, inside in above.items() if domains else [("", folder)]:
+        folders = class_folders(inside, ignored) if domains else above
+        if domains:
+            check_inside(folders.values())
+        for name, place in folders.items():
+            own = Ignored(ignored.root)
+            images = images_below(place, own)
+            if images:
+                part.images[domain, name] = images
+            elif own.counts.keys() <= {"system", "hidden", "output"}:
+                own.add("empty_folder", place)
+            else:
+                part.unusable.append(name)
+            ignored.update(own)
+            notes.nested += [path.relative_to(ignored.root) for path in images if path.parent != place]
+            notes.renamed += [name] if normalized(place.name) != place.name and "\ufffd" in name else []
+    return part
 
 
 def _spoken(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     """What the classes of `folders` are called."""
-    if not path.is_file():
+    if not os.path.lexists(path):
         return folders
     names = {}
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"cannot read {path} as a text in UTF-8: {error}") from error
-    for line in lines:
-        fitting = [folder for folder in folders if line.strip().startswith((f"{folder} ", f"{folder}\t"))]
-        if fitting:
-            folder = max(fitting, key=len)
-            names[folder] = line.strip().removeprefix(folder).strip()
+    for line in map(normalized, lines_of(read_text(path))):
+        starts = [
+            folder
+            for folder in folders
+            for text in (line, line.strip())
+            if text.startswith((f"{folder} ", f"{folder}\t"))
+        ]
+        if starts:
+            folder = max(starts, key=len)
+            names[folder] = (line if line.startswith(folder) else line.strip()).removeprefix(folder).strip()
     if without := [folder for folder in folders if folder not in names]:
         raise ValueError(f"expected a line 'FOLDER NAME' in {path} for each folder, got none for {without[:5]}")
     spoken = tuple(names[folder] for folder in folders)

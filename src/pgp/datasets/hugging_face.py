@@ -14,6 +14,7 @@ from torch import Tensor
 from pgp.datasets import BadImageError, Dataset, DatasetConfig, Split
 from pgp.datasets.files import read_image
 from pgp.datasets.parts import check_share, part_for_test, ranked
+from pgp.datasets.text import normalized
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,12 @@ def _coded(parts: list[Any], column: str) -> tuple[tuple[str, ...], list[Tensor]
     values = [list(part[column]) for part in parts]
     kind = parts[0].features[column]
     if hasattr(kind, "names"):
-        names = tuple(kind.names)
+        names = tuple(normalized(name) for name in kind.names)
         numbers = values
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"expected a name of its own for each value of {column}, got {twice[:5]} more than once")
     else:
-        texts = [["" if value is None else str(value) for value in part] for part in values]
+        texts = [["" if value is None else normalized(str(value)) for value in part] for part in values]
         names = ranked(text for part in texts for text in part if text)
         place = {name: number for number, name in enumerate(names)}
         numbers = [[place.get(text, -1) for text in part] for part in texts]
@@ -154,4 +157,8 @@ def _coded(parts: list[Any], column: str) -> tuple[tuple[str, ...], list[Tensor]
             raise ValueError(
                 f"expected a value of {column} in every row, got none in row {int((part < 0).nonzero()[0])}"
             )
+        if bool((part >= len(names)).any()):
+            row = int((part >= len(names)).nonzero()[0])
+            raise ValueError(f"expected {column} below {len(names)}, the number of its names, got {int(part[row])} in"
+                             f" row {row}")  # fmt: skip
     return names, codes

@@ -7,6 +7,7 @@ import difflib
 import io
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 from pgp.datasets import Dataset, DatasetConfig
 from pgp.datasets.files import FileSplit
 from pgp.datasets.parts import check_share, ranked
+from pgp.datasets.text import lines_of, normalized, read_text
 
 SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
 
@@ -91,17 +93,13 @@ def _numbered(words: list[str]) -> tuple[tuple[str, ...], list[int]]:
 
 def _rows(file: Path) -> Iterator[Row]:
     """The rows of the table at `file`, each of them complete."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"cannot read the table of images {file}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"expected {file} in UTF-8, got another encoding at byte {error.start}") from error
+    text = read_text(file, "the table of images")
     count = 0
     full: tuple[str, ...] = ()  # of split and domain, what the first row fills
     for line, record in _from_json(file, text) if file.suffix.lower() == ".jsonl" else _from_table(file, text):
         row = Row(line, **{name: record.get(name, "").strip() for name in _REQUIRED + _OPTIONAL})
-        row = row._replace(split=row.split.lower())
+        label, task, domain = map(normalized, (row.label, row.task, row.domain))
+        row = row._replace(label=label, split=row.split.lower(), task=task, domain=domain)
         if not (row.path and row.label):
             raise ValueError(f"expected a path and a label in line {line} of {file}, got {record}")
         if row.split and row.split not in _PARTS:
@@ -136,12 +134,12 @@ def _from_table(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def _from_json(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    for line, content in enumerate(text.split("\n"), 1):
+    for line, content in enumerate(lines_of(text), 1):
         if not content.strip():
             continue
         try:
             record: Any = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"expected a JSON object in line {line} of {file}: {error}") from error
         if not isinstance(record, dict):
             raise ValueError(f"expected a JSON object in line {line} of {file}, got {content.strip():.80}")
@@ -170,21 +168,32 @@ def _check_columns(file: Path, line: int, columns: Iterable[str]) -> None:
 
 
 def _existing(file: Path, rows: list[Row]) -> list[Path]:
-    """The paths of all rows, absolute; a clear error if an image is missing or listed twice."""
+    """The paths of all rows, absolute; a clear error if an image is missing, no file, or listed twice."""
     lines: dict[str, Row] = {}
-    missing = []
+    missing: list[str] = []
+    strange: list[str] = []
     for row in rows:
-        path = os.path.normpath(file.parent / row.path)
+        path = _found(file.parent, row.path)
         if (other := lines.setdefault(path, row)) is not row:
             leak = " and in both parts, so that the test would leak" if other.split != row.split else ""
             raise ValueError(f"expected every image once in {file}, got {row.path!r} in lines {other.line} and"
                              f" {row.line}{leak}")  # fmt: skip
         if not os.path.isfile(path):  # noqa: PTH113  (a Path per image of a long table takes seconds)
-            missing.append(row.path)
-    if missing:
-        raise ValueError(f"{len(missing)} of the {len(rows)} images of {file} do not exist, such as {missing[:5]};"
-                         f" paths are taken from {file.parent}")  # fmt: skip
+            (strange if os.path.lexists(path) else missing).append(row.path)
+    for paths, what in ((missing, "do not exist"), (strange, "are no files, but folders, pipes or broken links")):
+        if paths:
+            raise ValueError(f"{len(paths)} of the {len(rows)} images of {file} {what}, such as {paths[:5]}; paths are"
+                             f" taken from {file.parent}")  # fmt: skip
     return [Path(path) for path in lines]
+
+
+def _found(folder: Path, path: str) -> str:
+    """Where `path` lies below `folder`, in whichever Unicode form its name is written on the disk."""
+    place = os.path.normpath(folder / path)
+    if path.isascii() or os.path.lexists(place):
+        return place
+    forms = (os.path.normpath(folder / unicodedata.normalize(form, path)) for form in ("NFC", "NFD"))
+    return next((form for form in forms if os.path.lexists(form)), place)
 
 
 def _check_parts(file: Path, rows: list[Row]) -> None:

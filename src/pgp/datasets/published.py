@@ -11,7 +11,8 @@ from rich.progress import Progress
 
 from pgp.datasets import Dataset, DatasetConfig
 from pgp.datasets.download import there, unpacked
-from pgp.datasets.files import FileSplit, images_below
+from pgp.datasets.files import FileSplit
+from pgp.datasets.scan import contents
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def images_in(folder: Path) -> list[Path]:
     """Image files right in `folder`, by name; none where it is no folder."""
     if not folder.is_dir():
         return []
-    return [path for path in images_below(folder) if path.parent == folder]
+    return contents(folder).images
 
 
 def folders_in(folder: Path, fits: Callable[[str], object]) -> list[str]:

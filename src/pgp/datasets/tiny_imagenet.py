@@ -11,6 +11,7 @@ from typing import ClassVar
 from pgp.datasets import Counts, Dataset
 from pgp.datasets.archives import Archive
 from pgp.datasets.published import Published, folders_in, images_in, labelled, present
+from pgp.datasets.text import lines_of, read_text
 
 WNID = re.compile(r"n\d{8}").fullmatch
 
@@ -47,7 +48,7 @@ def _test(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
     """Test images and their labels."""
     index = folder / "val" / "val_annotations.txt"
     if index.is_file() and images_in(folder / "val" / "images"):
-        lines = [line.split("\t") for line in index.read_text(encoding="utf-8").splitlines() if line]
+        lines = [line.split("\t") for line in lines_of(read_text(index)) if line]
         if strangers := [line for line in lines if len(line) < 2 or line[1] not in wnids]:
             raise ValueError(f"expected lines of an image and a class of {folder / 'train'} in {index}, got"
                              f" {strangers[0]}")  # fmt: skip
@@ -71,7 +72,7 @@ def _names(words: Path, wnids: list[str]) -> tuple[str, ...]:
     if not words.is_file():
         warnings.warn(f"no {words}: classes are called by their WordNet ids", stacklevel=2)
         return tuple(wnids)
-    lines = (line.partition("\t") for line in words.read_text(encoding="utf-8").splitlines())
+    lines = (line.partition("\t") for line in lines_of(read_text(words)))
     said = {wnid: synonyms.split(",")[0].strip() for wnid, _, synonyms in lines}
     if silent := [wnid for wnid in wnids if not said.get(wnid)]:
         raise ValueError(f"expected a line 'WNID<tab>NAME' in {words} for each class, got none for {silent[:5]}")

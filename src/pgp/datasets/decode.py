@@ -1,0 +1,263 @@
+"""Decode image files to RGB: only formats of photographs and drawings, and only their first frame.
+
+Metadata are needed for the orientation only. Damaged metadata never cost the pixels; what costs them is an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+Image.init()
+_CANDIDATES = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF")
+FORMATS = tuple(name for name in _CANDIDATES if name in Image.OPEN)
+"""What is decoded. Pillow knows more formats, some of which start other programs or accept any bytes."""
+SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
+"""How the names of image files end, as far as this installation of Pillow can read them."""
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What turns an image upright, by the value of its orientation tag."""
+_WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I"}
+"""Types of a tag that hold one, with their codes for `struct`."""
+_LARGEST_RETRY = 1 << 28
+"""Bytes of a file up to which it is read again without its metadata."""
+
+
+def decode(source: Path | bytes) -> Image.Image:
+    """Return an image in RGB, upright, transparency over white.
+
+    Raises:
+        Exception: whatever a decoder raises, if there are no pixels to be had.
+    """
+    if isinstance(source, Path):
+        require_file(source)
+    try:
+        return _decode(source if isinstance(source, Path) else io.BytesIO(source))
+    except Exception as error:
+        with contextlib.suppress(Exception):  # the first error says more
+            if bare := without_metadata(source):
+                return _decode(io.BytesIO(bare))
+        if isinstance(error, UnidentifiedImageError):
+            raise ValueError(_kind_of(source)) from error
+        raise
+
+
+def require_file(path: Path) -> None:
+    """Raise unless `path` is a regular file: opening a pipe or a device may never return."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+        raise ValueError(f"expected a file, got a {kinds.get(stat.S_IFMT(mode), 'device')}")
+
+
+def starts_like_image(path: Path) -> bool:
+    """Return whether the first bytes of a file are those of an image."""
+    start = _start_of(path)
+    for name in FORMATS:
+        accepts = Image.OPEN[name][1]
+        with contextlib.suppress(Exception):  # too few bytes
+            if accepts and accepts(start):
+                return True
+    return False
+
+
+def _decode(file: Path | io.BytesIO) -> Image.Image:
+    with Image.open(file, formats=FORMATS) as image:
+        image.load()
+        turn = _UPRIGHT.get(_orientation(image))
+        upright = _to_rgb(image)
+        return upright if turn is None else upright.transpose(turn)
+
+
+def _orientation(image: Image.Image) -> int:
+    """Return the orientation that the metadata state; 1, upright, if it cannot be read."""
+    if image.format == "TIFF":  # which Pillow turns itself
+        return 1
+    exif, xmp = image.info.get("exif", b""), image.info.get("xmp", b"")
+    if not exif and "Raw profile type exif" in image.info:  # of older PNG files: hexadecimal, below three lines
+        with contextlib.suppress(ValueError):
+            exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+    stated = _orientation_of_exif(exif)
+    if stated is None and (found := re.search(rb'tiff:Orientation(?:="|>)([0-9])', xmp)):
+        stated = int(found[1])
+    return stated or 1
+
+
+def _orientation_of_exif(exif: bytes) -> int | None:
+    """Return what the first directory of Exif states, whatever its other tags hold; None if it states nothing."""
+    body = exif.removeprefix(b"Exif\0\0")
+    order = "<" if body[:2] == b"II" else ">"
+    with contextlib.suppress(struct.error):
+        (start,) = struct.unpack_from(f"{order}I", body, 4)
+        (count,) = struct.unpack_from(f"{order}H", body, start)
+        for place in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, number = struct.unpack_from(f"{order}HHI", body, place)
+            if tag == _ORIENTATION and kind in _WHOLE_NUMBERS and number == 1:
+                (value,) = struct.unpack_from(f"{order}{_WHOLE_NUMBERS[kind]}", body, place + 8)
+                return int(value)
+    return None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F" or image.mode.startswith("I"):
+        return _from_deep(image).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _from_deep(image: Image.Image) -> Image.Image:
+    """Return a gray image of more than 8 bits with 8 bits, scaled by its kind.
+
+    Raises:
+        ValueError: if its kind does not say which values are black and white.
+    """
+    values, highest = np.asarray(image), 65535.0
+    if image.mode == "F":
+        highest = 1.0
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            raise ValueError("its pixels are floats outside [0, 1], so that black and white are unknown: save it with 8"
+                             " or 16 bits")  # fmt: skip
+    elif image.format == "TIFF":
+        bits, signed = image.tag_v2.get(258, (1,))[0], image.tag_v2.get(339, (1,))[0] == 2  # type: ignore[attr-defined]
+        if bits > 16 or signed:
+            raise ValueError(f"its pixels are {'signed ' * signed}integers of {bits} bits, so that black and white are"
+                             " unknown: save it with 8 or 16 bits, unsigned")  # fmt: skip
+        highest = 2.0**bits - 1
+    gray = (values.astype(np.float64) * (255 / highest)).round().clip(0, 255).astype(np.uint8)
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        gray[values == clear] = 255
+    return Image.fromarray(gray)
+
+
+def without_metadata(source: Path | bytes) -> bytes | None:
+    """Return the bytes of an image file without what is not needed for its pixels and orientation.
+
+    None if the file has another format than JPEG, PNG or TIFF, or is not sound enough to be taken apart.
+    """
+    takers = {b"\xff\xd8": _bare_jpeg, b"\x89P": _bare_png, b"II": _bare_tiff, b"MM": _bare_tiff}
+    try:
+        if isinstance(source, Path) and source.stat().st_size > _LARGEST_RETRY:
+            return None
+        data = source.read_bytes() if isinstance(source, Path) else source
+        take = takers.get(data[:2])
+        return take(data) if take else None
+    except (OSError, ValueError, IndexError, struct.error):
+        return None
+
+
+def _bare_jpeg(data: bytes) -> bytes:
+    """Drop comments and application segments, but not Exif with the orientation, nor Adobe's colour transform."""
+    kept, place = [data[:2]], 2
+    while data[place] == 0xFF and data[place + 1] != 0xDA:  # up to the start of the scan
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        segment = data[place : place + 2 + length]
+        needed = segment[4:8] == b"Exif" if marker == 0xE1 else segment[4:9] == b"Adobe" and len(segment) >= 16
+        if marker != 0xFE and (needed or not 0xE0 <= marker <= 0xEF):
+            kept.append(segment)
+        place += 2 + length
+    return b"".join((*kept, data[place:]))
+
+
+def _bare_png(data: bytes) -> bytes:
+    """Drop all chunks that are not critical, but transparency and Exif."""
+
+    def chunks() -> Iterator[bytes]:
+        place = 8
+        while place < len(data):
+            length = int.from_bytes(data[place : place + 4], "big")
+            yield data[place : place + 12 + length]
+            place += 12 + length
+
+    return data[:8] + b"".join(one for one in chunks() if one[4:5].isupper() or one[4:8] in (b"tRNS", b"eXIf"))
+
+
+_TIFF_NEEDED = {
+    *range(254, 267),
+    273,
+    274,
+    277,
+    278,
+    279,
+    284,
+    317,
+    320,
+    322,
+    323,
+    324,
+    325,
+    338,
+    339,
+    347,
+    529,
+    530,
+    532,
+}
+"""Tags of the TIFF 6.0 specification that say how the pixels are stored, and the orientation."""
+
+
+def _bare_tiff(data: bytes) -> bytes:
+    """Drop all tags of the first image that its pixels do not need."""
+    order = "<" if data[:2] == b"II" else ">"
+    version, start = struct.unpack_from(f"{order}HI", data, 2)
+    if version != 42:
+        raise ValueError(f"expected TIFF, got version {version}")
+    (count,) = struct.unpack_from(f"{order}H", data, start)
+    entries = [data[start + 2 + 12 * i : start + 14 + 12 * i] for i in range(count)]
+    kept = [entry for entry in entries if struct.unpack_from(f"{order}H", entry)[0] in _TIFF_NEEDED]
+    kept = [one for one in kept if struct.unpack_from(f"{order}H", one)[0] != _ORIENTATION or _is_short(one, order)]
+    listed = struct.pack(f"{order}H", len(kept)) + b"".join(kept) + bytes(4)  # there is no next image
+    return data[:start] + listed + data[start + len(listed) :]
+
+
+def _is_short(entry: bytes, order: str) -> bool:
+    return struct.unpack_from(f"{order}HI", entry, 2) == (3, 1)
+
+
+_KINDS = {
+    b"": "the file is empty",
+    b"<!doctype": "it is a web page",
+    b"<html": "it is a web page",
+    b"<?xml": "it is XML or SVG",
+    b"<svg": "it is SVG",
+    b"%pdf": "it is a PDF document",
+    b"%!ps": "it is PostScript",
+    b"version https://git-lfs": "it is a pointer of Git LFS: fetch the file itself, by git lfs pull",
+}
+_BOXES = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF", b"avif": "AVIF"}
+
+
+def _kind_of(source: Path | bytes) -> str:
+    """Say what a file is that is no image that can be read."""
+    start = _start_of(source).lower()
+    if start[4:8] == b"ftyp" and start[8:12] in _BOXES:
+        return f"it is {_BOXES[start[8:12]]}, which the installed Pillow cannot read: convert it to JPEG or PNG"
+    for kind, said in _KINDS.items():
+        if start == kind or (kind and start.lstrip().startswith(kind)):
+            return said
+    return f"it is damaged, or no image in one of the formats {', '.join(FORMATS)}"
+
+
+def _start_of(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source[:64]
+    with source.open("rb") as file:
+        return file.read(64)

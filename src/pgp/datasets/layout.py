@@ -1,0 +1,149 @@
+"""How a folder of the user's own is laid out: which folder is for training, which for the test, which are classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from pgp.datasets.ignored import Ignored
+from pgp.datasets.scan import contents, holds_images, images_below
+from pgp.datasets.text import normalized
+
+TRAIN = ("train", "training")
+TEST = ("test", "testing")
+VALIDATION = ("val", "valid", "validation", "eval")
+"""What the folders of the parts are called, in any case. A test part is preferred to one for validation."""
+EVERY_FOLDER = "."
+"""As the folder of the training images: the data folder itself, all of whose folders are classes."""
+_HOW = (
+    "Name them by --dataset.train-folder NAME and --dataset.test-folder NAME; --dataset.train-folder . takes every"
+    " folder for a class. Or leave only train/<class> and test/<class> there"
+)
+
+
+class Layout(NamedTuple):
+    """Where the images of a data folder are."""
+
+    train: Path
+    """Holds a folder per class, or per domain; the data folder itself if it has no parts."""
+    test: Path | None
+    """Likewise; None if some training images are to be kept for the test."""
+    notes: tuple[str, ...]
+    """What was decided between several readings, in words."""
+
+
+def find_layout(root: Path, train: str | None, test: str | None, ignored: Ignored) -> Layout:
+    """Return how `root` is laid out.
+
+    Args:
+        root: The data folder.
+        train: Name of the folder of the training images. If None, it is looked for by the usual names.
+        test: Name of the folder of the test images. If None, it is looked for by the usual names.
+        ignored: What is told of all that is not used right in `root`, if it has parts; else `class_folders` does that.
+
+    Raises:
+        ValueError: Saying what was found, if there are several readings, or none.
+    """
+    found = contents(root, links=True)
+    if train == EVERY_FOLDER:
+        return Layout(root, _named(root, test) if test else None, ())
+    trains = [_named(root, train)] if train else _called(TRAIN, found.folders)
+    tests, validations = ([_named(root, test)], []) if test else (_called(n, found.folders) for n in (TEST, VALIDATION))
+    if not (trains or tests or validations):
+        return Layout(root, None, ())
+    for image in contents(root, ignored, links=True).images:
+        ignored.add("outside_classes", image)
+    if not trains:
+        raise ValueError(f"no data folder at {root / TRAIN[0]}, beside {_listed((*tests, *validations))}. {_HOW}")
+    if len(trains) > 1:
+        raise ValueError(f"expected one folder of training images in {root}, got {_listed(trains)}. {_HOW}")
+    chosen, notes = _test_folder(root, tests, validations)
+    for folder in found.folders:
+        if folder in (trains[0], chosen):
+            continue
+        images = images_below(folder)
+        if images and not _called((*TRAIN, *TEST, *VALIDATION), [folder]) and not (train and test):
+            raise ValueError(f"expected folders of classes in {trains[0].name}/ only, got images in {folder.name}/"
+                             f" beside it, in {root}. {_HOW}")  # fmt: skip
+        if images:
+            ignored.add("unused_part", images[0], len(images))
+        else:
+            ignored.add("unused_folder", folder)
+    return Layout(trains[0], chosen, notes)
+
+
+def class_folders(part: Path, ignored: Ignored) -> dict[str, Path]:
+    """Return the folders in `part` by what they are called, in the order of their names; loose images are ignored.
+
+    Raises:
+        ValueError: If two folders have the same name in two Unicode forms, or are one folder by a link, or if they
+            hold folders for training and test themselves.
+    """
+    found = contents(part, ignored, links=True)
+    for image in found.images:
+        ignored.add("outside_classes", image)
+    named: dict[str, Path] = {}
+    places: dict[Path, Path] = {}
+    for folder in found.folders:
+        other = named.setdefault(normalized(folder.name), folder)
+        if other is not folder:
+            raise ValueError(f"expected every class once in {part}, got two folders {normalized(folder.name)!r}, whose"
+                             f" names are spelled {other.name!a} and {folder.name!a}: join them")  # fmt: skip
+        other = places.setdefault(folder.resolve(), folder)
+        if other is not folder:
+            raise ValueError(f"expected every folder in {part} once, got {folder.name} and {other.name}, which are the"
+                             " same by a link: take one away")  # fmt: skip
+    return named
+
+
+def check_inside(folders: Iterable[Path]) -> None:
+    """Raise if a class folder holds folders for training and test: they would be mixed."""
+    for folder in folders:
+        inside = contents(folder).folders
+        trains, tests = _called(TRAIN, inside), _called((*TEST, *VALIDATION), inside)
+        if trains and tests:
+            raise ValueError(f"expected train and test above all other folders, got {trains[0].name} and"
+                             f" {tests[0].name} inside {folder}: turn them round, to train/{folder.name} and"
+                             f" test/{folder.name}")  # fmt: skip
+
+
+def _test_folder(root: Path, tests: list[Path], validations: list[Path]) -> tuple[Path | None, tuple[str, ...]]:
+    """Return the folder of the test images, if there is one, and what to say about the others."""
+    every = (*tests, *validations)
+    labelled = [[folder for folder in part if _has_classes(folder)] for part in (tests, validations)]
+    good = labelled[0] or labelled[1]
+    if len(good) > 1:
+        raise ValueError(f"expected one folder of test images in {root}, got {_listed(good)}. {_HOW}")
+    if every and not good:
+        raise ValueError(f"expected folders of classes with images in {_listed(every)} of {root}, got none, so that it"
+                         " is not known what is on these images. Take them away, and some training images are kept for"
+                         " the test; or name another folder, by --dataset.test-folder")  # fmt: skip
+    chosen = good[0] if good else None
+    others = [folder for folder in every if folder != chosen]
+    notes = []
+    for folder in others:
+        why = "" if folder in (*labelled[0], *labelled[1]) else ", which has no folders of classes with images"
+        notes.append(f"the test images are those of {chosen.name if chosen else ''}/, not those of {folder.name}/{why}")
+    return chosen, tuple(notes)
+
+
+def _has_classes(part: Path) -> bool:
+    return any(holds_images(folder) for folder in contents(part, links=True).folders)
+
+
+def _called(names: Sequence[str], folders: Sequence[Path]) -> list[Path]:
+    return [folder for folder in folders if folder.name.casefold() in names]
+
+
+def _named(root: Path, name: str) -> Path:
+    """Return the folder `name` of `root`, which the settings name."""
+    folder = root / name
+    if not folder.is_dir():
+        raise ValueError(f"expected a folder {name} in {root}, as --dataset.train-folder or --dataset.test-folder names"
+                         f" it, got {_listed(contents(root, links=True).folders) or 'none'}")  # fmt: skip
+    return folder
+
+
+def _listed(folders: Iterable[Path]) -> list[str]:
+    return [folder.name for folder in folders]

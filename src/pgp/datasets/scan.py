@@ -1,0 +1,125 @@
+"""What lies in a folder of images: the images, the folders, and all that is ignored."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from pgp.datasets.decode import SUFFIXES, starts_like_image
+from pgp.datasets.ignored import Ignored
+from pgp.datasets.text import normalized
+from pgp.outputs import MARKER
+
+SYSTEM = frozenset(
+    name.casefold()
+    for name in (
+        *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "@tmp", ".snapshot"),  # network storage
+        *("$RECYCLE.BIN", "System Volume Information", "Thumbs.db", "ehthumbs.db", "desktop.ini"),  # Windows
+        *("__MACOSX", ".DS_Store", ".Spotlight-V100", ".fseventsd", ".Trashes", ".TemporaryItems", "Icon\r"),  # macOS
+        *(".DocumentRevisions-V100", ".AppleDouble", ".AppleDB", ".AppleDesktop", "Network Trash Folder"),
+        *("lost+found", ".thumbnails", ".directory", ".nomedia"),  # Linux and Android
+    )
+)
+"""What operating systems and storage devices leave in folders, whatever the case."""
+SYSTEM_STARTS = (".trash", "._")
+"""How the names of more of these begin."""
+
+
+class Contents(NamedTuple):
+    """What lies right in a folder and is not ignored, each in the order of names."""
+
+    folders: list[Path]
+    images: list[Path]
+
+
+def contents(folder: Path, ignored: Ignored | None = None, *, links: bool = False) -> Contents:
+    """Return the folders and image files right in `folder`; what else is there is told to `ignored`.
+
+    Args:
+        folder: A folder that exists.
+        ignored: What counts the rest. If None, nothing is counted.
+        links: Whether links to folders are folders, unless they lead to `folder` itself or to one above it.
+    """
+    found = Contents([], [])
+    for path, reason in _kinds(folder, links):
+        if reason == "folder":
+            found.folders.append(path)
+        elif reason == "image":
+            found.images.append(path)
+        elif ignored is not None:
+            ignored.add(reason, path)
+    return found
+
+
+def images_below(folder: Path, ignored: Ignored | None = None) -> list[Path]:
+    """Return the image files at any depth in alphabetical order; see `contents`. Links to folders are not followed."""
+    return list(_below(folder, ignored))
+
+
+def holds_images(folder: Path) -> bool:
+    """Return whether an image lies at any depth of `folder`."""
+    return next(_below(folder, None), None) is not None
+
+
+def _below(folder: Path, ignored: Ignored | None) -> Iterator[Path]:
+    levels = [_kinds(folder)]
+    while levels:
+        for path, reason in levels[-1]:
+            if reason == "folder":
+                levels.append(_kinds(path))
+                break
+            if reason == "image":
+                yield path
+            elif ignored is not None:
+                ignored.add(reason, path)
+        else:
+            levels.pop()
+
+
+def _kinds(folder: Path, links: bool = False) -> Iterator[tuple[Path, str]]:
+    """Yield what lies right in `folder` in the order of names, each a `folder`, an `image`, or why it is ignored."""
+    try:
+        with os.scandir(folder) as entries:
+            listed = sorted(entries, key=lambda entry: (normalized(entry.name), entry.name))
+    except PermissionError:
+        yield folder, "locked_folder"
+        return
+    for entry in listed:
+        yield Path(entry.path), _kind(entry, links)
+
+
+def _kind(entry: os.DirEntry[str], links: bool) -> str:
+    name = entry.name.casefold()
+    if name in SYSTEM or name.startswith(SYSTEM_STARTS):
+        return "system"
+    if name.startswith("."):
+        return "hidden"
+    try:
+        if entry.is_dir():
+            if entry.is_symlink() and not (links and _leads_elsewhere(entry)):
+                return "folder_link"
+            return "output" if os.path.lexists(os.path.join(entry.path, MARKER)) else "folder"  # noqa: PTH118
+        if not entry.is_file():
+            return "broken_link" if entry.is_symlink() else "special_file"
+    except OSError:  # a link that leads to itself
+        return "broken_link"
+    suffix = os.path.splitext(name)[1]  # noqa: PTH122 (a Path per image of a large set takes seconds)
+    if suffix in SUFFIXES:
+        return "image"
+    if suffix.strip("."):
+        return "unknown_suffix"
+    return "image_without_suffix" if _starts_like_image(entry) else "no_suffix"
+
+
+def _leads_elsewhere(entry: os.DirEntry[str]) -> bool:
+    """Return whether a link leads to another folder than one that holds the link."""
+    return Path(entry.path).resolve() not in Path(entry.path).parent.resolve().joinpath("x").parents
+
+
+def _starts_like_image(entry: os.DirEntry[str]) -> bool:
+    try:
+        return starts_like_image(Path(entry.path))
+    except OSError:
+        return False
