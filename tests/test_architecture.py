@@ -15,11 +15,22 @@ import pgp
 SOURCE = Path(__file__).parent.parent / "src" / "pgp"
 MODULES = {path: ast.parse(path.read_text()) for path in SOURCE.rglob("*.py")}
 LEVELS = [
-    {"platforms", "processes", "environment", "outputs", "escaping", "subspace", "prompts", "metrics", "scenario"},
+    {
+        "platforms",
+        "processes",
+        "environment",
+        "outputs",
+        "escaping",
+        "interrupts",
+        "subspace",
+        "prompts",
+        "metrics",
+        "scenario",
+    },
     {"backbones", "projections", "readouts", "datasets"},
     {"methods"},
     {"config", "recipes", "baselines"},
-    {"run", "evaluate", "curriculum", "stream", "learner", "boundary", "drift", "train", "audit"},
+    {"run", "evaluate", "curriculum", "stream", "learner", "boundary", "drift", "stopping", "train", "audit"},
     {"predict", "report", "drift_report", "comparison", "published"},
     {"commands", "display", "guard", "catalogue", "parsing", "workers", "sweep"},
     {"cli", "__main__"},

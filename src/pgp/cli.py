@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -43,6 +44,7 @@ from pgp.datasets.ignored import Ignored
 from pgp.datasets.own import own_data
 from pgp.evaluate import tracked
 from pgp.guard import guarded
+from pgp.interrupts import Interrupted, describe
 from pgp.outputs import is_empty, make_output
 from pgp.predict import Predictor, images_in
 from pgp.processes import rank
@@ -284,7 +286,11 @@ def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[s
     else:
         count = min(command.workers or gpus or platforms.cores(), max(1, len(left)))
         spread = functools.partial(workers.at_once, workers=count, gpus=gpus)
-    return display.follow(sweep.each(left, spread), len(left))
+    try:
+        return display.follow(sweep.each(left, spread), len(left))
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        raise Interrupted(number, f"{describe(number)}; the same call goes on with the sweep") from None
 
 
 def list_command(words: list[str]) -> None:

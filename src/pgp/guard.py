@@ -6,21 +6,27 @@ import codecs
 import contextlib
 import io
 import os
+import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 
-from pgp import display, escaping
+from pgp import display, escaping, interrupts, processes
 from pgp.run import RunError
+
+LOST = re.compile("closed by peer|reset by peer|gloo|NCCL")
+"""What errors of torch say where another process of a run ended."""
 
 
 def guarded(work: Callable[[], None]) -> None:
     """Do the work of a command; whatever ends it, ends in one line and with the status that `pgp --help` tells."""
     _prepare_streams()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), interrupts.handled_by(interrupts.end_at_once):
             warnings.showwarning = display.warn
             try:
                 work()
@@ -29,13 +35,31 @@ def guarded(work: Callable[[], None]) -> None:
                     sys.stdout.flush()  # here, or an error of it would show at the end of the interpreter
     except BrokenPipeError:
         _leave_quietly()
-    except KeyboardInterrupt:
-        _stop("interrupted; a sweep goes on by the same call, a run with a checkpoint by pgp train --resume RUN", 130)
+    except KeyboardInterrupt as error:
+        _end_interrupted(error)
     except Exception as error:
+        if interrupted := _interrupt_before(error):
+            _end_interrupted(interrupted)
         if os.environ.get("PGP_DEBUG"):
             raise
         message, code = _explained(error)
         _stop(message, code)
+
+
+def _end_interrupted(error: KeyboardInterrupt) -> NoReturn:
+    """End as a program that a signal ended, one of several processes in silence."""
+    number = error.number if isinstance(error, interrupts.Interrupted) else signal.SIGINT
+    if processes.started():
+        sys.exit(0 if isinstance(error, interrupts.Interrupted) and error.agreed else 128 + number)
+    _stop(str(error) or interrupts.describe(number), 128 + number)
+
+
+def _interrupt_before(error: BaseException) -> KeyboardInterrupt | None:
+    """Return the interrupt while which an error was raised, such as that a terminal which was closed takes no text."""
+    earlier = error.__context__
+    if earlier is None or isinstance(earlier, KeyboardInterrupt):
+        return earlier
+    return _interrupt_before(earlier)
 
 
 def _prepare_streams() -> None:
@@ -46,7 +70,7 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="pgp", line_buffering=True)
 
 
-def _leave_quietly() -> None:
+def _leave_quietly() -> NoReturn:
     """End as a program does whose reader went away, such as head when it has seen enough."""
     with contextlib.suppress(OSError, ValueError):  # what is left in a buffer goes nowhere, so that nothing complains
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -58,6 +82,8 @@ def _leave_quietly() -> None:
 def _explained(error: Exception) -> tuple[str, int]:
     """What to tell a user of an error, and the status to end with."""
     message = str(error) or type(error).__name__
+    if isinstance(error, RuntimeError) and processes.together() and LOST.search(message):
+        return "another process of this run ended, which this one waited for: what it said stands above", 2
     if isinstance(error, RecursionError):
         return f"expected data of a few levels, got something nested too deeply ({message})", 2
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in message:
@@ -69,7 +95,8 @@ def _explained(error: Exception) -> tuple[str, int]:
     return f"this is a fault of pgp, please report it: {type(error).__name__}: {message}; PGP_DEBUG=1 shows where", 70
 
 
-def _stop(message: str, code: int = 2) -> None:
+def _stop(message: str, code: int) -> NoReturn:
+    """Say why the command ends, and end."""
     with contextlib.suppress(OSError):  # nobody may be there to hear it
         display.note(message)
     sys.exit(code)

@@ -18,6 +18,7 @@ from pgp.curriculum import assembled, described, idle, located
 from pgp.datasets import Counts, Viewed
 from pgp.drift import DriftMeter
 from pgp.evaluate import Evaluation
+from pgp.interrupts import StopRequest
 from pgp.run import Run, RunError
 from pgp.scenario import Task, generator
 from pgp.stream import Stream
@@ -58,6 +59,8 @@ class Learner:
         how they moved."""
         self.within: dict[str, Tensor] = {}
         """Matrices like `matrices`, of the accuracy among the classes of an image's own task."""
+        self.stop = StopRequest()
+        """What asks for the end of training, if anything."""
         self.restored: dict[str, Any] | None = None
         """State of the optimizer of a task that a checkpoint left in the middle."""
         self.saved: Path | None = None

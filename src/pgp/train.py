@@ -25,6 +25,7 @@ from pgp.evaluate import tell, tracked
 from pgp.learner import Learner, fabric_for, opened
 from pgp.run import Run, RunError, free_folder
 from pgp.scenario import Task
+from pgp.stopping import is_asked_to_stop, stop_after, stop_within, stoppable
 
 
 def train(config: Config, output: Path | None = None, progress: Progress | None = None) -> Run:
@@ -41,6 +42,7 @@ def train(config: Config, output: Path | None = None, progress: Progress | None 
     Raises:
         ValueError: if the configuration cannot be carried out.
         RunError: if `output` holds something already, the loss stops being a number, or the disk is full.
+        Interrupted: If a signal asks for it, such as Ctrl-C; where training stands is saved.
     """
     return _learn(config, output, None, progress)
 
@@ -141,11 +143,14 @@ def _learn(
         learner.log(run, "resumed", task=learner.task, step=learner.step, **where)
         if learner.matrices and fabric.is_global_zero:
             run.write_matrices(learner.matrices)  # a crash may have come between checkpoint and table
-    for task in learner.scenario.tasks[learner.task :]:
-        started = time.perf_counter()
-        fit_task(learner, task, run)
-        trained = time.perf_counter()
-        close_task(learner, task, run, seconds={"train": trained - started})
+    with stoppable(learner, run):
+        for task in learner.scenario.tasks[learner.task :]:
+            started = time.perf_counter()
+            fit_task(learner, task, run)
+            trained = time.perf_counter()
+            close_task(learner, task, run, seconds={"train": trained - started})
+            if is_asked_to_stop(learner, together=True):
+                stop_after(learner, task, run)
     return run
 
 
@@ -176,6 +181,8 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
         look_ahead(learner, task)
         with projection.confined(), learner.fabric.autocast():
             method.begin_task(task)
+        if is_asked_to_stop(learner, together=True):
+            stop_within(learner, task, run)
     plan = training_plan(config, task, learner.fabric.world_size)
     ahead = foretold(learner, task, plan[learner.step :]) if learner.stream else itertools.repeat(None)
     if not any(parameter.requires_grad for parameter in method.parameters()):
@@ -204,10 +211,14 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
         learner.step += 1
         last, saves = learner.step == len(plan), config.save_every_steps
         saving = bool(saves) and learner.step % saves == 0 and not last
-        if healths and (saving or last or learner.step % config.log_every_steps == 0):
+        looking = saving or last or learner.step % config.log_every_steps == 0
+        stopping = is_asked_to_stop(learner, together=looking)
+        if healths and (looking or stopping):
             _log_losses(learner, task, run, healths)  # stops before a broken state is saved
             learner.log_stream(run, task)
             healths = {}
+        if stopping:
+            stop_within(learner, task, run)
         if saving:
             learner.save(run, f"task-{task.index + 1:02d}-step-{learner.step:06d}")
     for handle in handles:

@@ -17,6 +17,7 @@ import torch
 
 from pgp import platforms
 from pgp.datasets import memory
+from pgp.interrupts import Interrupted
 from pgp.run import RunError
 
 Job = TypeVar("Job")
@@ -149,6 +150,10 @@ def _tried(work: Callable[[Job], Result], job: Job) -> Result | Exception:
     """The result, or the error: whatever goes wrong with one job, the others go on."""
     try:
         return work(job)
+    except Interrupted as error:
+        if multiprocessing.parent_process() is None:
+            raise  # the sweep itself is asked to end
+        return RuntimeError(str(error))
     except Exception as error:
         if os.environ.get("PGP_DEBUG"):
             return RuntimeError("".join(traceback.format_exception(error)))

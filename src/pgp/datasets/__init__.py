@@ -6,6 +6,7 @@ torchvision and PIL are imported in this folder and nowhere else.
 from __future__ import annotations
 
 import abc
+import signal
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -302,11 +303,18 @@ def batches(data: Viewed, plan: Sequence[Sequence[Address]], loading: Loading) -
         collate_fn=_collate,
         generator=torch.Generator(),  # or the loader would draw its workers' seed from the global one
         pin_memory=loading.pin_memory and torch.cuda.is_available(),
+        worker_init_fn=_ignore_signals,
     )
     try:
         yield from loader
     except BadImageError as error:  # a worker's comes with its traceback in the text
         raise BadImageError(str(error).strip().rpartition("BadImageError: ")[2]) from error
+
+
+def _ignore_signals(_: int) -> None:
+    """Let a process that loads images live until the one that trains has ended, which decides what a signal does."""
+    for number in (signal.SIGINT, *platforms.ending_signals()):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def in_order(indices: Tensor, batch_size: int, passes: int = 0) -> list[list[Address]]:
