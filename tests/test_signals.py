@@ -111,7 +111,7 @@ def test_what_is_ignored_or_taken_stays_so():
         with interrupts.handled_by(interrupts.end_at_once):
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
-            with pytest.raises(interrupts.Interrupted, match="^$"):
+            with pytest.raises(interrupts.Interrupted):
                 os.kill(os.getpid(), signal.SIGINT)
         assert heard == [signal.SIGTERM]
     finally:
