@@ -17,7 +17,6 @@ from pgp import (
     audit,
     catalogue,
     display,
-    escaping,
     parsing,
     platforms,
     processes,
@@ -83,9 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     bare = words[0] in ("list", "data") and len(words) < 4 if words else True  # without flags of their own
     if not words or words[0] in HELP or (bare and words[-1] in HELP):
-        guarded(lambda: print(USAGE))
+        guarded(lambda: display.show_lines(*USAGE.splitlines()))
     elif words[0] == "--version":
-        guarded(lambda: print(f"pgp {__version__}"))
+        guarded(lambda: display.show_lines(f"pgp {__version__}"))
     else:
         guarded(lambda: parsing.named(COMMANDS, words[0], "command", "pgp --help")(words[1:]))
 
@@ -94,7 +93,7 @@ def published_main(argv: Sequence[str] | None = None) -> None:
     """`python main.py RECIPE …`: as `main`, with the words, the folder and the file names of the published code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in HELP:
-        guarded(lambda: print(PUBLISHED_USAGE))
+        guarded(lambda: display.show_lines(*PUBLISHED_USAGE.splitlines()))
     elif any(word.partition("=")[0] == "--resume" for word in words):
         guarded(lambda: train_command(words))
     elif "--eval" in words:
@@ -117,7 +116,7 @@ def train_command(words: list[str]) -> None:
             run = train.resume(chosen.resume, chosen.hardware, bars, more, chosen.on_bad_image)
         display.show([run])
     elif words and words[0] in HELP:
-        print(USAGE)
+        display.show_lines(*USAGE.splitlines())
     else:
         command = _train_command(words, "pgp train")
         display.show(_trained(command), command.output)
@@ -216,9 +215,8 @@ def predict_command(words: list[str]) -> None:
     told: list[Ignored] = []
     paths, bad = images_in(command.images, told), 0
     for line in (line for ignored in told for line in ignored.lines()):
-        print(f"pgp: {line}", file=sys.stderr)
+        display.note(line)
     predictor = Predictor(Run.open(command.run), command.readout)
-    ascii_only = not (getattr(sys.stdout, "encoding", None) or "").lower().startswith("utf")
     with display.progress(hidden=display.is_terminal(sys.stdout)) as bars:  # where answers appear, they are the bar
         for path, found in tracked(
             bars, predictor.stream(paths, command.top, command.batch_size), len(paths), "images"
@@ -229,10 +227,9 @@ def predict_command(words: list[str]) -> None:
                 continue
             scores = dict(zip(found.names, found.probabilities, strict=True))
             if command.json:
-                print(escaping.json_line({"image": str(path), "classes": scores}, ascii_only=ascii_only))
+                display.show_json({"image": str(path), "classes": scores})
             else:
-                answers = (f"{name} {100 * score:.1f} %" for name, score in scores.items())
-                print(*map(escaping.tsv_field, (path, *answers)), sep="\t")
+                display.show_fields(path, *(f"{name} {100 * score:.1f} %" for name, score in scores.items()))
     if bad == len(paths):
         why = f"none of {len(paths)} can be read" if paths else "there is none"
         raise ValueError(f"expected images in {', '.join(map(str, command.images))}, but {why}")

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pgp import audit, comparison, drift_report, metrics, platforms, report, sweep
 from pgp.curriculum import idle
-from pgp.escaping import printable
+from pgp.escaping import json_line, printable, tsv_field
 from pgp.evaluate import tell
 from pgp.processes import rank
 from pgp.run import Run, RunError, free_folder
@@ -54,6 +54,17 @@ def show_lines(*lines: object) -> None:
     """Print results on standard output, a line each."""
     for line in lines:
         print(printable(line))
+
+
+def show_fields(*fields: object) -> None:
+    """Print a line of tab-separated values on standard output."""
+    print(*map(tsv_field, fields), sep="\t")
+
+
+def show_json(value: Any) -> None:
+    """Print a line of JSON on standard output."""
+    encoding = getattr(sys.stdout, "encoding", None) or ""
+    print(json_line(value, ascii_only=not encoding.lower().startswith("utf")))
 
 
 def show_rich(renderable: RenderableType) -> None:
