@@ -48,6 +48,7 @@ class CLIP(VisionLanguage):
         self.scale = float(model.logit_scale.detach().exp())
         self._tokenizer = _open_clip().SimpleTokenizer(context_length=self.context_length)
         self.freeze()
+        _check_towers(self)
 
     def embed(self, images: Tensor) -> Tensor:
         """See `Backbone.embed`."""
@@ -167,7 +168,7 @@ def _linear(attn: Any) -> Any:
 
 def _plain(model: Any) -> Any:
     """`model`, if its towers are what this file understands."""
-    visual, text = model.visual, getattr(model, "text", model)
+    visual, text = getattr(model, "visual", None), getattr(model, "text", model)
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
     pooled = getattr(visual, "pool_type", "tok") != "tok" or getattr(visual, "attn_pool", None) is not None
     known = blocks and hasattr(getattr(blocks[0], "attn", None), "num_heads")
@@ -179,13 +180,43 @@ def _plain(model: Any) -> Any:
     if pooling != "argmax" or not all(_has(text, name) for name in parts):
         raise ValueError(f"expected CLIP's own text transformer, read at the end token, got {type(text).__name__}"
                          f" read at {pooling!r}: choose another model of open_clip")  # fmt: skip
-    if text.token_embedding.num_embeddings != _VOCABULARY:
-        raise ValueError(f"expected CLIP's own vocabulary of {_VOCABULARY} tokens, got"
-                         f" {text.token_embedding.num_embeddings}: choose another model of open_clip")  # fmt: skip
+    words = getattr(text.token_embedding, "num_embeddings", 0)
+    if words != _VOCABULARY:
+        raise ValueError(f"expected CLIP's own vocabulary of {_VOCABULARY} tokens, got {words}: choose another model of"
+                         " open_clip")  # fmt: skip
     for tower in (visual.transformer, text.transformer):
         if not getattr(tower, "batch_first", False):
             raise ValueError("expected transformers that take the batch first: update open_clip_torch to 2.26 or newer")
     return model
+
+
+@torch.no_grad()
+def _check_towers(clip: CLIP) -> None:
+    """Raise unless open_clip's own passes, cut to the first block of each tower, give what this file's give."""
+    model, visual = clip.model, clip.model.visual
+    pixels = 3 * visual.image_size[0] * visual.image_size[1]
+    image = torch.arange(pixels, device=visual.proj.device).sin().view(1, 3, *visual.image_size).to(visual.proj.dtype)
+    tokens = clip.tokenize(["a"]).to(visual.proj.device)
+    towers = (visual.transformer, clip._text.transformer)
+    whole = [tower.resblocks for tower in towers]
+    try:
+        for tower, blocks in zip(towers, whole, strict=True):
+            tower.resblocks = blocks[:1]
+        pairs = {
+            "images": (clip.project(clip.encode(image)), model.encode_image(image)),
+            "texts": (clip.encode_text(clip.embed_text(tokens), tokens), model.encode_text(tokens)),
+        }
+        for what, (ours, expected) in pairs.items():
+            error, size = float((ours - expected).abs().max()), float(expected.abs().max())
+            if not error <= torch.finfo(expected.dtype).eps ** 0.5 * size:
+                raise ValueError(f"its features of {what} differ from open_clip's by {error:.2g}, where the largest is"
+                                 f" {size:.2g}")  # fmt: skip
+    except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise ValueError(f"expected CLIP's own towers, got {type(visual).__name__} and {type(clip._text).__name__}"
+                         f" ({error}): choose another model of open_clip") from error  # fmt: skip
+    finally:
+        for tower, blocks in zip(towers, whole, strict=True):
+            tower.resblocks = blocks
 
 
 def _has(module: Any, name: str) -> bool:

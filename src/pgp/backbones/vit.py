@@ -13,7 +13,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block, VisionTransformer, checkpoint_filter_fn
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from pgp.backbones import Backbone, Trace, apart, checkpoints, joined, sized
@@ -44,9 +44,10 @@ class ViT(Backbone):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.vit = _plain(model)
+        self.freeze()
+        _check_blocks(model)
         self.width, self.depth = int(model.embed_dim), len(model.blocks)
         self.heads = int(model.blocks[0].attn.num_heads)
-        self.freeze()
 
     def patches(self, images: Tensor) -> Tensor:
         """Patch tokens without position embedding or CLS, `(B, N', D)`."""
@@ -186,18 +187,54 @@ def _plain(model: Any) -> Any:
     if not model.has_class_token:
         raise ValueError("expected a vision transformer with a class token (it is the query), got one without")
     if isinstance(model.norm, nn.Identity):
-        raise ValueError(f"expected a vision transformer that reads its class token, got one that reads the mean of"
-                         f" patches ({model.global_pool!r}): choose another tag")  # fmt: skip
-    attentions = [block.attn for block in model.blocks]
-    usual = {"training", "num_heads", "head_dim", "attn_dim", "scale", "fused_attn", "gate"}
-    for block, attn in zip(model.blocks, attentions, strict=True):
-        extras = {k for k in vars(attn) if not k.startswith("_")} - usual
-        gated = getattr(attn, "gate", None) not in (None, False)
-        normed = not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity)
-        if type(block) is not Block or not hasattr(attn, "qkv") or extras or gated or normed:
-            raise ValueError(f"expected plain pre-norm blocks with joint qkv, got {type(block).__name__}"
-                             f" with {type(attn).__name__}: choose another tag")  # fmt: skip
+        pooled = model.global_pool != "token"
+        other = f"that reads the mean of patches ({model.global_pool!r})" if pooled else "without a norm before it"
+        raise ValueError(f"expected a vision transformer that reads its class token, got one {other}: choose another"
+                         " tag")  # fmt: skip
+    for block in model.blocks:
+        attn = getattr(block, "attn", None)
+        if getattr(attn, "gate", None) not in (None, False):
+            raise ValueError(f"expected attention without a gate, got {type(attn).__name__} with one: choose another tag")
+        if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
+            raise ValueError(f"expected attention whose output is not normed, got {type(attn).__name__} with a norm:"
+                             " choose another tag")  # fmt: skip
     return model
+
+
+@torch.no_grad()
+def _check_blocks(model: Any) -> None:
+    """Raise unless each kind of block in `model` computes what this file computes in its place."""
+    for block in {_kind(block): block for block in model.blocks}.values():
+        width, weight = int(model.embed_dim), next(block.parameters())
+        # small beside what attention and MLP add to them, so that a layer scale near 0 hides nothing
+        tokens = 0.01 * torch.arange(4 * width, device=weight.device).sin().view(1, 4, width).to(weight.dtype)
+        expected = block(tokens)
+        try:
+            error = (_block(block, tokens, 4, None) - expected).abs().max()
+        except (AttributeError, TypeError, ValueError, RuntimeError) as reason:  # it is made of other parts
+            raise ValueError(f"{_strange(block)}, which pgp cannot take apart ({reason}): choose another tag") from reason
+        precision = torch.finfo(weight.dtype).eps
+        bound = precision**0.5 * (expected - tokens).abs().max() + 8 * precision * expected.abs().max()
+        if not expected.isfinite().all():
+            raise ValueError("expected weights that are finite numbers, got a model that answers NaN or infinity: its"
+                             " weights are damaged, choose others")  # fmt: skip
+        if not error <= bound:
+            raise ValueError(f"{_strange(block)}, whose outputs differ from those by {float(error):.2g} (more than"
+                             f" {float(bound):.2g}): choose another tag")  # fmt: skip
+
+
+def _strange(block: Any) -> str:
+    attn = f" with {type(block.attn).__name__}" if hasattr(block, "attn") else ""
+    return f"expected plain pre-norm blocks with joint qkv, got {type(block).__name__}{attn}"
+
+
+def _kind(block: nn.Module) -> str:
+    """Return a text that is the same for blocks that differ in nothing but their weights."""
+    plain = (bool, int, float, str, type(None))
+    settings = [
+        {name: value for name, value in vars(module).items() if isinstance(value, plain)} for module in block.modules()
+    ]
+    return f"{block} {settings}"
 
 
 def _create(config: ViT.Config, size: int) -> Any:
