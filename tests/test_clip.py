@@ -349,12 +349,94 @@ def test_l2p_runs_on_clip_too(encoder, tmp_path):
         ({"model": "ViT-B-16-SigLIP"}, "expected a plain vision transformer|expected CLIP's own text transformer"),
         ({"model": "ViT-B-32", "weights": "nowhere"}, r"no weights 'nowhere' for ViT-B-32: expected one of \['openai'"),
         ({"model": "ViT-B-32", "weights": "nowhere.pt"}, "no checkpoint at nowhere.pt"),
-        ({"model": "missing.json"}, "No such file|no model configuration at missing.json"),
+        ({"model": "ViT-B-32", "weights": "."}, r"no weights '\.' for ViT-B-32: expected one of \['openai'"),
+        ({"model": "missing.json"}, "no description of a model at missing.json: expected a JSON file"),
     ],
 )
 def test_models_that_do_not_fit(change, message):
-    with pytest.raises((ValueError, OSError), match=message):
+    with pytest.raises(ValueError, match=message):
         CLIP.Config(**{"weights": "random", **change}).build(224)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"m\.json is no readable description of a model in JSON \(truncated\?\): Expecting property name"),
+        ("[" * 100_000, r"m\.json is no readable description of a model in JSON .*recursion"),
+        (b"\xff\xfe\x00", r"m\.json is no readable description of a model in JSON .*utf-8"),
+        (" " * (1 << 21), r"expected a description of a model in JSON, got 2,097,152 bytes in .*m\.json"),
+        ("[]", r"open_clip cannot make .*m\.json at 32 px: list indices must be integers"),
+        ("{}", r"open_clip cannot make .*m\.json at 32 px: KeyError\('vision_cfg'\)"),
+        ('{"vision_cfg": {}}', r"open_clip cannot make .*m\.json at 32 px: .*missing 2 required"),
+        (ARCHITECTURE | {"embed_dim": -3}, r"open_clip cannot make .*m\.json at 32 px: "),
+        (
+            ARCHITECTURE | {"vision_cfg": {**ARCHITECTURE["vision_cfg"], "patch_size": 64}},
+            "at least the patch size 64, got 32",
+        ),
+        (
+            ARCHITECTURE | {"vision_cfg": {**ARCHITECTURE["vision_cfg"], "pool_type": "avg"}},
+            "with a class token in CLIP's",
+        ),
+        (
+            ARCHITECTURE | {"text_cfg": {**ARCHITECTURE["text_cfg"], "vocab_size": 99}},
+            "own vocabulary of 49408 tokens, got 99",
+        ),
+        (ARCHITECTURE | {"text_cfg": {**ARCHITECTURE["text_cfg"], "pool_type": "first"}}, "read at 'first'"),
+        (ARCHITECTURE | {"text_cfg": {**ARCHITECTURE["text_cfg"], "no_causal_mask": True}}, "expected CLIP's own text"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_descriptions_that_do_not_fit(tmp_path, text, message):
+    content = json.dumps(text) if isinstance(text, dict) else text
+    (tmp_path / "m.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError, match=message):
+        CLIP.Config(str(tmp_path / "m.json"), "random").build(32)
+
+
+@pytest.mark.parametrize("part", ["images", "texts"])
+def test_a_model_whose_passes_are_others_is_refused(part):
+    """Known by its outputs: it has all the modules of CLIP, and uses them in another way."""
+    model = open_clip.CLIP(**ARCHITECTURE)
+    name = "encode_image" if part == "images" else "encode_text"
+    known = getattr(model, name)
+    setattr(model, name, lambda inputs: 1.01 * known(inputs))
+    with pytest.raises(
+        ValueError, match=rf"expected CLIP's own towers, .* \(its features of {part} differ from open_clip"
+    ):
+        CLIP(model)
+    setattr(model, name, lambda: known)
+    with pytest.raises(ValueError, match=r"expected CLIP's own towers, .* positional argument"):
+        CLIP(model)
+    setattr(model, name, known)
+    before = torch.get_rng_state()
+    assert CLIP(model).depth == 2  # and nothing of it was left out
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_towers_of_another_make_are_refused():
+    model = open_clip.CLIP(**ARCHITECTURE)
+    model.text = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"expected CLIP's own text transformer, read at the end token, got Linear"):
+        CLIP(model)
+    model.text = open_clip.CLIP(**ARCHITECTURE)
+    model.text.token_embedding = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"own vocabulary of 49408 tokens, got 0"):
+        CLIP(model)
+    with pytest.raises(ValueError, match=r"expected a plain vision transformer .* got NoneType"):
+        CLIP(torch.nn.Linear(2, 2))
+
+
+def test_model_libraries_that_are_missing_are_named(monkeypatch):
+    def create(*_, **__):
+        raise RuntimeError("Please install transformers\nfor all this")
+
+    monkeypatch.setattr(open_clip, "create_model", create)
+    with pytest.raises(ValueError, match=r"open_clip cannot make ViT-B-32 at 224 px: Please install transformers$"):
+        CLIP.Config("ViT-B-32", "random").build(224)
+    with pytest.raises(
+        ValueError, match=r"no weights openai for ViT-B-32: Please install transformers\. Offline, download"
+    ):
+        CLIP.Config("ViT-B-32", "openai").build(224)
 
 
 def test_attention_of_an_unknown_kind_is_refused():
@@ -379,6 +461,12 @@ def test_checkpoints(encoder, tmp_path):
     with pytest.raises(ValueError, match="no readable checkpoint"):
         replace(encoder, weights=str(tmp_path / "bad.pt")).build(32)
     state = clip.model.state_dict()
+    ids = {"token_embedding.ids": torch.tensor([1, 99999]), "token_embedding.rows": torch.zeros(2, 16)}
+    torch.save({**state, **ids}, tmp_path / "ids.pt")
+    torch.save({**state, "visual.positional_embedding": torch.zeros(3)}, tmp_path / "places.pt")
+    for name in ("ids.pt", "places.pt"):
+        with pytest.raises(ValueError, match=rf"{name} (is no readable checkpoint|does not fit)"):
+            replace(encoder, weights=str(tmp_path / name)).build(32)
     del state["ln_final.bias"]
     torch.save(state, tmp_path / "part.pt")
     with pytest.raises(ValueError, match=r"part.pt does not fit this model: missing \['ln_final.bias'\]"):

@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import inspect
 import os
+import pickle
+import random
+import struct
+import zipfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,6 +15,7 @@ from safetensors.torch import save_file
 
 import oracles
 from conftest import tiny_timm
+from pgp.backbones import checkpoints
 from pgp.backbones.vit import ViT
 
 TAGS = {
@@ -144,6 +151,8 @@ def test_damaged_or_foreign_checkpoints(tmp_path):
     [
         ("vit_tiny_patch61_224", 32, r"perhaps you meant.*vit_tiny_patch16_224"),
         ("resnet18", 32, "timm cannot make resnet18"),
+        ("vit_tiny_patch16_224.nonsense", 32, "timm cannot make .* Invalid pretrained tag"),
+        ("vit_small_patch16_18x2_224", 224, "joint qkv, got ParallelThingsBlock, which pgp cannot take apart"),
         ("vit_relpos_small_patch16_224", 32, "plain timm VisionTransformer, got VisionTransformerRelPos"),
         ("deit_tiny_distilled_patch16_224", 32, "got VisionTransformerDistilled"),
         ("vit_base_patch16_siglip_224", 32, "with a class token"),
@@ -153,6 +162,196 @@ def test_damaged_or_foreign_checkpoints(tmp_path):
 def test_models_that_do_not_fit(model, size, message):
     with pytest.raises(ValueError, match=message):
         ViT.Config(model, weights="random").build(size)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"depth": 0}, "expected a vision transformer with blocks"),
+        ({"depth": -1}, r"timm cannot make .* with {'depth': -1}: "),
+        ({"num_heads": 0}, r"timm cannot make .* with {'num_heads': 0}: integer modulo by zero"),
+        ({"embed_dim": -3}, r"timm cannot make .* negative dimension"),
+        ({"patch_size": 0}, r"timm cannot make .* by zero"),
+        ({"wrong": 1}, r"timm cannot make .* unexpected keyword argument 'wrong'"),
+        ({"in_chans": 1}, "images with 3 channels, got in_chans 1"),
+    ],
+)
+def test_arguments_that_make_no_model(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ViT.Config("vit_tiny_patch16_224", "random", arguments).build(32)
+
+
+class Another(timm.layers.Attention):
+    """Differs in what it computes, not in what it is made of."""
+
+    def forward(self, x, **masks):
+        return 1.01 * super().forward(x, **masks)
+
+
+def test_attention_is_known_by_its_outputs():
+    model = tiny_timm(depth=2)
+    model.blocks[0].attn.heads_of_a_coming_timm = model.blocks[1].attn.another_word = 4
+    before = torch.get_rng_state()
+    assert ViT(model).heads == 4
+    assert torch.equal(torch.get_rng_state(), before)
+    model.blocks[1].attn.__class__ = Another
+    with pytest.raises(
+        ValueError, match=r"got Block with Another, whose outputs differ from those by .*choose another"
+    ):
+        ViT(model)
+    model = tiny_timm(depth=3)
+    model.blocks[2].attn.scale *= 2  # of which fused attention takes no note
+    with pytest.raises(ValueError, match="got Block with Attention, whose outputs differ"):
+        ViT(model)
+
+
+@pytest.mark.parametrize("init_values", [None, 1e-5])
+def test_a_layer_scale_near_zero_hides_no_difference(init_values):
+    model = tiny_timm(depth=1, init_values=init_values)
+    assert ViT(model).depth == 1
+    model.blocks[0].attn.__class__ = Another
+    with pytest.raises(ValueError, match="whose outputs differ"):
+        ViT(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_blocks_are_compared_at_any_precision(dtype):
+    assert ViT(tiny_timm(depth=2).to(dtype)).depth == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gated": True}, "expected attention without a gate, got Attention with one"),
+        (
+            {"scale_norm": True, "norm_layer": torch.nn.LayerNorm},
+            "whose output is not normed, got Attention with a norm",
+        ),
+    ],
+)
+def test_kinds_of_attention_that_are_named(change, message):
+    model = tiny_timm(depth=1)
+    if not change.keys() <= inspect.signature(timm.layers.Attention.__init__).parameters.keys():
+        pytest.skip("this timm has no such attention")
+    model.blocks[0].attn = timm.layers.Attention(48, 4, qkv_bias=True, **change)
+    with pytest.raises(ValueError, match=message):
+        ViT(model)
+
+
+def test_weights_that_are_not_finite(tmp_path):
+    model = tiny_timm(depth=1)
+    model.blocks[0].mlp.fc1.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="expected weights that are finite numbers"):
+        ViT(model)
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(
+        ValueError, match=r"w\.safetensors is damaged: .* got NaN or infinity in \['blocks.0.mlp.fc1.weight'\]"
+    ):
+        tiny_config(tmp_path / "w.safetensors").build(32)
+
+
+def tiny_config(weights):
+    return ViT.Config(
+        "vit_tiny_patch16_224", str(weights), {"patch_size": 8, "embed_dim": 48, "depth": 1, "num_heads": 4}
+    )
+
+
+def stored(state, path, **options):
+    torch.save(state, path, **options)
+    return path.read_bytes()
+
+
+def zipped(path, **entries):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, data in entries.items():
+            file.writestr(f"w/{name}", data)
+    return path.read_bytes()
+
+
+NOT_WEIGHTS = {
+    "text.pth": (lambda _: b"weights\n" * 9, "got a text"),
+    "text.safetensors": (lambda _: b"weights\n" * 9, "got a text"),
+    "page.pth": (lambda _: b"<!DOCTYPE html><html>" * 9, "got a text"),
+    "json.pth": (lambda _: b'{"model": 1}', "got a text"),
+    "pointer.pth": (
+        lambda _: b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7\n",
+        "got a pointer of Git LFS",
+    ),
+    "empty.pth": (lambda _: b"", "got an empty file"),
+    "empty.safetensors": (lambda _: b"", "got an empty file"),
+    "png.pth": (lambda _: b"\x89PNG\r\n\x1a\n" + bytes(99), r"got a picture \(PNG\)"),
+    "jpg.safetensors": (lambda _: b"\xff\xd8\xff\xe0" + bytes(99), r"got a picture \(JPEG\)"),
+    "zeros.pth": (lambda _: bytes(999), "is no readable checkpoint .*: it is no file of weights"),
+    "zeros.safetensors": (lambda _: bytes(999), "is no readable checkpoint"),
+    "list.pth": (lambda _: pickle.dumps([1, 2]), "is no readable checkpoint|is no checkpoint"),
+    "other.zip.pth": (lambda path: zipped(path, readme=b"hello"), "is no readable checkpoint"),
+    "bomb.pth": (lambda path: zipped(path, **{"data.pkl": bytes(1 << 22)}), "it would unpack to far more than its"),
+    "numbers.pth": (lambda path: stored({1: torch.ones(2)}, path), "expected tensors by name"),
+    "absurd.pth": (lambda path: stored({"x": torch.ones(1).expand(1 << 20, 1 << 20)}, path), "are far larger than its"),
+    "complex.pth": (lambda path: stored({"x": torch.ones(9) * 1j}, path), "plain tensors of real numbers, got another"),
+    "sparse.pth": (lambda path: stored({"x": torch.eye(9).to_sparse()}, path), "is no readable|plain tensors"),
+    "header.safetensors": (
+        lambda _: struct.pack("<Q", 1 << 60) + b"{" * 99,
+        "is no readable checkpoint .*header too large",
+    ),
+    "nested.safetensors": (lambda _: struct.pack("<Q", 5000) + b"[" * 5000, "is no readable checkpoint"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_WEIGHTS)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_what_is_not_weights_is_told_in_a_line(tmp_path, name):
+    make, message = NOT_WEIGHTS[name]
+    (tmp_path / name).write_bytes(make(tmp_path / name))
+    with pytest.raises(ValueError, match=message) as raised:
+        tiny_config(tmp_path / name).build(32)
+    assert str(tmp_path / name) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to a device", "link to nothing", "below a file", "NUL"])
+def test_what_is_no_file_is_no_weights(tmp_path, kind):
+    path = tmp_path / "w.pth"
+    if kind == "below a file":
+        path.write_text("")
+        path = path / "w.pth"
+    elif kind == "NUL":
+        path = Path(f"{path}\0")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero" if kind == "link to a device" else "nowhere")
+    with pytest.raises(ValueError, match=r"no checkpoint at .*w\.pth.*: expected a \.safetensors, \.pth or \.pt file"):
+        tiny_config(path).build(32)
+
+
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "old.pth"])
+def test_random_damage_of_weights(tmp_path, name):
+    """Is told in a line with the name of the file, or it changed numbers, where a format has no checksum."""
+    path, state = tmp_path / name, tiny_timm(depth=1).state_dict()
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=name == "w.pth")
+    whole, draw, refused = path.read_bytes(), random.Random(0), 0
+    assert set(checkpoints.read(path)) == set(state)
+    for trial in range(60):
+        data = bytearray(whole)
+        if trial % 3 == 0:
+            del data[draw.randrange(len(data)) :]
+        for _ in range(draw.choice([1, 4, 50]) if data else 0):  # half of them where the format tells of itself
+            place = draw.randrange(min(len(data), draw.choice([2000, len(data)])))
+            data[place] = draw.randrange(256)
+        path.write_bytes(data)
+        try:
+            checkpoints.read(path)
+        except ValueError as error:
+            refused += 1
+            assert str(path) in str(error)  # noqa: PT017  (a few are not refused)
+            assert "\n" not in str(error)  # noqa: PT017
+    assert refused > (55 if name == "w.pth" else 20)  # of which a zip has checksums
 
 
 def test_hub_weights_need_a_full_tag_and_a_network(monkeypatch):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,7 +167,8 @@ def _linear(attn: Any) -> Any:
 
 def _plain(model: Any) -> Any:
     """`model`, if its towers are what this file understands."""
-    visual, text = getattr(model, "visual", None), getattr(model, "text", model)
+    visual: Any = getattr(model, "visual", None)
+    text: Any = getattr(model, "text", model)
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
     pooled = getattr(visual, "pool_type", "tok") != "tok" or getattr(visual, "attn_pool", None) is not None
     known = blocks and hasattr(getattr(blocks[0], "attn", None), "num_heads")
@@ -253,22 +253,28 @@ def _create(config: CLIP.Config, size: int) -> Any:
         torch.manual_seed(0)  # `random` weights are the same every time
         try:
             if own:
-                description = json.loads(checkpoints.packaged(config.model).read_text(encoding="utf-8"))
+                description = checkpoints.read_json(checkpoints.packaged(config.model))
                 description["vision_cfg"]["image_size"] = size
                 model: Any = open_clip.CLIP(**description)
             else:
-                model = open_clip.create_model(
-                    config.model, pretrained=tag, force_image_size=size, load_weights=bool(tag)
-                )
-        except (TypeError, KeyError, AssertionError, json.JSONDecodeError) as error:
-            raise ValueError(f"open_clip cannot make {config.model} at {size} px: {error!r}") from error
-        except (OSError, RuntimeError) as error:
-            if tag is None:
-                raise
-            raise ValueError(f"no weights {tag} for {config.model}: {str(error).rstrip('. ')}. Offline, download the"
+                with checkpoints.hub_quiet():
+                    model = open_clip.create_model(
+                        config.model, pretrained=tag, force_image_size=size, load_weights=bool(tag)
+                    )
+        except checkpoints.WeightsError:
+            raise
+        except Exception as error:  # open_clip raises almost anything of models, weights and networks
+            said = checkpoints.first_line(error)
+            if tag is None or isinstance(error, (TypeError, AssertionError, ArithmeticError, LookupError)):
+                said = repr(error) if isinstance(error, LookupError) else said
+                raise ValueError(f"open_clip cannot make {config.model} at {size} px: {said}") from error
+            raise ValueError(f"no weights {tag} for {config.model}: {said}. Offline, download the"
                              " checkpoint elsewhere and name the file: --backbone.weights PATH") from error  # fmt: skip
+    side = int(_plain(model).visual.patch_size[0])
+    if size < side:
+        raise ValueError(f"expected an image size of at least the patch size {side}, got {size}")
     if _is_file(config.weights):
-        _load(_plain(model), checkpoints.packaged(config.weights))
+        _load(model, checkpoints.packaged(config.weights))
     return model
 
 
@@ -279,10 +285,11 @@ def _is_file(weights: str) -> bool:
 def _load(model: Any, path: Path) -> None:
     """Fill `model` with a checkpoint; rows of the token embedding that it leaves out keep their initial values."""
     state = {name.removeprefix("module."): tensor for name, tensor in checkpoints.read(path).items()}
-    if "token_embedding.ids" in state:
-        whole = model.token_embedding.weight.detach().clone()
-        whole[state.pop("token_embedding.ids").long()] = state.pop("token_embedding.rows")
-        state["token_embedding.weight"] = whole
-    if "visual.positional_embedding" in state:
-        _open_clip().model.resize_pos_embed(state, model)
+    with checkpoints.reading(path):  # what is found may have any shape
+        if "token_embedding.ids" in state:
+            whole = model.token_embedding.weight.detach().clone()
+            whole[state.pop("token_embedding.ids").long()] = state.pop("token_embedding.rows")
+            state["token_embedding.weight"] = whole
+        if "visual.positional_embedding" in state:
+            _open_clip().model.resize_pos_embed(state, model)
     checkpoints.fill(model, state, path)

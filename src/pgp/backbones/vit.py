@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
-import logging
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -184,6 +183,8 @@ def _plain(model: Any) -> Any:
     name = type(model).__name__
     if type(model) is not VisionTransformer:
         raise ValueError(f"expected a plain timm VisionTransformer, got {name}: choose a vit_*, deit_* or *dinov2* tag")
+    if not len(model.blocks):
+        raise ValueError("expected a vision transformer with blocks, got one without")
     if not model.has_class_token:
         raise ValueError("expected a vision transformer with a class token (it is the query), got one without")
     if isinstance(model.norm, nn.Identity):
@@ -194,7 +195,9 @@ def _plain(model: Any) -> Any:
     for block in model.blocks:
         attn = getattr(block, "attn", None)
         if getattr(attn, "gate", None) not in (None, False):
-            raise ValueError(f"expected attention without a gate, got {type(attn).__name__} with one: choose another tag")
+            raise ValueError(
+                f"expected attention without a gate, got {type(attn).__name__} with one: choose another tag"
+            )
         if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
             raise ValueError(f"expected attention whose output is not normed, got {type(attn).__name__} with a norm:"
                              " choose another tag")  # fmt: skip
@@ -204,23 +207,24 @@ def _plain(model: Any) -> Any:
 @torch.no_grad()
 def _check_blocks(model: Any) -> None:
     """Raise unless each kind of block in `model` computes what this file computes in its place."""
+    width = int(model.embed_dim)
+    tokens = 0.01 * torch.arange(4 * width, dtype=torch.float64).sin().view(1, 4, width)
     for block in {_kind(block): block for block in model.blocks}.values():
-        width, weight = int(model.embed_dim), next(block.parameters())
-        # small beside what attention and MLP add to them, so that a layer scale near 0 hides nothing
-        tokens = 0.01 * torch.arange(4 * width, device=weight.device).sin().view(1, 4, width).to(weight.dtype)
-        expected = block(tokens)
+        exact = copy.deepcopy(block).to("cpu", torch.float64)
+        expected = exact(tokens)
         try:
-            error = (_block(block, tokens, 4, None) - expected).abs().max()
+            error = float((_block(exact, tokens, 4, None) - expected).abs().max())
         except (AttributeError, TypeError, ValueError, RuntimeError) as reason:  # it is made of other parts
-            raise ValueError(f"{_strange(block)}, which pgp cannot take apart ({reason}): choose another tag") from reason
-        precision = torch.finfo(weight.dtype).eps
-        bound = precision**0.5 * (expected - tokens).abs().max() + 8 * precision * expected.abs().max()
+            raise ValueError(
+                f"{_strange(block)}, which pgp cannot take apart ({reason}): choose another tag"
+            ) from reason
         if not expected.isfinite().all():
             raise ValueError("expected weights that are finite numbers, got a model that answers NaN or infinity: its"
                              " weights are damaged, choose others")  # fmt: skip
+        bound = 1e-6 * float((expected - tokens).abs().max())  # of what the block adds, however little
         if not error <= bound:
-            raise ValueError(f"{_strange(block)}, whose outputs differ from those by {float(error):.2g} (more than"
-                             f" {float(bound):.2g}): choose another tag")  # fmt: skip
+            raise ValueError(f"{_strange(block)}, whose outputs differ from those by {error:.2g} (more than"
+                             f" {bound:.2g}): choose another tag")  # fmt: skip
 
 
 def _strange(block: Any) -> str:
@@ -249,19 +253,18 @@ def _create(config: ViT.Config, size: int) -> Any:
         raise ValueError(
             f"{config.model!r} means other weights in other timm versions; name the full tag, one of {tags}"
         )
+    if config.arguments.get("in_chans", 3) != 3:
+        raise ValueError(f"expected an encoder of images with 3 channels, got in_chans {config.arguments['in_chans']}")
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), checkpoints.hub_quiet():
             torch.manual_seed(0)  # `random` weights are the same every time
-            with _hub_quiet():
-                model = timm.create_model(
-                    config.model, pretrained=hub, num_classes=0, img_size=size, **config.arguments
-                )
-    except (TypeError, AssertionError) as error:
-        raise ValueError(f"timm cannot make {config.model} at {size} px with {config.arguments}: {error}") from error
-    except (OSError, RuntimeError) as error:
-        if not hub:
-            raise
-        raise ValueError(f"no weights for {config.model}: {str(error).rstrip('. ')}. Offline, download the checkpoint"
+            model = timm.create_model(config.model, pretrained=hub, num_classes=0, img_size=size, **config.arguments)
+    except Exception as error:  # timm raises almost anything of arguments, weights and networks
+        said = checkpoints.first_line(error)
+        if not hub or isinstance(error, (TypeError, AssertionError, ArithmeticError, LookupError)):
+            arguments = f" with {config.arguments}" if config.arguments else ""
+            raise ValueError(f"timm cannot make {config.model} at {size} px{arguments}: {said}") from error
+        raise ValueError(f"no weights for {config.model}: {said}. Offline, download the checkpoint"
                          " elsewhere and name the file: --backbone.weights PATH.safetensors; or try things out on the"
                          " small encoder that pgp ships: --backbone demo-vit --views.size 32") from error  # fmt: skip
     side = getattr(_plain(model).patch_embed, "patch_size", (1, 1))[0]
@@ -272,24 +275,14 @@ def _create(config: ViT.Config, size: int) -> Any:
     return model
 
 
-@contextmanager
-def _hub_quiet() -> Iterator[None]:
-    """Keep the hub's notes on every retry to itself: what fails in the end says why."""
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
 def _load(model: Any, path: Path) -> None:
     """Fill `model` with a checkpoint in timm's naming; the head is left out, positions are resampled."""
     state = checkpoints.read(path)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "head_dist."))}
     width, found = model.embed_dim, state.get("cls_token")
-    if found is not None and found.shape[-1] != width:
+    if found is not None and found.dim() and found.shape[-1] != width:
         raise ValueError(f"expected weights of width {width}, got {found.shape[-1]} in {path}: name the model they"
                          " belong to with --backbone.model")  # fmt: skip
-    checkpoints.fill(model, checkpoint_filter_fn(state, model), path)
+    with checkpoints.reading(path):  # timm expects what it finds to be of its own shapes
+        state = checkpoint_filter_fn(state, model)
+    checkpoints.fill(model, state, path)
