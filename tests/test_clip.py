@@ -12,6 +12,7 @@ import test_conformance as conformance
 import tiny
 from conftest import CIFAR_NAMES, golden_clip, golden_vit
 from pgp import train
+from pgp.backbones import clip as clip_file
 from pgp.backbones import joined
 from pgp.backbones.clip import CLIP
 from pgp.config import Hardware, Optimizer
@@ -229,6 +230,7 @@ def test_learns_asks_the_text_tower_once_a_task_and_resumes_bitwise(encoder, tmp
             raise KeyboardInterrupt
 
     monkeypatch.setattr(CLIP, "encode_text", counted)
+    monkeypatch.setattr(clip_file, "_check_towers", lambda _: None)  # which asks it when an encoder is built
     monkeypatch.setattr(train, "close_task", watched)
     whole = train.train(config(encoder), tmp_path / "whole")
     assert calls.count("closing") == 3
