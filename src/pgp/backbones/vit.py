@@ -210,7 +210,7 @@ def _check_blocks(model: Any) -> None:
     width = int(model.embed_dim)
     tokens = 0.01 * torch.arange(4 * width, dtype=torch.float64).sin().view(1, 4, width)
     for block in {_kind(block): block for block in model.blocks}.values():
-        exact = copy.deepcopy(block).to("cpu", torch.float64)
+        exact = copy.deepcopy(block).to(tokens)  # on the CPU, and in float64
         expected = exact(tokens)
         try:
             error = float((_block(exact, tokens, 4, None) - expected).abs().max())
