@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 
 import tiny
 from conftest import golden_vit
-from pgp import cli, recipes
+from pgp import cli, recipes, report
+from pgp.backbones import Backbone
 from pgp.baselines import BASELINES
-from pgp.config import Config, Hardware, Optimizer
+from pgp.config import Config, Hardware, Optimizer, components
+from pgp.datasets import DatasetConfig
 from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.cub200 import CUB200
 from pgp.datasets.imagenet_r import ImageNetR
 from pgp.datasets.tiny_imagenet import TinyImageNet
+from pgp.methods import Method
+from pgp.methods.clip_prompt import ZeroShot
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.l2p import L2P
+from pgp.projections import Projection
 from pgp.projections.none import NoProjection
+from pgp.readouts import Readout
 from pgp.readouts.lda import LDA
+from pgp.run import Run, RunError
 from pgp.scenario import generator
 
 
@@ -45,25 +54,130 @@ def test_the_published_basis_of_each_method(name, energy, components, when):
     assert cli._train_command([name, "--projection", "released"], "pgp train").config.projection == basis
 
 
+TAGS = {
+    DatasetConfig: {"cifar100", "cub200", "digits", "fashion-mnist", "folder", "hugging-face", "imagenet-r", "manifest"}
+    | {"synthetic", "tiny-imagenet"},
+    Backbone.Config: {"vit", "clip"},
+    Method.Config: {"l2p", "dualprompt", "vpt", "clip", "zero-shot", "head-only"},
+    Projection.Config: {"orthogonal", "released", "random", "none"},
+    Readout.Config: {"head", "lda", "ncm", "logistic"},
+}
+
+
+@pytest.mark.parametrize("shelf", TAGS)
+def test_tags_never_change(shelf):
+    own = {tag: kind for tag, kind in components(shelf).items() if kind.__module__.startswith("pgp.")}
+    assert own.keys() == TAGS[shelf]
+    for tag, kind in own.items():
+        assert kind.tag == tag
+        assert issubclass(kind, shelf)
+
+
+def test_components_are_named_by_their_tags():
+    tree = tiny.config().to_json()
+    assert tree["version"] == 1
+    assert (tree["dataset"]["tag"], tree["backbone"]["tag"], tree["method"]["tag"]) == ("synthetic", "vit", "l2p")
+    assert tree["projection"] == {"tag": "orthogonal", **asdict(tiny.config().projection)}
+    assert [one["tag"] for one in tree["readouts"]] == ["head", "lda"]
+    assert "pgp." not in json.dumps(tree)
+
+
+def test_recipes_call_components_by_their_tags():
+    for shelf in (recipes.METHODS, recipes.PROJECTIONS, recipes.DATASETS):
+        assert all(part.tag == name for name, part in shelf.items())
+
+
+@pytest.mark.parametrize(("version", "got"), [(None, "none"), (0, "none"), (2, "2"), ("1", "1")])
+def test_another_version_is_refused(tmp_path, version, got):
+    run = Run.create(tmp_path / "run", tiny.config())
+    tree = {key: value for key, value in tiny.config().to_json().items() if key != "version"}
+    tree |= {} if version is None else {"version": version}
+    (run.folder / "config.json").write_text(json.dumps(tree))
+    with pytest.raises(
+        RunError, match=rf"config.json does not .*: expected a configuration of version 1, got {got}: only"
+    ):
+        _ = run.config
+
+
 @dataclass(frozen=True)
 class Own(NoProjection.Config):
+    tag = "own"
     strength: int = 3
 
 
-def test_a_part_of_ones_own_goes_through_json():
+def test_a_component_of_ones_own_goes_through_json():
     config = tiny.config(projection=Own(5))
+    assert config.to_json()["projection"] == {"tag": "own", "strength": 5}
     assert Config.from_json(config.to_json()) == config
 
 
-@pytest.mark.parametrize(
-    "name", ["os:PathLike", "antigravity:Config", "pgp.nowhere:Config", "pgp.methods.l2p:L2P.Config", ""]
-)
-def test_classes_from_elsewhere_are_refused(name):
+def test_a_component_of_another_module_works_once_that_is_imported(tmp_path):
+    module = (
+        "from dataclasses import dataclass\nfrom pgp.projections.none import NoProjection\n"
+        "@dataclass(frozen=True)\nclass Config(NoProjection.Config):\n    tag = 'elsewhere'\n"
+    )
+    (tmp_path / "elsewhere.py").write_text(module)
+    Run.create(tmp_path / "run", tiny.config())
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(tiny.config().to_json() | {"projection": {"tag": "elsewhere"}}))
+    code = (
+        "import sys; from pgp.run import Run; from pathlib import Path; print(Run(Path('run')).config.projection.tag)"
+    )
+    here = {"env": os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, "cwd": tmp_path}
+    for first, fails in (("", True), ("import elsewhere; ", False)):
+        done = subprocess.run([sys.executable, "-c", first + code], check=False, capture_output=True, text=True, **here)
+        assert (done.returncode != 0) == fails
+        expected = (
+            "one of none, orthogonal, random, released, got 'elsewhere': if it is your own, import its module first"
+        )
+        assert expected in done.stderr if fails else done.stdout == "elsewhere\n"
+
+
+def test_a_module_that_is_loaded_again_replaces_its_component():
+    def loaded():
+        @dataclass(frozen=True)
+        class Again(NoProjection.Config):
+            tag = "again"
+
+        return Again
+
+    old, new = loaded(), loaded()
+    assert components(Projection.Config)["again"] is new
+    assert type(Config.from_json(tiny.config(projection=old()).to_json()).projection) is new
+    del old.tag, new.tag  # off the shelf, for other tests
+
+
+def test_components_without_a_tag_or_with_that_of_another_are_refused(tmp_path):
+    class Nameless(NoProjection.Config):
+        pass
+
+    with pytest.raises(ValueError, match=r"expected a tag in .*Nameless, such as `tag = \"mine\"`: config.json names"):
+        Run.create(tmp_path / "run", tiny.config(projection=Nameless()))
+    assert not (tmp_path / "run").exists()
+
+    honest = tiny.config().to_json()
+
+    class Thief(NoProjection.Config):
+        tag = "released"
+
+    try:
+        with pytest.raises(
+            ValueError, match=r"'released' in .*Thief.* and pgp\.projections\.released\.Released\.Config: rename one"
+        ):
+            tiny.config(projection=Thief()).to_json()
+        with pytest.raises(ValueError, match="to have a tag of its own"):
+            Config.from_json(honest)
+    finally:
+        del Thief.tag
+
+
+@pytest.mark.parametrize("tag", ["os:PathLike", "pgp.methods.l2p:L2P.Config", "l2p", "", None])
+def test_unknown_tags_name_the_known_ones(tag):
     tree = tiny.config().to_json()
-    tree["projection"]["class"] = name
-    with pytest.raises(ValueError, match=r"expected the class of a Projection\.Config, got"):
+    tree["projection"]["tag"] = tag
+    expected = r"expected the tag of a Projection\.Config, one of .*none, orthogonal, .*random, released, got"
+    with pytest.raises(ValueError, match=expected):
         Config.from_json(tree)
-    assert "antigravity" not in sys.modules
 
 
 def test_trees_that_do_not_fit():
@@ -171,3 +285,9 @@ def test_published_settings(name):
     assert config.dataset == kind()
     assert kind.expected.classes == classes
     assert classes % tasks == 0
+
+
+def test_reports_tell_components_apart_by_their_tags():
+    clip = recipes.RECIPES["demo-clip"]()
+    trees = [report.flat(config.to_json()) for config in (clip, replace(clip, method=ZeroShot.Config()))]
+    assert report._labels(trees) == ["method clip", "method zero-shot"]

@@ -218,6 +218,8 @@ def test_data_without_domains(photos, tmp_path):
 class TinyCLIP(CLIP.Config):
     """The encoder of the goldens."""
 
+    tag = "tiny-clip"
+
     def build(self, size: int) -> Backbone:
         return golden_clip(torch.float32)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import pkgutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,7 +25,9 @@ from pgp.readouts import Readout
 from pgp.scenario import Setting
 
 SHELVES: tuple[type, ...] = (DatasetConfig, Backbone.Config, Method.Config, Projection.Config, Readout.Config)
-"""Where things multiply: in JSON, a value of one of these types carries the name of its class."""
+"""Where things multiply: in JSON, a value of one of these types carries the tag of its class."""
+VERSION = 1
+"""Format of the JSON of a configuration; no other is read."""
 
 
 @dataclass(frozen=True)
@@ -206,19 +210,27 @@ class Config:
         return 1 if self.setting == "oil" else self.epochs
 
     def to_json(self) -> dict[str, Any]:
-        """The tree as JSON values."""
-        tree: dict[str, Any] = _converter().unstructure(self)
-        return tree
+        """Return the tree as JSON values.
+
+        Raises:
+            ValueError: If a component has no tag, or that of another.
+        """
+        return {"version": VERSION, **_converter().unstructure(self)}
 
     @staticmethod
     def from_json(tree: dict[str, Any]) -> Config:
-        """The configuration that `to_json` described.
+        """Return the configuration that `to_json` described.
 
         Raises:
-            ValueError: if the tree has unknown, missing or ill-typed fields.
+            ValueError: If the tree has another version, unknown, missing or ill-typed fields, or an unknown tag.
         """
         if not isinstance(tree, dict):
             raise ValueError(f"not a configuration: expected an object with its fields, got {tree!r:.80}")
+        tree = dict(tree)
+        version = tree.pop("version", None)
+        if version != VERSION:
+            raise ValueError(f"expected a configuration of version {VERSION}, got {version or 'none'}: only the version"
+                             " of pgp that made it can use it")  # fmt: skip
         try:
             return _converter().structure(tree, Config)
         except cattrs.BaseValidationError as error:
@@ -243,12 +255,11 @@ def _converter() -> cattrs.Converter:
         converter.register_structure_hook(kind, strict)
 
     def named(value: Any) -> dict[str, Any]:
-        fields = converter.unstructure(value, unstructure_as=type(value))
-        return {"class": f"{type(value).__module__}:{type(value).__qualname__}", **fields}
+        return {"tag": _tag(type(value)), **converter.unstructure(value, unstructure_as=type(value))}
 
     def concrete(tree: dict[str, Any], shelf: type) -> Any:
         fields = dict(tree)
-        return converter.structure(fields, _class(fields.pop("class", ""), shelf))
+        return converter.structure(fields, _component(fields.pop("tag", ""), shelf))
 
     converter.register_unstructure_hook_func(lambda kind: kind in SHELVES, named)
     converter.register_structure_hook_func(lambda kind: kind in SHELVES, concrete)
@@ -260,19 +271,66 @@ def _reason(error: BaseException, kind: type | None) -> str:
     return str(error) if known else format_exception(error, kind)
 
 
-def _class(name: str, shelf: type) -> type:
-    """The class `module:qualname`, which must stand on `shelf`; only pgp's own modules are ever imported for it."""
-    module, _, qualname = name.partition(":")
-    found: Any = sys.modules.get(module)
-    if found is None and module.startswith("pgp."):
-        try:
-            found = importlib.import_module(module)
-        except ModuleNotFoundError:
-            found = None
-    for part in qualname.split("."):
-        found = getattr(found, part, None)
-    if not (isinstance(found, type) and issubclass(found, shelf)):
-        raise ValueError(
-            f"expected the class of a {shelf.__qualname__}, got {name!r}; import its module first if it is your own"
-        )
+def components(shelf: type) -> dict[str, type]:
+    """Return by tag the configurations that can stand on a shelf: pgp's own, and all others that were imported.
+
+    Raises:
+        ValueError: If two of them have one tag.
+    """
+    _import_own(shelf)
+    found: dict[str, type] = {}
+    for kind in _subclasses(shelf):
+        tag = vars(kind).get("tag")
+        if tag is None:
+            continue  # a class in between
+        other = found.get(tag, kind)
+        if (other.__module__, other.__qualname__) != (kind.__module__, kind.__qualname__):
+            raise ValueError(f"expected every {shelf.__qualname__} to have a tag of its own, got {tag!r} in"
+                             f" {_title(other)} and {_title(kind)}: rename one")  # fmt: skip
+        found[tag] = kind  # the newest, if a module was loaded again
     return found
+
+
+@functools.cache
+def _import_own(shelf: type) -> None:
+    """Import all modules of the package that holds the contract of a shelf."""
+    package = importlib.import_module(sys.modules[shelf.__module__].__package__ or "")
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+
+
+def _subclasses(kind: type) -> Iterator[type]:
+    children: list[type] = kind.__subclasses__()
+    for child in children:
+        yield child
+        yield from _subclasses(child)
+
+
+def _title(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _component(tag: str, shelf: type) -> type:
+    """Return the class on `shelf` with this tag."""
+    known = components(shelf)
+    if tag not in known:
+        raise ValueError(f"expected the tag of a {shelf.__qualname__}, one of {', '.join(sorted(known))}, got {tag!r}:"
+                         " if it is your own, import its module first")  # fmt: skip
+    return known[tag]
+
+
+def _tag(kind: type) -> str:
+    """Return the tag of a class on a shelf.
+
+    Raises:
+        ValueError: If it has none of its own, or shares it, so that it could not be found again.
+    """
+    tag = vars(kind).get("tag")
+    if not isinstance(tag, str):
+        raise ValueError(
+            f'expected a tag in {_title(kind)}, such as `tag = "mine"`: config.json names a component by it'
+        )
+    for shelf in SHELVES:
+        if issubclass(kind, shelf):
+            components(shelf)
+    return tag

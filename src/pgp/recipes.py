@@ -39,18 +39,18 @@ from pgp.readouts.ncm import NCM
 from pgp.readouts.sequential import Sequential
 
 METHODS: dict[str, Method.Config] = {
-    "l2p": L2P.Config(),
-    "dualprompt": DualPrompt.Config(),
-    "vpt": VPT.Config(),
-    "clip": CLIPPrompt.Config(),
-    "zero-shot": ZeroShot.Config(),
-    "head-only": HeadOnly.Config(),
+    one.tag: one
+    for one in (
+        L2P.Config(),
+        DualPrompt.Config(),
+        VPT.Config(),
+        CLIPPrompt.Config(),
+        ZeroShot.Config(),
+        HeadOnly.Config(),
+    )
 }
 PROJECTIONS: dict[str, Projection.Config] = {
-    "orthogonal": Orthogonal.Config(),
-    "released": Released.Config(),
-    "none": NoProjection.Config(),
-    "random": Random.Config(),
+    one.tag: one for one in (Orthogonal.Config(), Released.Config(), NoProjection.Config(), Random.Config())
 }
 READOUTS: dict[str, Readout.Config] = {
     one.name: one
@@ -66,16 +66,19 @@ READOUTS: dict[str, Readout.Config] = {
     )
 }
 DATASETS: dict[str, DatasetConfig] = {
-    "digits": Digits(),
-    "fashion-mnist": FashionMNIST(),
-    "cifar100": CIFAR100(),
-    "imagenet-r": ImageNetR(),
-    "tiny-imagenet": TinyImageNet(),
-    "cub200": CUB200(),
-    "folder": Folder(),
-    "manifest": Manifest(),
-    "hugging-face": HuggingFace(),
-    "synthetic": Synthetic(),
+    one.tag: one
+    for one in (
+        Digits(),
+        FashionMNIST(),
+        CIFAR100(),
+        ImageNetR(),
+        TinyImageNet(),
+        CUB200(),
+        Folder(),
+        Manifest(),
+        HuggingFace(),
+        Synthetic(),
+    )
 }
 BACKBONES: dict[str, Backbone.Config] = {
     "vit": ViT.Config(),

@@ -283,7 +283,7 @@ def _labels(trees: Sequence[dict[str, Any]]) -> list[str]:
     keys = dict.fromkeys(key for tree in trees for key in tree)
     varying = [key for key in keys if len({repr(tree.get(key)) for tree in trees}) > 1]
     telling = [key for key in varying if not key.startswith("readouts.")] or varying  # readouts have their columns
-    chosen = [key for key in telling if key.endswith(".class")] or telling
+    chosen = [key for key in telling if key.endswith(".tag")] or telling
     words = [", ".join(filter(None, (_words(key, tree[key]) for key in chosen if key in tree))) for tree in trees]
     for word in set(words):
         alike = [i for i, own in enumerate(words) if own == word]
@@ -294,12 +294,12 @@ def _labels(trees: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _words(key: str, value: Any) -> str:
-    """`projection.class`, `pgp.projections.none:NoProjection.Config` -> `projection none`; a switch that is on -> its
-    name, one that is off -> nothing; else `key value`.
+    """Return `projection none` for `projection.tag`, the name of a switch that is on, nothing for one that is off, and
+    else `key value`.
     """
     name = key.rpartition(".")[2]
-    if key.endswith(".class"):
-        return f"{key.removesuffix('.class')} {str(value).partition(':')[0].rpartition('.')[2]}"
+    if key.endswith(".tag"):
+        return f"{key.removesuffix('.tag')} {value}"
     if isinstance(value, bool):
         return name if value else ""
     return f"{name} {value}"

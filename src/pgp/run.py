@@ -43,12 +43,13 @@ class Run:
     @classmethod
     def create(cls, folder: Path, config: Config) -> Run:
         """A new run in `folder`, which must not exist or be empty."""
+        text = json.dumps(config.to_json(), indent=2)  # raises for a component that could not be read again
         cls.check_free(folder)
         make_output(folder)
         run = cls(folder)
         (folder / "checkpoints").mkdir()
         platforms.write_text(folder / "environment.json", json.dumps(environment(), indent=2))
-        platforms.write_text(folder / "config.json", json.dumps(config.to_json(), indent=2))
+        platforms.write_text(folder / "config.json", text)
         return run
 
     @staticmethod

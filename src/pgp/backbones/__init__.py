@@ -6,7 +6,7 @@ import abc
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,9 @@ class Backbone(nn.Module, abc.ABC):
     @dataclass(frozen=True)
     class Config(abc.ABC):
         """How to make one; `build` is the factory."""
+
+        tag: ClassVar[str]
+        """Name of this kind of backbone in config.json, unique among all of them; it must never change."""
 
         @abc.abstractmethod
         def build(self, size: int) -> Backbone:

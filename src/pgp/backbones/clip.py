@@ -22,6 +22,8 @@ class CLIP(VisionLanguage):
     class Config(VisionLanguage.Config):
         """Which model, and with which weights."""
 
+        tag = "clip"
+
         model: str = "ViT-B-16-quickgelu"
         """open_clip's name (`open_clip.list_models()`), or the path of a model configuration in open_clip's JSON;
         `package:NAME` is one that pgp ships."""

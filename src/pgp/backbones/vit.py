@@ -25,6 +25,8 @@ class ViT(Backbone):
     class Config(Backbone.Config):
         """Which vision transformer, and with which weights."""
 
+        tag = "vit"
+
         model: str = "vit_base_patch16_224.orig_in21k"
         """timm model with its full tag (`timm.list_models(pretrained=True)`); a bare name means other weights in other
         timm versions and is taken only where the weights come from elsewhere."""

@@ -138,6 +138,9 @@ class Counts(NamedTuple):
 class DatasetConfig(abc.ABC):
     """How to make a data set; `build` is the factory."""
 
+    tag: ClassVar[str]
+    """Name of this kind of data set in config.json, unique among all of them; it must never change."""
+
     archives: ClassVar[tuple[Archive, ...]] = ()
     """What it is published as, where `fetch` downloads."""
     expected: ClassVar[Counts | None] = None

@@ -17,6 +17,8 @@ from pgp.datasets.published import Published
 class CIFAR100(Published):
     """Read from `root/cifar-100-python`, downloaded on first use; its checksums are verified every time."""
 
+    tag = "cifar100"
+
     archives: ClassVar[tuple[Archive, ...]] = (
         Archive(
             "cifar-100-python.tar.gz",

@@ -19,6 +19,8 @@ SPECIES = re.compile(r"\d+\..+").fullmatch
 class CUB200(Published):
     """Read from `root/CUB_200_2011` by its index files, or, as other tools leave it, from folders train and test."""
 
+    tag = "cub200"
+
     archives: ClassVar[tuple[Archive, ...]] = (
         Archive(
             "CUB_200_2011.tgz",

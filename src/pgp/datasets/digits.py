@@ -14,6 +14,8 @@ from pgp.scenario import generator
 class Digits(DatasetConfig):
     """Ten digits; every fifth image of a fixed shuffle is held out for the test."""
 
+    tag = "digits"
+
     def build(self) -> Dataset:
         """1,437 training and 360 test images, the same every time."""
         from sklearn.datasets import load_digits  # here, for scikit-learn takes 70 MB that other data need not pay

@@ -30,6 +30,8 @@ LARGEST = 1 << 30
 class FashionMNIST(DatasetConfig):
     """Read in place where its four idx files lie (plain or .gz), else downloaded, in the layout of torchvision."""
 
+    tag = "fashion-mnist"
+
     expected: ClassVar[Counts | None] = Counts(60_000, 10_000, 10)
 
     root: Path = Path("data")

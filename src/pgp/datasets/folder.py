@@ -30,6 +30,8 @@ class Folder(DatasetConfig):
     A class is called by its folder, or as `root/names.txt` says, where it exists: lines of a folder and its name.
     """
 
+    tag = "folder"
+
     root: Path = Path("data")
     """Folder that holds `train` and `test`, or a folder per class."""
     test_share: float = 0.2

@@ -25,6 +25,8 @@ class HuggingFace(DatasetConfig):
     with a data set is ever run: from version 4 on, which pgp asks for, the library cannot.
     """
 
+    tag = "hugging-face"
+
     name: str = ""
     """Name on the hub, such as `beans`, or a path."""
     subset: str | None = None

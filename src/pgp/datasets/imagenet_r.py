@@ -24,6 +24,8 @@ SPLIT = re.compile(r"shared|folders|random:(\d+)").fullmatch
 class ImageNetR(Published):
     """Read from `root/imagenet-r/<wnid>/*`, or, as other tools leave it, from its folders train and test."""
 
+    tag = "imagenet-r"
+
     archives: ClassVar[tuple[Archive, ...]] = (
         Archive(
             "imagenet-r.tar",

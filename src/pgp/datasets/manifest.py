@@ -32,6 +32,8 @@ class Manifest(DatasetConfig):
     Classes, tasks and domains come in the order in which they first appear, or by number where all are whole numbers.
     """
 
+    tag = "manifest"
+
     file: Path = Path("images.csv")
     """The table."""
     test_share: float = 0.2

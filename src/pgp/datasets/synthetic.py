@@ -15,6 +15,8 @@ from pgp.scenario import generator
 class Synthetic(DatasetConfig):
     """Learnable in seconds, and never a benchmark."""
 
+    tag = "synthetic"
+
     classes: int = 6
     per_class: int = 12
     """Training images per class; a third as many more for the test."""

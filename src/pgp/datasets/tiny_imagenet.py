@@ -23,6 +23,8 @@ class TinyImageNet(Published):
     Test images lie in `val/images`, or as other tools leave them, in a folder per class in `val` or in `test`.
     """
 
+    tag = "tiny-imagenet"
+
     archives: ClassVar[tuple[Archive, ...]] = (
         Archive(
             "tiny-imagenet-200.zip",

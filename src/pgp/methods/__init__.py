@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ class Method(nn.Module, abc.ABC):
     @dataclass(frozen=True)
     class Config(abc.ABC):
         """How to make one; `build` is the factory."""
+
+        tag: ClassVar[str]
+        """Name of this kind of method in config.json, unique among all of them; it must never change."""
 
         @abc.abstractmethod
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> Method:

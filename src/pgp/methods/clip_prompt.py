@@ -46,6 +46,8 @@ class ZeroShot(Method):
     class Config(Method.Config):
         """How class names are put."""
 
+        tag = "zero-shot"
+
         template: str = "a photo of a {}."
         """Text of a class; {} is its name."""
 
@@ -108,6 +110,8 @@ class CLIPPrompt(ZeroShot):
     @dataclass(frozen=True)
     class Config(Method.Config):
         """The published method's settings; the defaults are its values for CIFAR-100."""
+
+        tag = "clip"
 
         context: int = 16
         """Learned vectors of a context, L."""

@@ -28,6 +28,8 @@ class DualPrompt(Method):
     class Config(Method.Config):
         """The published method's settings; the defaults are its values for CIFAR-100."""
 
+        tag = "dualprompt"
+
         general_layers: tuple[int, ...] = (0, 1)
         """Layers with a general prefix, which all tasks share; the first is 0."""
         general_length: int = 5

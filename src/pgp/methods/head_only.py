@@ -21,6 +21,8 @@ class HeadOnly(Method):
     class Config(Method.Config):
         """Whether even the head learns."""
 
+        tag = "head-only"
+
         learns: bool = True
         """False leaves the head as it is: for readouts that are fitted to statistics, and need no training at all."""
 

@@ -27,6 +27,8 @@ class L2P(Method):
     class Config(Method.Config):
         """The published method's settings; the defaults are its values for CIFAR-100."""
 
+        tag = "l2p"
+
         pool_size: int = 10
         """Prompts in the pool, M."""
         length: int = 5

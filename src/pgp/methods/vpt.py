@@ -34,6 +34,8 @@ class VPT(Method):
     class Config(Method.Config):
         """How many prompts, and what of them a projection protects."""
 
+        tag = "vpt"
+
         length: int = 10
         """Prompts of a block, L."""
         layers: tuple[int, ...] | None = None

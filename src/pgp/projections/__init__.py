@@ -6,7 +6,7 @@ import abc
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,9 @@ class Projection(abc.ABC):
     @dataclass(frozen=True)
     class Config(abc.ABC):
         """How to make one; `build` is the factory."""
+
+        tag: ClassVar[str]
+        """Name of this kind of projection in config.json, unique among all of them; it must never change."""
 
         @abc.abstractmethod
         def build(self, protected: Mapping[str, Protected], seed: int = 0) -> Projection:

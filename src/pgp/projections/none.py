@@ -16,6 +16,8 @@ class NoProjection(Projection):
     class Config(Projection.Config):
         """It has no settings."""
 
+        tag = "none"
+
         def build(self, protected: Mapping[str, Protected], seed: int = 0) -> NoProjection:
             """Return a projection that does nothing."""
             return NoProjection(protected, seed)

@@ -25,6 +25,8 @@ class Orthogonal(Projection):
     class Config(Projection.Config):
         """What is protected, how much of it, and at which moment of a step."""
 
+        tag = "orthogonal"
+
         space: Literal["sum", "union", "input"] = "sum"
         """How old inputs x and old prompts p become one subspace: `sum`, the space of all sums x + p (the paper);
         `union`, the basis holds `energy` of x and then of p, so both conditions hold; `input`, x alone (GPM)."""

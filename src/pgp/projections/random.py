@@ -23,6 +23,8 @@ class Random(Orthogonal):
     class Config(Orthogonal.Config):
         """The settings of `Orthogonal`, which decide the ranks."""
 
+        tag = "random"
+
         def build(self, protected: Mapping[str, Protected], seed: int = 0) -> Random:
             """Return a projection that has seen no task yet."""
             return Random(protected, self, seed)

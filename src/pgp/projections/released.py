@@ -33,6 +33,8 @@ class Released(Projection):
     class Config(Projection.Config):
         """The published constants."""
 
+        tag = "released"
+
         energy: float = 0.5
         """Threshold for prompts, on fourth powers of singular values."""
         key_energy: float = 0.97

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -22,6 +23,9 @@ class Readout(abc.ABC):
     @dataclass(frozen=True)
     class Config(abc.ABC):
         """How to make one; `build` is the factory."""
+
+        tag: ClassVar[str]
+        """Name of this kind of readout in config.json, unique among all of them; it must never change."""
 
         @property
         @abc.abstractmethod

@@ -21,6 +21,8 @@ class LDA(FromStatistics):
     class Config(FromStatistics.Config):
         """How far the covariance is pulled toward a round one, and how statistics follow the features."""
 
+        tag = "lda"
+
         shrinkage: float = 0.1
         """a, in (0, 1]; 1 is the nearest class mean."""
 

@@ -26,6 +26,8 @@ class Logistic(FromStatistics):
     class Config(FromStatistics.Config):
         """What is drawn, and how the classifier is trained on it."""
 
+        tag = "logistic"
+
         shrinkage: float = 0.1
         """Of the covariance toward a round one, in (0, 1]."""
         draws: int = 32

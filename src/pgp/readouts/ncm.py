@@ -17,6 +17,8 @@ class NCM(LDA):
     class Config(Readout.Config):
         """It has no settings."""
 
+        tag = "ncm"
+
         @property
         def name(self) -> str:
             """See `Readout.Config.name`."""

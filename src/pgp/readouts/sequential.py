@@ -17,6 +17,8 @@ class Sequential(Readout):
     class Config(Readout.Config):
         """It has no settings."""
 
+        tag = "head"
+
         @property
         def name(self) -> str:
             """See `Readout.Config.name`."""
