@@ -44,7 +44,7 @@ from pgp.datasets.own import own_data
 from pgp.evaluate import tracked
 from pgp.guard import guarded
 from pgp.interrupts import Interrupted, describe
-from pgp.outputs import is_empty, make_output
+from pgp.outputs import check_outside, is_empty, make_output
 from pgp.predict import Predictor, images_in
 from pgp.processes import rank
 from pgp.run import Run, free_folder
@@ -242,8 +242,14 @@ def report_command(words: list[str]) -> None:
         raise ValueError("expected run folders, got none: pgp report RUN …")
     runs = [Run.open(folder) for folder in command.runs]
     output = command.output or (runs[0].folder if len(runs) == 1 else Path())
+    check_outside(output, [place for run in runs for place in _places(run.config)])
     make_output(output)
     display.show(runs, output)
+
+
+def _places(config: Config) -> list[Path]:
+    """Where all data of a run lie."""
+    return [place for data in (config.dataset, *config.added) for place in data.places]
 
 
 def sweep_command(words: list[str]) -> None:

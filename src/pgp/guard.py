@@ -28,6 +28,7 @@ def guarded(work: Callable[[], None]) -> None:
     try:
         with warnings.catch_warnings(), interrupts.handled_by(interrupts.end_at_once):
             warnings.showwarning = display.warn
+            warnings.filterwarnings("ignore", module="PIL")  # of metadata; an image that cannot be read is an error
             try:
                 work()
             finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 MARKER = ".pgp-output"
@@ -13,6 +14,18 @@ def make_output(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.iterdir()):
         (folder / MARKER).write_text("pgp wrote this folder and never reads it as images.\n", encoding="utf-8")
+
+
+def check_outside(folder: Path, data: Iterable[Path]) -> None:
+    """Raise if what is written to `folder` would lie among the images of `data`, in a class folder or the like."""
+    folder = folder.resolve()
+    for place in data:
+        above = [folder, *folder.parents]
+        if place.resolve() not in above[1:] or not folder.is_dir() or is_empty(folder):
+            continue
+        if not any((one / MARKER).exists() for one in above[: above.index(place.resolve())]):
+            raise ValueError(f"expected an output folder outside the images of {place}, got {folder}: its figures would"
+                             " be learned as images; name another --output")  # fmt: skip
 
 
 def is_empty(folder: Path) -> bool:

@@ -19,6 +19,9 @@ USUAL = (".jpg", ".png", ".gif", ".webp", ".tif")
 NAMES = "names.txt"
 """Beside the class folders: what the classes are called, a line of a folder and its name each."""
 
+KNOWN = (NAMES, "class_order.txt", "tasks.json")
+"""Files that are heeded, here or in `pgp.curriculum`."""
+
 
 @dataclass(frozen=True)
 class Folder(DatasetConfig):
@@ -61,7 +64,7 @@ class Folder(DatasetConfig):
             ValueError: If it is not clear which folders are what, or a class has no training images.
         """
         root = existing(self.root)
-        ignored, notes = Ignored(root), Notes()
+        ignored, notes = Ignored(root, KNOWN), Notes()
         layout = find_layout(root, self.train_folder, self.test_folder, ignored)
         train = _read(layout.train, self.domains, ignored, notes)
         test = _read(layout.test, self.domains, ignored, notes) if layout.test else Part()

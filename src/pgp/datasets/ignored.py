@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +29,19 @@ REASONS = {
 
 
 class Ignored:
-    """Files and folders below `root` that are not used, by reason."""
+    """Files and folders below `root` that are not used, by reason; but not those right in it that are in `known`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, known: Collection[str] = ()) -> None:
         self.root = root
+        self._known = {root / name for name in known}
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.suffixes: Counter[str] = Counter()
 
     def add(self, reason: str, path: Path, count: int = 1) -> None:
         """Count what lies at `path`, for one of `REASONS`."""
+        if path in self._known:
+            return
         self.counts[reason] += count
         named = self.examples.setdefault(reason, [])
         if len(named) < EXAMPLES:

@@ -105,7 +105,7 @@ def check_inside(folders: Iterable[Path]) -> None:
         if trains and tests:
             raise ValueError(f"expected train and test above all other folders, got {trains[0].name} and"
                              f" {tests[0].name} inside {folder}: turn them round, to train/{folder.name} and"
-                             f" test/{folder.name}")  # fmt: skip
+                             f" test/{folder.name}; or name {folder} instead, if it holds the classes")  # fmt: skip
 
 
 def _test_folder(root: Path, tests: list[Path], validations: list[Path]) -> tuple[Path | None, tuple[str, ...]]:

@@ -102,7 +102,7 @@ def _kind(entry: os.DirEntry[str], links: bool) -> str:
                 return "folder_link"
             return "output" if os.path.lexists(os.path.join(entry.path, MARKER)) else "folder"  # noqa: PTH118
         if not entry.is_file():
-            return "broken_link" if entry.is_symlink() else "special_file"
+            return "special_file" if os.path.exists(entry.path) else "broken_link"  # noqa: PTH110
     except OSError:  # a link that leads to itself
         return "broken_link"
     suffix = os.path.splitext(name)[1]  # noqa: PTH122 (a Path per image of a large set takes seconds)

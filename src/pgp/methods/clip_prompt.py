@@ -56,7 +56,9 @@ class ZeroShot(Method):
 
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> ZeroShot:
             """CLIP with this template."""
-            return ZeroShot(self, backbone, class_names)
+            method = ZeroShot(self, backbone, class_names)
+            method.check_names()
+            return method
 
     backbone: VisionLanguage
     head: TextHead
@@ -70,15 +72,26 @@ class ZeroShot(Method):
         self.config = config
         self.class_names = [name.replace("_", " ").strip() for name in class_names]
 
+    def check_names(self) -> None:
+        """Raise, before anything is learned, if a class name is too long for the text encoder."""
+        try:
+            self.backbone.tokenize(self.texts(range(len(self.class_names))))
+        except ValueError as error:
+            raise ValueError(f"a class name is too long for the text encoder: {error}. Give the class a shorter one, in"
+                             " names.txt or in the table of images") from error  # fmt: skip
+
+    def texts(self, labels: Sequence[int]) -> list[str]:
+        """Return what is encoded of each of the classes `labels`."""
+        assert isinstance(self.config, ZeroShot.Config)
+        return [self.config.template.format(self.class_names[label]) for label in labels]
+
     def begin_task(self, task: Task) -> None:
         """Encode the names of its classes."""
         self.head.learn(task.classes, self.text_features(task))
 
     def text_features(self, task: Task) -> Tensor:
         """Text features `(n, E)` of the classes of `task`, in their order."""
-        assert isinstance(self.config, ZeroShot.Config)
-        texts = [self.config.template.format(self.class_names[label]) for label in task.classes]
-        tokens = self.backbone.tokenize(texts).to(self.head.text.device)
+        tokens = self.backbone.tokenize(self.texts(task.classes)).to(self.head.text.device)
         with torch.no_grad():
             return self.backbone.encode_text(self.backbone.embed_text(tokens), tokens)
 
@@ -134,7 +147,9 @@ class CLIPPrompt(ZeroShot):
 
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> CLIPPrompt:
             """Untrained CLIP prompts."""
-            return CLIPPrompt(self, backbone, class_names, generator)
+            method = CLIPPrompt(self, backbone, class_names, generator)
+            method.check_names()
+            return method
 
     def __init__(
         self, config: CLIPPrompt.Config, backbone: Backbone, class_names: Sequence[str], draws: torch.Generator
@@ -163,19 +178,28 @@ class CLIPPrompt(ZeroShot):
         with torch.no_grad():
             self.head.learn(task.classes, self.text_features(task))
 
+    @property
+    def _placeholders(self) -> tuple[int, int]:
+        """Words that the context takes the place of, in front of a class name and behind it."""
+        L = self.settings.context
+        return {"end": (L, 0), "middle": (L // 2, L - L // 2), "front": (0, L)}[self.settings.name]
+
+    def texts(self, labels: Sequence[int]) -> list[str]:
+        """See `ZeroShot.texts`; with placeholders for the context."""
+        front, back = self._placeholders
+        names = [self.settings.template.format(self.class_names[label]) for label in labels]
+        return [" ".join(["x"] * front + [name] + ["x"] * back) for name in names]
+
     def text_features(self, task: Task) -> Tensor:
         """Text features `(n, E)` of the classes of `task`, each in its context."""
-        config, L = self.settings, self.settings.context
-        front, back = {"end": (L, 0), "middle": (L // 2, L - L // 2), "front": (0, L)}[config.name]
-        names = [config.template.format(self.class_names[label]) for label in task.classes]
-        texts = [" ".join(["x"] * front + [name] + ["x"] * back) for name in names]
-        tokens = self.backbone.tokenize(texts).to(self.context.device)  # (n, T)
+        config, (front, back) = self.settings, self._placeholders
+        tokens = self.backbone.tokenize(self.texts(task.classes)).to(self.context.device)  # (n, T)
         ends = tokens.argmax(-1, keepdim=True)  # position of the end token
-        before = torch.arange(1, 1 + front, device=tokens.device).expand(len(names), -1)
+        before = torch.arange(1, 1 + front, device=tokens.device).expand(len(tokens), -1)
         after = ends - back + torch.arange(back, device=tokens.device)
         places = torch.cat([before, after], dim=1).unsqueeze(-1)  # (n, L, 1): of the placeholders
         embedded = self.backbone.embed_text(tokens)  # (n, T, W)
-        context = self.context[list(task.classes)] if config.per_class else self.context.expand(len(names), -1, -1)
+        context = self.context[list(task.classes)] if config.per_class else self.context.expand(len(tokens), -1, -1)
         embedded = embedded.scatter(1, places.expand_as(context), context.to(embedded.dtype))
         return self.backbone.encode_text(embedded, tokens)
 
