@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pgp.boundary import observe
+from pgp.config import Config
 from pgp.datasets import Viewed, batches, in_order
 from pgp.evaluate import FeatureBatch, tracked
 from pgp.learner import Learner, opened
@@ -51,18 +52,21 @@ class Finding(NamedTuple):
 
 
 @torch.no_grad()
-def audited(run: Run, progress: Progress, sizes: Sequence[int] = BATCHES) -> list[Finding]:
+def audited(
+    run: Run, progress: Progress, sizes: Sequence[int] = BATCHES, config: Config | None = None
+) -> list[Finding]:
     """The latest finished checkpoint of `run`, measured on all tasks that it has learned, by every protocol.
 
     Args:
         run: a run with at least one finished task.
         progress: where to draw progress bars.
         sizes: of test batches that vote for their prompts, where a method chooses any.
+        config: The run's own, perhaps with another place of its data; as it is recorded, if None.
 
     Raises:
         RunError: if no task is finished, or the data are others.
     """
-    learner, last = _as_it_ended(run, progress)
+    learner, last = _as_it_ended(run, progress, config or run.config)
     tasks = learner.scenario.tasks[:last]
     out = []
     for size in (None, *(sizes if learner.method.asks else ())):  # where nothing is chosen, nothing is voted on
@@ -82,7 +86,7 @@ def audited(run: Run, progress: Progress, sizes: Sequence[int] = BATCHES) -> lis
 
 
 @torch.no_grad()
-def oracle(run: Run, progress: Progress) -> dict[str, tuple[float, float]]:
+def oracle(run: Run, progress: Progress, config: Config | None = None) -> dict[str, tuple[float, float]]:
     """What readouts from statistics would read if none were stale: fitted, after the last task, to the training images
     of all tasks as the final model sees them. Not to be had without old images; a bound.
 
@@ -90,7 +94,7 @@ def oracle(run: Run, progress: Progress) -> dict[str, tuple[float, float]]:
         By the name of a readout: average accuracy, in [0, 1]; and how far the means that the run kept of old classes
         lie from the true ones, relative to the spread of the true ones, after what compensation made up for.
     """
-    learner, last = _as_it_ended(run, progress)
+    learner, last = _as_it_ended(run, progress, config or run.config)
     kept = {one.name: one for one in learner.readouts if isinstance(one, FromStatistics)}
     fresh: list[Readout] = []
     for one in learner.config.readouts:
@@ -129,10 +133,10 @@ def staleness(kept: FromStatistics, true: FromStatistics) -> float:
     return float((means - truth).norm() / (truth - truth.mean(0)).norm()) if len(truth) > 1 else math.nan
 
 
-def _as_it_ended(run: Run, progress: Progress) -> tuple[Learner, int]:
+def _as_it_ended(run: Run, progress: Progress, config: Config) -> tuple[Learner, int]:
     """The run as its latest finished task left it, wherever this machine computes."""
-    hardware = replace(run.config.hardware, accelerator="auto")
-    return opened(run, replace(run.config, hardware=hardware, legacy_eval=False), progress)
+    hardware = replace(config.hardware, accelerator="auto")
+    return opened(run, replace(config, hardware=hardware, legacy_eval=False), progress)
 
 
 def _features(learner: Learner, tasks: Sequence[Task], size: int | None) -> Iterator[tuple[Task, FeatureBatch, Tensor]]:

@@ -36,7 +36,7 @@ from pgp.commands import (
     TrainCommand,
 )
 from pgp.config import Config, Hardware
-from pgp.curriculum import located, scenario_of
+from pgp.curriculum import located, scenario_of, with_places
 from pgp.datasets import BadImageError
 from pgp.datasets.check import checked
 from pgp.datasets.ignored import Ignored
@@ -183,7 +183,9 @@ def eval_command(words: list[str]) -> None:
     run = Run.open(command.run)
     hardware = replace(run.config.hardware, accelerator="auto", devices=1)
     size = command.batch_size or run.config.eval_batch_size
-    config = replace(run.config, hardware=hardware, legacy_eval=command.legacy_eval, eval_batch_size=size)
+    config = replace(
+        with_places(run.config, command.data), hardware=hardware, legacy_eval=command.legacy_eval, eval_batch_size=size
+    )
     with display.progress() as bars:
         matrices = train.reevaluate(run, config, bars, every_task=command.every_task)
     display.show_evaluation(run, matrices)
@@ -195,12 +197,13 @@ def audit_command(words: list[str]) -> None:
     if not command.batch_sizes or min(command.batch_sizes) < 1:
         raise ValueError(f"expected --batch-sizes of at least 1, got {command.batch_sizes}")
     run = Run.open(command.run)
+    config = with_places(run.config, command.data)
     with display.progress() as bars:
-        findings, bounds = audit.audited(run, bars, command.batch_sizes), None
+        findings, bounds = audit.audited(run, bars, command.batch_sizes, config), None
     display.show_audit(run, findings)
     if command.oracle:
         with display.progress() as bars:
-            bounds = audit.oracle(run, bars)
+            bounds = audit.oracle(run, bars, config)
         display.show_oracle(run, bounds)
     display.keep_audit(run, findings, bounds)
 

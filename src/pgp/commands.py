@@ -59,6 +59,9 @@ class ResumeCommand:
     hardware: Annotated[Hardware, Choice(name="")]
     add: str | None = None
     """Data to learn as one more task of a finished run: a folder, a table or hf:NAME, as for --data."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Where the data of the run lie now, if they have moved: they must be the same, and the run records the place. For
+    a run that learned more by --add, give it once for each data set, in their order."""
     on_bad_image: Literal["error", "skip"] | None = None
     """Stop at an image that cannot be read, or go on without it; as the run began, where not given."""
 
@@ -71,6 +74,9 @@ class EvalCommand:
     """Run folder."""
     legacy_eval: bool = False
     """Show the published protocol too (see pgp train --help)."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Where the data of the run lie now, if they have moved: they must be the same, and the run records the place. For
+    a run that learned more by --add, give it once for each data set, in their order."""
     every_task: bool = False
     """Evaluate the checkpoint of each task, not of the latest only: the whole accuracy matrix."""
     batch_size: int | None = None
@@ -83,6 +89,9 @@ class AuditCommand:
 
     run: tyro.conf.Positional[Path]
     """Run folder."""
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Where the data of the run lie now, if they have moved: they must be the same, and the run records the place. For
+    a run that learned more by --add, give it once for each data set, in their order."""
     batch_sizes: tuple[int, ...] = BATCHES
     """Test images at once that vote for their prompts."""
     oracle: bool = False

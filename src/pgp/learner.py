@@ -169,7 +169,7 @@ def opened(run: Run, config: Config, progress: Progress) -> tuple[Learner, int]:
 
     Args:
         run: a run with at least one finished task.
-        config: the run's own, perhaps with other evaluation settings or other hardware.
+        config: the run's own, perhaps with other evaluation settings, other hardware or another place of its data.
         progress: where to draw progress bars.
 
     Raises:
@@ -180,9 +180,17 @@ def opened(run: Run, config: Config, progress: Progress) -> tuple[Learner, int]:
         raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
     config = replace(config, hardware=replace(config.hardware, devices=1))
     learner = Learner(fabric_for(config), config, progress)
-    run.check_data(learner.description, images=False)
+    _check_places(learner, run)
     learner.load_state_dict(run.load(name))
     return learner, int(name.rpartition("-")[2])
+
+
+def _check_places(learner: Learner, run: Run) -> None:
+    """Raise unless the data are those of `run`."""
+    run.check_data(learner.description, images=False)
+    known, now = run.config, learner.config
+    if (known.dataset, known.added) != (now.dataset, now.added):
+        run.check_data(learner.description)
 
 
 def fabric_for(config: Config) -> Fabric:

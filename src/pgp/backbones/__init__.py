@@ -48,6 +48,10 @@ class Backbone(nn.Module, abc.ABC):
         def build(self, size: int) -> Backbone:
             """The backbone for images of `size` pixels a side."""
 
+        def located(self) -> Backbone.Config:
+            """Return the same with absolute paths of files; what a run records, for it may go on from elsewhere."""
+            return self
+
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tensor:
         """Tokens of `images (B, 3, S, S)` as they enter the first block, `(B, N, D)`."""

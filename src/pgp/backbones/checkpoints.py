@@ -51,6 +51,11 @@ def packaged(name: str) -> Path:
     return Path(name).expanduser()
 
 
+def located(name: str) -> str:
+    """Return the name of a file with an absolute path; `package:NAME` stays."""
+    return name if name.startswith("package:") else str(Path(name).expanduser().absolute())
+
+
 def read(path: Path) -> dict[str, Tensor]:
     """The float32 tensors of a checkpoint, by name.
 

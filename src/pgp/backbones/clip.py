@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,14 @@ class CLIP(VisionLanguage):
         def build(self, size: int) -> CLIP:
             """The frozen encoders, for images of `size` pixels a side; position embeddings are resampled to fit."""
             return CLIP(_create(self, size))
+
+        def located(self) -> CLIP.Config:
+            """See `Backbone.Config.located`."""
+            model, weights = (
+                checkpoints.located(name) if is_file else name
+                for name, is_file in ((self.model, _is_description(self.model)), (self.weights, _is_file(self.weights)))
+            )
+            return replace(self, model=model, weights=weights)
 
     model: Any
 
@@ -242,7 +250,7 @@ def _open_clip() -> Any:
 
 def _create(config: CLIP.Config, size: int) -> Any:
     open_clip = _open_clip()
-    own = config.model.endswith(".json")
+    own = _is_description(config.model)
     if not own and config.model not in open_clip.list_models():
         near = difflib.get_close_matches(config.model, open_clip.list_models(), n=3)
         raise ValueError(f"unknown open_clip model {config.model!r}" + (f"; perhaps you meant {near}" if near else ""))
@@ -278,6 +286,10 @@ def _create(config: CLIP.Config, size: int) -> Any:
     if _is_file(config.weights):
         _load(model, checkpoints.packaged(config.weights))
     return model
+
+
+def _is_description(model: str) -> bool:
+    return model.endswith(".json")
 
 
 def _is_file(weights: str) -> bool:

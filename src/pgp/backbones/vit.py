@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ class ViT(Backbone):
         def build(self, size: int) -> ViT:
             """The frozen encoder for images of `size` pixels a side; position embeddings are resampled to fit."""
             return ViT(_create(self, size))
+
+        def located(self) -> ViT.Config:
+            """See `Backbone.Config.located`."""
+            named = self.weights in ("hub", "random")
+            return self if named else replace(self, weights=checkpoints.located(self.weights))
 
     vit: Any
 

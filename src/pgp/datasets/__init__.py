@@ -172,6 +172,17 @@ class DatasetConfig(abc.ABC):
         paths = {name: value.expanduser().absolute() for name, value in values.items() if isinstance(value, Path)}
         return replace(self, **paths)
 
+    def moved(self, place: str) -> DatasetConfig:
+        """Return the same data set at another place.
+
+        Raises:
+            ValueError: If it needs no files.
+        """
+        for one in fields(self):
+            if one.name in ("root", "file"):
+                return replace(self, **{one.name: Path(place)})
+        raise ValueError(f"expected no --data for data that need no files, got {place}")
+
     def by_domain(self) -> DatasetConfig:
         """The same with its domains told apart, if that takes another setting."""
         return self

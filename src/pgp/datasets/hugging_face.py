@@ -16,6 +16,9 @@ from pgp.datasets.files import read_image
 from pgp.datasets.parts import check_share, part_for_test, ranked
 from pgp.datasets.text import normalized
 
+HUB = "hf:"
+"""What the name of such a data set begins with, where a folder or a table may stand as well."""
+
 
 @dataclass(frozen=True)
 class HuggingFace(DatasetConfig):
@@ -71,6 +74,10 @@ class HuggingFace(DatasetConfig):
         path = Path(self.name).expanduser()
         return replace(self, name=str(path.absolute())) if path.exists() else self
 
+    def moved(self, place: str) -> DatasetConfig:
+        """See `DatasetConfig.moved`."""
+        return replace(self, name=place.removeprefix(HUB))
+
     def _columns(self, features: Mapping[str, Any]) -> dict[str, str]:
         """Which column is what."""
         chosen = {"image": self.image, "label": self.label, "domain": self.domain}
@@ -125,6 +132,8 @@ def _load(name: str, subset: str | None) -> dict[str, Any]:
         raise ValueError(f"expected the library datasets from version 4 on, which runs no code of the hub, got"
                          f" {datasets.__version__}: pip install 'prompt-gradient-projection[hf]'")  # fmt: skip
     path = Path(name).expanduser()
+    if path.is_absolute() and not path.exists():
+        raise ValueError(f"no data set at {path}: name another, by --data {HUB}PATH")
     saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
     try:
         if saved:

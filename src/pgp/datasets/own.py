@@ -6,11 +6,8 @@ from pathlib import Path
 
 from pgp.datasets import DatasetConfig
 from pgp.datasets.folder import Folder
-from pgp.datasets.hugging_face import HuggingFace
+from pgp.datasets.hugging_face import HUB, HuggingFace
 from pgp.datasets.manifest import SUFFIXES, Manifest
-
-HUB = "hf:"
-"""What the name of a Hugging Face data set begins with."""
 
 
 def own_data(place: str) -> DatasetConfig:
@@ -33,3 +30,15 @@ def own_data(place: str) -> DatasetConfig:
         raise ValueError(f"expected a folder of images, a table of them ({', '.join(sorted(SUFFIXES))}) or {HUB}NAME as"
                          f" data, got the file {path}")  # fmt: skip
     return Folder(path)
+
+
+def moved(config: DatasetConfig, place: str) -> DatasetConfig:
+    """Return the data set of a run at another place, with its own settings unless another kind of data lies there.
+
+    >>> moved(Folder(Path("old"), test_share=0.5), "new"), moved(Folder(Path("old")), "new.csv")
+    (Folder(root=PosixPath('new'), test_share=0.5, split_seed=0, domains=False),
+     Manifest(file=PosixPath('new.csv'), test_share=0.2, split_seed=0))
+    """
+    there = own_data(place)
+    of_ones_own = isinstance(config, (Folder, HuggingFace, Manifest))
+    return there if of_ones_own and type(there) is not type(config) else config.moved(place)

@@ -1,0 +1,123 @@
+"""Data that moved: each command that needs them takes --data, proves that they are the same and records the place."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import tiny
+from pgp import cli, recipes, train
+from pgp.backbones.clip import CLIP
+from pgp.backbones.vit import ViT
+from pgp.curriculum import located, with_places
+from pgp.datasets.cifar100 import CIFAR100
+from pgp.datasets.folder import Folder
+from pgp.datasets.hugging_face import HuggingFace
+from pgp.datasets.manifest import Manifest
+from pgp.datasets.synthetic import Synthetic
+from pgp.methods.head_only import HeadOnly
+from pgp.projections.none import NoProjection
+from pgp.run import Run
+
+
+def config(folder, **changes):
+    base = tiny.config(epochs=1, tasks=2, method=HeadOnly.Config(), projection=NoProjection.Config(), drift_images=2)
+    return replace(base, dataset=Folder(folder, test_share=0.5), **changes)
+
+
+def photos(folder, *names):
+    for place, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (20, 20), (60 * place, 50 * number, 0)).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    run = train.train(config(photos(tmp_path / "old", "ant", "bee", "cat", "dog")), tmp_path / "run")
+    shutil.move("old", "new")
+    return run
+
+
+def fails(capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(list(words))
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "audit"])
+def test_eval_and_audit_find_data_that_moved(run, capsys, command):
+    assert "no data folder at" in (told := fails(capsys, command, "run"))
+    assert "name another, by --data" in told
+    cli.main([command, "run", "--data", "new"])
+    assert "yes" in capsys.readouterr().out or command == "audit"
+
+
+@pytest.mark.parametrize("command", ["eval", "audit"])
+def test_other_data_are_refused(run, capsys, command):
+    shutil.copytree("new", "other")
+    Path("other/ant/0.png").unlink()
+    assert "expected the data that run began with, but" in fails(capsys, command, "run", "--data", "other")
+    assert "at most 1 places by --data" in fails(capsys, command, "run", "--data", "new", "--data", "new")
+
+
+def test_places_are_those_of_every_data_set_in_order(tmp_path):
+    known = config(tmp_path / "a", added=(Manifest(tmp_path / "b.csv"), HuggingFace(str(tmp_path / "c"))))
+    now = with_places(known, ["x", "y.csv", "hf:z"])
+    assert now.dataset == Folder(Path("x").absolute(), test_share=0.5)
+    assert now.added == (Manifest(Path("y.csv").absolute()), HuggingFace("z"))
+    assert with_places(known, ["x"]).added == known.added
+    assert with_places(known, ["x.csv"]).dataset == Manifest(Path("x.csv").absolute())
+    published = with_places(replace(known, dataset=CIFAR100(tmp_path)), ["x"])
+    assert published.dataset == CIFAR100(Path("x").absolute())
+    beside = with_places(replace(known, task_file=tmp_path / "a" / "tasks.json"), ["x"])
+    assert beside.task_file == Path("x/tasks.json").absolute()
+    assert with_places(replace(known, task_file=tmp_path / "t.json"), ["x"]).task_file == tmp_path / "t.json"
+    with pytest.raises(ValueError, match="expected no --data for data that need no files, got x"):
+        with_places(replace(known, dataset=Synthetic()), ["x"])
+
+
+@pytest.mark.parametrize(
+    ("backbone", "wanted"),
+    [
+        (ViT.Config(weights="w.pth"), ViT.Config(weights="/here/w.pth")),
+        (ViT.Config(weights="hub"), ViT.Config(weights="hub")),
+        (ViT.Config(weights="random"), ViT.Config(weights="random")),
+        (recipes.BACKBONES["demo-vit"], recipes.BACKBONES["demo-vit"]),
+        (recipes.BACKBONES["demo-clip"], recipes.BACKBONES["demo-clip"]),
+        (CLIP.Config(weights="openai"), CLIP.Config(weights="openai")),
+        (CLIP.Config("m.json", "d/w.pt"), CLIP.Config("/here/m.json", "/here/d/w.pt")),
+    ],
+)
+def test_files_of_an_encoder_are_recorded_by_absolute_paths(backbone, wanted, monkeypatch):
+    monkeypatch.setattr(Path, "absolute", lambda path: path if path.is_absolute() else Path("/here") / path)
+    assert located(tiny.config(backbone=backbone)).backbone == wanted
+
+
+def test_a_run_whose_weights_were_named_from_another_folder_goes_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    model = tiny.BACKBONE.build(32)
+    torch.save(model.vit.state_dict(), "weights.pth")
+    run = train.train(
+        tiny.config(
+            backbone=replace(tiny.BACKBONE, weights="weights.pth"),
+            epochs=1,
+            method=HeadOnly.Config(),
+            projection=NoProjection.Config(),
+        ),
+        tmp_path / "run",
+    )
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Run.open(run.folder).config.backbone.weights == str(tmp_path / "weights.pth")
+    cli.main(["eval", str(run.folder)])
