@@ -102,6 +102,23 @@ def test_one_module_prints_and_makes_all_text_safe():
         assert room(path) == "display" or not calls, path
 
 
+def test_what_needs_every_process_says_so():
+    """A function that calls a collective tells it in its docstring; so does one that passes the duty on."""
+    wrong = []
+    for path, tree in MODULES.items():
+        known = {"add_up", "gathered", "told"} & {
+            name.rpartition(".")[2] for name in imports(tree) if "processes" in name
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                calls = [each.func for each in ast.walk(node) if isinstance(each, ast.Call)]
+                names = {call.id for call in calls if isinstance(call, ast.Name)} & known
+                names |= {call.attr for call in calls if isinstance(call, ast.Attribute)} & {"all_reduce", "has_enough"}
+                if names and "ollective" not in (ast.get_docstring(node) or ""):
+                    wrong.append(f"{path}:{node.lineno} {node.name} calls {names}")
+    assert not wrong
+
+
 def test_files_and_functions_stay_short():
     for path, tree in MODULES.items():
         assert path.read_text().count("\n") <= 400, path

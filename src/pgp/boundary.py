@@ -19,8 +19,9 @@ from pgp.scenario import Task
 
 
 def look_ahead(learner: Learner, task: Task) -> None:
-    """Show a task's images before it is trained, to a projection that wants them so; and keep their features, where a
-    readout will ask how training moved them.
+    """Run a task's images through the model before training, if the projection or a readout needs it.
+
+    Collective: every process must call it.
     """
     if _collects(learner, "before"):
         observe(learner, task, learner.projection, [])
@@ -30,7 +31,10 @@ def look_ahead(learner: Learner, task: Task) -> None:
 
 
 def look_back(learner: Learner, task: Task) -> None:
-    """Show a task's images after it is trained, to the projection and to readouts."""
+    """Show a task's images to the projection and to readouts after training.
+
+    Collective: every process must call it.
+    """
     projection = learner.projection
     readouts = [readout for readout in learner.readouts if readout.fitted]
     observes, keep = _collects(learner, "after"), learner.before is not None
@@ -48,7 +52,10 @@ def look_back(learner: Learner, task: Task) -> None:
 
 
 def fitted(readout: Readout) -> dict[str, Any]:
-    """Fit a readout to what it observed; the seconds that took, and the bytes that it keeps."""
+    """Fit a readout to what it observed, and return the seconds that took and the bytes that it keeps.
+
+    Collective: every process must call it.
+    """
     started = time.perf_counter()
     readout.end_task()
     size = sum(tensor.numel() * tensor.element_size() for tensor in readout.state_dict().values())
@@ -61,11 +68,13 @@ def observe(
 ) -> list[FeatureBatch]:
     """Show the images of a task to a projection, to readouts, or to both in one pass.
 
+    Collective: every process must call it.
+
     Returns:
-        Batch after batch of this process, where the caller wants to `keep` them.
+        The batches of this process, if the caller wants to `keep` them.
 
     Raises:
-        ValueError: if a process has no image to look at: none is readable, or they are fewer than processes.
+        ValueError: If a process has no image to look at: none is readable, or they are fewer than processes.
     """
     method, fabric, config = learner.method, learner.fabric, learner.config
     collect = (projection.collect if projection else None) or Collect()
@@ -98,7 +107,7 @@ def observe(
 
 
 def _check_seen(seen: list[int], task: Task) -> None:
-    """`seen`: how many images of the task each process has seen."""
+    """Raise if a process has seen no image of the task, by how many each has seen."""
     if not sum(seen):
         raise ValueError(f"expected training images in task {task.index + 1}, but every single one is unreadable")
     if not all(seen):
@@ -107,7 +116,10 @@ def _check_seen(seen: list[int], task: Task) -> None:
 
 
 def _together(kept: list[FeatureBatch]) -> FeatureBatch:
-    """The images of all processes in the order of the split, on the CPU: however many processes share them."""
+    """Return the images of all processes in the order of the split, on the CPU, however many processes share them.
+
+    Collective: every process must call it.
+    """
     indices, features = (
         gathered(torch.cat(parts)) for parts in ([k.indices for k in kept], [k.features for k in kept])
     )
@@ -117,7 +129,7 @@ def _together(kept: list[FeatureBatch]) -> FeatureBatch:
 
 
 def _matched(before: dict[str, Tensor], after: FeatureBatch) -> tuple[Tensor, FeatureBatch]:
-    """Features `(n, D)` before, and all that is known after, of the images that could be read both times."""
+    """Return features `(n, D)` before, and all that is known after, of the images that could be read both times."""
     was, now = (torch.isin(*pair) for pair in ((before["indices"], after.indices), (after.indices, before["indices"])))
     if not bool(was.any()):
         raise ValueError("expected images of this task that can be read before and after its training, got none")
@@ -126,6 +138,6 @@ def _matched(before: dict[str, Tensor], after: FeatureBatch) -> tuple[Tensor, Fe
 
 
 def _collects(learner: Learner, when: str) -> bool:
-    """Whether the projection wants to see the images of a task before, or after, it is trained."""
+    """Return whether the projection wants to see the images of a task before, or after, it is trained."""
     collect = learner.projection.collect
     return collect is not None and collect.when == when and bool(learner.projection.protected)

@@ -169,7 +169,10 @@ class Evaluation:
         return names + [name + LEGACY for name in names] if self.config.legacy_eval else names
 
     def _sum(self, value: Tensor) -> Tensor:
-        """Over all processes."""
+        """Return the sum over all processes.
+
+        Collective: every process must call it.
+        """
         if self.fabric.world_size == 1:
             return value
         total = self.fabric.all_reduce(value.to(self.fabric.device), reduce_op="sum")

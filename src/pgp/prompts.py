@@ -33,11 +33,13 @@ def nearest(similarity: Tensor, k: int) -> Tensor:
 
 
 def vote(chosen: Tensor, size: int) -> Tensor:
-    """The k prompts chosen most often in a batch, for every image of it: `(B, k)` from `chosen (B, k)`, pool of `size`.
+    """Return the k prompts chosen most often in a batch, for each image of it: `(B, k)` from `chosen (B, k)`.
 
     The published training rule. It makes an image's prompts depend on its batch, so evaluation here never uses it
-    unless the published protocol is asked for by name. Where processes share a batch, all of them vote. Ties go to the
+    unless the published protocol is asked for by name. If processes share a batch, all of them vote. Ties go to the
     lower index.
+
+    Collective: every process must call it.
 
     >>> vote(torch.tensor([[0, 1], [1, 2], [1, 2]]), size=4)
     tensor([[1, 2], [1, 2], [1, 2]])
@@ -65,7 +67,7 @@ def choose(similarity: Tensor, k: int, *, slot: int | None = None, by_vote: bool
         k: prompts per image.
         slot: force the prompts of slot number `slot` on every image (the published prompt mask); a slot past the end of
             the pool means a free match.
-        by_vote: give the whole batch the prompts chosen most often in it.
+        by_vote: give the whole batch the prompts chosen most often in it; collective then, see `vote`.
     """
     size = similarity.shape[1]
     block = None if slot is None else block_of(slot, k, size)

@@ -37,7 +37,7 @@ def stoppable(learner: Learner, run: Run) -> Iterator[None]:
 
 
 def is_asked_to_stop(learner: Learner, *, together: bool) -> bool:
-    """Return whether a signal asked any process of the run to stop.
+    """Return whether a signal asked any process of the run to stop. Collective, if `together`.
 
     Args:
         learner: The run.

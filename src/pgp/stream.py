@@ -38,7 +38,10 @@ class Stream:
         self._new = self._new.to(right.device) + torch.stack([right, torch.full_like(right, len(labels))])
 
     def look(self, task: Task) -> dict[str, float]:
-        """Images so far, the accuracy over all of them, and over those since the last look; waits for the device."""
+        """Return the images so far, the accuracy over all of them, and over those since the last look.
+
+        It waits for the device. Collective: every process must call it.
+        """
         self.counts[task.index] += add_up(self._new).cpu()
         self._new = torch.zeros_like(self._new)
         total = self.counts.sum(0)

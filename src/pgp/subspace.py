@@ -126,7 +126,10 @@ class Moment:
         return self._observed(self._products) / self.count
 
     def all_reduce(self) -> None:
-        """Merge the moments of all processes, where there are several; every process must have seen some rows."""
+        """Merge the moments of all processes, each of which must have observed some rows.
+
+        Collective: every process must call it.
+        """
         total, products = self._observed(self._sum), self._observed(self._products)
         add_up(total)
         add_up(products)

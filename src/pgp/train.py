@@ -324,6 +324,8 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
 def check_finite(learner: Learner, task: Task, healths: dict[int, Tensor]) -> Tensor:
     """Return the losses and gradient norms of some steps, `(n, 2)` on the CPU, averaged over processes.
 
+    Collective: every process must call it.
+
     Raises:
         RunError: In every process, if one is not finite in any; the message names the step.
     """

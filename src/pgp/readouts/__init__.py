@@ -66,7 +66,10 @@ class Readout(abc.ABC):
 
     @abc.abstractmethod
     def end_task(self) -> None:
-        """Fit to what was observed so far."""
+        """Fit to what was observed so far.
+
+        Collective: every process must call it.
+        """
 
     @abc.abstractmethod
     def logits(self, features: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ class Logistic(FromStatistics):
         """Train, unless it was just restored."""
 
     def end_task(self) -> None:
-        """See `FromStatistics.end_task`."""
+        """See `FromStatistics.end_task`; then train on draws from the statistics."""
         known = self.seen if self.state else torch.zeros(0, dtype=torch.bool)
         super().end_task()
         self._begin(known)

@@ -73,7 +73,13 @@ class FromStatistics(Readout):
         _add(self._task, {"counts": chosen.sum(0), "sums": chosen.T @ features, "products": features.T @ features})
 
     def end_task(self) -> None:
-        """Fit to the statistics of all tasks so far."""
+        """Fit to the statistics of all tasks so far.
+
+        Collective: every process must call it.
+
+        Raises:
+            ValueError: If no features of this task were observed.
+        """
         if not self._task:
             raise ValueError("expected features of this task, got none: call observe() before end_task()")
         for tensor in self._task.values():
