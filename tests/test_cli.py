@@ -110,7 +110,7 @@ def test_list_and_help(capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main(words)
         assert stop.value.code == 0
-        assert "--precision" in capsys.readouterr().out
+        assert "--devices" in capsys.readouterr().out
 
 
 def test_data_get_and_check(tmp_path, capsys):

@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-import tyro
 
 from pgp import (
     __version__,
@@ -108,9 +107,7 @@ def train_command(words: list[str]) -> None:
         asked = not HELP.isdisjoint(words)
         parsing.check_resumable(words)
         default = ResumeCommand(Path("RUN"), hardware=Hardware()) if asked else parsing.resumed(words)
-        chosen = tyro.cli(
-            ResumeCommand, args=["--help"] if asked else words, prog="pgp train --resume", default=default
-        )
+        chosen = parsing.parsed(ResumeCommand, ["--help"] if asked else words, "pgp train --resume", default=default)
         with display.progress() as bars:
             more = own_data(chosen.add) if chosen.add else None
             run = train.resume(chosen.resume, chosen.hardware, bars, more, chosen.on_bad_image)
@@ -146,7 +143,7 @@ def _trained(command: TrainCommand) -> list[Run]:
         for name, config in configs.items():
             output = command.output / name if command.output and len(configs) > 1 else command.output
             runs.append(train.train(config, output, bars))
-            if rank() == 0:
+            if rank() == 0 and len(configs) > 1:  # a single run is drawn with its table
                 display.draw([runs[-1]], runs[-1].folder)
     return runs
 
@@ -179,7 +176,7 @@ def _published_eval(words: list[str]) -> None:
 
 def eval_command(words: list[str]) -> None:
     """`pgp eval RUN`."""
-    command = tyro.cli(EvalCommand, args=words, prog="pgp eval")
+    command = parsing.parsed(EvalCommand, words, "pgp eval")
     run = Run.open(command.run)
     hardware = replace(run.config.hardware, accelerator="auto", devices=1)
     size = command.batch_size or run.config.eval_batch_size
@@ -193,7 +190,7 @@ def eval_command(words: list[str]) -> None:
 
 def audit_command(words: list[str]) -> None:
     """`pgp audit RUN`."""
-    command = tyro.cli(AuditCommand, args=words, prog="pgp audit")
+    command = parsing.parsed(AuditCommand, words, "pgp audit")
     if not command.batch_sizes or min(command.batch_sizes) < 1:
         raise ValueError(f"expected --batch-sizes of at least 1, got {command.batch_sizes}")
     run = Run.open(command.run)
@@ -210,7 +207,7 @@ def audit_command(words: list[str]) -> None:
 
 def predict_command(words: list[str]) -> None:
     """`pgp predict RUN image …`."""
-    command = tyro.cli(PredictCommand, args=words, prog="pgp predict")
+    command = parsing.parsed(PredictCommand, words, "pgp predict")
     if not command.images:
         raise ValueError("expected image files or folders, got none: pgp predict RUN photo.jpg folder/")
     if command.top < 1 or command.batch_size < 1:
@@ -240,7 +237,7 @@ def predict_command(words: list[str]) -> None:
 
 def report_command(words: list[str]) -> None:
     """`pgp report RUN …`."""
-    command = tyro.cli(ReportCommand, args=words, prog="pgp report")
+    command = parsing.parsed(ReportCommand, words, "pgp report")
     if not command.runs:
         raise ValueError("expected run folders, got none: pgp report RUN …")
     runs = [Run.open(folder) for folder in command.runs]
@@ -258,9 +255,7 @@ def _places(config: Config) -> list[Path]:
 def sweep_command(words: list[str]) -> None:
     """`pgp sweep RECIPE …`."""
     first = [] if not words or words[0].startswith("-") else [words[0]]
-    command, others = tyro.cli(
-        SweepCommand, args=words[len(first) :], prog="pgp sweep RECIPE", return_unknown_args=True
-    )
+    command, others = parsing.parsed_in_part(SweepCommand, words[len(first) :], "pgp sweep RECIPE")
     base = parsing.point([*first, *others])
     choices = parsing.grid(command.over)
     configs = [parsing.point([*first, *others, *parsing.words_of(choice)]) for choice in choices]

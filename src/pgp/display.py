@@ -117,33 +117,45 @@ def warn(message: Warning | str, category: type[Warning], filename: str, lineno:
     if category is UserWarning:
         note(message)
     else:
-        print(warnings.formatwarning(message, category, filename, lineno), file=sys.stderr, end="")
+        complain(warnings.formatwarning(message, category, filename, lineno))
 
 
-def draw(runs: list[Run], folder: Path) -> list[Path]:
-    """The figures over runs, drawn to files in `folder`: accuracy and, where any run measured it, drift."""
+def complain(text: str) -> None:
+    """Print what a library says, a text of several lines, on standard error."""
+    for line in text.splitlines():
+        print(printable(line), file=sys.stderr)
+
+
+def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Draw the figures over runs to files in `folder`: accuracy and, if any run measured it, drift."""
+    return _draw(runs, folder, report.lines(runs), drift_report.courses(runs))
+
+
+def _draw(
+    runs: Sequence[Run], folder: Path, lines: Sequence[report.Line], courses: Sequence[drift_report.Course]
+) -> list[Path]:
     paths = [folder / ("accuracy.png" if len(runs) == 1 and folder == runs[0].folder else "report.png")]
-    report.draw(report.lines(runs), paths[0])
-    if courses := drift_report.courses(runs):
+    report.draw(lines, paths[0])
+    if courses:
         paths.append(folder / "drift.png")
         drift_report.draw(courses, paths[1])
     return paths
 
 
-def show(runs: list[Run], folder: Path | None = None) -> None:
+def show(runs: Sequence[Run], folder: Path | None = None) -> None:
     """Print the table over runs, and leave it and the figures in `folder`; of several processes, the first does."""
     if rank() > 0:
         return
-    lines = report.lines(runs)
+    lines, courses = report.lines(runs), drift_report.courses(runs)
     shown = report.figures(lines)
     rows = [(line.label, line.column, *report.cells(line, shown)) for line in lines]
     _show_table("accuracy in %", ("run", "readout"), tuple(shown.values()), rows)
     if folder is None:
         folder = runs[0].folder if len(runs) == 1 else free_folder(Path("runs"), f"{runs[0].config.name}-report")
-    courses = drift_report.courses(runs)
     tables = [report.markdown(lines), *([drift_report.markdown(courses)] if courses else [])]
     platforms.write_text(folder / "report.md", "\n".join(tables))
-    show_lines(f"table:  {folder / 'report.md'}", *(f"figure: {path}" for path in draw(runs, folder)))
+    figures = _draw(runs, folder, lines, courses)
+    show_lines(f"table:  {folder / 'report.md'}", *(f"figure: {path}" for path in figures))
     for run in runs:
         done, tasks = run.progress()
         left = "" if done == tasks else f"  (unfinished: {done} of {tasks} tasks; pgp train --resume goes on)"

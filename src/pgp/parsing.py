@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
+import io
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tyro
 
-from pgp import published, recipes
+from pgp import display, published, recipes
 from pgp.baselines import BASELINES, sequential
 from pgp.commands import ResumeCommand, TrainCommand
 from pgp.config import Config, Hardware
@@ -20,6 +22,31 @@ from pgp.datasets.own import own_data
 from pgp.projections.none import NoProjection
 from pgp.projections.released import Released
 from pgp.run import Run
+
+Command = TypeVar("Command")
+
+
+def parsed(command: type[Command], words: Sequence[str], program: str, **settings: Any) -> Command:
+    """Return the command that `words` ask for; what is said of words that are wrong is safe for a terminal."""
+    with _safe_complaints():
+        found: Command = tyro.cli(command, args=words, prog=program, **settings)
+    return found
+
+
+def parsed_in_part(command: type[Command], words: Sequence[str], program: str) -> tuple[Command, list[str]]:
+    """Return the command, and those of the words that mean nothing to it."""
+    with _safe_complaints():
+        return tyro.cli(command, args=words, prog=program, return_unknown_args=True)
+
+
+@contextlib.contextmanager
+def _safe_complaints() -> Iterator[None]:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    finally:
+        display.complain(said.getvalue())
 
 
 def train_command(words: list[str], program: str) -> TrainCommand:
@@ -33,10 +60,10 @@ def train_command(words: list[str], program: str) -> TrainCommand:
         raise ValueError(f"expected --add beside --resume: it teaches a run that is there one more task. Images for a"
                          f" new run are named by --data {values(words, '--add')[0]}")  # fmt: skip
     config = _shelved(recipe(), words[1:])
-    command = tyro.cli(
+    command = parsed(
         TrainCommand,
-        args=published.translated(words[1:], config),
-        prog=f"{program} {words[0]}",
+        published.translated(words[1:], config),
+        f"{program} {words[0]}",
         description=inspect.getdoc(recipe),
         default=TrainCommand(config),
     )
