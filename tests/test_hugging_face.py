@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+import unicodedata
 
 import pytest
 import torch
@@ -78,6 +79,19 @@ def test_trains_from_any_working_folder(tmp_path, monkeypatch):
     run = train.train(config, tmp_path / "run")
     assert run.config.dataset.name == str(tmp_path / "saved")
     assert HuggingFace("nowhere/beans").located().name == "nowhere/beans"
+
+
+def test_names_are_the_same_in_every_unicode_form(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "é") for form in ("NFC", "NFD"))
+    rows(20, [composed, decomposed, "b", "b"] * 5).save_to_disk(str(tmp_path / "texts"))
+    assert HuggingFace(str(tmp_path / "texts"), label="kind").build().class_names == (composed, "b")
+    features = hub.Features({"picture": hub.Image(), "kind": hub.ClassLabel(names=[composed, decomposed])})
+    part = hub.Dataset.from_dict({"picture": [Image.new("RGB", (6, 4))] * 4, "kind": [0, 1] * 2}, features=features)
+    part.save_to_disk(str(tmp_path / "labels"))
+    with pytest.raises(
+        ValueError, match=r"expected a name of its own for each value of kind, got \['é'\] more than once"
+    ):
+        HuggingFace(str(tmp_path / "labels")).build()
 
 
 def test_bad_images_are_named(tmp_path):

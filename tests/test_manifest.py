@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import unicodedata
 
 import pytest
 import torch
@@ -112,6 +114,7 @@ def test_tables_that_do_not_fit(tmp_path, text, message):
         ('{"path": "a.png", "label": "x"}\n{"path"\n', "expected a JSON object in line 2 of .*: "),
         ('{"path": "a.png", "label": true}\n', "expected a text or a whole number as label in line 1 of .*, got True"),
         ('{"path": "a.png", "label": null}\n', "expected a path and a label in line 1"),
+        ('{"path": ' + "[" * 100_000, "expected a JSON object in line 1 of .*: maximum recursion"),
     ],
 )
 def test_json_lines_that_do_not_fit(tmp_path, text, message):
@@ -130,6 +133,61 @@ def test_missing_files_are_named(tmp_path):
     table(tmp_path, "path,label\na.png,gr\u00fcn\n", encoding="latin-1")
     with pytest.raises(ValueError, match="in UTF-8, got another encoding at byte 19"):
         manifest.build()
+
+
+def test_paths_that_are_no_files(tmp_path):
+    manifest = table(tmp_path, SPLIT)
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "b.png").unlink()
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone")
+    if hasattr(os, "mkfifo"):
+        (tmp_path / "c.png").unlink()
+        os.mkfifo(tmp_path / "c.png")
+    with pytest.raises(
+        ValueError, match=r"3 of the 4 images of .* are no files, but folders, pipes or broken links, such"
+    ):
+        manifest.build()
+    for name in ("photos.csv", "photos.jsonl"):
+        (tmp_path / name).unlink(missing_ok=True)
+        (tmp_path / name).mkdir()
+        with pytest.raises(ValueError, match=r"cannot read the table of images .*photos.* got a folder"):
+            Manifest(tmp_path / name).build()
+
+
+@pytest.mark.parametrize(("table_form", "disk_form"), [("NFC", "NFD"), ("NFD", "NFC"), ("NFD", "NFD")])
+def test_names_are_the_same_in_every_unicode_form(tmp_path, table_form, disk_form):
+    folder = tmp_path / unicodedata.normalize(disk_form, "café")
+    folder.mkdir()
+    for i in range(4):
+        Image.new("RGB", (5, 4), (9, 8, 7)).save(folder / unicodedata.normalize(disk_form, f"é{i}.png"))
+    forms = [table_form, "NFC", "NFD", "NFC"]
+    rows = [unicodedata.normalize(form, f"café/é{i}.png,é,ü") for i, form in enumerate(forms)]
+    (tmp_path / "photos.csv").write_text("path,label,task\n" + "\n".join(rows), encoding="utf-8")
+    data = Manifest(tmp_path / "photos.csv").build()
+    assert (data.class_names, data.tasks) == (("é",), (("ü", ("é",)),))
+    assert data.train.image(0).shape == (3, 4, 5)
+    with (tmp_path / "photos.csv").open("a", encoding="utf-8") as file:
+        file.write(unicodedata.normalize("NFD", "\ncafé/é0.png,é,ü\n"))
+    with pytest.raises(ValueError, match=r"every image once in .* in lines 2 and 6"):
+        Manifest(tmp_path / "photos.csv").build()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (SPLIT.encode("utf-16"), "cannot read the table of images .*photos.csv as a text in UTF-8, got UTF-16"),
+        (SPLIT.replace("dog", "d\0g").encode(), "it holds a zero byte, in line 2"),
+        (
+            "path,label\na.png,gr\u00fcn\n".encode("latin-1"),
+            "got another encoding at byte 19, in line 2: save it as UTF",
+        ),
+    ],
+)
+def test_other_encodings_are_named(tmp_path, content, message):
+    (tmp_path / "photos.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        Manifest(tmp_path / "photos.csv").build()
 
 
 def test_what_data_means(tmp_path, monkeypatch):

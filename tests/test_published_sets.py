@@ -303,3 +303,28 @@ def test_classes_that_lack_images_are_told(tmp_path):
     found = checked(CUB200(tmp_path))
     assert found.without == ("Laysan Albatross",)
     assert "no training or no test image of Laysan Albatross" in found.lines()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "content", "message"),
+    [
+        (
+            CUB200,
+            "classes.txt",
+            "1 001.Größe\n".encode("latin-1"),
+            r"classes\.txt as a text in UTF-8, got another encoding",
+        ),
+        (
+            CUB200,
+            "classes.txt",
+            b"one 001.X\n2 002.Y\n3 003.Z\n4 004.W\n1 00.V\n",
+            r"a number and a name in .*, got 'one'",
+        ),
+        (TinyImageNet, "words.txt", b"n01443537\tgr\xf6\n", r"words\.txt as a text in UTF-8, got another encoding"),
+        (TinyImageNet, "val/val_annotations.txt", "x\ty\n".encode("utf-16"), r"val_annotations\.txt .*, got UTF-16"),
+    ],
+)
+def test_index_files_in_another_encoding_are_named(kind, name, content, message, tmp_path):
+    (MAKERS[kind](tmp_path) / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        kind(tmp_path).read()

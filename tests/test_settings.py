@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from pgp import cli, metrics, report, train
 from pgp.backbones import Backbone
 from pgp.backbones.clip import CLIP
 from pgp.config import Config
-from pgp.curriculum import idle, located, scenario_of
+from pgp.curriculum import described, idle, located, scenario_of
 from pgp.datasets.folder import Folder
 from pgp.datasets.manifest import Manifest
 from pgp.datasets.synthetic import Synthetic
@@ -111,6 +112,42 @@ def test_files_that_do_not_fit(photos, file, text, message):
     (photos / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=message):
         scenario(config(photos))
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_files_beside_the_data_name_classes_in_any_unicode_form(tmp_path, form):
+    other = {"NFC": "NFD", "NFD": "NFC"}[form]
+    classes = [unicodedata.normalize(form, name) for name in ("café", "eel", "x\N{LINE SEPARATOR}y", " a")]
+    for name in classes:
+        write(tmp_path, [""], "")
+        for i in range(3):
+            (tmp_path / name).mkdir(exist_ok=True)
+            Image.new("RGB", (6, 4), (9 * i, 1, 1)).save(tmp_path / name / f"{i}.png")
+    order = ["eel", " a", "x\N{LINE SEPARATOR}y", unicodedata.normalize(other, "café")]
+    (tmp_path / "class_order.txt").write_text("\n".join(order), encoding="utf-8-sig")
+    ordered = scenario(config(tmp_path, tasks=2))
+    assert [task.classes for task in ordered.tasks] == [(2, 0), (3, 1)]
+    (tmp_path / "class_order.txt").unlink()
+    (tmp_path / "tasks.json").write_text(json.dumps({"t": order}), encoding="utf-8")
+    assert names(scenario(config(tmp_path))) == [("t", (2, 0, 3, 1))]
+    (tmp_path / "tasks.json").write_text(f'{{"t": {"[" * 100_000}', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"expected JSON in .*tasks.json: maximum recursion depth"):
+        scenario(config(tmp_path))
+    (tmp_path / "tasks.json").unlink()
+    (tmp_path / "class_order.txt").mkdir()
+    with pytest.raises(ValueError, match=r"cannot read .*class_order.txt as a text in UTF-8: .*got a folder"):
+        scenario(config(tmp_path))
+
+
+def test_a_run_knows_its_images_whatever_form_their_names_are_copied_in(tmp_path):
+    """Some systems store names in another Unicode form than they were given in."""
+    for form in ("NFC", "NFD"):
+        folder = tmp_path / form / "photos" / unicodedata.normalize(form, "café")
+        folder.mkdir(parents=True)
+        for name in ("é1", "ez", "f", "é"):
+            Image.new("RGB", (6, 4)).save(folder / f"{unicodedata.normalize(form, name)}.png")
+    one, other = (Folder(tmp_path / form / "photos").build() for form in ("NFC", "NFD"))
+    assert described(one, scenario_of(config(tmp_path), one)) == described(other, scenario_of(config(tmp_path), other))
 
 
 def test_two_sources_of_an_order_are_refused(photos, tmp_path):
