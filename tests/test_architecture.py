@@ -17,6 +17,7 @@ MODULES = {path: ast.parse(path.read_text()) for path in SOURCE.rglob("*.py")}
 LEVELS = [
     {
         "platforms",
+        "paths",
         "processes",
         "environment",
         "outputs",

@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import stat
+import sys
 import tarfile
 import threading
 import time
@@ -341,6 +342,7 @@ def test_a_disk_keeps_its_reserve_while_bytes_come(tape, server, tmp_path, monke
     assert 100_000 < (tmp_path / "data" / ".pgp" / "toy.tgz.part").stat().st_size < 400_000
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links take rights on Windows")
 def test_what_others_left_in_our_working_folder_is_not_written_through(tape, tmp_path):
     work = tmp_path / "data" / ".pgp"
     work.mkdir(parents=True)
@@ -351,6 +353,7 @@ def test_what_others_left_in_our_working_folder_is_not_written_through(tape, tmp
     assert (tmp_path / "precious").read_text() == "mine"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such pipes, and links take rights")
 @pytest.mark.parametrize("kind", ["folder", "pipe", "dangling link"])
 def test_what_is_no_file_is_no_archive(tape, server, tmp_path, kind):
     path = tmp_path / tape.name
@@ -664,6 +667,7 @@ def test_a_folder_that_cannot_be_written(tape, tmp_path, monkeypatch):
         unpacked(tape, tmp_path / "data")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_crash_leaves_no_folder(tape, tmp_path, monkeypatch):
     def die(*_):
@@ -687,6 +691,8 @@ def test_a_crash_leaves_no_folder(tape, tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["threads", "processes"])
 def test_two_at_once(tape, server, tmp_path, kind):
+    if kind == "processes" and sys.platform == "win32":
+        pytest.skip("needs fork")
     server.seconds = 0.2
     make = threading.Thread if kind == "threads" else multiprocessing.get_context("fork").Process
     workers = [make(target=unpacked, args=(tape, tmp_path / "data")) for _ in range(3)]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pgp import workers
+from pgp import platforms, workers
 from pgp.datasets import Loading, Viewed, Views, batches, files, free_memory, in_order, memory
 from pgp.datasets.files import FileSplit, read_image
 from pgp.datasets.memory import Memory, Store
@@ -21,8 +21,10 @@ SIZES = [(8, 6), (5, 7), (10, 10), (4, 4)]
 
 
 @pytest.fixture
-def split(tmp_path):
-    """Four images of other sizes, random pixels."""
+def split(tmp_path, monkeypatch):
+    """Four images of other sizes, random pixels, and memory for them, of which only Linux tells."""
+    monkeypatch.setattr(memory, "free_memory", lambda: 1 << 24)
+    monkeypatch.setattr(memory, "_shared", None)
     for i, size in enumerate(SIZES):
         pixels = torch.randint(256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
         Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
@@ -59,6 +61,8 @@ def test_a_file_is_decoded_once(split, opened):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_file_is_decoded_once_over_two_passes(split, opened, workers):
+    if workers and platforms.loader_start() != "fork":
+        pytest.skip("processes that are spawned share no memory")
     viewed = Viewed(split, Views(size=4, resize=4).test(), 0, ("test",), skip_bad=False)
     plan = in_order(torch.arange(4), batch_size=1)
     passes = [[batch.images for batch in batches(viewed, plan, Loading(workers))] for _ in range(2)]

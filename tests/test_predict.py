@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 
 import tiny
 from pgp import cli, train
+from pgp.datasets.files import read_image
 from pgp.datasets.folder import Folder
 from pgp.datasets.synthetic import Synthetic
 from pgp.methods.head_only import HeadOnly
@@ -95,6 +97,69 @@ def test_another_encoder_is_refused(run, tmp_path):
     (copy / "config.json").write_text(json.dumps(replace(config, backbone=other).to_json()))
     with pytest.raises(RunError, match="expected the encoder that this run was learned on"):
         Predictor(copy)
+
+
+def test_runs_and_images_are_named_by_paths_or_texts(run, photos):
+    paths = images_in([str(photos / "test" / "Größe 1")])
+    answers = [
+        Predictor(given)(images, top=2)
+        for given in (run, run.folder, str(run.folder), os.fspath(run.folder))
+        for images in (paths, [str(path) for path in paths], [read_image(path) for path in paths])
+    ]
+    assert all(answer == answers[0] for answer in answers)
+    texts = [str(path) for path in paths]
+    assert [path for path, _ in Predictor(str(run.folder)).stream(texts)] == paths
+
+
+@pytest.mark.parametrize(
+    ("use", "kind", "message"),
+    [
+        (lambda run: Predictor(5), TypeError, r"expected the path of a run folder, got int: 5$"),
+        (lambda run: Predictor(b"runs"), TypeError, r"expected the path of a run folder, got bytes: b'runs'$"),
+        (lambda run: Predictor(""), ValueError, r"expected the path of a run folder, got ''$"),
+        (lambda run: Predictor("a\0b"), ValueError, r"expected the path of a run folder, got 'a\\x00b'$"),
+        (
+            lambda run: Predictor(run, device="nonsense"),
+            ValueError,
+            r"a device that this machine has, .* got 'nonsense': ",
+        ),
+        (lambda run: Predictor(run)("a.png"), TypeError, r"expected a list of images, got one: \['a.png'\] would be"),
+        (lambda run: Predictor(run)([5]), TypeError, r"expected the path of an image, got int: 5$"),
+        (
+            lambda run: Predictor(run)([np.zeros((3, 8, 8))]),
+            TypeError,
+            r"expected the path of an image, got ndarray: arr",
+        ),
+        (
+            lambda run: Predictor(run)(torch.zeros(3, 8, 8).byte()),
+            ValueError,
+            r"an image \(3, H, W\) .* \(8, 8\) of torch.ui",
+        ),
+        (
+            lambda run: Predictor(run)([torch.zeros(3, 8, 8)]),
+            ValueError,
+            r"expected an image .* of uint8, .* torch.float32$",
+        ),
+        (lambda run: Predictor(run)([torch.zeros(3, 0, 8).byte()]), ValueError, r"expected an image .* \(3, 0, 8\)"),
+        (lambda run: Predictor(run)([], top=0), ValueError, r"expected top of at least 1, got 0"),
+        (
+            lambda run: list(Predictor(run).stream("a.png")),
+            TypeError,
+            r"expected a list of paths, got one: \['a.png'\]",
+        ),
+        (
+            lambda run: list(Predictor(run).stream([], batch_size=0)),
+            ValueError,
+            r"expected batch_size of at least 1, got 0",
+        ),
+        (lambda run: images_in([5]), TypeError, r"expected the path of an image or a folder of images, got int"),
+        (lambda run: images_in(["nowhere"]), ValueError, r"no file or folder at nowhere"),
+    ],
+)
+def test_what_cannot_be_predicted_is_told_in_a_line(run, use, kind, message):
+    with pytest.raises(kind, match=message) as raised:
+        use(run)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("change", [{"method": HeadOnly.Config()}, {"precision": "bf16-mixed"}])

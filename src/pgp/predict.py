@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from pgp.datasets.files import read_image
 from pgp.datasets.ignored import Ignored
 from pgp.datasets.scan import images_below
 from pgp.methods import only
+from pgp.paths import Place, as_path
 from pgp.run import Run, RunError
 from pgp.scenario import generator
 from pgp.subspace import float64_device
@@ -32,23 +34,23 @@ class Predictor:
     """Classifies images by the latest finished task of a run, image by image: no image's answer depends on its batch.
 
     Args:
-        run: a run, or its folder.
+        run: a run, or its folder, as a path or as a text.
         readout: name of one of the run's readouts; its first, where None.
         device: where to compute; a GPU where there is one, if None.
 
     Raises:
         RunError: if no task of the run is finished, or the encoder is not the one it was learned on.
-        ValueError: if the run has no such readout.
+        ValueError: if the run has no such readout, or the machine no such device.
     """
 
-    def __init__(self, run: Run | Path | str, readout: str | None = None, device: str | None = None) -> None:
-        run = run if isinstance(run, Run) else Run.open(Path(run))
+    def __init__(self, run: Run | Place, readout: str | None = None, device: str | None = None) -> None:
+        run = run if isinstance(run, Run) else Run.open(as_path(run, "a run folder"))
         config, name = run.config, run.latest_task_name()
         if name is None:
             raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
         state = run.load(name)
         names, tasks = run.classes()
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         backbone: Backbone = config.backbone.build(config.views.size)
         run.check_encoder(state["backbone"], backbone.fingerprint())
         self._half = config.precision == "bf16-mixed"
@@ -71,7 +73,7 @@ class Predictor:
         """Names of the classes learned so far."""
 
     @torch.no_grad()
-    def probabilities(self, images: Sequence[Path | Tensor]) -> Tensor:
+    def probabilities(self, images: Sequence[Place | Tensor]) -> Tensor:
         """`(B, len(classes))` in [0, 1], in the order of `classes`.
 
         Args:
@@ -79,10 +81,14 @@ class Predictor:
 
         Raises:
             BadImageError: naming the file that cannot be read.
+            ValueError: if a tensor is no image.
+            TypeError: if something else is given, such as one path that is in no list.
         """
-        if not images:
+        if isinstance(images, str | os.PathLike):
+            raise TypeError(f"expected a list of images, got one: [{str(images)!r}] would be a list")
+        if not len(images):
             return torch.empty(0, len(self.classes))
-        pixels = [read_image(image) if isinstance(image, Path) else image for image in images]
+        pixels = [_checked(image) if isinstance(image, Tensor) else read_image(_file(image)) for image in images]
         batch = torch.stack([self._view(image) for image in pixels]).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
             query = self._method.query(batch) if self._asks else None
@@ -90,8 +96,10 @@ class Predictor:
         logits = only(self._readout.logits(self._readout.reads(features, query)), self._learned)[:, self._learned]
         return logits.softmax(-1).cpu()
 
-    def __call__(self, images: Sequence[Path | Tensor], top: int = 1) -> list[Prediction]:
+    def __call__(self, images: Sequence[Place | Tensor], top: int = 1) -> list[Prediction]:
         """The `top` likeliest classes of each image; see `probabilities`."""
+        if top < 1:
+            raise ValueError(f"expected top of at least 1, got {top}")
         found = self.probabilities(images).topk(min(top, len(self.classes)), dim=-1)
         return [
             Prediction(tuple(self.classes[i] for i in places), tuple(values))
@@ -99,11 +107,15 @@ class Predictor:
         ]
 
     def stream(
-        self, paths: Sequence[Path], top: int = 1, batch_size: int = 32
+        self, paths: Sequence[Place], top: int = 1, batch_size: int = 32
     ) -> Iterator[tuple[Path, Prediction | BadImageError]]:
         """Each path in turn with what is on it, or with why it cannot be read."""
+        if isinstance(paths, str | os.PathLike):
+            raise TypeError(f"expected a list of paths, got one: [{str(paths)!r}] would be a list")
+        if batch_size < 1:
+            raise ValueError(f"expected batch_size of at least 1, got {batch_size}")
         for start in range(0, len(paths), batch_size):
-            read = [(path, _readable(path)) for path in paths[start : start + batch_size]]
+            read = [(path, _readable(path)) for path in map(_file, paths[start : start + batch_size])]
             found = iter(self([image for _, image in read if isinstance(image, Tensor)], top))
             for path, image in read:
                 yield path, image if isinstance(image, BadImageError) else next(found)
@@ -116,7 +128,29 @@ def _readable(path: Path) -> Tensor | BadImageError:
         return error
 
 
-def images_in(places: Iterable[Path], told: list[Ignored] | None = None) -> list[Path]:
+def _file(place: Place) -> Path:
+    return as_path(place, "an image")
+
+
+def _checked(image: Tensor) -> Tensor:
+    """Return `image`, if it is one."""
+    if image.dim() != 3 or len(image) != 3 or image.dtype != torch.uint8 or not image.numel():
+        raise ValueError(f"expected an image (3, H, W) of uint8, got {tuple(image.shape)} of {image.dtype}")
+    return image
+
+
+def _device(name: str) -> torch.device:
+    """Return the device of that name, if this machine has it."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # whichever library is missing for it
+        said = str(error).partition("\n")[0]
+        raise ValueError(f"expected a device that this machine has, such as cpu, got {name!r}: {said}") from error
+    return device
+
+
+def images_in(places: Iterable[Place], told: list[Ignored] | None = None) -> list[Path]:
     """The files among `places`, and all images in the folders among them at any depth, alphabetically; each path once.
 
     Args:
@@ -127,7 +161,7 @@ def images_in(places: Iterable[Path], told: list[Ignored] | None = None) -> list
         ValueError: if a place does not exist.
     """
     found: dict[Path, None] = {}
-    for place in places:
+    for place in (as_path(each, "an image or a folder of images") for each in places):
         if place.is_dir():
             ignored = Ignored(place)
             found |= dict.fromkeys(images_below(place, ignored))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,10 @@ class CLIP(VisionLanguage):
         weights: str = "openai"
         """A tag of `open_clip.list_pretrained()`, `random`, or the path of a checkpoint in open_clip's naming
         (.safetensors, or .pt without pickled code); `package:NAME` is one that pgp ships."""
+
+        def __post_init__(self) -> None:
+            for name in ("model", "weights"):  # paths, too, are taken for their names
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
 
         def build(self, size: int) -> CLIP:
             """The frozen encoders, for images of `size` pixels a side; position embeddings are resampled to fit."""

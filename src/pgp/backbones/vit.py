@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,6 +36,9 @@ class ViT(Backbone):
         path of a checkpoint in timm's naming (.safetensors, or .pth without pickled code)."""
         arguments: dict[str, int] = field(default_factory=dict)
         """Further arguments of `timm.create_model`, such as `embed_dim` or `depth` for an encoder of your own."""
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "weights", os.fspath(self.weights))  # a path, too, is taken for its name
 
         def build(self, size: int) -> ViT:
             """The frozen encoder for images of `size` pixels a side; position embeddings are resampled to fit."""

@@ -23,6 +23,7 @@ from torchvision.transforms.v2.functional import center_crop
 from pgp import platforms
 from pgp.datasets.archives import Archive
 from pgp.datasets.ignored import Ignored
+from pgp.paths import as_path
 from pgp.scenario import seed_of
 
 LONGEST = 100
@@ -145,6 +146,13 @@ class DatasetConfig(abc.ABC):
     """What it is published as, where `fetch` downloads."""
     expected: ClassVar[Counts | None] = None
     """Its published size, where it has one."""
+
+    def __post_init__(self) -> None:
+        """Take texts for paths; a subclass that checks its settings does so after this."""
+        for one in fields(self):
+            if isinstance(one.default, Path):
+                what = f"dataset.{one.name}"
+                object.__setattr__(self, one.name, as_path(getattr(self, one.name), what))
 
     @abc.abstractmethod
     def build(self) -> Dataset:

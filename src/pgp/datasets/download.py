@@ -79,7 +79,8 @@ def _had(archive: Archive, root: Path, bars: Progress) -> Path:
     whole = _downloaded(archive, root, bars)
     if path.exists():  # it was put there in the meantime, and is not ours to replace
         return whole
-    return whole.rename(path)
+    platforms.replace(whole, path)
+    return path
 
 
 def _prove(archive: Archive, path: Path) -> None:

@@ -50,6 +50,7 @@ class Folder(DatasetConfig):
     """Folder of the test images in `root`. By the usual names, if None."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_share(self.test_share)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,8 @@ class HuggingFace(DatasetConfig):
     """Decides which images these are."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "name", os.fspath(self.name))
         check_share(self.test_share)
 
     def fetch(self, progress: Progress | None = None) -> None:

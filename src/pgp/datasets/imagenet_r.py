@@ -41,6 +41,7 @@ class ImageNetR(Published):
     random:SEED: a fifth of the whole set, drawn by the seed. folders: what lies in the folder test."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not SPLIT(self.split):
             raise ValueError(
                 f"expected dataset.split shared, folders or random:SEED (a whole number), got {self.split!r}"

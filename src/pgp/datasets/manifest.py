@@ -42,6 +42,7 @@ class Manifest(DatasetConfig):
     """Decides which images these are."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_share(self.test_share)
 
     @property

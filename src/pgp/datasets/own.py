@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 
 from pgp.datasets import DatasetConfig
 from pgp.datasets.folder import Folder
 from pgp.datasets.hugging_face import HUB, HuggingFace
 from pgp.datasets.manifest import SUFFIXES, Manifest
+from pgp.paths import Place, as_path
 
 
-def own_data(place: str) -> DatasetConfig:
+def own_data(place: Place) -> DatasetConfig:
     """The data set at `place`: a table of images, `hf:` and the name or path of a Hugging Face data set, or a folder.
 
     >>> own_data("photos.csv"), own_data("photos")
@@ -19,11 +20,12 @@ def own_data(place: str) -> DatasetConfig:
     >>> own_data("hf:beans").name
     'beans'
     """
+    path = as_path(place, f"data, or {HUB}NAME")
+    place = os.fspath(place)
     if place.startswith(HUB):
         if place == HUB:
             raise ValueError(f"expected the name or path of a Hugging Face data set behind {HUB}, got none")
         return HuggingFace(place.removeprefix(HUB))
-    path = Path(place)
     if path.suffix.lower() in SUFFIXES and not path.is_dir():
         return Manifest(path)
     if path.is_file():

@@ -15,6 +15,7 @@ import requests
 import urllib3
 from rich.progress import Progress
 
+from pgp import platforms
 from pgp.datasets.archives import RESERVE, ArchiveError
 
 CHUNK = 1 << 16
@@ -110,7 +111,7 @@ class Transfer:
                 self.progress.update(bar, description=name)
             else:
                 raise requests.ConnectionError(f"{failed}, and it is not whole after {ATTEMPTS} requests")
-        self.part.replace(output_file)
+        platforms.replace(self.part, Path(output_file))
         self._note.unlink(missing_ok=True)
         self.progress.remove_task(bar)
 
