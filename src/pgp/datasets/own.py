@@ -34,13 +34,13 @@ def own_data(place: Place) -> DatasetConfig:
     return Folder(path)
 
 
-def moved(config: DatasetConfig, place: str) -> DatasetConfig:
+def moved(config: DatasetConfig, place: Place) -> DatasetConfig:
     """Return the data set of a run at another place, with its own settings unless another kind of data lies there.
 
-    >>> moved(Folder(Path("old"), test_share=0.5), "new"), moved(Folder(Path("old")), "new.csv")
+    >>> moved(Folder("old", test_share=0.5), "new"), moved(Folder("old"), "new.csv")
     (Folder(root=PosixPath('new'), test_share=0.5, split_seed=0, domains=False),
      Manifest(file=PosixPath('new.csv'), test_share=0.2, split_seed=0))
     """
     there = own_data(place)
     of_ones_own = isinstance(config, (Folder, HuggingFace, Manifest))
-    return there if of_ones_own and type(there) is not type(config) else config.moved(place)
+    return there if of_ones_own and type(there) is not type(config) else config.moved(os.fspath(place))
