@@ -325,7 +325,7 @@ def batches(data: Viewed, plan: Sequence[Sequence[Address]], loading: Loading) -
         collate_fn=_collate,
         generator=torch.Generator(),  # or the loader would draw its workers' seed from the global one
         pin_memory=loading.pin_memory and torch.cuda.is_available(),
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_let_training_decide,
     )
     try:
         yield from loader
@@ -333,10 +333,14 @@ def batches(data: Viewed, plan: Sequence[Sequence[Address]], loading: Loading) -
         raise BadImageError(str(error).strip().rpartition("BadImageError: ")[2]) from error
 
 
-def _ignore_signals(_: int) -> None:
-    """Let a process that loads images live until the one that trains has ended, which decides what a signal does."""
-    for number in (signal.SIGINT, *platforms.ending_signals()):
-        signal.signal(number, signal.SIG_IGN)
+def _let_training_decide(_: int) -> None:
+    """Let a process that loads images survive a signal to all: what happens then is up to the process that trains.
+
+    A second SIGTERM ends it, for that is how the process that trains gets rid of one that hangs.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in platforms.ending_signals():
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
 
 
 def in_order(indices: Tensor, batch_size: int, passes: int = 0) -> list[list[Address]]:
