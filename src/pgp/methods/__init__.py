@@ -1,6 +1,6 @@
-"""The contract of a method: what learns on top of a frozen encoder, and what of it old tasks need untouched.
+"""The contract of a method: what learns on top of a frozen encoder, and which of its parameters to protect.
 
-A method names what to protect; it never projects.
+A method names what to protect and what enters it; it never projects.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from pgp.subspace import Protected, Rows
 
 
 class Method(nn.Module, abc.ABC):
-    """A frozen `backbone`, a `head` that reads features, and what the method learns in between.
+    """A frozen `backbone`, prompts that the method learns, and a `head` that turns features into logits.
 
-    Shapes: `B` images, `D` feature width, `C` classes (all that will ever come).
+    Shapes: `B` images of side `S`, `D` feature width, `C` classes (of all tasks, including those still to come), `M`
+    prompts.
+
+    The order of calls for each task is `begin_task`, `prepare` and `loss` for each batch, `end_task`. Evaluation calls
+    `features` or `forward`, which must not change anything.
     """
 
     by_class: tuple[str, ...] = ("head.weight", "head.bias")
-    """Of what is learned, the tensors with a row for each class; they grow when classes join a finished run."""
+    """Names of the learned tensors that have a row for each class. They grow when classes join a finished run."""
     asks: bool = True
-    """Whether features depend on the query. Where not, it is computed for readouts that read it only."""
+    """Whether features depend on the query. If not, the query is computed only for readouts that read it."""
     published_scope: Literal["all", "cut"] = "all"
-    """What the published evaluation of this method scores over: all classes, seen or not, or those up to the task of
-    the test batch. Either is only ever reported beside the honest figure."""
+    """Classes over which the published evaluation scores: all of them, seen or not, or those up to the task of the
+    test batch, which leaks the task. Both are reported only next to the honest accuracy."""
 
     @dataclass(frozen=True)
     class Config(abc.ABC):
@@ -41,74 +45,103 @@ class Method(nn.Module, abc.ABC):
 
         @abc.abstractmethod
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> Method:
-            """An untrained method for C named classes; all its initial values come from `generator`."""
+            """Return an untrained method.
+
+            Args:
+                backbone: The frozen encoder.
+                class_names: Names of the C classes, by label.
+                generator: Source of all initial values.
+
+            Raises:
+                ValueError: If the settings do not fit the encoder.
+            """
 
     def __init__(self, backbone: Backbone, head: nn.Module) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def begin_task(self, task: Task) -> None:
-        """Get ready to learn `task`."""
+        """Prepare for learning `task`, for example by copying the prompts of the task before it."""
 
     def catch_up(self, task: Task) -> None:
-        """Bring what the head keeps of `task` up to what is learned by now; it may be asked for at any step."""
+        """Refresh what the head caches of the classes of `task`. It may be called at any step."""
 
     def end_task(self, task: Task) -> None:
-        """Keep what is to be kept of `task`, now that it is trained; a later call keeps it anew."""
+        """Store what later tasks need of `task`, now that it is trained.
+
+        It may be called again, and then changes nothing.
+        """
         self.catch_up(task)
 
     def query(self, images: Tensor) -> Tensor:
-        """What of an image never changes while the method learns, its plain features `(B, D)`; computed once and kept
-        for test images.
+        """Return the features of the frozen encoder without prompts, `(B, D)`.
+
+        They never change while the method learns, so they are computed once for each test image and cached.
         """
         return self.backbone.encode(images)
 
     def choices(self, query: Tensor) -> Tensor | None:
-        """Which prompts images with these queries choose, `(B, M)` bool; None where there is nothing to choose."""
+        """Return which prompts each image selects, `(B, M)` bool, or None if the method selects none."""
         return None
 
     @abc.abstractmethod
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
-        """What the head reads, `(B, D)`; no image's features depend on its batch, and no task label is known.
+        """Return the features that the head and the readouts read, `(B, D)`.
+
+        The features of an image do not depend on its batch, and no task label is known.
 
         Args:
             images: `(B, 3, S, S)`.
-            query: `query(images)`, where it is known already.
-            by_vote: the published test protocol instead: one choice of prompts for the whole batch, by majority.
+            query: `query(images)`, `(B, D)`. If None, it is computed.
+            by_vote: Follow the published test protocol instead: select one set of prompts for the whole batch, by
+                majority vote. Collective then, see `pgp.prompts.vote`.
         """
 
     def forward(self, images: Tensor, query: Tensor | None = None) -> Tensor:
-        """Logits `(B, C)` over all classes, by the method's own head."""
+        """Return the logits of the method's own head over all classes, `(B, C)`."""
         logits: Tensor = self.head(self.features(images, query))
         return logits
 
     @torch.no_grad()
     def prepare(self, images: Tensor, task: Task) -> dict[str, Tensor]:
-        """What `loss` needs to know of a whole batch before it may be given the batch in parts: one row per image."""
+        """Return what `loss` needs to know of the whole batch, by name, with one row for each image.
+
+        It is called once for each batch, before `loss` is called for parts of it. Collective: every process must call
+        it, for a choice of prompts by vote counts the votes of all.
+        """
         return {"query": self.query(images)} if self.asks else {}
 
     def shared(self, task: Task) -> dict[str, Tensor]:
-        """What the loss of every part of a batch needs alike, with its graph; computed once a step."""
+        """Return tensors that all parts of a batch share, by name, with their graph. It is called once a step."""
         return {}
 
     @abc.abstractmethod
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
-        """Training loss of a batch of `task`, a scalar: the mean over its images.
+        """Return the training loss, a scalar: the mean over the images.
 
         Args:
             images: `(B, 3, S, S)`, a batch or a part of one.
             labels: `(B,)`.
-            task: the task they belong to.
-            prepared: the rows of `prepare` for these images, and what is `shared`, where they have been called for the
-                whole batch.
+            task: The task that the images belong to. The loss compares its classes only.
+            prepared: The rows of `prepare` for these images, and the tensors of `shared`. If None, they are computed.
         """
 
     def protected(self) -> dict[str, Protected]:
-        """By the name of a space: the parameter whose response to old inputs must not change."""
+        """Return, by the name of a space, the parameters whose response to old inputs must not change.
+
+        The names and the parameter objects stay the same for the lifetime of the method.
+        """
         return {}
 
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
-        """By the name of a space: what meets its parameter when these images pass, the inputs to protect."""
+        """Return, by the name of a space, the rows that enter its parameter when these images pass.
+
+        The keys are those of `protected`. Nothing of it has a graph.
+
+        Args:
+            images: `(B, 3, S, S)`.
+            query: `query(images)`, `(B, D)`. If None, it is computed.
+        """
         return {}
 
     def prompt_parameters(self) -> list[nn.Parameter]:
@@ -120,14 +153,14 @@ class Method(nn.Module, abc.ABC):
         return [parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in head]
 
     def learned_state(self) -> dict[str, Tensor]:
-        """All that learns, by name: the state without the frozen encoder."""
+        """Return all that is learned, by name: the state without the frozen encoder."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
 
     def load_learned_state(self, state: dict[str, Tensor]) -> None:
-        """Restore a `learned_state`; classes that it does not know yet stay as they are.
+        """Restore a `learned_state`. Classes that joined after it was saved keep their current values.
 
         Raises:
-            ValueError: if it belongs to another method or model, or to more classes.
+            ValueError: If it belongs to another method or model, or to more classes.
         """
         own = self.learned_state()
         for name in self.by_class:
@@ -142,7 +175,7 @@ class Method(nn.Module, abc.ABC):
 
 
 def linear_head(width: int, classes: int, generator: torch.Generator) -> nn.Linear:
-    """A linear classifier `(B, D) -> (B, C)`, near zero at first."""
+    """Return a linear classifier `(B, D) -> (B, C)` with small initial weights (std 0.02) and zero bias."""
     head = nn.Linear(width, classes)
     nn.init.trunc_normal_(head.weight, std=0.02, generator=generator)
     nn.init.zeros_(head.bias)
@@ -150,7 +183,7 @@ def linear_head(width: int, classes: int, generator: torch.Generator) -> nn.Line
 
 
 def only(logits: Tensor, classes: Sequence[int]) -> Tensor:
-    """Logits `(B, C)` with -inf for every class that is not among `classes`.
+    """Return the logits `(B, C)` with -inf for every class that is not among `classes`.
 
     >>> only(torch.tensor([[1.0, 2.0, 3.0]]), [0, 1])
     tensor([[1., 2., -inf]])

@@ -1,4 +1,4 @@
-"""CLIP prompt tuning: a learned text context per task, one image prompt for all, and class names in between."""
+"""CLIP prompt tuning: a learned text context for each task, and one image prompt that all tasks share."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from pgp.subspace import Protected, Rows
 class TextHead(nn.Module):
     """Logits `(B, C)` of image features: scale * cosine with the text features of each class.
 
-    The text of a class is encoded when its task ends, once, and kept: no image and no later task asks for it again.
+    The text of a class is encoded when its task ends and cached, so that the text encoder never runs for an image.
     """
 
     text: Tensor
-    """Unit rows `(C, E)`; zero for a class that no task has brought yet."""
+    """Text features of unit length, `(C, E)`; zero for a class that no task has brought yet."""
 
     def __init__(self, classes: int, width: int, scale: float) -> None:
         super().__init__()
@@ -31,20 +31,20 @@ class TextHead(nn.Module):
         self.register_buffer("text", torch.zeros(classes, width))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits of features `(B, E)`."""
+        """Return the logits `(B, C)` of features `(B, E)`."""
         return self.scale * F.normalize(features, dim=-1) @ self.text.T
 
     def learn(self, labels: Sequence[int], text: Tensor) -> None:
-        """Keep text features `(n, E)` of the classes `labels`."""
+        """Cache text features `(n, E)` of the classes `labels`."""
         self.text[list(labels)] = F.normalize(text.detach(), dim=-1).to(self.text)
 
 
 class ZeroShot(Method):
-    """CLIP as it is: class names in a template, and nothing learns. A baseline."""
+    """CLIP without training: class names in a template. A baseline."""
 
     @dataclass(frozen=True)
     class Config(Method.Config):
-        """How class names are put."""
+        """How class names become texts."""
 
         tag = "zero-shot"
 
@@ -55,7 +55,7 @@ class ZeroShot(Method):
             _check(self.template)
 
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> ZeroShot:
-            """CLIP with this template."""
+            """Return CLIP with this template."""
             method = ZeroShot(self, backbone, class_names)
             method.check_names()
             return method
@@ -86,21 +86,21 @@ class ZeroShot(Method):
         return [self.config.template.format(self.class_names[label]) for label in labels]
 
     def begin_task(self, task: Task) -> None:
-        """Encode the names of its classes."""
+        """Encode the class names of `task`."""
         self.head.learn(task.classes, self.text_features(task))
 
     def text_features(self, task: Task) -> Tensor:
-        """Text features `(n, E)` of the classes of `task`, in their order."""
+        """Return the text features `(n, E)` of the classes of `task`, in their order."""
         tokens = self.backbone.tokenize(self.texts(task.classes)).to(self.head.text.device)
         with torch.no_grad():
             return self.backbone.encode_text(self.backbone.embed_text(tokens), tokens)
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
-        """Image features `(B, E)`, of no particular length."""
+        """Return the image features `(B, E)`, not normalised."""
         return self.backbone.project(self.backbone(images, self._prompts(len(images)), read=1)[:, 0])
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
-        """Cross-entropy over the classes of `task`."""
+        """Return the cross-entropy over the classes of `task`."""
         text = (prepared or {}).get("text")
         text = F.normalize(self.text_features(task) if text is None else text, dim=-1)
         logits = self.head.scale * F.normalize(self.features(images), dim=-1) @ text.T  # (B, n)
@@ -108,16 +108,17 @@ class ZeroShot(Method):
         return F.cross_entropy(logits, torch.tensor([places[label] for label in labels.tolist()], device=logits.device))
 
     def _prompts(self, count: int) -> dict[int, Tensor]:
-        """By layer, tokens that join those of `count` images."""
+        """Return by layer the tokens that join those of `count` images."""
         return {}
 
 
 class CLIPPrompt(ZeroShot):
-    """Learned context vectors stand around each class name, anew for every task, and learned tokens join every image.
+    """A learned context around each class name, a new one for every task, and learned tokens that join every image.
 
-    The loss compares an image with the classes of its task. The context of a closed task is never asked for again, so
-    what old images lose, they lose by the image prompt: that is what a projection protects.
-    Differs: an image is compared with all classes seen so far; the published evaluation lets the task label in.
+    The loss compares an image with the classes of its task. The text features of a finished task are cached and stay,
+    so old images can only be affected by the image prompt, which is what a projection protects.
+    Differs from the published code: an image is compared with all classes seen so far, where the published evaluation
+    leaks the task label.
     """
 
     @dataclass(frozen=True)
@@ -127,17 +128,17 @@ class CLIPPrompt(ZeroShot):
         tag = "clip"
 
         context: int = 16
-        """Learned vectors of a context, L."""
+        """Learned vectors in a context, L."""
         name: Literal["end", "middle", "front"] = "end"
-        """Where the class name stands in its context."""
+        """Position of the class name in its context."""
         per_class: bool = False
         """Learn a context for each class instead of one for all classes of a task."""
         image_prompt: int = 10
-        """Learned tokens of every image."""
+        """Learned tokens that join those of every image."""
         template: str = "{}."
-        """Text of a class beside its context; {} is its name."""
+        """Text of a class inside its context; {} is its name."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
-        """What the image prompt is kept orthogonal to: see `pgp.methods.l2p.L2P.Config.protect`."""
+        """What updates of the image prompt must be orthogonal to; see `pgp.methods.l2p.L2P.Config.protect`."""
 
         def __post_init__(self) -> None:
             _check(self.template)
@@ -146,7 +147,7 @@ class CLIPPrompt(ZeroShot):
                     raise ValueError(f"expected method.{field} of at least 1, got {getattr(self, field)}")
 
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> CLIPPrompt:
-            """Untrained CLIP prompts."""
+            """Return untrained CLIP prompts."""
             method = CLIPPrompt(self, backbone, class_names, generator)
             method.check_names()
             return method
@@ -167,14 +168,14 @@ class CLIPPrompt(ZeroShot):
 
     @torch.no_grad()
     def begin_task(self, task: Task) -> None:
-        """Start a new context, drawn from the run's seed and the task."""
+        """Draw a new context from the run's seed and the task, unless each class has its own."""
         if not self.settings.per_class:
             drawn = torch.empty(self.context.shape)  # on the CPU, where a draw is the same whatever the device
             self.context.copy_(drawn.normal_(std=0.02, generator=generator(self._seed, "context", task.index)))
         self.catch_up(task)
 
     def catch_up(self, task: Task) -> None:
-        """Encode the classes of `task` and keep them."""
+        """Encode the class names of `task` in their context, and cache them."""
         with torch.no_grad():
             self.head.learn(task.classes, self.text_features(task))
 
@@ -191,7 +192,7 @@ class CLIPPrompt(ZeroShot):
         return [" ".join(["x"] * front + [name] + ["x"] * back) for name in names]
 
     def text_features(self, task: Task) -> Tensor:
-        """Text features `(n, E)` of the classes of `task`, each in its context."""
+        """Return the text features `(n, E)` of the classes of `task`, each in its context."""
         config, (front, back) = self.settings, self._placeholders
         tokens = self.backbone.tokenize(self.texts(task.classes)).to(self.context.device)  # (n, T)
         ends = tokens.argmax(-1, keepdim=True)  # position of the end token
@@ -204,7 +205,7 @@ class CLIPPrompt(ZeroShot):
         return self.backbone.encode_text(embedded, tokens)
 
     def shared(self, task: Task) -> dict[str, Tensor]:
-        """Text features, the same for all parts of a batch."""
+        """Return the text features, which all parts of a batch share."""
         return {"text": self.text_features(task)}
 
     def prompt_parameters(self) -> list[nn.Parameter]:
@@ -216,7 +217,7 @@ class CLIPPrompt(ZeroShot):
         return [self.image_prompt]
 
     def protected(self) -> dict[str, Protected]:
-        """The image prompt and, where asked for, the same prompt from its other side."""
+        """Return the image prompt, and again along its other axis if `protect` names aggregation."""
         spaces = {"prompts": Protected(self.image_prompt)}
         if self.settings.protect == "affinity+aggregation":
             spaces["shares"] = Protected(self.image_prompt, axis=-2, role="value")
@@ -224,8 +225,9 @@ class CLIPPrompt(ZeroShot):
 
     @torch.no_grad()
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
-        """Image tokens and the prompt as they enter the first block, or what its attention makes of them. No
-        transformer runs here.
+        """Return image tokens and the prompt as they enter the first block, or its attention.
+
+        No transformer block runs here but the attention of the first, if `protect` needs it.
         """
         prompts = self._prompts(len(images))
         rows = {"prompts": Rows(self.backbone.embed(images), prompts[0])}

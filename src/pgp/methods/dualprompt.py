@@ -1,4 +1,4 @@
-"""DualPrompt (Wang et al., ECCV 2022): prefixes for attention, general ones for all tasks and experts to pick from."""
+"""DualPrompt (Wang et al., ECCV 2022): attention prefixes, general ones for all tasks and experts selected by key."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from pgp.subspace import Protected, Rows
 
 
 class DualPrompt(Method):
-    """Attention in early layers sees a general prefix, and in later ones the experts that an image picks by key.
+    """General prefixes in early layers, and in later ones the experts that an image selects by key.
 
-    Loss: cross-entropy over the task's classes - pull * similarity of the chosen keys.
-    Differs: every image gets keys and values of its own experts; the published reshape mixes those of a batch.
+    The query is the CLS feature of the frozen encoder.
+    Loss: cross-entropy over the task's classes - `pull` * cosine similarity of the query and the selected keys.
+    Differs from the published code: every image gets the keys and values of its own experts, where the published
+    reshape mixes those of a batch.
     """
 
     @dataclass(frozen=True)
@@ -31,33 +33,33 @@ class DualPrompt(Method):
         tag = "dualprompt"
 
         general_layers: tuple[int, ...] = (0, 1)
-        """Layers with a general prefix, which all tasks share; the first is 0."""
+        """Layers with a general prefix, which all tasks share. Layers count from 0."""
         general_length: int = 5
-        """Positions of a general prefix."""
+        """Positions of a general prefix, L."""
         expert_layers: tuple[int, ...] = (2, 3, 4)
         """Layers with expert prefixes."""
         expert_length: int = 5
-        """Positions of an expert."""
+        """Positions of an expert, L."""
         pool_size: int = 10
-        """Experts, M; one key each serves all layers."""
+        """Experts, M. Each has one key for all layers."""
         top_k: int = 1
-        """Experts that an image picks."""
+        """Experts that an image selects, k."""
         pull: float = 1.0
-        """Weight of the term that pulls chosen keys toward the queries."""
+        """Weight of the term that pulls the selected keys toward the queries."""
         experts: Literal["prefix", "token"] = "prefix"
-        """Whether experts are keys and values of attention, or tokens that join the sequence from their layer on."""
+        """Whether experts are keys and values of attention, or tokens that join the sequence at their layer."""
         same_key_and_value: bool = False
-        """Let one parameter be the keys and the values of a prefix."""
+        """Use one parameter for both the keys and the values of a prefix."""
         selection: Literal["image", "batch"] = "image"
-        """Whether in training each image gets its own choice or the batch a majority vote (published). At test each
-        image always gets its own."""
+        """Whether each training image selects its own experts, or the batch by majority vote (published). At test each
+        image always selects its own."""
         prompt_mask: bool = True
-        """Train task t with expert t only; a free match once the pool is used up."""
+        """Train task t with experts kt to kt + k - 1 only, and by selection once the pool is used up."""
         shared_pool: bool = True
-        """Start expert t as a copy of expert t - 1."""
+        """Start the experts of task t as a copy of those of task t - 1."""
         protect: Literal["keys", "keys+values"] = "keys"
-        """What of a prefix a projection protects: its keys, by old queries (the paper), or its values too, by the
-        attention that old images gave them; with both, attention answers old images as before."""
+        """What a projection protects of a prefix: its keys, by the attention queries of old images (the paper), or also
+        its values, by the attention weights of old images. With both, the attention output of old images stays."""
 
         def __post_init__(self) -> None:
             for name in ("general_length", "expert_length", "pool_size", "top_k"):
@@ -73,7 +75,7 @@ class DualPrompt(Method):
                                  f" method.general_layers {self.general_layers}, got {self.expert_layers}")  # fmt: skip
 
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> DualPrompt:
-            """An untrained DualPrompt."""
+            """Return an untrained DualPrompt."""
             return DualPrompt(self, backbone, len(class_names), generator)
 
     def __init__(self, config: DualPrompt.Config, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
@@ -99,7 +101,7 @@ class DualPrompt(Method):
         self.key = nn.Parameter(torch.empty(config.pool_size, backbone.width).uniform_(-1, 1, generator=generator))
 
     def begin_task(self, task: Task) -> None:
-        """Hand the last task's experts on, if the pool is shared."""
+        """Copy the experts of the last task, if `shared_pool`."""
         if self.config.shared_pool:
             for parameter in self.experts.parameters():
                 inherit(parameter, task.index, self.config.top_k)
@@ -109,13 +111,13 @@ class DualPrompt(Method):
         return members(choose(match(query, self.key), self.config.top_k), self.config.pool_size)
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
-        """CLS, see `Method.features`."""
+        """Return CLS; see `Method.features`."""
         query = self.query(images) if query is None else query
         return self._read(images, choose(match(query, self.key), self.config.top_k, by_vote=by_vote))
 
     @torch.no_grad()
     def prepare(self, images: Tensor, task: Task) -> dict[str, Tensor]:
-        """Queries and the choice of experts, which may be the task's or the batch's."""
+        """Return the queries `(B, D)` and the `indices (B, k)` of the selected experts."""
         query = self.query(images)
         slot = task.index if self.config.prompt_mask else None
         by_vote = self.config.selection == "batch"
@@ -123,14 +125,16 @@ class DualPrompt(Method):
         return {"query": query, "indices": indices}
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
-        """Cross-entropy over the classes of `task`, less the pull of the chosen keys."""
+        """Return the cross-entropy over the classes of `task`, minus the weighted similarity of the selected keys."""
         prepared = prepared or self.prepare(images, task)
         selection = Selection(prepared["indices"], match(prepared["query"], self.key))
         logits = only(self.head(self._read(images, selection.indices)), task.classes)
         return F.cross_entropy(logits, labels) - self.config.pull * selection.pull
 
     def protected(self) -> dict[str, Protected]:
-        """The keys of all prefixes and, where asked for, their values; expert tokens; the keys that images match."""
+        """Return the keys of the experts, and of each layer the keys of its prefixes, their values if `protect` names
+        them, or its expert tokens.
+        """
         spaces = {"keys": Protected(self.key, role="key")}
         for name, _, pool in self._pools():
             if isinstance(pool, TokenPool):
@@ -143,11 +147,11 @@ class DualPrompt(Method):
 
     @torch.no_grad()
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
-        """Queries of the protected layers, head by head; the attention they give to prefixes; queries of images.
+        """Return the attention queries of each layer by head, the attention weights of prefixes, and the image queries.
 
-        Attention answers an old query q as before if prefix keys move by `q dk^T = 0`, so that its weights S stay, and
-        prefix values by `S dv = 0`. Keys are held for all old images, as in the paper; the values of an expert for the
-        images that picked it.
+        The attention output of an old query q stays if the prefix keys move by `q dk^T = 0`, which keeps its weights S,
+        and the prefix values by `S dv = 0`. Keys are protected for all old images, as in the paper; the values of an
+        expert for the images that selected it.
         """
         query = self.query(images) if query is None else query
         indices = choose(match(query, self.key), self.config.top_k)
@@ -166,14 +170,14 @@ class DualPrompt(Method):
         return rows
 
     def _pools(self) -> Iterator[tuple[str, int, PrefixPool | TokenPool]]:
-        """Name, layer and pool."""
+        """Yield the name, layer and pool of each layer with prompts."""
         for kind, pools in (("general", self.general), ("expert", self.experts)):
             for layer, pool in pools.items():
                 assert isinstance(pool, PrefixPool | TokenPool)
                 yield f"{kind} {layer}", int(layer), pool
 
     def _inputs(self, indices: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """By layer, the tokens and the prefixes of images that picked the experts `indices (B, k)`."""
+        """Return by layer the tokens, and the prefixes, of images that selected the experts `indices (B, k)`."""
         prompts, prefixes = {}, {}
         for _, layer, pool in self._pools():
             if isinstance(pool, TokenPool):

@@ -1,4 +1,4 @@
-"""Head only: a linear classifier on frozen features. No prompts; the baseline of every table."""
+"""A linear classifier on frozen features, without prompts: the baseline of every table."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from pgp.scenario import Task
 
 
 class HeadOnly(Method):
-    """The frozen model's CLS feature, read by a linear head; nothing else learns."""
+    """A linear head on the features of the frozen encoder; nothing else learns."""
 
     @dataclass(frozen=True)
     class Config(Method.Config):
-        """Whether even the head learns."""
+        """Whether the head learns."""
 
         tag = "head-only"
 
         learns: bool = True
-        """False leaves the head as it is: for readouts that are fitted to statistics, and need no training at all."""
+        """False leaves the head untrained, for readouts that are fitted to class statistics and need no training."""
 
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> HeadOnly:
-            """An untrained head."""
+            """Return an untrained head."""
             head = linear_head(backbone.width, len(class_names), generator).requires_grad_(self.learns)
             return HeadOnly(backbone, head)
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
-        """The query itself, `(B, D)`."""
+        """Return the query itself, `(B, D)`."""
         return self.query(images) if query is None else query
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
-        """Cross-entropy over the classes of `task`."""
+        """Return the cross-entropy over the classes of `task`."""
         query = (prepared or self.prepare(images, task))["query"]
         return F.cross_entropy(only(self.head(query), task.classes), labels)

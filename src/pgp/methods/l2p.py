@@ -1,4 +1,4 @@
-"""L2P, learning to prompt (Wang et al., CVPR 2022): a pool of prompts from which each image picks by key."""
+"""L2P, learning to prompt (Wang et al., CVPR 2022): a pool of prompts from which each image selects by key."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from pgp.subspace import Protected, Rows
 
 
 class L2P(Method):
-    """The frozen model's CLS feature queries a pool; the prompts it picks join the tokens, behind CLS.
+    """A pool of prompts, from which each image selects by the cosine of its query and the prompts' keys.
 
-    Loss: cross-entropy over the task's classes - pull * similarity of the chosen keys.
+    The query is the CLS feature of the frozen encoder. The selected prompts join the tokens behind CLS.
+    Loss: cross-entropy over the task's classes - `pull` * cosine similarity of the query and the selected keys.
     """
 
     @dataclass(frozen=True)
@@ -34,24 +35,24 @@ class L2P(Method):
         length: int = 5
         """Tokens of a prompt, L."""
         top_k: int = 5
-        """Prompts that an image picks."""
+        """Prompts that an image selects, k."""
         pull: float = 0.1
-        """Weight of the term that pulls chosen keys toward the queries."""
+        """Weight of the term that pulls the selected keys toward the queries."""
         reads: Literal["prompt", "token", "token+prompt"] = "prompt"
-        """What the head reads: the mean of the prompts' output tokens, CLS, or the mean of both."""
+        """What the head reads: the mean of the prompts' output tokens, CLS, or the mean of all of them."""
         keys: Literal["learned", "mean"] = "learned"
-        """Whether a prompt's key is a parameter of its own or the mean of its tokens."""
+        """Whether the key of a prompt is a parameter of its own or the mean of its tokens."""
         selection: Literal["image", "batch"] = "image"
-        """Whether in training each image gets its own choice or the batch a majority vote (published). At test each
-        image always gets its own."""
+        """Whether each training image selects its own prompts, or the batch by majority vote (published). At test each
+        image always selects its own."""
         prompt_mask: bool = False
-        """Train task t with block t of the pool only; a free match once the pool is used up."""
+        """Train task t with prompts kt to kt + k - 1 only, and by selection once the pool is used up."""
         shared_pool: bool = False
-        """Start block t of the pool as a copy of block t - 1."""
+        """Start the prompts of task t as a copy of those of task t - 1."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
-        """What prompts are kept orthogonal to: old tokens as they enter the first block (the paper); the directions
-        that change what old tokens score there; or those, and old attention weights on the prompts' own side. It
-        holds for what old tokens get in the first block: behind it, prompts go on as tokens."""
+        """What updates of the prompts must be orthogonal to: the tokens of old images as they enter the first block
+        (the paper); the directions that change their attention scores there; or these, and the old attention weights
+        along the prompts. The condition holds for the first block, behind which prompts go on as tokens."""
 
         def __post_init__(self) -> None:
             for name in ("pool_size", "length", "top_k"):
@@ -63,7 +64,7 @@ class L2P(Method):
                 )
 
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> L2P:
-            """An untrained L2P."""
+            """Return an untrained L2P."""
             return L2P(self, backbone, len(class_names), generator)
 
     def __init__(self, config: L2P.Config, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
@@ -79,7 +80,7 @@ class L2P(Method):
         )
 
     def begin_task(self, task: Task) -> None:
-        """Hand the last task's prompts on, if the pool is shared."""
+        """Copy the prompts of the last task, if `shared_pool`."""
         if self.config.shared_pool:
             inherit(self.pool.prompts, task.index, self.pool.top_k)
 
@@ -94,21 +95,21 @@ class L2P(Method):
 
     @torch.no_grad()
     def prepare(self, images: Tensor, task: Task) -> dict[str, Tensor]:
-        """Queries and the choice of prompts, which may be the batch's."""
+        """Return the queries `(B, D)` and the `indices (B, k)` of the selected prompts."""
         query = self.query(images)
         slot = task.index if self.config.prompt_mask else None
         selection = self.pool.select(query, slot=slot, by_vote=self.config.selection == "batch")
         return {"query": query, "indices": selection.indices}
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
-        """Cross-entropy over the classes of `task`, less the pull of the chosen keys."""
+        """Return the cross-entropy over the classes of `task`, minus the weighted similarity of the selected keys."""
         prepared = prepared or self.prepare(images, task)
         selection = Selection(prepared["indices"], match(prepared["query"], self.pool.key))
         logits = only(self.head(self._read(images, selection)), task.classes)
         return F.cross_entropy(logits, labels) - self.config.pull * selection.pull
 
     def protected(self) -> dict[str, Protected]:
-        """The prompts, and the keys where they are parameters of their own."""
+        """Return the prompts, and the keys if they are parameters of their own."""
         spaces = {"prompts": Protected(self.pool.prompts)}
         if self.config.protect == "affinity+aggregation":
             spaces["shares"] = Protected(self.pool.prompts, axis=-2, role="value")
@@ -118,8 +119,9 @@ class L2P(Method):
 
     @torch.no_grad()
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
-        """Image tokens and chosen prompts as they enter the first block, or what its attention makes of them; and the
-        queries. No transformer runs here.
+        """Return image tokens and selected prompts as they enter the first block, or its attention; and the queries.
+
+        No transformer block runs here but the attention of the first, if `protect` needs it.
         """
         query = self.query(images) if query is None else query
         selection = self.pool.select(query)

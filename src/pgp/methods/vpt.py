@@ -1,4 +1,4 @@
-"""VPT-Deep (Jia et al., ECCV 2022): learned tokens that every block sees anew, and what keeps their old effect."""
+"""VPT-Deep (Jia et al., ECCV 2022): learned tokens of each block, with the conditions of NSP2 for protecting them."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ from pgp.subspace import Protected, Rows
 
 
 class VPT(Method):
-    """Each block's attention sees L learned tokens of its own before those of the image; all tasks share them.
+    """L learned tokens before those of the image in each block; all tasks share them.
 
-    What a block makes of its prompts is dropped behind it, so they act through their keys and values alone, and nothing
-    else of them is computed. Old images are answered as before if their attention keeps its weights S, `Q W_k dP^T = 0`
-    (affinity), and what it gathers from the prompts, `S dP = 0` (aggregation): the two conditions of NSP2 (Lu et al.,
-    NeurIPS 2024), linear as long as the LayerNorm in between divides by what it did before.
-    Differs: the rows S are divided by that deviation, prompt by prompt, so that aggregation is exact where prompts have
-    deviations of their own; the penalty leaves means free, which LayerNorm takes out anyway.
+    The output of a block for its prompts is dropped, so they act through their keys and values alone, and nothing else
+    of them is computed. The features of old images stay if attention keeps its weights S, `Q W_k dP^T = 0` (affinity),
+    and its sum over the prompts, `S dP = 0` (aggregation). These are the two conditions of NSP2 (Lu et al., NeurIPS
+    2024); they are linear as long as the standard deviations by which LayerNorm divides the prompts stay.
+    Differs from NSP2: the rows S are divided by the deviation of each prompt, so that aggregation is exact if prompts
+    have different deviations; and the penalty leaves means free, which LayerNorm subtracts anyway.
     """
 
     asks = False
 
     @dataclass(frozen=True)
     class Config(Method.Config):
-        """How many prompts, and what of them a projection protects."""
+        """How many prompts there are, and what a projection protects of them."""
 
         tag = "vpt"
 
         length: int = 10
         """Prompts of a block, L."""
         layers: tuple[int, ...] | None = None
-        """Blocks with prompts; the first is 0. All, where None."""
+        """Blocks with prompts, counted from 0. If None, all."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
-        """What prompts are kept orthogonal to: the tokens of old images where prompts join them (PGP); the directions
-        that change attention scores; or those, and old attention weights on the prompts' own side (NSP2)."""
+        """What updates of the prompts must be orthogonal to: the tokens of old images in that block (PGP); the
+        directions that change their attention scores; or these, and the old attention weights along the prompts
+        (NSP2)."""
         behind_norm: bool = False
-        """Learn the prompts behind the block's LayerNorm, which then has no statistics of theirs that could change: so
+        """Learn the prompts behind the block's LayerNorm instead of before it. Their deviations then cannot change, so
         affinity and aggregation protect exactly."""
         norm_penalty: float = 0.0
-        """Weight of the term that keeps the LayerNorm deviation of each prompt as the last task left it (NSP2)."""
+        """Weight of the penalty on changes of each prompt's LayerNorm deviation since the last task (NSP2)."""
 
         def __post_init__(self) -> None:
             if self.length < 1 or self.norm_penalty < 0:
@@ -59,11 +60,11 @@ class VPT(Method):
                 raise ValueError(f"expected method.layers with each layer once, got {self.layers}")
 
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> VPT:
-            """Untrained deep prompts."""
+            """Return untrained deep prompts."""
             return VPT(self, backbone, len(class_names), generator)
 
     deviations: Tensor
-    """What the LayerNorm of each block divided its prompts by when the last task ended, `(layers, L)`; 0 before."""
+    """LayerNorm deviations of the prompts of each block at the end of the last task, `(layers, L)`; 0 before that."""
 
     def __init__(self, config: VPT.Config, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
         super().__init__(backbone, linear_head(backbone.width, classes, generator))
@@ -82,12 +83,12 @@ class VPT(Method):
         self.register_buffer("deviations", torch.zeros(len(self.layers), config.length))
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
-        """CLS, see `Method.features`."""
+        """Return CLS; see `Method.features`."""
         cls: Tensor = self.backbone(images, prefixes=self._prefixes(len(images)), read=1)[:, 0]
         return cls
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
-        """Cross-entropy over the classes of `task`, and the penalty on moved norms."""
+        """Return the cross-entropy over the classes of `task`, plus the penalty on changed deviations."""
         loss = F.cross_entropy(only(self(images), task.classes), labels)
         if self.config.norm_penalty:
             moved = torch.stack([deviation for _, deviation in self._normed()]) - self.deviations
@@ -96,12 +97,12 @@ class VPT(Method):
 
     @torch.no_grad()
     def end_task(self, task: Task) -> None:
-        """Take down the deviations, for the penalty."""
+        """Store the deviations, for the penalty."""
         super().end_task(task)
         self.deviations.copy_(torch.stack([deviation for _, deviation in self._normed()]))
 
     def protected(self) -> dict[str, Protected]:
-        """The prompts of each block and, where asked for, the same prompts from their other side."""
+        """Return the prompts of each block, and again along their other axis if `protect` names aggregation."""
         spaces = {f"prompts {layer}": Protected(prompts) for layer, prompts in self._each()}
         if self.config.protect == "affinity+aggregation":
             spaces |= {f"shares {layer}": Protected(prompts, -2, "value") for layer, prompts in self._each()}
@@ -109,7 +110,7 @@ class VPT(Method):
 
     @torch.no_grad()
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
-        """Block by block: tokens and prompts, or what heads ask with; and how much of their attention prompts get."""
+        """Return by block its tokens and prompts, or the queries of its heads, and the attention weights of prompts."""
         traces = self.backbone.trace(images, set(self.layers), prefixes=self._prefixes(len(images)))
         rows = {}
         for (layer, prompts), (_, deviation) in zip(self._each(), self._normed(), strict=True):
@@ -130,12 +131,12 @@ class VPT(Method):
         return list(zip(self.layers, self.prompts, strict=True))
 
     def _normed(self) -> list[tuple[Tensor, Tensor]]:
-        """By layer, prompts as attention sees them, and what the norm divided them by; 1 where they are behind it."""
+        """Return by layer the prompts behind the norm and their deviations `(L,)`, 1 if they are learned there."""
         if self.config.behind_norm:
             return [(prompts, torch.ones_like(prompts[:, 0])) for prompts in self.prompts]
         return [self.backbone.normed(layer, prompts) for layer, prompts in self._each()]
 
     def _prefixes(self, count: int) -> dict[int, Tensor]:
-        """By layer, keys and values for `count` images, `(count, 2, H, L, d)`."""
+        """Return by layer the keys and values for `count` images, `(count, 2, H, L, d)`."""
         made = zip(self.layers, self._normed(), strict=True)
         return {layer: self.backbone.prefix(layer, tokens).expand(count, -1, -1, -1, -1) for layer, (tokens, _) in made}

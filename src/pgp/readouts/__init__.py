@@ -1,4 +1,4 @@
-"""The contract of a readout: how features become logits at test. It decides more accuracy than any projection does."""
+"""The contract of a readout: how features become logits at test. It matters more for accuracy than the projection."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from torch import Tensor, nn
 
 
 class Readout(abc.ABC):
-    """Turns features into logits; fitted, if at all, from class statistics that stream by once a task."""
+    """Turns features into logits.
+
+    Shapes: `B` images, `D` feature width, `Q` query width, `C` classes (of all tasks, including those still to come).
+
+    For each task, `observe` takes in all its images after training, `moved` the change of their features if the
+    readout `compensates`, then `end_task` fits it. `logits` may be called after the first task.
+    """
 
     name: str
-    """How reports call it: that of its configuration."""
+    """Its name in reports, that of its configuration."""
     fitted: bool = True
-    """Whether it has to observe the features of each task."""
+    """Whether it has to observe the features of each task. If not, `observe` and `end_task` do nothing."""
     compensates: bool = False
-    """Whether it wants to know how the training of each task moved features."""
+    """Whether it needs to know how the training of each task moved the features."""
 
     @dataclass(frozen=True)
     class Config(abc.ABC):
@@ -30,11 +36,11 @@ class Readout(abc.ABC):
         @property
         @abc.abstractmethod
         def name(self) -> str:
-            """How reports call it; no two readouts of a run have one name."""
+            """Its name in reports and in accuracy.csv, unique among the readouts of a run."""
 
         @property
         def reads_query(self) -> bool:
-            """Whether it wants to know the query of an image, too."""
+            """Whether it reads the query of an image besides its features."""
             return False
 
         @abc.abstractmethod
@@ -48,19 +54,28 @@ class Readout(abc.ABC):
             """
 
     def reads(self, features: Tensor, query: Tensor | None) -> Tensor:
-        """What it is to be given of images with features `(B, D)` and queries `(B, Q)`: the features, `(B, D)`."""
+        """Return what the other functions take as features, from features `(B, D)` and queries `(B, Q)` of images.
+
+        By default, the features themselves.
+        """
         return features
 
     @abc.abstractmethod
     def observe(self, features: Tensor, labels: Tensor) -> None:
-        """Take in features `(B, D)`, as it `reads` them, and labels `(B,)` of the current task, in test views, after
-        its training.
+        """Take in a batch of the current task: features `(B, D)`, as from `reads`, and labels `(B,)`.
+
+        The images are training images in their test view, after the training of the task.
         """
 
     def moved(self, before: Tensor, after: Tensor) -> None:
-        """Take in features `(n, D)` of all the current task's images as they were before and after its training, in
-        test views, in every process; from the second task on, before `end_task`. One that does not `compensate`
-        ignores it.
+        """Take in how training moved the features of all n images of the current task.
+
+        It is called once a task from the second on, before `end_task`, with the same tensors in every process. A
+        readout that does not compensate ignores it.
+
+        Args:
+            before: Features before the training of the task, `(n, D)`.
+            after: Features of the same images after it, `(n, D)`.
         """
         return
 
@@ -73,12 +88,12 @@ class Readout(abc.ABC):
 
     @abc.abstractmethod
     def logits(self, features: Tensor) -> Tensor:
-        """Logits `(B, C)` over all labels; -inf for those it knows nothing about."""
+        """Return the logits `(B, C)` of features `(B, D)`; -inf for classes that it has never observed."""
 
     @abc.abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """All it has learned, as tensors."""
+        """Return all it has learned, as tensors."""
 
     @abc.abstractmethod
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore a `state_dict`."""
+        """Restore a `state_dict`, which may be of fewer classes, the first ones."""

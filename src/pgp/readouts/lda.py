@@ -1,4 +1,4 @@
-"""Linear discriminant analysis on streamed class statistics: closed form, no images kept."""
+"""Linear discriminant analysis on streamed class statistics: closed form, and no image is stored."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from pgp.subspace import to_float64
 
 
 class LDA(FromStatistics):
-    """Class means and one pooled covariance S, shrunk: `(1 - a) S + a tr(S)/D I`; equal priors. Where features do not
-    vary within classes, which is so with one image of each, the nearest mean decides.
+    """LDA with one pooled covariance S, shrunk to `(1 - a) S + a tr(S)/D I`, and equal priors.
+
+    If features do not vary within classes, for example with one image of each, the nearest class mean decides.
     """
 
     @dataclass(frozen=True)
     class Config(FromStatistics.Config):
-        """How far the covariance is pulled toward a round one, and how statistics follow the features."""
+        """How the covariance is shrunk, and how statistics follow the features."""
 
         tag = "lda"
 
         shrinkage: float = 0.1
-        """a, in (0, 1]; 1 is the nearest class mean."""
+        """Weight a of the isotropic part of the covariance, in (0, 1]; 1 is the nearest class mean."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -37,7 +38,7 @@ class LDA(FromStatistics):
             return "lda" + self.suffix
 
         def build(self, head: nn.Module, classes: int, seed: int) -> LDA:
-            """A readout that has seen no class yet."""
+            """Return a readout that has seen no class yet."""
             return LDA(classes, self)
 
     def __init__(self, classes: int, config: LDA.Config | None = None) -> None:
@@ -47,8 +48,12 @@ class LDA(FromStatistics):
         self._weight = self._bias = self._centre = torch.empty(0)
 
     def logits(self, features: Tensor) -> Tensor:
-        """`d_c^T S^-1 (x - m) - d_c^T S^-1 d_c / 2`, `(B, C)`, where d_c is how far the mean of class c lies from m,
-        the mean of all class means; -inf for classes that were never observed.
+        """Return `d_c^T S^-1 (x - m) - d_c^T S^-1 d_c / 2`, `(B, C)`, with `d_c = m_c - m`.
+
+        Here m_c is the mean of class c and m the mean of all class means. Classes never observed get -inf.
+
+        Raises:
+            ValueError: If no task was finished yet.
         """
         if not self.state:
             raise ValueError("expected at least one task before logits(): call observe() and end_task() first")

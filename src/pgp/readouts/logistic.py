@@ -1,4 +1,4 @@
-"""Logistic regression on features that are drawn from class statistics: no images kept."""
+"""Logistic regression on features drawn from class statistics: no image is stored."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from pgp.subspace import to_float64
 
 
 class Logistic(FromStatistics):
-    """A linear classifier of all classes seen, trained anew after each task, starting from what it was; for the classes
-    of a new task, from the method's own head.
+    """A linear classifier of all classes seen so far, trained again after each task.
 
-    It is trained in coordinates in which features are round, on draws from a normal distribution around each class mean
-    with the shrunk covariance that all classes share.
+    It is trained on draws from a normal distribution around each class mean, with the shrunk covariance that all
+    classes share, in coordinates in which that covariance is the identity. It starts from its last weights, and for the
+    classes of a new task from the method's head.
     """
 
     @dataclass(frozen=True)
     class Config(FromStatistics.Config):
-        """What is drawn, and how the classifier is trained on it."""
+        """How many features are drawn, and how the classifier is trained on them."""
 
         tag = "logistic"
 
         shrinkage: float = 0.1
-        """Of the covariance toward a round one, in (0, 1]."""
+        """Weight of the isotropic part of the covariance, in (0, 1]."""
         draws: int = 32
-        """Features drawn of each class."""
+        """Features drawn for each class."""
         decay: float = 1e-3
-        """Weight of half the squared weights beside the loss."""
+        """L2 penalty: weight of half the sum of squared weights."""
         steps: int = 50
-        """Steps of L-BFGS, at most."""
+        """Largest number of L-BFGS iterations."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -49,7 +49,7 @@ class Logistic(FromStatistics):
             return "logistic" + self.suffix
 
         def build(self, head: nn.Module, classes: int, seed: int) -> Logistic:
-            """A readout that has seen no class yet."""
+            """Return a readout that has seen no class yet."""
             return Logistic(head, classes, self, seed)
 
     def __init__(self, head: nn.Module, classes: int, config: Logistic.Config | None = None, seed: int = 0) -> None:
@@ -59,7 +59,11 @@ class Logistic(FromStatistics):
         self._weight = self._bias = torch.empty(0)  # (C, D), (C,)
 
     def logits(self, features: Tensor) -> Tensor:
-        """`W x + b`, `(B, C)`; -inf for classes that were never observed."""
+        """Return `W x + b`, `(B, C)`; -inf for classes that were never observed.
+
+        Raises:
+            ValueError: If no task was finished yet.
+        """
         if not self.state:
             raise ValueError("expected at least one task before logits(): call observe() and end_task() first")
         x = to_float64(features)
@@ -68,11 +72,11 @@ class Logistic(FromStatistics):
         return logits.to(features.device, torch.float32)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The statistics, and the classifier."""
+        """Return the statistics and the classifier."""
         return {**self.state, "weight": self._weight, "bias": self._bias} if self.state else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore them; they may be of the first classes only."""
+        """Restore a `state_dict`, which may be of fewer classes, the first ones."""
         if state:
             statistics = dict(state)
             weight, bias = statistics.pop("weight"), statistics.pop("bias")
@@ -82,7 +86,7 @@ class Logistic(FromStatistics):
             super().load_state_dict(statistics)
 
     def _fit(self) -> None:
-        """Train, unless it was just restored."""
+        """Do nothing: `end_task` trains, and a restored classifier is trained already."""
 
     def end_task(self) -> None:
         """See `FromStatistics.end_task`; then train on draws from the statistics."""
@@ -92,7 +96,7 @@ class Logistic(FromStatistics):
         self._train()
 
     def _begin(self, known: Tensor) -> None:
-        """Rows of classes not `known` yet, from the method's head where it is linear."""
+        """Start the rows of classes that are not `known` yet from the method's head, if it is linear."""
         if not len(known):
             self._weight, self._bias = torch.zeros_like(self.means), torch.zeros_like(self.means[:, 0])
             known = torch.zeros_like(self.seen)

@@ -1,4 +1,4 @@
-"""The nearest class mean: the plainest readout of all, and the floor of every table."""
+"""The nearest class mean, the simplest readout and the lowest row of most tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pgp.readouts.lda import LDA
 
 
 class NCM(LDA):
-    """Logits `-|x - m_c|^2 / 2s` up to a constant, s the mean variance within classes: LDA with a round covariance."""
+    """Logits `-|x - m_c|^2 / 2s` up to a constant: LDA with covariance s I, s the mean variance within classes."""
 
     @dataclass(frozen=True)
     class Config(Readout.Config):
@@ -25,7 +25,7 @@ class NCM(LDA):
             return "ncm"
 
         def build(self, head: nn.Module, classes: int, seed: int) -> NCM:
-            """A readout that has seen no class yet."""
+            """Return a readout that has seen no class yet."""
             return NCM(classes)
 
     def __init__(self, classes: int) -> None:

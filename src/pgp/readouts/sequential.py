@@ -11,7 +11,7 @@ from pgp.readouts import Readout
 
 
 class Sequential(Readout):
-    """Logits of the classifier that was trained along."""
+    """Logits of the classifier that is trained with the prompts."""
 
     @dataclass(frozen=True)
     class Config(Readout.Config):
@@ -25,7 +25,7 @@ class Sequential(Readout):
             return "sequential"
 
         def build(self, head: nn.Module, classes: int, seed: int) -> Sequential:
-            """A readout that asks `head`."""
+            """Return a readout that calls `head`."""
             return Sequential(head)
 
     name = "sequential"
@@ -35,19 +35,19 @@ class Sequential(Readout):
         self.head = head
 
     def observe(self, features: Tensor, labels: Tensor) -> None:
-        """Nothing: it was trained already."""
+        """Do nothing: the head is trained already."""
 
     def end_task(self) -> None:
-        """Nothing: it was trained already."""
+        """Do nothing: the head is trained already."""
 
     def logits(self, features: Tensor) -> Tensor:
-        """`head(features)`, `(B, C)`."""
+        """Return `head(features)`, `(B, C)`."""
         logits: Tensor = self.head(features)
         return logits
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Nothing: the method holds its head."""
+        """Return nothing: the head belongs to the method."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Nothing: the method holds its head."""
+        """Do nothing: the head belongs to the method."""

@@ -1,4 +1,4 @@
-"""What is kept of old classes instead of their images: a mean each, and one covariance; moved as features drift."""
+"""Statistics of old classes instead of their images: a mean of each, and one covariance, corrected for drift."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from pgp.subspace import to_float64
 class FromStatistics(Readout):
     """A readout that is fitted to class means and one pooled covariance.
 
-    Statistics of a class are taken once, right after its task, and kept: `C * D + D * D` numbers, whatever the number
-    of images. Where later training moves the features, they go stale, and projection is to prevent that; what drift is
-    left can be made up for by moving the statistics as the images of the current task say that features moved.
+    The statistics of a class are computed once, right after its task, and stored: `C * D + D * D` numbers, however many
+    images there are. They go stale when later training moves the features. Projection reduces that movement; the rest
+    can be compensated by moving the statistics as the features of the current task's images moved.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Readout.Config):
-        """How old statistics follow the features."""
+        """What is read, and how old statistics follow the features."""
 
         query: bool = False
-        """Read the query of an image, its features without any prompts, beside those with prompts. It never moves, and
-        it tells compensation more about where an image lies."""
+        """Read the query of an image, its features without prompts, besides those with prompts. The query never moves,
+        so half of the statistics cannot go stale, and compensation knows better how an image moved."""
         compensate: Literal["none", "shift", "linear"] = "none"
-        """Move old statistics by what the images of each new task show before and after its training: `shift`, each
-        mean by the mean movement of the images near it (Yu et al., CVPR 2020); `linear`, means and covariance by the
-        affine map that fits all movements best, a ridge regression."""
+        """Move old statistics as the features of each new task's images move in its training: `shift`, each mean by the
+        mean movement of the images near it (Yu et al., CVPR 2020); `linear`, means and covariance by the affine map
+        that fits all movements best, a ridge regression."""
         bandwidth: float = 1.0
-        """shift: how far "near" reaches, in standard deviations within classes."""
+        """shift: width of the Gaussian weights, in standard deviations within classes."""
         ridge: float = 1.0
-        """linear: what is added to the variance of features in each direction, in mean variances of all directions."""
+        """linear: ridge penalty, in multiples of the mean variance of the features."""
 
         def __post_init__(self) -> None:
             if not (self.bandwidth > 0 and self.ridge > 0):
@@ -45,7 +45,7 @@ class FromStatistics(Readout):
 
         @property
         def suffix(self) -> str:
-            """What the query and compensation add to a readout's name."""
+            """The part of a readout's name that tells its query and compensation."""
             return "+query" * self.query + (f"+{self.compensate}" if self.compensate != "none" else "")
 
         @property
@@ -60,14 +60,14 @@ class FromStatistics(Readout):
         self._task: dict[str, Tensor] = {}
 
     def reads(self, features: Tensor, query: Tensor | None) -> Tensor:
-        """Features `(B, D)`, or features and queries `(B, D + Q)`."""
+        """Return features `(B, D)`, or features and queries `(B, D + Q)`."""
         if not self.settings.query:
             return features
         assert query is not None, "whoever knows the configuration knows that it reads queries"
         return torch.cat([features, query.to(features)], 1)
 
     def observe(self, features: Tensor, labels: Tensor) -> None:
-        """Add to the counts `(C,)`, sums `(C, D)` and pooled products `(D, D)` of this task, in float64."""
+        """Add a batch to the counts `(C,)`, sums `(C, D)` and pooled products `(D, D)` of this task, in float64."""
         features = to_float64(features.detach())
         chosen = nn.functional.one_hot(labels, self.classes).to(features)  # (B, C)
         _add(self._task, {"counts": chosen.sum(0), "sums": chosen.T @ features, "products": features.T @ features})
@@ -89,7 +89,7 @@ class FromStatistics(Readout):
         self._fit()
 
     def moved(self, before: Tensor, after: Tensor) -> None:
-        """Move the statistics of old classes as the features of these images moved; see `Readout.moved`."""
+        """Move the statistics of old classes as the features `(n, D)` of these images moved; see `Readout.moved`."""
         if not self.state or not self.compensates:
             return
         device = self.state["sums"].device
@@ -107,11 +107,11 @@ class FromStatistics(Readout):
         self.state = {"counts": counts, "sums": sums, "products": within + means.T @ sums}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Counts, sums and products."""
+        """Return counts, sums and products."""
         return dict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore the statistics and fit to them; they may be of the first classes only."""
+        """Restore a `state_dict`, which may be of fewer classes, the first ones, and fit to it."""
         self.state = dict(state)
         for name in ("counts", "sums") if state else ():
             missing = self.classes - len(state[name])
@@ -125,7 +125,7 @@ class FromStatistics(Readout):
 
     @property
     def seen(self) -> Tensor:
-        """Which classes there are statistics of, `(C,)`."""
+        """Whether each class was observed, `(C,)` bool."""
         return self.state["counts"] > 0
 
     @property
@@ -134,8 +134,9 @@ class FromStatistics(Readout):
         return self.state["sums"] / self.state["counts"].clamp(min=1)[:, None]
 
     def covariance(self, shrinkage: float) -> Tensor | None:
-        """`(1 - a) S + a tr(S)/D I` `(D, D)`, S the pooled covariance within classes; None where features do not vary
-        within classes.
+        """Return `(1 - a) S + a tr(S)/D I`, `(D, D)`, with S the pooled covariance within classes and a = `shrinkage`.
+
+        None, if features do not vary within classes.
         """
         within, products = self._within(), self.state["products"]
         rounding = len(within) * torch.finfo(torch.float64).eps * products.trace()
@@ -146,7 +147,7 @@ class FromStatistics(Readout):
         return (1 - shrinkage) * covariance + shrinkage * round_
 
     def _within(self) -> Tensor:
-        """Sum over images of `(x - m_c)(x - m_c)^T`, `(D, D)`."""
+        """Return the sum over images of `(x - m_c)(x - m_c)^T`, `(D, D)`."""
         return self.state["products"] - self.means.T @ self.state["sums"]
 
     def _freedom(self) -> Tensor:
@@ -154,8 +155,9 @@ class FromStatistics(Readout):
 
 
 def shift(means: Tensor, before: Tensor, after: Tensor, spread: float) -> Tensor:
-    """How each of `means (C, D)` moves: the mean of `after - before (n, D)`, images weighted by
-    `exp(-|before - mean|^2 / (2 spread))`.
+    """Return how each of `means (C, D)` moves: the weighted mean of `after - before (n, D)`.
+
+    The weight of an image is `exp(-|before - mean|^2 / (2 spread))` (Yu et al., CVPR 2020).
 
     >>> images = torch.tensor([[0.0], [10.0]])
     >>> shift(torch.tensor([[1.0], [9.0]]), images, images + torch.tensor([[2.0], [-2.0]]), spread=1.0)
@@ -169,8 +171,9 @@ def shift(means: Tensor, before: Tensor, after: Tensor, spread: float) -> Tensor
 
 
 def linear(before: Tensor, after: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Centre m `(D,)`, offset `(D,)` and matrix A `(D, D)` of the map `x -> x + offset + (x - m) A` that fits the
-    movement of images `(n, D)` best, A held small by a ridge of that many mean variances.
+    """Return m `(D,)`, b `(D,)` and A `(D, D)` of the map `x -> x + b + (x - m) A` that fits `before -> after` best.
+
+    It is a ridge regression of the movements `(n, D)`; `ridge` is in multiples of the mean variance of `before`.
 
     >>> images = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     >>> linear(images, images * torch.tensor([3.0, 1.0]) + 5, ridge=1e-9)[2].round(decimals=4)
