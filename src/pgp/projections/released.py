@@ -21,12 +21,12 @@ from pgp.subspace import Protected, Rows, remove, to_float64
 
 
 class Released(Projection):
-    """The published code's basis: scores of images plus scores of prompts, energy on fourth powers. For prefix keys it
-    is scores of images alone, over all heads at once.
+    """The published code's basis: scores of images plus scores of prompts, with energy on fourth powers.
 
-    Differs: where a task has fewer images than the model is wide, which ends the published code with an error, the
-    pass repeats in new augmented views; and the principal components are exact where the published ones are a
-    randomised approximation.
+    For prefix keys, scores of images alone, over all heads at once.
+    Differs from the published code: if a task has fewer images than the model is wide, which ends the published code
+    with an error, the pass repeats in new augmented views; and the principal components are exact where the published
+    ones are a randomised approximation.
     """
 
     @dataclass(frozen=True)
