@@ -132,7 +132,7 @@ class DualPrompt(Method):
         return F.cross_entropy(logits, labels) - self.config.pull * selection.pull
 
     def protected(self) -> dict[str, Protected]:
-        """Return the keys of the experts, and by layer the keys of prefixes and, if asked for, values; or expert tokens."""
+        """Return the keys of the experts, and by layer the keys of prefixes and, if asked for, values; or tokens."""
         spaces = {"keys": Protected(self.key, role="key")}
         for name, _, pool in self._pools():
             if isinstance(pool, TokenPool):
