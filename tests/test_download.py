@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import multiprocessing
@@ -289,6 +290,24 @@ def test_a_server_that_is_too_slow(tape, server, tmp_path, monkeypatch, size):
     with pytest.raises(
         ArchiveError, match=r"\(the server gives [\d,]+ bytes in 0 seconds, 2 requests in a row\); .* kept"
     ):
+        unpacked(tape, tmp_path / "data")
+    assert len(server.requests) == 2
+
+
+def test_a_server_that_never_ends_its_head(tape, server, tmp_path, monkeypatch):
+    """A byte now and then, so that no byte is late."""
+
+    def answer(handler):
+        server.requests.append((handler.path, None, None))
+        with contextlib.suppress(ConnectionError):
+            for _ in range(30):
+                handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-More: "[:1])
+                time.sleep(0.01)
+
+    server.answer = answer
+    monkeypatch.setattr(transfer, "ANSWER", 0.05)
+    monkeypatch.setattr(transfer, "FAILURES", 2)
+    with pytest.raises(ArchiveError, match=r"\(the server has not answered in 0 seconds, 2 requests in a row\)"):
         unpacked(tape, tmp_path / "data")
     assert len(server.requests) == 2
 

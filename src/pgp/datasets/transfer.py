@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
@@ -21,6 +23,8 @@ from pgp.datasets.archives import RESERVE, ArchiveError
 CHUNK = 1 << 16
 TIMEOUT = (15, 60)
 """Seconds to wait for a connection, and for the next bytes."""
+ANSWER = 90.0
+"""Most seconds until a request is answered, where the server leads from one address to the next, too."""
 BUSY = (429, 500, 502, 503, 504)
 """Statuses of a server that may do better later."""
 ATTEMPTS = 100
@@ -129,7 +133,7 @@ class Transfer:
         if source and have:
             headers["Range"] = f"bytes={have}-"
             headers |= {"If-Range": source.version} if source.version else {}
-        with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
+        with _answer(session, url, headers) as answer:
             if answer.status_code in BUSY:
                 raise _FailedError(f"{answer.status_code} {answer.reason}", _retry_after(answer))
             if answer.status_code == 416 or (answer.status_code == 206 and not self._fits(answer, source, have)):
@@ -208,6 +212,31 @@ class Transfer:
     @property
     def _note(self) -> Path:
         return self.part.with_name(f"{self.part.name}.json")
+
+
+def _answer(session: requests.Session, url: str, headers: dict[str, str]) -> requests.Response:
+    """Make a request and return the answer, whose content is still to come.
+
+    Raises:
+        _FailedError: If its head has not come after `ANSWER` seconds, however steadily its bytes come.
+    """
+    box: queue.SimpleQueue[requests.Response | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            box.put(session.get(url, headers=headers, stream=True, timeout=TIMEOUT))
+        except Exception as error:
+            box.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()  # requests bounds the time of a byte, not that of a head
+    try:
+        answer = box.get(timeout=ANSWER)
+    except queue.Empty:
+        session.close()
+        raise _FailedError(f"the server has not answered in {ANSWER:.0f} seconds") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _chunks(answer: requests.Response) -> Iterator[bytes]:
