@@ -1,6 +1,6 @@
-"""Pools of prompts and prefixes, and the keys by which images choose among them.
+"""Pools of prompts and prefixes, and the keys by which images select from them.
 
-Shapes: `B` images, `M` prompts of length `L` and width `D`, `k` chosen per image, `H` heads of width `d`.
+Shapes: `B` images, `M` prompts of length `L` and width `D`, `k` selected per image, `H` heads of width `d`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pgp.processes import add_up
 
 
 def match(query: Tensor, key: Tensor) -> Tensor:
-    """Cosine similarity `(B, M)` in [-1, 1] of each query `(B, D)` with each key `(M, D)`.
+    """Return the cosine similarity `(B, M)` in [-1, 1] of each query `(B, D)` with each key `(M, D)`.
 
     >>> match(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
     tensor([[1., 0.]])
@@ -24,7 +24,7 @@ def match(query: Tensor, key: Tensor) -> Tensor:
 
 
 def nearest(similarity: Tensor, k: int) -> Tensor:
-    """Indices `(B, k)` of each image's most similar prompts, the most similar first: image by image.
+    """Return the indices `(B, k)` of the k most similar prompts of each image, the most similar first.
 
     >>> nearest(torch.tensor([[0.1, 0.9, 0.5]]), k=2)
     tensor([[1, 2]])
@@ -33,7 +33,7 @@ def nearest(similarity: Tensor, k: int) -> Tensor:
 
 
 def vote(chosen: Tensor, size: int) -> Tensor:
-    """Return the k prompts chosen most often in a batch, for each image of it: `(B, k)` from `chosen (B, k)`.
+    """Return the k prompts selected most often in a batch, for each image of it: `(B, k)` from `chosen (B, k)`.
 
     The published training rule. It makes an image's prompts depend on its batch, so evaluation here never uses it
     unless the published protocol is asked for by name. If processes share a batch, all of them vote. Ties go to the
@@ -50,7 +50,7 @@ def vote(chosen: Tensor, size: int) -> Tensor:
 
 
 def block_of(slot: int, k: int, size: int) -> slice | None:
-    """The prompts of slot number `slot`, k to a slot, or None past the end of a pool of `size`.
+    """Return the prompts of slot number `slot`, k to a slot, or None past the end of a pool of `size`.
 
     >>> block_of(1, k=5, size=10), block_of(2, k=5, size=10)
     (slice(5, 10, None), None)
@@ -60,14 +60,14 @@ def block_of(slot: int, k: int, size: int) -> slice | None:
 
 
 def choose(similarity: Tensor, k: int, *, slot: int | None = None, by_vote: bool = False) -> Tensor:
-    """Indices `(B, k)` of the prompts that each image gets: those nearest to it, unless told otherwise.
+    """Return the indices `(B, k)` of the prompts of each image: by default, the most similar ones.
 
     Args:
-        similarity: `(B, M)`.
-        k: prompts per image.
-        slot: force the prompts of slot number `slot` on every image (the published prompt mask); a slot past the end of
-            the pool means a free match.
-        by_vote: give the whole batch the prompts chosen most often in it; collective then, see `vote`.
+        similarity: Similarity of each image with each key, `(B, M)`.
+        k: Prompts per image.
+        slot: Give every image the prompts of this slot (the published prompt mask). Past the end of the pool, images
+            select by similarity.
+        by_vote: Give the whole batch the prompts selected most often in it. Collective then, see `vote`.
     """
     size = similarity.shape[1]
     block = None if slot is None else block_of(slot, k, size)
@@ -78,7 +78,7 @@ def choose(similarity: Tensor, k: int, *, slot: int | None = None, by_vote: bool
 
 
 def members(indices: Tensor, size: int) -> Tensor:
-    """Whether each image chose each prompt of a pool of `size`, `(B, M)` bool, from `indices (B, k)`.
+    """Return whether each image selected each prompt of a pool of `size`, `(B, M)` bool, from `indices (B, k)`.
 
     >>> members(torch.tensor([[2, 0]]), size=3)
     tensor([[ True, False,  True]])
@@ -88,14 +88,14 @@ def members(indices: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def inherit(pool: Tensor, slot: int, k: int) -> None:
-    """Start slot number `slot` of `pool (M, ...)` as a copy of the one before it (the published shared pool)."""
+    """Copy the slot before number `slot` of `pool (M, ...)` to it, in place (the published shared pool)."""
     old, new = (block_of(at, k, len(pool)) if at >= 0 else None for at in (slot - 1, slot))
     if old is not None and new is not None:
         pool[new] = pool[old]
 
 
 class Selection(NamedTuple):
-    """Which prompts a batch of images gets, and how well they fit."""
+    """The prompts of each image of a batch, and how similar its query is to all keys."""
 
     indices: Tensor
     """`(B, k)` into the pool."""
@@ -104,13 +104,14 @@ class Selection(NamedTuple):
 
     @property
     def pull(self) -> Tensor:
-        """Mean over images of the summed similarity to the chosen keys; training raises it, which pulls keys closer."""
+        """Mean over images of the summed similarity to the selected keys. Training raises it."""
         return self.similarity.gather(1, self.indices).sum(1).mean()
 
 
 def by_prompt(shares: Tensor, indices: Tensor, size: int) -> Tensor:
-    """Attention `(B, H, N, k * L)` to the chosen prompts `indices (B, k)` of `size`, sorted by prompt,
-    `(B, M, H, N, L)`: 0 for those that an image did not choose.
+    """Sort attention `(B, H, N, k * L)` to the selected prompts `indices (B, k)` by prompt, `(B, M, H, N, L)`.
+
+    It is 0 for prompts that an image did not select.
 
     >>> by_prompt(torch.tensor([[[[0.3, 0.7]]]]), torch.tensor([[2, 0]]), size=3).flatten()
     tensor([0.7000, 0.0000, 0.3000])
@@ -128,12 +129,15 @@ class PromptPool(nn.Module):
     """M prompts `(M, L, D)` with a key `(M, D)` each (Wang et al., CVPR 2022).
 
     Args:
-        size: number of prompts M.
-        length: tokens per prompt L.
-        width: token width D.
-        top_k: prompts chosen per image.
+        size: Number of prompts M.
+        length: Tokens per prompt L.
+        width: Token width D.
+        top_k: Prompts selected per image, k.
         keys: `learned` gives each prompt a parameter as its key; `mean` uses the mean of its own tokens.
-        generator: source of the initial values, uniform in (-1, 1) as published.
+        generator: Source of the initial values, uniform in (-1, 1) as published.
+
+    Raises:
+        ValueError: If `top_k` is not between 1 and `size`.
 
     >>> pool = PromptPool(size=3, length=2, width=4, top_k=1, generator=torch.Generator().manual_seed(0))
     >>> selection = pool.select(torch.randn(5, 4, generator=torch.Generator().manual_seed(1)))
@@ -165,25 +169,25 @@ class PromptPool(nn.Module):
         return self.prompts.mean(1) if self.learned_key is None else self.learned_key
 
     def select(self, query: Tensor, *, slot: int | None = None, by_vote: bool = False) -> Selection:
-        """Prompts for queries `(B, D)`; `slot` and `by_vote` as in `choose`."""
+        """Select prompts for queries `(B, D)`; `slot` and `by_vote` as in `choose`."""
         similarity = match(query, self.key)
         return Selection(choose(similarity, self.top_k, slot=slot, by_vote=by_vote), similarity)
 
     def tokens(self, selection: Selection) -> Tensor:
-        """The chosen prompts in a row, `(B, k * L, D)`."""
+        """Return the selected prompts in a row, `(B, k * L, D)`."""
         return self.prompts[selection.indices].flatten(1, 2)  # (B, k, L, D) -> (B, k * L, D)
 
 
 class PrefixPool(nn.Module):
-    """M prefixes for the attention of one layer: keys and values `(M, H, L, d)` that it sees before its own.
+    """M prefixes for the attention of one layer: keys and values `(M, H, L, d)` that precede its own.
 
     Args:
-        size: number of prefixes M.
-        length: positions per prefix L.
-        heads: attention heads H.
-        width: width of a head d.
-        shared: let one parameter be keys and values alike.
-        generator: source of the initial values, uniform in (-1, 1) as published.
+        size: Number of prefixes M.
+        length: Positions per prefix L.
+        heads: Attention heads H.
+        width: Width of a head d.
+        shared: Use one parameter for both keys and values.
+        generator: Source of the initial values, uniform in (-1, 1) as published.
 
     >>> pool = PrefixPool(size=3, length=2, heads=4, width=8, generator=torch.Generator().manual_seed(0))
     >>> pool(torch.tensor([[0, 2]])).shape
@@ -204,18 +208,18 @@ class PrefixPool(nn.Module):
         return self.keys if self.own_values is None else self.own_values
 
     def forward(self, indices: Tensor) -> Tensor:
-        """The prefixes `indices (B, k)` in a row, each image its own: `(B, 2, H, k * L, d)`."""
+        """Return the prefixes `indices (B, k)` of each image in a row, keys and values: `(B, 2, H, k * L, d)`."""
         chosen = torch.stack([self.keys[indices], self.values[indices]], dim=1)  # (B, 2, k, H, L, d)
         return chosen.transpose(2, 3).flatten(3, 4)
 
 
 class TokenPool(nn.Module):
-    """M prompts `(M, L, D)` that join the sequence of tokens, uniform in (-1, 1) at first."""
+    """M prompts `(M, L, D)` that join the sequence of tokens, initially uniform in (-1, 1)."""
 
     def __init__(self, size: int, length: int, width: int, *, generator: torch.Generator) -> None:
         super().__init__()
         self.tokens = nn.Parameter(torch.empty(size, length, width).uniform_(-1, 1, generator=generator))
 
     def forward(self, indices: Tensor) -> Tensor:
-        """The prompts `indices (B, k)` in a row, each image its own: `(B, k * L, D)`."""
+        """Return the prompts `indices (B, k)` of each image in a row, `(B, k * L, D)`."""
         return self.tokens[indices].flatten(1, 2)  # (B, k, L, D) -> (B, k * L, D)

@@ -1,4 +1,4 @@
-"""The contract of a projection: learn from each task where its inputs live, and keep later steps out of there."""
+"""The contract of a projection: learn the subspace of each task's inputs, and keep later steps orthogonal to it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pgp.subspace import Protected, Rows, rank_of, remove, to_float64
 
 
 class Collect(NamedTuple):
-    """Which images a projection wants to see of each task, and when."""
+    """Which images a projection observes of each task, and when."""
 
     when: Literal["before", "after"] = "after"
     """Before or after the task is trained."""
@@ -38,10 +38,10 @@ class Handle:
 
 
 class Projection(abc.ABC):
-    """Keeps the steps of an optimizer out of directions that old tasks need.
+    """Keeps the steps of an optimizer orthogonal to subspaces that old tasks need.
 
-    Use: `attach` to each task's optimizer, `observe` the task's rows, `end_task`. It never touches a model, only the
-    parameters that it was built with.
+    Use: `attach` it to each task's optimizer, let it `observe` the task's rows, then call `end_task`. It never touches
+    a model, only the parameters that it was built with.
     """
 
     @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Projection(abc.ABC):
 
     @abc.abstractmethod
     def observe(self, space: str, rows: Rows) -> None:
-        """Take in what met the protected parameter of `space` for a batch of images."""
+        """Take in the rows that entered the protected parameter of `space` for a batch of images."""
 
     @abc.abstractmethod
     def end_task(self) -> dict[str, float]:
@@ -91,7 +91,13 @@ class Projection(abc.ABC):
         """
 
     def project(self, space: str, tensor: Tensor) -> Tensor:
-        """Return what is left of `tensor (..., D)` outside the protected subspace of `space`; float64 inside."""
+        """Return the part of `tensor (..., D)` that is orthogonal to the protected subspace of `space`.
+
+        It is computed in float64 and returned in the dtype of `tensor`.
+
+        Raises:
+            ValueError: If the width of `tensor` is not that of the subspace.
+        """
         if space not in self.bases:
             return tensor
         rows = to_float64(tensor)
@@ -102,11 +108,11 @@ class Projection(abc.ABC):
         return remove(rows, basis).to(tensor)
 
     def basis(self, space: str) -> Tensor:
-        """Return orthonormal columns `(..., D, r)` that span what steps in `space` keep out of."""
+        """Return orthonormal columns `(..., D, r)` that span the protected subspace of `space`."""
         return self.bases[space]
 
     def rank(self, space: str) -> float:
-        """Return the number of protected directions (their mean over heads); 0 leaves a space free."""
+        """Return the number of protected directions in `space`, the mean over heads; 0 leaves it free."""
         return rank_of(self.bases[space]) if space in self.bases else 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -120,7 +126,7 @@ class Projection(abc.ABC):
     def attach(self, optimizer: torch.optim.Optimizer) -> Handle:
         """Project every step of `optimizer` from now on, by torch's own step hooks, until the handle is removed.
 
-        A space of rank 0 is left alone entirely, so a projection that holds nothing changes no bit.
+        Spaces of rank 0 are not touched, so a projection without a basis changes no bit.
         """
         before: dict[nn.Parameter, Tensor] = {}
 

@@ -1,4 +1,4 @@
-"""No projection: the unprojected twin of every run."""
+"""No projection."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pgp.subspace import Protected, Rows
 
 
 class NoProjection(Projection):
-    """Protects nothing and asks for nothing."""
+    """Projects nothing and observes nothing."""
 
     @dataclass(frozen=True)
     class Config(Projection.Config):

@@ -1,4 +1,4 @@
-"""Prompt gradient projection as its paper means it (Qiao et al., ICLR 2024), streamed and without sign ambiguity."""
+"""Prompt gradient projection (Qiao et al., ICLR 2024) on streamed second moments, which have no sign ambiguity."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from pgp.subspace import Moment, Protected, Rows, extend, images_together, secon
 
 
 class Orthogonal(Projection):
-    """Old tokens x and old prompts p span a subspace U; steps of the prompts stay orthogonal to it: `g - g U U^T`.
+    """Projects steps of the prompts by `g - g U U^T`, where U spans a subspace of old tokens x and old prompts p.
 
-    A prompt that changes by dp leaves old attention scores as they were, to first order, if `x dp^T = 0` and
-    `p dp^T = 0` for all old x and p. Keys are protected by old queries in the same way, and prefixes by the queries of
-    their attention head. Basis growth follows GPM, see `pgp.subspace.extend`.
+    A change dp of a prompt leaves old attention scores as they were, to first order, if `x dp^T = 0` and `p dp^T = 0`
+    for all old x and p. Keys are protected by old queries in the same way, and prefixes by the queries of their
+    attention head. The basis grows by the rule of GPM, see `pgp.subspace.extend`.
     """
 
     @dataclass(frozen=True)
     class Config(Projection.Config):
-        """What is protected, how much of it, and at which moment of a step."""
+        """What is protected, how much of it, and what of a step is projected."""
 
         tag = "orthogonal"
 
         space: Literal["sum", "union", "input"] = "sum"
-        """How old inputs x and old prompts p become one subspace: `sum`, the space of all sums x + p (the paper);
-        `union`, the basis holds `energy` of x and then of p, so both conditions hold; `input`, x alone (GPM)."""
+        """How old inputs x and old prompts p become one subspace: `sum`, that of all sums x + p (the paper); `union`,
+        that of x and then of p, so that both conditions hold; `input`, that of x alone (GPM)."""
         energy: float = 0.5
-        """Share in [0, 1] of the second moment's trace that the basis must hold (the paper's epsilon)."""
+        """Share in [0, 1] of the trace of the second moment that the basis must capture (the paper's epsilon)."""
         key_energy: float = 0.97
-        """The same for prompt keys, which old queries protect."""
+        """The same for prompt keys, whose inputs are the queries."""
         on: Literal["gradient", "update"] = "gradient"
-        """Project the gradient before the optimizer's step (the paper), or the change that the step made; only the
+        """Project the gradient before the optimizer's step (the paper), or the change that the step made. Only the
         latter is exact for Adam, momentum and weight decay."""
         aggregation_energy: float | None = None
-        """The same for what old attention weights protect: values of prefixes, and deep prompts from their other side;
-        `energy`, where None."""
+        """The same for parameters whose inputs are old attention weights: values of prefixes, and prompts along their
+        other axis. If None, `energy`."""
         hold_norms: bool = False
-        """Let prompt keys turn but not grow, where updates are projected: images match keys by cosine, which the norm
-        of a key changes for old queries, too, even if their inner product with it stays."""
+        """Keep the norms of prompt keys as well, if updates are projected. Images match keys by cosine, which changes
+        with the norm of a key even if its inner product with old queries stays."""
 
         def __post_init__(self) -> None:
             for name in ("energy", "key_energy", "aggregation_energy"):
@@ -73,7 +73,7 @@ class Orthogonal(Projection):
         self._through: dict[str, Tensor] = {}
 
     def observe(self, space: str, rows: Rows) -> None:
-        """Add rows `(B, ..., N, D)` to the moments of `space`."""
+        """Add the rows `(B, ..., N, D)` of a batch to the second moments of `space`."""
         if rows.through is not None:
             self._through[space] = to_float64(rows.through.detach())
         self._inputs.setdefault(space, Moment()).observe(images_together(rows.inputs))
@@ -81,9 +81,12 @@ class Orthogonal(Projection):
             self._prompts.setdefault(space, Moment()).observe(images_together(rows.prompts))
 
     def end_task(self) -> dict[str, float]:
-        """Extend each basis by this task's moments, forget the moments, and return the ranks.
+        """Extend each basis by this task's second moments, drop the moments, and return the ranks.
 
         Collective: every process must call it.
+
+        Raises:
+            ValueError: If no rows of a space were observed in this task.
         """
         for space, target in self.protected.items():
             if space not in self._inputs:
@@ -95,7 +98,7 @@ class Orthogonal(Projection):
         return {space: self.rank(space) for space in self.protected}
 
     def _moved(self, space: str, target: Protected, before: Tensor) -> Tensor:
-        """See `Projection._moved`; for keys, their part outside the subspace is scaled so that norms stay."""
+        """See `Projection._moved`; the part of keys outside the subspace is scaled so that their norms stay."""
         after = super()._moved(space, target, before)
         if target.role != "key" or not self.config.hold_norms:
             return after
@@ -105,7 +108,7 @@ class Orthogonal(Projection):
         return held
 
     def _seconds(self, space: str) -> list[Tensor]:
-        """Return the second moments that the basis of `space` has to hold, one after the other.
+        """Return the second moments that the basis of `space` must capture, one after the other.
 
         Collective: every process must call it.
         """

@@ -1,4 +1,4 @@
-"""The control that any projection must beat: as many directions, and none of them chosen."""
+"""The control that any projection must beat: as many directions, drawn at random."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pgp.subspace import Protected
 
 
 class Random(Orthogonal):
-    """Keeps steps out of random directions, in each space as many as `Orthogonal` would protect with these settings.
+    """Keeps steps orthogonal to random directions, in each space as many as `Orthogonal` would protect.
 
-    Directions are drawn once per space, nested: what is protected after a task stays protected.
+    The directions of a space are drawn once and used in order, so what is protected after a task stays protected.
     """
 
     @dataclass(frozen=True)

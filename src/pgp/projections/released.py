@@ -1,9 +1,9 @@
-"""The basis of the published PGP code, so that published numbers can be reproduced. Not a protection: see below.
+"""The basis of the published PGP code, for reproducing published numbers. It does not protect old tasks.
 
-It treats the principal-component *scores* of as many images as the model is wide as if they were directions in feature
-space. The two have the same size by construction and nothing else in common: shuffle the images and the basis becomes
-another one. It also counts energy on the fourth power of singular values, so its rank is tiny. Use `orthogonal` for
-projections that protect, and this one by name only.
+The published code samples as many images as the model is wide, and uses their principal-component *scores* as if they
+were directions in feature space. The two have the same size and nothing else in common: the basis changes with the
+order of the images. It also measures energy on the fourth power of singular values, so its rank is tiny. Use
+`orthogonal` to protect old tasks.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Released(Projection):
 
     @dataclass(frozen=True)
     class Config(Projection.Config):
-        """The published constants."""
+        """The constants of the published code."""
 
         tag = "released"
 
         energy: float = 0.5
-        """Threshold for prompts, on fourth powers of singular values."""
+        """Share of energy to capture for prompts, on fourth powers of singular values."""
         key_energy: float = 0.97
         """The same for keys."""
         components: int = 9
@@ -44,7 +44,7 @@ class Released(Projection):
         key_components: int = 5
         """Principal components kept for keys."""
         when: Literal["before", "after"] = "before"
-        """Features are collected before each task's training (the published L2P) or after it (DualPrompt, CLIP)."""
+        """Observe images before each task's training (the published L2P) or after it (DualPrompt, CLIP)."""
 
         def __post_init__(self) -> None:
             for name in ("energy", "key_energy"):
@@ -82,7 +82,7 @@ class Released(Projection):
         return any(widths) and all(sum(n.get(s, 0) for n in seen) >= w for each in widths for s, w in each.items())
 
     def observe(self, space: str, rows: Rows) -> None:
-        """Keep each image's rows as one long vector."""
+        """Store the rows of each image as one long vector."""
         inputs = _joined(rows.met) if _has_heads(rows.met) else rows.met
         self._widths[space] = inputs.shape[-1]
         self._images.setdefault(space, []).append(inputs.detach().float().flatten(1).cpu())
@@ -94,9 +94,12 @@ class Released(Projection):
         return super().attach(optimizer)
 
     def end_task(self) -> dict[str, float]:
-        """Add scores of images to scores of prompts, row by unrelated row, and grow the basis from that.
+        """Add the scores of images to the scores of prompts, row by unrelated row, and grow the basis from the sum.
 
         Collective: every process must call it.
+
+        Raises:
+            ValueError: If fewer images were observed than the model is wide.
         """
         for space, target in self.protected.items():
             key = target.role == "key"
@@ -113,7 +116,7 @@ class Released(Projection):
         return {space: self.rank(space) for space in self.protected}
 
     def project(self, space: str, tensor: Tensor) -> Tensor:
-        """See `Projection.project`; the published basis of a prefix spans its heads side by side."""
+        """See `Projection.project`; for prefixes, the published basis spans all heads side by side."""
         if not _has_heads(tensor):
             return super().project(space, tensor)
         heads = tensor.shape[-3]
@@ -121,7 +124,7 @@ class Released(Projection):
         return projected
 
     def _sample(self, space: str) -> Tensor:
-        """Return as many images as the model is wide, `(D, N * D)`: the number on which the published code rests.
+        """Return as many observed images as the model is wide, `(D, N * D)`.
 
         Collective: every process must call it.
         """
