@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import errno
 import multiprocessing
 import os
 import pathlib
+import re
 import signal
 import sys
 
@@ -13,8 +16,10 @@ import torch
 
 import tiny
 from pgp import platforms
+from pgp.datasets.files import FileSplit
 from pgp.run import Run
 from pgp.sweep import Job, Sweep, settle
+from test_architecture import MODULES, SOURCE, imports
 
 
 @pytest.fixture
@@ -108,6 +113,27 @@ def test_a_rename_waits_for_whoever_holds_the_file_open_on_windows(tmp_path, mon
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("latest", "before")]
 
 
+def test_what_windows_says_otherwise(monkeypatch):
+    assert platforms.is_broken_pipe(BrokenPipeError(errno.EPIPE, "Broken pipe"))
+    assert not platforms.is_broken_pipe(OSError(errno.EINVAL, "Invalid argument"))
+    assert platforms.quoted(pathlib.Path("a run's")) == "'a run'\"'\"'s'"
+    monkeypatch.setattr(platforms, "WINDOWS", True)
+    assert platforms.is_broken_pipe(OSError(errno.EINVAL, "Invalid argument"))
+    assert not platforms.is_broken_pipe(OSError(errno.EINVAL, "Invalid argument", "what?.txt"))
+    assert platforms.quoted(pathlib.Path("a run's")) == '"a run\'s"'
+
+
+def test_images_on_two_drives_have_names(tmp_path, monkeypatch):
+    paths = [tmp_path / "one" / "1.png", tmp_path / "two" / "1.png"]
+    assert FileSplit(paths, [0, 1]).names() == ["one/1.png", "two/1.png"]
+
+    def two_drives(paths):
+        raise ValueError("Paths don't have the same drive")
+
+    monkeypatch.setattr(os.path, "commonpath", two_drives)
+    assert FileSplit(paths, [0, 1]).names() == [path.as_posix() for path in paths]
+
+
 def test_text_is_the_same_on_every_system(tmp_path):
     platforms.write_text(tmp_path / "text", "café\nβ\n")
     assert (tmp_path / "text").read_bytes() == b"caf\xc3\xa9\n\xce\xb2\n"
@@ -153,3 +179,58 @@ def test_points_that_differ_in_case_have_folders_of_their_own(tmp_path):
     choices = {"rate x": base, "rate X": tiny.config(epochs=3)}
     jobs = Sweep(tmp_path, base).plan(choices, [0], controls=False)
     assert len({str(job.folder).lower() for job in jobs}) == 2
+
+
+EVERYWHERE = re.compile(
+    r"os\.(DirEntry|O_WRONLY|SEEK_END|_exit|cpu_count|devnull|dup2|environ|fstat|getpid|open|path|scandir|write)"
+    r"|signal\.(SIGINT|SIGTERM|SIG_DFL|SIG_IGN|Signals|default_int_handler|getsignal|signal)|sys\.(?!platform).*"
+)
+"""What modules may use of `os` and `signal`; what other systems lack, or do otherwise, belongs into `platforms`."""
+OF_ONE_SYSTEM = {"ctypes", "fcntl", "grp", "msvcrt", "pty", "pwd", "resource", "termios", "tty", "winreg"}
+ASKING = {"platforms.py", "datasets/free_memory.py"}
+"""Modules that ask which system they run on; the second reads what Linux tells of memory."""
+
+
+def test_one_module_asks_which_system_it_runs_on():
+    wrong = []
+    for path, tree in MODULES.items():
+        if path.relative_to(SOURCE).as_posix() in ASKING:
+            continue
+        wrong += [f"{path} imports {name}" for name in imports(tree) if name in OF_ONE_SYSTEM]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                used = ast.unparse(node)
+                if node.value.id in ("os", "signal", "sys") and not EVERYWHERE.fullmatch(used):
+                    wrong.append(f"{path}:{node.lineno}: {used}")
+            if isinstance(node, ast.Constant) and str(node.value).startswith(("/proc", "/sys", "/dev", "/tmp")):
+                wrong.append(f"{path}:{node.lineno}: {node.value}")
+    assert not wrong
+
+
+def mode_of(call):
+    """The mode in which a call of `open(path, mode)` or `path.open(mode)` opens a file; "" for other calls."""
+    name = ast.unparse(call.func)
+    if name != "open" and not name.endswith(".open"):
+        return ""
+    if name in {"Run.open", "Image.open", "tarfile.open", "gzip.open", "os.open", "member.open"}:
+        return ""
+    given = [word.value for word in call.keywords if word.arg == "mode"] or call.args[name == "open" :][:1]
+    return ast.unparse(given[0]) if given else "r"
+
+
+@pytest.mark.parametrize("folder", ["src", "benchmarks", "scripts"])
+def test_text_files_are_the_same_on_every_system(folder):
+    """In UTF-8, with line ends of one byte; by default, Windows has neither."""
+    wrong = []
+    for path in (SOURCE.parent.parent / folder).rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for call in (node for node in nodes if isinstance(node, ast.Call)):
+            name, words, mode = ast.unparse(call.func), {word.arg for word in call.keywords}, mode_of(call)
+            if name == "platforms.write_text":
+                continue
+            text = bool(mode) and "b" not in mode
+            writes = name.endswith(".write_text") or (text and not set("wax").isdisjoint(mode))
+            reads = name.endswith(".read_text") or text or "text" in words
+            if ((reads or writes) and "encoding" not in words) or (writes and "newline" not in words):
+                wrong.append(f"{path}:{call.lineno}: {ast.unparse(call)[:80]}")
+    assert not wrong

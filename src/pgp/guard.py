@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch
 
-from pgp import display, escaping, interrupts, processes
+from pgp import display, escaping, interrupts, platforms, processes
 from pgp.run import RunError
 
 LOST = re.compile("closed by peer|reset by peer|gloo|NCCL")
@@ -34,11 +34,11 @@ def guarded(work: Callable[[], None]) -> None:
             finally:
                 if sys.stdout is not None:
                     sys.stdout.flush()  # here, or an error of it would show at the end of the interpreter
-    except BrokenPipeError:
-        _leave_quietly()
     except KeyboardInterrupt as error:
         _end_interrupted(error)
     except Exception as error:
+        if platforms.is_broken_pipe(error):
+            _leave_quietly()
         if interrupted := _interrupt_before(error):
             _end_interrupted(interrupted)
         if os.environ.get("PGP_DEBUG"):

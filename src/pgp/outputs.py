@@ -13,7 +13,9 @@ def make_output(folder: Path) -> None:
     """Create `folder` with its parents, and mark it unless it holds something already."""
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.iterdir()):
-        (folder / MARKER).write_text("pgp wrote this folder and never reads it as images.\n", encoding="utf-8")
+        (folder / MARKER).write_text(
+            "pgp wrote this folder and never reads it as images.\n", encoding="utf-8", newline="\n"
+        )
 
 
 def check_outside(folder: Path, data: Iterable[Path]) -> None:

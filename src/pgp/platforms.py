@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import multiprocessing
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -107,6 +110,18 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return max(1, len(os.sched_getaffinity(0)))
     return os.cpu_count() or 1
+
+
+def quoted(path: Path) -> str:
+    """Return a path as a shell of this system takes it."""
+    return subprocess.list2cmdline([str(path)]) if WINDOWS else shlex.quote(str(path))
+
+
+def is_broken_pipe(error: Exception) -> bool:
+    """Return whether an error says that nobody reads a stream any more, for which Windows has no number of its own."""
+    if WINDOWS and isinstance(error, OSError) and error.errno == errno.EINVAL:
+        return error.filename is None  # or it is a name that Windows does not take
+    return isinstance(error, BrokenPipeError)
 
 
 def ending_signals() -> list[signal.Signals]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import signal
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from pgp import platforms
 from pgp.interrupts import Interrupted, describe, handled_by
 from pgp.learner import Learner
 from pgp.run import Run, RunError
@@ -93,4 +93,4 @@ def _lost(run: Run, number: int) -> Interrupted:
 
 
 def _how_to_go_on(run: Run) -> str:
-    return f"go on by pgp train --resume {shlex.quote(str(run.folder))}"
+    return f"go on by pgp train --resume {platforms.quoted(run.folder)}"

@@ -58,7 +58,10 @@ class FileSplit(Split):
 
     def names(self) -> list[str]:
         """Their paths, as far as they differ."""
-        shared = os.path.commonpath([path.parent for path in self.paths])
+        try:
+            shared = os.path.commonpath([path.parent for path in self.paths])
+        except ValueError:  # on two drives, which share nothing
+            return [path.as_posix() for path in self.paths]
         return [path.relative_to(shared).as_posix() for path in self.paths]
 
     def image(self, index: int) -> Tensor:

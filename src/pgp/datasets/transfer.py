@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import shutil
 import threading
@@ -157,8 +156,7 @@ class Transfer:
                     self._check_room(len(chunk))
                     sink.write(chunk)
                     self.progress.advance(bar, len(chunk))
-                sink.flush()
-                os.fsync(sink.fileno())
+            platforms.sync_file(self.part)
         if have > limit:
             self.part.unlink()
             self._refuse(url, f"more than {limit:,}")
@@ -184,7 +182,7 @@ class Transfer:
         source = _Source(url, version, self.size if length is None else length)
         for stale in (self.part, self._note):
             stale.unlink(missing_ok=True)
-        self._note.write_text(json.dumps(source), encoding="utf-8")
+        self._note.write_text(json.dumps(source), encoding="utf-8", newline="\n")
         return source
 
     def _source(self, url: str) -> _Source | None:
