@@ -182,7 +182,8 @@ def test_points_that_differ_in_case_have_folders_of_their_own(tmp_path):
 
 
 EVERYWHERE = re.compile(
-    r"os\.(DirEntry|O_WRONLY|SEEK_END|_exit|cpu_count|devnull|dup2|environ|fstat|getpid|open|path|scandir|write)"
+    r"os\.(DirEntry|O_WRONLY|PathLike|SEEK_END|_exit|cpu_count|devnull|dup2|environ|fspath|fstat|getpid|open|path)"
+    r"|os\.(scandir|write)"
     r"|signal\.(SIGINT|SIGTERM|SIG_DFL|SIG_IGN|Signals|default_int_handler|getsignal|signal)|sys\.(?!platform).*"
 )
 """What modules may use of `os` and `signal`; what other systems lack, or do otherwise, belongs into `platforms`."""

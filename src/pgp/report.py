@@ -163,7 +163,7 @@ def draw(table: Sequence[Line], path: Path) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG, whole or not at all."""
     with platforms.whole(path) as partial, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # it is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # it is drawn as a box
         FigureCanvasAgg(figure).print_png(str(partial))
 
 
