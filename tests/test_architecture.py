@@ -157,3 +157,19 @@ def test_public_names_are_those_of_the_stub():
 def test_optional_libraries_are_optional():
     code = "import sys; sys.modules['open_clip'] = None; import pgp.cli; pgp.cli.main(['list'])"
     assert "clip" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+def test_text_files_are_opened_with_their_encoding():
+    """Else it is that of the system: another one on Windows, or ASCII."""
+    for path, tree in MODULES.items():
+        for call in ast.walk(tree):
+            if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Attribute):
+                continue
+            named = any(keyword.arg == "encoding" for keyword in call.keywords)
+            of = getattr(call.func.value, "id", "")
+            if call.func.attr in {"read_text", "write_text"} and of != "platforms":
+                assert named, f"{path}:{call.lineno}"
+            modes = [arg.value for arg in call.args if isinstance(arg, ast.Constant)]
+            if call.func.attr == "open" and (not call.args or set("".join(map(str, modes))) & set("rwa")):
+                binary = any("b" in str(mode) for mode in modes) or of in {"member", "Image", "Run", "os"}
+                assert named or binary, f"{path}:{call.lineno}"

@@ -19,6 +19,7 @@ from pgp.outputs import MARKER, make_output
 from pgp.predict import images_in
 
 CLASSES = ("cat", "dog")
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes, in any form and case; pipes and links")
 
 
 def fill(folder, count=3, name="{}.png"):
@@ -113,6 +114,7 @@ def test_folders_can_be_named(tmp_path):
         Folder(tmp_path, train_folder="fourth").build()
 
 
+@LINUX
 def test_everything_that_is_not_used_is_counted_and_named(tmp_path):
     cat = tree(tmp_path, "").joinpath("cat")
     for name in ("a.heic", "b.HEIC", "c.txt", "notes", ".hidden.png", "Thumbs.db", ".DS_Store", "._0.png"):
@@ -158,6 +160,7 @@ def test_everything_that_is_not_used_is_counted_and_named(tmp_path):
     assert found["folder"] == str(tmp_path)
 
 
+@LINUX
 def test_links_to_folders_are_classes_but_not_twice(tmp_path):
     fill(tmp_path / "elsewhere" / "cat")
     fill(tmp_path / "photos" / "dog")
@@ -177,6 +180,7 @@ def test_a_class_without_images_is_told_from_an_empty_folder(tmp_path):
         Folder(tmp_path).build()
 
 
+@LINUX
 def test_sockets_and_locked_folders(tmp_path, monkeypatch):
     tree(tmp_path, "")
     monkeypatch.chdir(tmp_path)  # names of sockets are short
@@ -212,6 +216,7 @@ def test_deep_folders(tmp_path):
     assert len(found) == 1
 
 
+@LINUX
 class TestNames:
     """`café` is one class, whichever way it is spelled."""
 
@@ -265,6 +270,7 @@ def test_what_pgp_wrote_is_never_read(tmp_path):
     assert not (tmp_path / MARKER).exists()  # a folder that holds something is somebody's own
 
 
+@LINUX
 def test_a_text_file_is_read_as_it_was_meant(tmp_path):
     tree(tmp_path, "")
     names = tmp_path / "names.txt"

@@ -118,6 +118,15 @@ def test_a_run_in_the_photo_folder_is_not_learned(tmp_path, capsys):
     assert data.told() == ("ignored: 3 folders that pgp wrote: runs, cat/report, dog/run",)
 
 
+def test_folders_are_named_on_the_command_line(tmp_path, capsys):
+    tree(tmp_path / "photos", "", classes=("car", "plane", "train"))
+    with pytest.raises(SystemExit):
+        cli.main(["data", "check", "own", "--data", "photos"])
+    assert "--dataset.train-folder . takes every folder for a class" in capsys.readouterr().err
+    cli.main(["data", "check", "own", "--data", "photos", "--dataset.train-folder", "."])
+    assert "6 training and 3 test images of 3 classes" in capsys.readouterr().out.splitlines()
+
+
 @LINUX
 def test_names_that_are_not_utf8_end_neither_training_nor_predict(tmp_path, capsys):
     tree(tmp_path / "photos", "", classes=(os.fsdecode(b"caf\xe9"), "dog"))
