@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import tiny
-from pgp import cli, recipes, report, train
+from pgp import cli, recipes, report, storage, train
 from pgp.datasets import BadImageError
 from pgp.datasets.folder import Folder
 from pgp.methods.clip_prompt import CLIPPrompt
@@ -42,6 +44,14 @@ def photos(folder, *names, shade=0):
 def config(folder, **changes):
     readouts = (Sequential.Config(), LDA.Config(), NCM.Config())
     return tiny.config(**{"dataset": Folder(folder), "tasks": 2, "epochs": 1, "readouts": readouts, **changes})
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
 
 
 @pytest.fixture
@@ -99,15 +109,14 @@ def test_more_than_once_and_over_a_crash_bitwise(run, tmp_path, monkeypatch):
     whole = train.resume(tmp_path / "whole", add=second)
     assert len(whole.matrices()["lda"]) == 4
 
-    fit_task = train.fit_task
-    monkeypatch.setattr(train, "fit_task", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        train.resume(run.folder, add=first)
-    assert Predictor(run).classes == ("bee", "cat", "dog")  # what it has learned so far
-    with pytest.raises(RunError, match="expected a run whose tasks are all finished"):
-        train.resume(run.folder, add=second)
-    monkeypatch.setattr(train, "fit_task", fit_task)
-    train.resume(run.folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "close_task", interrupt)
+        for new in (second, first):  # of which nothing is left
+            before = contents(run.folder)
+            with pytest.raises(KeyboardInterrupt):
+                train.resume(run.folder, add=new)
+            assert contents(run.folder) == before
+    train.resume(run.folder, add=first)
     resumed = train.resume(run.folder, add=second)
     for column, matrix in whole.matrices().items():
         torch.testing.assert_close(resumed.matrices()[column], matrix, rtol=0, atol=0, equal_nan=True)
@@ -150,10 +159,12 @@ def test_what_does_not_fit_changes_nothing(run, tmp_path):
         train.resume(run.folder, add=Folder(tmp_path / "known"))
     with pytest.raises(ValueError, match="no data folder at"):
         train.resume(run.folder, add=Folder(tmp_path / "nowhere"))
-    (run.folder / "checkpoints" / "latest").write_text("task-01")
+    latest = run.folder / "checkpoints" / "latest"
+    was = latest.read_text()
+    latest.write_text("task-01")
     with pytest.raises(RunError, match=r"tasks are all finished, got .*: go on with it first"):
         train.resume(run.folder, add=Folder(photos(tmp_path / "new", "ant")))
-    (run.folder / "checkpoints" / "latest").write_text("task-02")
+    latest.write_text(was)
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == files
     photos(tmp_path / "old" / "later", "ant")
     shutil.move(tmp_path / "old" / "later" / "ant", tmp_path / "old" / "zebra")
@@ -171,24 +182,71 @@ def test_what_was_added_can_be_mended(run, tmp_path):
     with pytest.raises(BadImageError, match=r"broken\.png"):
         train.resume(run.folder, add=Folder(new))
     (new / "ant" / "broken.png").unlink()
-    with pytest.raises(RunError, match="expected the data"):
-        train.resume(run.folder)
-    with pytest.raises(RunError, match="what was added last can be given again by --add"):
-        train.resume(run.folder, add=Folder(photos(tmp_path / "other", "eel")))
+    assert train.resume(run.folder).progress() == (2, 2)
     again = train.resume(run.folder, add=Folder(new))
     assert again.classes() == (["bee", "cat", "dog", "ant"], [[0, 1], [2], [3]])
     assert again.latest_name() == "task-03"
 
 
-def test_a_crash_between_its_two_files(run, tmp_path):
-    new = Folder(photos(tmp_path / "new", "ant"))
-    known = (run.folder / "classes.json").read_bytes()
-    shutil.copytree(run.folder, tmp_path / "whole")
-    whole = train.resume(tmp_path / "whole", add=new)
-    shutil.copy(tmp_path / "whole" / "config.json", run.folder / "config.json")
-    assert (run.folder / "classes.json").read_bytes() == known
-    resumed = train.resume(run.folder)
-    torch.testing.assert_close(resumed.matrices()["lda"], whole.matrices()["lda"], rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize("crash", ["config.json", "classes.json"])
+def test_a_crash_between_the_checkpoint_and_its_files_changes_nothing(run, tmp_path, monkeypatch, crash):
+    new, write = Folder(photos(tmp_path / "new", "ant")), storage.write
+
+    def stop(path, content):
+        if path.name == crash:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train.resume(run.folder, add=new)
+    assert run.config.added == (new,)
+    assert Predictor(run).classes == ("bee", "cat", "dog", "ant")
+    again = train.resume(run.folder)
+    assert again.matrices()["lda"].isfinite().sum() == 6
+    assert [json.loads((run.folder / name).read_text())[key][-1] for name, key in (("classes.json", "names"),)] == [
+        "ant"
+    ]
+    assert len(json.loads((run.folder / "config.json").read_text())["added"]) == 1
+
+
+def test_what_was_begun_of_a_task_is_gone_on_with_dropped_or_given_again(run, tmp_path, monkeypatch):
+    stepwise = train.train(replace(run.config, batch_size=2, save_every_steps=1), tmp_path / "steps")
+    before = contents(stepwise.folder)
+    ant, eel = Folder(photos(tmp_path / "a", "ant")), Folder(photos(tmp_path / "e", "eel"))
+    fresh = train.resume(shutil.copytree(stepwise.folder, tmp_path / "fresh"), add=ant)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "close_task", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train.resume(stepwise.folder, add=ant)
+    assert stepwise.latest_name().startswith("task-03-step-")
+    assert (stepwise.config.added, stepwise.progress(), Predictor(stepwise).classes[-1]) == ((), (2, 2), "dog")
+    left = {path: data for path, data in contents(stepwise.folder).items() if "checkpoints" not in path.parts}
+    assert left.items() <= before.items()  # nothing is written outside checkpoints/ before the task is finished
+
+    def copied(name):
+        return Path(shutil.copytree(stepwise.folder, tmp_path / name))
+
+    with pytest.raises(RunError, match=r"has begun to learn .*a: go on with it .*or drop what was begun by --drop"):
+        train.resume(stepwise.folder, add=eel)
+    assert train.resume(copied("other"), add=eel, drop=True).classes()[0][-1] == "eel"
+    dropped = train.resume(copied("dropped"), drop=True)
+    left = {path: data for path, data in contents(dropped.folder).items() if path.name != "metrics.jsonl"}
+    assert left == {path: data for path, data in before.items() if path.name != "metrics.jsonl"}
+    for gone_on in (train.resume(copied("on")), train.resume(copied("again"), add=ant)):
+        same(gone_on.load()["method"], fresh.load()["method"])
+        assert next(iter(gone_on.events("resumed")))["task"] == 2
+        assert [event["task"] for event in gone_on.events("task")] == [0, 1, 2]
+    Image.new("RGB", (40, 36), COLOURS["ant"]).save(tmp_path / "a" / "ant" / "9.png")
+    with pytest.raises(RunError, match="number of images in each task differ"):
+        train.resume(copied("changed"))
+    assert train.resume(copied("mended"), add=ant).progress() == (3, 3)
+
+
+def same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_a_new_domain_has_the_same_classes(tmp_path):

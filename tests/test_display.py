@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tiny
-from pgp import audit, display, drift_report, report
+from pgp import audit, display, drift_report, platforms, report
 from pgp.audit import Finding
 from pgp.run import Run
 
@@ -18,15 +18,14 @@ READOUTS = ("sequential", "lda", "lda+query+linear", "logistic+query+linear", "n
 
 def long_run(folder, tasks, readouts=READOUTS[:3], spaces=0):
     """A run folder as `tasks` tasks leave it, and its matrices."""
-    run = Run.create(folder, tiny.config())
-    description = {"names": [str(t) for t in range(tasks)], "tasks": [[t] for t in range(tasks)]}
-    run.write_classes(description | {"task_names": [f"what task {t + 1} is called" for t in range(tasks)]})
+    classes = {"names": [str(t) for t in range(tasks)], "tasks": [[t] for t in range(tasks)]}
+    classes["task_names"] = [f"what task {t + 1} is called" for t in range(tasks)]
+    run = Run.create(folder, tiny.config(), classes)
     draws = torch.Generator().manual_seed(0)
     matrices = {}
     for readout in readouts:
         matrix = torch.rand(tasks, tasks, dtype=torch.float64, generator=draws)
         matrices[readout] = matrix.where(torch.ones(tasks, tasks).tril().bool(), torch.nan)
-    run.write_matrices(matrices)
     held = {f"space {number}": 0.5 for number in range(spaces)}
     for t in range(tasks if spaces else 0):
         old = [0.1] * t
@@ -36,6 +35,8 @@ def long_run(folder, tasks, readouts=READOUTS[:3], spaces=0):
         forgetting = dict.fromkeys(readouts, 0.1)
         about = {"identified": shares, "forgetting": forgetting, "forgetting_within": forgetting}
         run.log("task", task=t, ranks=held, drift=drift, **about)
+    run.save(f"task-{tasks:02d}", {"matrices": matrices})
+    run.write_matrices(matrices)
     return run, matrices
 
 
@@ -113,7 +114,7 @@ def test_a_run_folder_that_cannot_be_written_is_told_and_no_error(tmp_path, caps
     def refuse(*_):
         raise OSError(30, "Read-only file system", "evaluation.csv")
 
-    monkeypatch.setattr(run, "write_matrices", refuse)
+    monkeypatch.setattr(platforms, "sync_file", refuse)
     display.show_evaluation(run, matrices)
     out, err = capsys.readouterr()
     assert "average" in out

@@ -12,7 +12,7 @@ import pytest
 
 import tiny
 from conftest import golden_vit
-from pgp import cli, recipes, report
+from pgp import cli, recipes, report, storage
 from pgp.backbones import Backbone
 from pgp.baselines import BASELINES
 from pgp.config import Config, Hardware, Optimizer, components
@@ -92,9 +92,9 @@ def test_another_version_is_refused(tmp_path, version, got):
     run = Run.create(tmp_path / "run", tiny.config())
     tree = {key: value for key, value in tiny.config().to_json().items() if key != "version"}
     tree |= {} if version is None else {"version": version}
-    (run.folder / "config.json").write_text(json.dumps(tree))
+    (run.folder / "config.json").write_text(json.dumps(storage.sealed(tree)))
     with pytest.raises(
-        RunError, match=rf"config.json does not .*: expected a configuration of version 1, got {got}: only"
+        RunError, match=rf"does not describe .*: expected a configuration of version 1, got {got}: only"
     ):
         _ = run.config
 
@@ -119,7 +119,8 @@ def test_a_component_of_another_module_works_once_that_is_imported(tmp_path):
     (tmp_path / "elsewhere.py").write_text(module)
     Run.create(tmp_path / "run", tiny.config())
     path = tmp_path / "run" / "config.json"
-    path.write_text(json.dumps(tiny.config().to_json() | {"projection": {"tag": "elsewhere"}}))
+    tree = tiny.config().to_json() | {"projection": {"tag": "elsewhere"}}
+    path.write_text(json.dumps(storage.sealed(tree)))
     code = (
         "import sys; from pgp.run import Run; from pathlib import Path; print(Run(Path('run')).config.projection.tag)"
     )

@@ -164,7 +164,7 @@ def test_parts_and_points_that_are_controls(capsys):
 
 
 def modified(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.glob("*/seed-*/checkpoints/*/*")}
+    return {path: path.stat().st_mtime_ns for path in folder.glob("*/seed-*/checkpoints/task-*/*")}
 
 
 def test_goes_on_after_a_kill_and_grows(monkeypatch, capsys):
@@ -206,8 +206,9 @@ def test_other_settings_are_refused(capsys):
     before = modified(folder)
     told = fails(capsys, *ENERGIES, "--no-controls", "--seeds", "1", "--epochs", "2")
     assert "other settings: expected epochs 1, as there, got 2 now" in told
-    path = folder / "energy-0.5" / "seed-0" / "config.json"
-    path.write_text(path.read_text().replace('"epochs": 1', '"epochs": 7'))
+    other = Run.open(folder / "energy-0.5" / "seed-0")
+    tiny.reconfigure(other.folder, epochs=7)
+    before = modified(folder)
     told = fails(capsys, *ENERGIES, "--no-controls", "--seeds", "1")
     assert "seed-0 has other settings: expected epochs 7, as there, got 1 now. Nothing is overwritten" in told
     assert modified(folder) == before
@@ -268,7 +269,7 @@ def test_no_run_is_run_twice(tmp_path):
 
 def test_a_control_without_the_readout_is_read_by_its_best(tmp_path):
     (run,) = made(tmp_path, "control", {0: [[0.5]]}).values()
-    run.write_matrices({"sequential": torch.tensor([[0.5]]), "lda": torch.tensor([[0.7]])})
+    run.save("task-02", {"matrices": {"sequential": torch.tensor([[0.5]]), "lda": torch.tensor([[0.7]])}})
     control = comparison.Member("linear", {0: run})
     assert comparison._fitting(control, "sequential") == "sequential"
     assert comparison._fitting(control, "lda+query+linear") == "lda"
@@ -279,10 +280,10 @@ def made(tmp_path, name, matrices):
     """A finished run for each seed, by its matrix of one column."""
     runs = {}
     for seed, matrix in matrices.items():
-        run = Run.create(tmp_path / name / str(seed), tiny.config(seed=seed))
         tasks = [[t] for t in range(len(matrix))]
-        run.write_classes({"names": [str(t) for t in range(len(matrix))], "tasks": tasks})
-        run.write_matrices({"sequential": torch.tensor(matrix, dtype=torch.float64)})
+        classes = {"names": [str(t) for t in range(len(matrix))], "tasks": tasks}
+        run = Run.create(tmp_path / name / str(seed), tiny.config(seed=seed), classes)
+        run.save(f"task-{len(matrix):02d}", {"matrices": {"sequential": torch.tensor(matrix, dtype=torch.float64)}})
         runs[seed] = run
     return runs
 

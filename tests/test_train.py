@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from pgp import baselines, boundary, cli, metrics, train
+from pgp import baselines, boundary, checkpoint, cli, metrics, train
 from pgp.config import Hardware, Optimizer
 from pgp.curriculum import scenario_of, training_plan
 from pgp.datasets import BadImageError, Viewed, batches, in_order
@@ -31,7 +31,14 @@ from pgp.run import Run, RunError
 
 
 def final(run, name="task-03"):
-    return load_file(run.folder / "checkpoints" / name / "state.safetensors")
+    """All tensors of a checkpoint as they were written, pieces among them."""
+    record = json.loads((run.folder / "checkpoints" / name / "state.json").read_text())
+    pieces = {
+        piece: load_file(run.folder / "checkpoints" / "pieces" / f"{piece}.safetensors")
+        for piece in checkpoint._pieces_in(record["state"])
+    }
+    own = load_file(run.folder / "checkpoints" / name / "state.safetensors")
+    return own | {f"{piece}{path}": tensor for piece, tensors in pieces.items() for path, tensor in tensors.items()}
 
 
 def same(one, other):
@@ -53,7 +60,7 @@ def learner_of(run, config=None):
 
 
 def test_leaves_a_whole_run_folder(whole):
-    names = {path.name for path in whole.folder.iterdir()}
+    names = {path.name for path in whole.folder.iterdir() if not path.name.startswith(".pgp-")}
     assert names == {"config.json", "classes.json", "environment.json", "metrics.jsonl", "accuracy.csv", "checkpoints"}
     assert whole.latest_name() == "task-03"
     assert whole.config == tiny.config()
@@ -67,6 +74,35 @@ def test_leaves_a_whole_run_folder(whole):
     assert last["ranks"]["prompts"] > 0
     assert last["ranks"]["keys"] > 0
     assert all(0 < event["loss"] < 5 for event in whole.events("train"))
+
+
+@pytest.mark.parametrize("command", [["eval"], ["predict", "--json"], ["audit"], ["train", "--resume"], ["report"]])
+def test_a_changed_byte_stops_every_command_in_one_line(whole, tmp_path, capsys, command):
+    copy = Path(shutil.copytree(whole.folder, tmp_path / "copy"))
+    (tmp_path / "photo.jpg").touch()
+    name = "state.json" if command == ["report"] else "state.safetensors"
+    path = copy / "checkpoints" / "task-03" / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-30] + bytes([data[-30] ^ 1]) + data[-29:])
+    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+    words = [*command, str(copy), *([str(tmp_path / "photo.jpg")] if "predict" in command else [])]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    out, told = capsys.readouterr()
+    assert f"{path} was changed or damaged after pgp wrote it" in told
+    assert (out, told.strip().count("\n")) == ("", 0)
+    assert {file: data for file, data in before.items() if file.read_bytes() != data} == {}
+
+
+def test_evaluates_what_checkpoints_remain(tmp_path):
+    run = train.train(tiny.config(epochs=1, keep_checkpoints="2"), tmp_path / "run")
+    assert train.resume(run.folder).latest_name() == "task-03"
+    with pytest.warns(UserWarning, match="has checkpoints of 2 of 3 finished tasks, and is evaluated after tasks 2, 3"):
+        matrices = train.reevaluate(run, run.config, every_task=True)
+    known = run.matrices()["lda"]
+    assert matrices["lda"][0].isnan().all()
+    torch.testing.assert_close(matrices["lda"][1:], known[1:], rtol=0, atol=0, equal_nan=True)
 
 
 def test_learns(tmp_path):
@@ -117,7 +153,7 @@ def test_resumes_inside_a_task_bitwise(tmp_path, monkeypatch, method):
     same(final(whole), final(resumed))
     assert resumed.matrices().keys() == whole.matrices().keys()
     kept = {path.name for path in (resumed.folder / "checkpoints").iterdir()}
-    assert kept == {"task-01", "task-02", "task-03", "latest"}
+    assert kept == {"task-01", "task-02", "task-03", "latest", "pieces"}
 
 
 def test_a_rewound_run_keeps_what_it_replaces(whole, tmp_path):
@@ -289,7 +325,7 @@ def test_weights_that_are_not_finite_are_never_saved(whole):
     learner.saved = whole.folder / "checkpoints" / "task-03"
     learner.method.head.weight.data[0, 0] = torch.nan
     with pytest.raises(RunError, match=r"head\.weight are not finite any more.*last good state is .*task-03$"):
-        learner.save(whole, "task-03")
+        learner.save(whole)
     assert learner_of(whole).method.head.weight.isfinite().all()
 
 

@@ -13,6 +13,7 @@ from pgp.methods.l2p import L2P
 from pgp.projections.orthogonal import Orthogonal
 from pgp.readouts.lda import LDA
 from pgp.readouts.sequential import Sequential
+from pgp.run import Run
 
 DUALPROMPT = DualPrompt.Config(general_layers=(0,), expert_layers=(1,), pool_size=4)
 BACKBONE = ViT.Config("vit_tiny_patch16_224", "random", {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4})
@@ -35,3 +36,10 @@ def config(**changes) -> Config:
         log_every_steps=4,
     )
     return replace(base, **changes)
+
+
+def reconfigure(folder, **changes):
+    """Record other settings of a run, as `pgp` itself does of the place of its data."""
+    run = Run.open(folder)
+    with run.writing():
+        run.change_config(lambda config: replace(config, **changes))

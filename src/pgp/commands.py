@@ -58,10 +58,13 @@ class ResumeCommand:
     """Run folder."""
     hardware: Annotated[Hardware, Choice(name="")]
     add: str | None = None
-    """Data to learn as one more task of a finished run: a folder, a table or hf:NAME, as for --data."""
+    """Data to learn as one more task of a finished run: a folder, a table or hf:NAME, as for --data. The run stays as
+    it is until the task is finished."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Where the data of the run lie now, if they have moved: they must be the same, and the run records the place. For
     a run that learned more by --add, give it once for each data set, in their order."""
+    drop: bool = False
+    """Drop the steps of an unfinished task, and go on from the latest finished one."""
     on_bad_image: Literal["error", "skip"] | None = None
     """Stop at an image that cannot be read, or go on without it; as the run began, where not given."""
 

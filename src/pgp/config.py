@@ -6,6 +6,7 @@ import functools
 import importlib
 import math
 import pkgutil
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -175,6 +176,9 @@ class Config:
     """Steps between two looks at the loss, each of which waits for the device."""
     save_every_steps: int = 0
     """Steps between two checkpoints inside a task; 0 saves after each task only."""
+    keep_checkpoints: str = "all"
+    """Checkpoints of finished tasks that are kept: all, last, or how many of the newest. pgp eval --every-task looks at
+    those that are there; it decides no result."""
 
     def __post_init__(self) -> None:
         positive = ("tasks", "epochs", "batch_size", "eval_batch_size", "log_every_steps")
@@ -186,6 +190,8 @@ class Config:
                 raise ValueError(f"expected {name} of at least 0, got {value}")
         if self.arrival == "listed" and self.setting != "oil":
             raise ValueError(f"expected setting oil for arrival=listed, got {self.setting}: others shuffle each pass")
+        if self.keep_checkpoints not in ("all", "last") and not re.fullmatch("[1-9][0-9]{0,8}", self.keep_checkpoints):
+            raise ValueError(f"expected keep_checkpoints all, last or a number, got {self.keep_checkpoints}")
         self._check_order()
         if not self.readouts:
             raise ValueError("expected at least one readout, got none")
@@ -208,6 +214,13 @@ class Config:
     def passes(self) -> int:
         """Passes over each task's images."""
         return 1 if self.setting == "oil" else self.epochs
+
+    @property
+    def kept_checkpoints(self) -> int | None:
+        """How many of the newest checkpoints of finished tasks are kept; all, if None."""
+        if self.keep_checkpoints == "all":
+            return None
+        return 1 if self.keep_checkpoints == "last" else int(self.keep_checkpoints)
 
     def to_json(self) -> dict[str, Any]:
         """Return the tree as JSON values.

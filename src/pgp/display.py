@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 
-from pgp import audit, comparison, drift_report, metrics, platforms, report, sweep
+from pgp import audit, comparison, drift_report, metrics, report, storage, sweep
 from pgp.curriculum import idle
 from pgp.escaping import json_line, printable, tsv_field
 from pgp.evaluate import tell
@@ -153,7 +153,7 @@ def show(runs: Sequence[Run], folder: Path | None = None) -> None:
     if folder is None:
         folder = runs[0].folder if len(runs) == 1 else free_folder(Path("runs"), f"{runs[0].config.name}-report")
     tables = [report.markdown(lines), *([drift_report.markdown(courses)] if courses else [])]
-    platforms.write_text(folder / "report.md", "\n".join(tables))
+    storage.write(folder / "report.md", "\n".join(tables))
     figures = _draw(runs, folder, lines, courses)
     show_lines(f"table:  {folder / 'report.md'}", *(f"figure: {path}" for path in figures))
     for run in runs:
@@ -196,7 +196,7 @@ def show_evaluation(run: Run, matrices: Mapping[str, Tensor]) -> None:
         _show_last(run, matrices, measured[0])
     else:
         _show_course(run, matrices, measured)
-    _keep(run, "evaluation.csv", lambda: run.write_matrices(matrices, "evaluation.csv"))
+    _keep(run, "evaluation.csv", lambda: storage.write(run.folder / "evaluation.csv", metrics.to_csv(matrices)))
 
 
 def _show_last(run: Run, matrices: Mapping[str, Tensor], t: int) -> None:
@@ -299,7 +299,7 @@ def keep_audit(
     run: Run, findings: Sequence[audit.Finding], bounds: Mapping[str, tuple[float, float]] | None = None
 ) -> None:
     """Write what was found to `audit.json` in the run folder, and say so."""
-    _keep(run, "audit.json", lambda: platforms.write_text(run.folder / "audit.json", audit.to_json(findings, bounds)))
+    _keep(run, "audit.json", lambda: storage.write(run.folder / "audit.json", audit.to_json(findings, bounds)))
 
 
 def _show_table(title: str, names: Sequence[str], figures: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -14,6 +14,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from pgp.checkpoint import Piece
 from pgp.datasets import Loading, Viewed, batches, in_order
 from pgp.evaluate import Evaluation, FeatureBatch, tracked
 from pgp.methods import Method
@@ -227,7 +228,7 @@ class DriftMeter:
         return {
             "params_at_task_start": self.params_at_task_start,
             "energies": self.energies,
-            "references": self.references,
+            "references": {task: Piece(answers) for task, answers in self.references.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

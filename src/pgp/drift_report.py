@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
+from pgp.checkpoint import understood
 from pgp.escaping import plot_text
 from pgp.report import grid, groups, marker, save, whole_numbers
 from pgp.run import Run
@@ -53,10 +54,28 @@ def courses(runs: Sequence[Run]) -> list[Course]:
     """One for each group of runs that measured drift."""
     out = []
     for label, members in groups(runs):
-        events = [{event["task"]: event for event in run.events("task") if "drift" in event} for run in members]
+        events = [_events(run) for run in members]
         if any(events):
             out.append(Course(label, [each for each in events if each]))
     return out
+
+
+def _events(run: Run) -> dict[int, Event]:
+    """Return what was logged when the tasks of a run were closed, by task; nothing if it did not measure drift.
+
+    Raises:
+        RunError: If the log does not hold what pgp writes there.
+    """
+    events = {event["task"]: event for event in run.events("task") if "drift" in event}
+    if events:
+        with understood(run.log_file.path):  # every figure is looked at once, to tell which file is to blame
+            course = Course("", [events])
+            for figure in FIGURES.values():
+                course.curve(figure)
+            for key in SPACES:
+                _by_space(course, key)
+            _usage(course)
+    return events
 
 
 def _mean(values: Sequence[float | None] | Mapping[str, float | None]) -> float | None:

@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pgp import metrics
+from pgp.checkpoint import CheckpointName, understood
 from pgp.config import Config, Hardware
 from pgp.curriculum import assembled, described, idle, located
 from pgp.datasets import Counts, Viewed
@@ -86,12 +87,14 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore a run; refuses one that was learned on another encoder."""
         if missing := self.state_dict().keys() - state.keys():
-            raise RunError(f"expected a checkpoint with {sorted(missing)}, got one without: another program wrote it")
+            raise ValueError(f"expected {sorted(missing)} in it")
         Run.check_encoder(state["backbone"], self.fingerprint)
-        self.task, self.step = state["task"], state["step"]
-        size = len(self.scenario)  # tasks may have been added since
+        task, step, size = state["task"], state["step"], len(self.scenario)
+        if not (type(task) is type(step) is int and 0 <= task <= size and step >= 0):
+            raise ValueError(f"expected up to {size} finished tasks and a step of the next, got {task!r} and {step!r}")
+        self.task, self.step = task, step
         self.matrices, self.within = (
-            {name: metrics.grown(matrix, size) for name, matrix in state[which].items()}
+            {name: metrics.grown(matrix, size) for name, matrix in state[which].items()}  # tasks may have been added
             for which in ("matrices", "within")
         )
         self.method.load_learned_state(state["method"])
@@ -105,13 +108,24 @@ class Learner:
             self.stream.load_state_dict(state["stream"])
         self.restored, self.before = state["optimizer"], state.get("before")
 
-    def save(self, run: Run, name: str) -> None:
-        """Write a checkpoint.
+    def load(self, run: Run, name: CheckpointName) -> None:
+        """Take up the state of a checkpoint.
+
+        Raises:
+            RunError: If it is damaged, or was learned on another encoder.
+        """
+        state = run.load(name)
+        self.saved = run.checkpoints.folder / str(name)
+        with understood(self.saved):
+            self.load_state_dict(state)
+
+    def save(self, run: Run) -> None:
+        """Write a checkpoint of where learning stands.
 
         Raises:
             RunError: If what was learned is not finite: such a state is never saved.
         """
-        state = self.state_dict()
+        state, name = self.state_dict(), CheckpointName.at(self.task, self.step)
         broken = [key for key, value in state["method"].items() if not bool(value.isfinite().all())]
         if broken:
             raise RunError(f"{', '.join(broken)} are not finite any more: start a new run with a lower --optimizer.lr."
@@ -119,7 +133,7 @@ class Learner:
         if self.fabric.is_global_zero:
             run.save(name, state)
         self.fabric.barrier()
-        self.saved = run.folder / "checkpoints" / name
+        self.saved = run.checkpoints.folder / str(name)
 
     def last_good_state(self) -> str:
         """Return a sentence that names the newest checkpoint."""
@@ -175,14 +189,12 @@ def opened(run: Run, config: Config, progress: Progress) -> tuple[Learner, int]:
     Raises:
         RunError: if no task is finished, or the data are others.
     """
-    name = run.latest_task_name()
-    if name is None:
-        raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
+    name = run.latest_finished()
     config = replace(config, hardware=replace(config.hardware, devices=1))
     learner = Learner(fabric_for(config), config, progress)
     _check_places(learner, run)
-    learner.load_state_dict(run.load(name))
-    return learner, int(name.rpartition("-")[2])
+    learner.load(run, name)
+    return learner, name.task
 
 
 def _check_places(learner: Learner, run: Run) -> None:

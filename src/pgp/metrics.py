@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Mapping
 
 import torch
@@ -96,7 +98,33 @@ def grown(matrix: Tensor, size: int) -> Tensor:
             [   nan,    nan]])
     """
     more = size - len(matrix)
+    if more < 0:
+        raise ValueError(f"expected the matrix of at most {size} tasks, got {tuple(matrix.shape)}")
     return torch.nn.functional.pad(matrix, (0, more, 0, more), value=float("nan"))
+
+
+def to_csv(matrices: Mapping[str, Tensor]) -> str:
+    r"""Return a table of the accuracy matrix `(T, T)` of each column; NaN entries are left out.
+
+    >>> to_csv({"lda": torch.tensor([[0.5]])})
+    'column,after_task,task,accuracy\nlda,0,0,0.5\n'
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["column", "after_task", "task", "accuracy"])
+    for column, matrix in matrices.items():
+        for t, j in matrix.isfinite().nonzero().tolist():
+            writer.writerow([column, t, j, repr(float(matrix[t, j]))])
+    return text.getvalue()
+
+
+def from_csv(text: str, size: int) -> dict[str, Tensor]:
+    """Return the accuracy matrices `(size, size)` by column from the table that `to_csv` made of them."""
+    matrices: dict[str, Tensor] = {}
+    for row in csv.DictReader(io.StringIO(text, newline="")):
+        matrix = matrices.setdefault(row["column"], torch.full((size, size), torch.nan, dtype=torch.float64))
+        matrix[int(row["after_task"]), int(row["task"])] = float(row["accuracy"])
+    return matrices
 
 
 def _some(matrix: Tensor) -> int:

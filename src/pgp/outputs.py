@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from pgp import storage
+
 MARKER = ".pgp-output"
 """Name of the file that marks a folder; whatever lies below such a folder is never read as data."""
+LOCK, WRITER = ".pgp-lock", ".pgp-writer.json"
+"""Names of the files by which one process at a time writes to a run; see `pgp.lock`."""
 
 
 def make_output(folder: Path) -> None:
-    """Create `folder` with its parents, and mark it unless it holds something already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not any(folder.iterdir()):
-        (folder / MARKER).write_text(
-            "pgp wrote this folder and never reads it as images.\n", encoding="utf-8", newline="\n"
-        )
+    """Create `folder` with its parents, and mark it unless it holds something already.
+
+    Raises:
+        RunError: If the system refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            storage.write(folder / MARKER, "pgp wrote this folder and never reads it as images.\n")
+    except OSError as error:
+        raise storage.failure("write", folder, error) from error
 
 
 def check_outside(folder: Path, data: Iterable[Path]) -> None:
@@ -31,5 +40,25 @@ def check_outside(folder: Path, data: Iterable[Path]) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Return whether `folder` holds nothing but the marker."""
-    return all(path.name == MARKER for path in folder.iterdir())
+    """Return whether `folder` holds nothing but the marker and what a lock leaves behind."""
+    return all(path.name in (MARKER, LOCK, WRITER) for path in folder.iterdir())
+
+
+def free_folder(parent: Path, stem: str) -> Path:
+    """A new folder `parent/stem`, or `parent/stem-2`, … where that is taken; made here, so no other process gets it.
+
+    Raises:
+        RunError: if `parent` cannot be written.
+    """
+    make_output(parent)
+    number = 1
+    while True:
+        folder = parent / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise storage.failure("write", folder, error) from error
+        else:
+            return folder

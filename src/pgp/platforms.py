@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,11 @@ RESERVED = frozenset(
     {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
 )
 """Names that Windows keeps for devices, in any case and with any suffix."""
+HOST = re.sub(r"[^\w-]", "-", socket.gethostname(), flags=re.ASCII)[:40]
+"""Name of this machine, as it stands in the names of unfinished files."""
+UNFINISHED = re.compile(r"\..+\.(?P<process>[0-9]{1,10})@(?P<host>[\w-]*)", re.DOTALL)
+DAY = 86400.0
+"""Seconds after which an unfinished file of another machine counts as abandoned."""
 
 
 @contextlib.contextmanager
@@ -31,7 +37,7 @@ def whole(path: Path) -> Iterator[Path]:
 
     If the block raises, `path` stays as it was and what was written is deleted.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = unfinished(path)
     try:
         yield partial
         sync_file(partial)
@@ -40,10 +46,32 @@ def whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all: UTF-8, with the same line ends on every system."""
-    with whole(path) as partial:
-        partial.write_text(text, encoding="utf-8", newline="\n")
+def unfinished(path: Path) -> Path:
+    """Return a path beside `path` for what this process has not finished yet; its name says whose it is."""
+    return path.with_name(f".{path.name}.{os.getpid()}@{HOST}")
+
+
+def is_abandoned(path: Path) -> bool:
+    """Return whether `path` is something `unfinished` that no living process can be at work on."""
+    found = UNFINISHED.fullmatch(path.name)
+    if found is None:
+        return False
+    if found["host"] == HOST and not WINDOWS:  # Windows cannot be asked without touching the process
+        return not is_alive(int(found["process"]))
+    return time.time() - path.lstat().st_mtime > DAY
+
+
+def is_alive(process: int) -> bool:
+    """Return whether a process of this machine runs; always true on Windows, where asking would disturb it."""
+    if WINDOWS:
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def replace(source: Path, target: Path) -> None:

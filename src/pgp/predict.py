@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from pgp.backbones import Backbone
+from pgp.checkpoint import understood
 from pgp.datasets import BadImageError
 from pgp.datasets.files import read_image
 from pgp.datasets.ignored import Ignored
 from pgp.datasets.scan import images_below
 from pgp.methods import only
 from pgp.paths import Place, as_path
-from pgp.run import Run, RunError
+from pgp.run import Run
 from pgp.scenario import generator
 from pgp.subspace import float64_device
 
@@ -45,30 +46,31 @@ class Predictor:
 
     def __init__(self, run: Run | Place, readout: str | None = None, device: str | None = None) -> None:
         run = run if isinstance(run, Run) else Run.open(as_path(run, "a run folder"))
-        config, name = run.config, run.latest_task_name()
-        if name is None:
-            raise RunError(f"no task of {run.folder} is finished yet: go on with pgp train --resume {run.folder}")
-        state = run.load(name)
+        config, name = run.config, run.latest_finished()
+        state = run.load(name, {"backbone", "method", "readouts"})
         names, tasks = run.classes()
         self.device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         backbone: Backbone = config.backbone.build(config.views.size)
-        run.check_encoder(state["backbone"], backbone.fingerprint())
+        place = run.checkpoints.folder / str(name)
+        with understood(place):
+            run.check_encoder(state["backbone"], backbone.fingerprint())
         self._half = config.precision == "bf16-mixed"
         if self._half:
             backbone.halve()
         self._method = config.method.build(backbone, names, generator(config.seed, "init"))
-        self._method.load_learned_state(state["method"])
+        with understood(place):
+            self._method.load_learned_state(state["method"])
         self._method.to(self.device)
         readouts = {one.name: one for one in config.readouts}
         if readout is not None and readout not in readouts:
             raise ValueError(f"expected a readout of this run, one of {', '.join(readouts)}, got {readout!r}")
         chosen = readouts[readout or next(iter(readouts))]
         self._readout, self._asks = chosen.build(self._method.head, len(names), config.seed), chosen.reads_query
-        self._readout.load_state_dict(
-            {k: v.to(float64_device(self.device)) for k, v in state["readouts"][self._readout.name].items()}
-        )
+        with understood(place):
+            kept, where = state["readouts"][self._readout.name], float64_device(self.device)
+            self._readout.load_state_dict({key: tensor.to(where) for key, tensor in kept.items()})
         self._view = config.views.test()
-        self._learned = list(dict.fromkeys(label for task in tasks[: state["task"]] for label in task))
+        self._learned = list(dict.fromkeys(label for task in tasks[: name.task] for label in task))
         self.classes = tuple(names[label] for label in self._learned)
         """Names of the classes learned so far."""
 

@@ -6,15 +6,16 @@ and `--task_inc False` is false.
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pgp import platforms
+from pgp import storage
 from pgp.backbones.clip import CLIP
 from pgp.backbones.vit import ViT
 from pgp.config import Config
@@ -116,16 +117,18 @@ def newest(asked: Config, words: Sequence[str], folder: Path) -> tuple[Run, Conf
     stands_in = re.compile(re.escape(folder.name) + r"-\d+")
     twins = [place for place in folder.parent.iterdir() if stands_in.fullmatch(place.name)]
     places = [place for base in (folder, *twins) if base.is_dir() for place in (base, *base.iterdir())]
-    found = [run for place in places if (run := _run_of(asked.name, place))]
+    found, unusable = _runs_of(asked.name, places)
     if not found:
-        raise RunError(f"no finished task of {asked.name} in {folder}: train it first, by python main.py {asked.name}")
+        why = f"{unusable[0]}; or " if unusable else ""
+        raise RunError(f"no finished task of {asked.name} in {folder}: {why}train it first, by python main.py"
+                       f" {asked.name}")  # fmt: skip
     given = {name for _, name, _ in _pairs(translated(words, asked)) if name}
     fitting = [run for run in found if not _other(asked, run.config, given)]
     if not fitting:
         other = ", ".join(_other(asked, found[0].config, given))
         raise RunError(f"the runs of {asked.name} in {folder} were trained with other settings of {other}, which --eval"
                        " cannot change: leave those flags out, or train again")  # fmt: skip
-    run = max(fitting, key=lambda one: (one.folder / "checkpoints" / "latest").stat().st_mtime)
+    run = max(fitting, key=lambda one: one.checkpoints.written())
     config = replace(run.config, legacy_eval=asked.legacy_eval)
     config = replace(config, hardware=replace(asked.hardware, devices=1))
     if "eval-batch-size" in given:
@@ -138,13 +141,18 @@ def newest(asked: Config, words: Sequence[str], folder: Path) -> tuple[Run, Conf
     return run, config
 
 
-def _run_of(recipe: str, folder: Path) -> Run | None:
-    """The run in `folder`, if it is one of the recipe with a finished task."""
-    try:
-        run = Run.open(folder)
-        return run if run.config.name == recipe and run.latest_task_name() else None
-    except RunError:
-        return None
+def _runs_of(recipe: str, folders: Iterable[Path]) -> tuple[list[Run], list[RunError]]:
+    """Return the runs of a recipe in some folders that have a finished task, and why others cannot be used."""
+    runs, errors = [], []
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            try:
+                run = Run.open(folder)
+                if run.config.name == recipe and run.latest_task_name():
+                    runs.append(run)
+            except RunError as error:
+                errors.append(error)
+    return runs, errors
 
 
 def _other(asked: Config, trained: Config, given: set[str]) -> list[str]:
@@ -163,18 +171,18 @@ def _at(config: Config, name: str) -> Any:
 
 
 def leave_checkpoints(run: Run) -> list[Path]:
-    """The files `checkpoint/task{N}_checkpoint.pth` in the run folder, one for each finished task.
+    """Write `checkpoint/task{N}_checkpoint.pth` in the run folder, one for each checkpoint of a finished task.
 
     Each holds `{"model": learned tensors by name, "task": N}` for `torch.load`; ours, in `checkpoints/`, hold more and
     are the ones that runs go on from.
     """
-    last, left = run.latest_task_name(), []
-    for number in range(1, int(last.split("-")[1]) + 1 if last else 1):
-        path = run.folder / "checkpoint" / f"task{number}_checkpoint.pth"
-        path.parent.mkdir(exist_ok=True)
-        with platforms.whole(path) as partial:
-            torch.save({"model": run.load(f"task-{number:02d}")["method"], "task": number}, partial)
-        left.append(path)
+    left, folder = [], run.folder / "checkpoint"
+    for name in run.checkpoints.finished():
+        content = io.BytesIO()
+        torch.save({"model": run.load(name, {"method"})["method"], "task": name.task}, content)
+        storage.make_folder(folder)
+        left.append(folder / f"task{name.task}_checkpoint.pth")
+        storage.write(left[-1], content.getvalue())
     return left
 
 

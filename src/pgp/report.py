@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import os
 import re
@@ -18,7 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from pgp import metrics, platforms
+from pgp import metrics, storage
+from pgp.checkpoint import understood
 from pgp.escaping import markdown_cell, plot_text, printable
 from pgp.run import Run, RunError
 
@@ -162,9 +164,11 @@ def draw(table: Sequence[Line], path: Path) -> None:
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG, whole or not at all."""
-    with platforms.whole(path) as partial, warnings.catch_warnings():
+    content = io.BytesIO()
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # it is drawn as a box
-        FigureCanvasAgg(figure).print_png(str(partial))
+        FigureCanvasAgg(figure).print_png(content)
+    storage.write(path, content.getvalue())
 
 
 def marker(points: int) -> str:
@@ -236,7 +240,8 @@ def _name(line: Line, table: Sequence[Line]) -> str:
 
 def _stream(run: Run) -> dict[int, float]:
     """Accuracy over all images that had come, by their number; nothing for a run that is not online."""
-    looks = {event["images"]: event["accuracy"] for event in run.events("stream")}  # a resumed run says some twice
+    with understood(run.log_file.path):
+        looks = {int(event["images"]): float(event["accuracy"]) for event in run.events("stream")}
     return dict(sorted(looks.items()))
 
 
@@ -273,7 +278,7 @@ def flat(tree: Any, path: str = "") -> dict[str, Any]:
         return {path: tree}
     out: dict[str, Any] = {}
     for key, item in tree.items():
-        if path != "hardware" and (path or key != "seed"):
+        if path != "hardware" and (path or key not in ("seed", "keep_checkpoints")):
             out |= flat(item, f"{path}.{key}" if path else key)
     return out
 

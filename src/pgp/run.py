@@ -3,187 +3,325 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+import uuid
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from pgp import platforms
+from pgp import description, metrics, platforms, storage
+from pgp.checkpoint import LATEST, PIECES, CheckpointName, Checkpoints, Record
 from pgp.config import Config
 from pgp.environment import environment
-from pgp.outputs import is_empty, make_output
+from pgp.eventlog import EventLog
+from pgp.lock import locked
+from pgp.outputs import LOCK, MARKER, WRITER, is_empty, make_output
+from pgp.outputs import free_folder as free_folder
+from pgp.storage import RunError as RunError
 
-FORMAT = 1
-"""Version of the checkpoint format."""
+CONFIG, CLASSES, LOG, TABLE = "config.json", "classes.json", "metrics.jsonl", "accuracy.csv"
 
 
-class RunError(RuntimeError):
-    """A run folder that cannot be used, or a run that had to stop; the message says what to do."""
+class Identity(NamedTuple):
+    """What a run is, as JSON values: its configuration, and what it remembers of its data."""
+
+    run: str
+    """Identity of the run, drawn when it began: files of another run are told by it."""
+    config: dict[str, Any]
+    classes: dict[str, Any]
 
 
 class Run:
     """A run folder.
 
     `config.json`, `classes.json`, `environment.json`, `metrics.jsonl` (one event a line), `accuracy.csv` (the full
-    matrices), `checkpoints/<name>/{state.safetensors,state.json}` and `checkpoints/latest`, which names the newest.
+    matrices) and `checkpoints/`, see `pgp.checkpoint`. What a run is stands in each of its checkpoints: `config.json`
+    and `classes.json` are for people, and for the time before the first one.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.checkpoints = Checkpoints(folder / "checkpoints")
+        self.log_file = EventLog(folder / LOG)
+        self._identity: Identity | None = None
+        """What the process that writes to the run knows it to be."""
+        self._adds = False
+        """Whether data join the run with its next finished task."""
+        self._is_writing = False
 
     @classmethod
-    def create(cls, folder: Path, config: Config) -> Run:
-        """A new run in `folder`, which must not exist or be empty."""
-        text = json.dumps(config.to_json(), indent=2)  # raises for a component that could not be read again
-        cls.check_free(folder)
-        make_output(folder)
+    def create(cls, folder: Path, config: Config, classes: Mapping[str, Any] | None = None) -> Run:
+        """Return a new run in `folder`; see `start`."""
         run = cls(folder)
-        (folder / "checkpoints").mkdir()
-        platforms.write_text(folder / "environment.json", json.dumps(environment(), indent=2))
-        platforms.write_text(folder / "config.json", text)
+        run.start(config, classes or {})
         return run
 
-    @staticmethod
-    def check_free(folder: Path) -> None:
-        """Raise unless `folder` is missing or empty: no run is ever overwritten."""
-        if folder.is_dir() and not is_empty(folder):
+    def start(self, config: Config, classes: Mapping[str, Any]) -> None:
+        """Make a new run, or start over one of the same configuration that has no checkpoint yet.
+
+        Args:
+            config: The resolved configuration.
+            classes: What to remember of the data; see `pgp.curriculum.described`.
+
+        Raises:
+            RunError: If anything else is in the folder, or it cannot be written.
+        """
+        identity = Identity(uuid.uuid4().hex, config.to_json(), dict(classes))
+        self.check_free(self.folder, config)
+        begun = storage.exists(self.folder / CONFIG)
+        make_output(self.folder)
+        storage.make_folder(self.checkpoints.folder)
+        self._identity = identity
+        self._write_identity()
+        storage.write(self.folder / "environment.json", json.dumps(environment(), indent=2))
+        if begun:
+            self.log("resumed", task=0, step=0)
+
+    @classmethod
+    def check_free(cls, folder: Path, config: Config | None = None) -> None:
+        """Raise unless a new run can begin in `folder`: no run is ever overwritten.
+
+        Args:
+            folder: Missing or empty; or it holds a run that was stopped before its first checkpoint.
+            config: What such a run has to be; there must be none if None. Where it computes may differ.
+        """
+        if not storage.exists(folder):
+            return
+        if not folder.is_dir():
+            raise RunError(f"expected a folder or nothing at {folder}, got a file: name another --output")
+        if not (is_empty(folder) or cls(folder)._is_begun(config)):
             raise RunError(f"{folder} is not empty and nothing in it will be overwritten: name another --output, or go"
                            f" on with it by --resume {folder}")  # fmt: skip
 
+    def check_begun(self, config: Config) -> None:
+        """Raise unless the run, which has no checkpoint, was stopped before it had one."""
+        if not self._is_begun(config):
+            raise RunError(f"{self.folder} has lost its checkpoints, and nothing in it will be overwritten: put them"
+                           " back, or begin another run")  # fmt: skip
+
+    def _is_begun(self, config: Config | None) -> bool:
+        """Return whether nothing is here but a run, `config`, that was stopped before it had learned anything."""
+        ours = {MARKER, LOCK, WRITER}
+        left = {path.name for path in self.folder.iterdir() if not platforms.UNFINISHED.fullmatch(path.name)} - ours
+        inside = self.checkpoints.folder.iterdir() if self.checkpoints.folder.is_dir() else ()
+        saved = {path.name for path in inside if not platforms.UNFINISHED.fullmatch(path.name)} - {PIECES}
+        if saved or TABLE in left:
+            return False
+        if CONFIG not in left:
+            return left <= {self.checkpoints.folder.name}
+        with contextlib.suppress(RunError):
+            there = self.config
+            wanted = config and replace(config, tasks=config.tasks or there.tasks, hardware=there.hardware)
+            return there == wanted
+        return False
+
     @classmethod
     def open(cls, folder: Path) -> Run:
-        """The run that lies in `folder`."""
-        if not (folder / "config.json").is_file():
-            raise RunError(f"no run at {folder}: expected a folder with config.json, as pgp train writes it")
-        return cls(folder)
+        """Return the run that lies in `folder`."""
+        run = cls(folder)
+        if not storage.exists(folder / CONFIG) and not storage.exists(run.checkpoints.folder / LATEST):
+            raise RunError(f"no run at {folder}: expected a folder with {CONFIG}, as pgp train writes it")
+        return run
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the one process that writes to the run, and delete what earlier ones left unfinished.
+
+        Raises:
+            RunError: If another process writes to it.
+        """
+        if self._is_writing:
+            yield
+            return
+        with locked(self.folder):
+            self._is_writing = True
+            try:
+                if not is_empty(self.folder):
+                    self._tidy()
+                yield
+            finally:
+                self._is_writing = False
+
+    def _tidy(self) -> None:
+        if self._finished() or storage.exists(self.folder / CONFIG):
+            self.describe()  # raises if the folder is not one of ours
+            self.checkpoints.tidy()
+        storage.remove_abandoned(self.folder)
+        storage.remove_abandoned(self.folder / "checkpoint")
+
+    def describe(self, name: CheckpointName | None = None) -> Identity:
+        """Return what the run was at a checkpoint; at that of the latest finished task, if None.
+
+        Raises:
+            RunError: If what tells it was changed, or belongs to another run.
+        """
+        files = {file: self._file(file) for file in (CONFIG, CLASSES)}
+        name = name or self._finished()
+        if name is None:
+            if (config := files[CONFIG]) is None:
+                raise RunError(f"no run at {self.folder}: {CONFIG} is missing, and no task is finished")
+            return Identity(
+                config.pop("run", ""), config, {k: v for k, v in (files[CLASSES] or {}).items() if k != "run"}
+            )
+        record = self.checkpoints.record(name)
+        for file, tree in files.items():
+            if tree is not None and tree.get("run") != record.run:
+                raise RunError(f"{self.folder / file} belongs to another run than checkpoint {name}: put back that of"
+                               " this run, or remove it")  # fmt: skip
+        return Identity(record.run, record.config, record.classes)
+
+    def _file(self, file: str) -> dict[str, Any] | None:
+        """Return what one of the files for people says, None if it is not there."""
+        path = self.folder / file
+        if not storage.exists(path):
+            return None
+        with storage.advised("Nothing of it can change: restore it; or remove it, and pgp train --resume writes it anew"
+                             " from the latest checkpoint"):  # fmt: skip
+            return storage.read_sealed(path)
 
     @property
     def config(self) -> Config:
         """The resolved configuration."""
-        path = self.folder / "config.json"
+        return self.config_of(self.describe())
+
+    def config_of(self, description: Identity) -> Config:
+        """Return a configuration that this run was described with."""
         try:
-            return Config.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise RunError(f"{path} does not describe a run: {error}") from error
+            return Config.from_json(description.config)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise RunError(f"{self.folder} does not describe a run of this pgp: {error}") from error
+
+    def change_config(self, change: Callable[[Config], Config]) -> None:
+        """Record a change that decides no result, such as of where the data lie. The process has to be `writing`."""
+        last = self.checkpoints.latest()
+        for name in {last, last.finished} - {None} if last else ():
+            assert name is not None
+            record = self.checkpoints.record(name)
+            config = change(self.config_of(self.describe(name)))
+            self.checkpoints.rewrite(name, replace(record, config=config.to_json()))
+        known = self.describe()
+        self._identity = known._replace(config=change(self.config_of(known)).to_json())
+        self._write_identity()
+
+    def adopt(self, name: CheckpointName | None) -> Identity:
+        """Go on as what the run was at a checkpoint; as what its files say, if None."""
+        self._identity = known = self.describe(name)
+        if name is not None and name.step is not None and len(known.classes["tasks"]) > len(self.classes()[1]):
+            self._adds = True
+            self.log_file.held = list(self.checkpoints.record(name).held)
+        elif name is not None:
+            self._write_identity()  # a crash may have come before
+        return known
+
+    def add(self, config: Config, classes: Mapping[str, Any]) -> None:
+        """Let data join the run, with the next finished task; nothing is written before.
+
+        Args:
+            config: That of the run, with what was added.
+            classes: What to remember of all data.
+        """
+        self._identity = self.describe()._replace(config=config.to_json(), classes=dict(classes))
+        self._adds = True
+        self.log_file.held = []
+
+    def _write_identity(self) -> None:
+        """Write `config.json` and `classes.json`, unless they are there."""
+        known = self._identity
+        assert known is not None
+        for file, tree, indent in ((CONFIG, known.config, 2), (CLASSES, known.classes, None)):
+            text = json.dumps(storage.sealed({**tree, "run": known.run}), indent=indent)
+            path = self.folder / file
+            if tree and not (storage.exists(path) and storage.read(path) == text.encode()):
+                storage.write(path, text)
 
     def log(self, event: str, **values: Any) -> None:
         """Append one line to metrics.jsonl."""
-        path = self.folder / "metrics.jsonl"
-        line = json.dumps({"event": event, **values}) + "\n"
-        try:
-            with path.open("ab+") as file:
-                if file.tell():
-                    file.seek(-1, os.SEEK_END)
-                    line = line if file.read(1) == b"\n" else "\n" + line  # a crash cut the last line off
-                file.write(line.encode())
-        except OSError as error:
-            raise self._unwritable(path, error) from error
+        with self._going_on():
+            self.log_file.append(event, **values)
 
-    def events(self, event: str) -> Iterator[dict[str, Any]]:
-        """The logged events of one kind, oldest first; a last line that a crash cut off is left out."""
-        path = self.folder / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                values = json.loads(line)
-                if values["event"] == event:
-                    yield values
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """Return the logged events of one kind, oldest first; of kind `task`, those of finished tasks.
 
-    def write_matrices(self, matrices: Mapping[str, Tensor], name: str = "accuracy.csv") -> None:
-        """Write the table `name` from the accuracy matrix `(T, T)` of each column; NaN entries are left out."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["column", "after_task", "task", "accuracy"])
-        for column, matrix in matrices.items():
-            for t, j in matrix.isfinite().nonzero().tolist():
-                writer.writerow([column, t, j, repr(float(matrix[t, j]))])
-        path = self.folder / name
-        try:
-            platforms.write_text(path, text.getvalue())
-        except OSError as error:
-            raise self._unwritable(path, error) from error
+        Raises:
+            RunError: If the log was changed since the latest checkpoint.
+        """
+        last = self.checkpoints.latest()
+        if last and not self.log_file.check(self.checkpoints.record(last).log):
+            warnings.warn(f"{self.log_file.path} is missing: what it told of training is left out", stacklevel=2)
+        done = last.finished.task if last and last.finished else 0
+        found = [values for values in self.log_file.events() if values["event"] == event]
+        return [values for values in found if event != "task" or values.get("task") in range(done)]
 
-    def _unwritable(self, path: Path, error: OSError) -> RunError:
-        return RunError(f"cannot write {path}: {error}. Make room and go on with --resume {self.folder}")
+    def write_matrices(self, matrices: Mapping[str, Tensor]) -> None:
+        """Write `accuracy.csv` from the accuracy matrix `(T, T)` of each column; NaN entries are left out."""
+        with self._going_on():
+            storage.write(self.folder / TABLE, metrics.to_csv(matrices))
+
+    def _going_on(self, what: str = "") -> contextlib.AbstractContextManager[None]:
+        """Say of an error of the block how to go on after it."""
+        return storage.advised(f"Then go on with pgp train --resume {self.folder}", what)
 
     def matrices(self) -> dict[str, Tensor]:
-        """The accuracy matrices `(T, T)` by column, as far as the run has come."""
-        path = self.folder / "accuracy.csv"
-        if not path.is_file():
-            raise RunError(f"{self.folder} has no accuracy.csv yet: no task of this run is finished")
-        size = len(self.classes()[1])
-        matrices: dict[str, Tensor] = {}
-        with path.open(newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                matrix = matrices.setdefault(row["column"], torch.full((size, size), torch.nan, dtype=torch.float64))
-                matrix[int(row["after_task"]), int(row["task"])] = float(row["accuracy"])
+        """Return the accuracy matrices `(T, T)` by column, as the latest finished task left them."""
+        name, path = self._finished(), self.folder / TABLE
+        if name is None:
+            raise RunError(f"{self.folder} has no {TABLE} yet: no task of this run is finished")
+        if storage.exists(path):
+            text = storage.read(path)
+            if storage.digest(text) == self.checkpoints.record(name).accuracy:
+                return metrics.from_csv(text.decode(), len(self.classes()[1]))
+        matrices: dict[str, Tensor] = self.checkpoints.load(name, {"matrices"})["matrices"]  # a crash came before it
         return matrices
 
-    def write_classes(self, description: Mapping[str, Any]) -> None:
-        """Write `classes.json`: what the run remembers of its data; see `pgp.curriculum.described`."""
-        platforms.write_text(self.folder / "classes.json", json.dumps(description))
-
     def classes(self) -> tuple[list[str], list[list[int]]]:
-        """Class names by label, and the labels of each task."""
-        known = self._remembered()
+        """Return class names by label, and the labels of each task."""
+        known = self._classes()
         return known["names"], known["tasks"]
 
     def task_names(self) -> list[str]:
-        """What each task is called, "" for nothing."""
-        known = self._remembered()
+        """Return what each task is called, "" for nothing."""
+        known = self._classes()
         names: list[str] = known.get("task_names") or [""] * len(known["tasks"])
         return names
 
     @property
     def data_fingerprint(self) -> list[str] | None:
-        """What its data are known by, wherever they lie: those it began with, and each that was added; None for a run
-        of pgp 0.1.
+        """What its data are known by, wherever they lie: those it began with, and each that was added; None if it does
+        not say so.
         """
-        return self._remembered().get("fingerprint")
+        return self._classes().get("fingerprint")
 
-    def add(self, config: Config, description: Mapping[str, Any]) -> None:
-        """Let the data that `config` added join the run; `description` is of all its data."""
-        platforms.write_text(self.folder / "config.json", json.dumps(config.to_json(), indent=2))
-        self.write_classes(description)
+    def _classes(self) -> dict[str, Any]:
+        return description.checked(self.describe().classes, self.folder / CLASSES)
 
-    def check_data(self, description: Mapping[str, Any], *, images: bool = True, tasks: int | None = None) -> None:
-        """Raise unless the data are what the run knows: classes and tasks and, where `images`, the images too.
+    def data_differ(self, classes: Mapping[str, Any], known: Identity) -> bool:
+        """Return whether the data are others than those that are known."""
+        return description.difference(known.classes, classes, images=True, tasks=None) is not None
+
+    def check_data(
+        self,
+        classes: Mapping[str, Any],
+        *,
+        images: bool = True,
+        tasks: int | None = None,
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raise unless the data are what the run knows: classes and tasks and, if `images`, the images too.
 
         Args:
-            description: of all data; what was added and is not known yet comes last.
-            images: whether to compare numbers of images and fingerprints.
-            tasks: how many of the tasks it knows to compare; all, where None.
+            classes: What there is to remember of all data; what was added and is not known yet comes last.
+            images: Whether to compare numbers of images and fingerprints.
+            tasks: How many of the tasks it knows to compare; all, if None.
+            known: What it knows; what its latest finished task knew, if None.
         """
-        known = _first(self._remembered(), tasks)
-        description = _first(description, len(known["tasks"])) if images else description
-        keys = {"names": "classes", "tasks": "classes in each task", "task_names": "names of tasks"}
-        if images:
-            keys |= {"images": "number of images in each task", "fingerprint": "labels or names of images"}
-        for key, what in keys.items():
-            if key in known and known[key] != description[key]:
-                expected, got = _difference(known[key], description[key])
-                raise RunError(f"expected the data that {self.folder} began with, but the {what} differ ({expected}"
-                               f" before, {got} now): restore the data, or begin another run")  # fmt: skip
-
-    def _remembered(self) -> dict[str, Any]:
-        path = self.folder / "classes.json"
-        try:
-            known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RunError(
-                f"{path} does not name the classes of this run ({error}): was it made by an older pgp?"
-            ) from error
-        if not isinstance(known, dict) or not {"names", "tasks"} <= known.keys():
-            raise RunError(f"{path} does not name the classes of this run: was it made by an older pgp?")
-        return known
+        known = self._classes() if known is None else description.checked(known, self.folder / CLASSES)
+        if told := description.difference(known, classes, images=images, tasks=tasks):
+            raise RunError(f"expected the data that {self.folder} began with, but {told}: restore the data, or begin"
+                           " another run")  # fmt: skip
 
     @staticmethod
     def check_encoder(expected: str, got: str) -> None:
@@ -192,130 +330,66 @@ class Run:
             raise RunError(f"expected the encoder that this run was learned on, weights {expected}, got weights {got}:"
                            " restore the old ones")  # fmt: skip
 
-    def save(self, name: str, state: Mapping[str, Any]) -> None:
-        """Write checkpoint `name` in one atomic move, and make it the latest; older steps of a task are dropped."""
-        checkpoints = self.folder / "checkpoints"
-        last = self.latest_name()
-        partial = checkpoints / f".{name}.{os.getpid()}"
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            tensors: dict[str, Tensor] = {}
-            tree = _split(state, "", tensors)
-            save_file(tensors, partial / "state.safetensors")
-            platforms.sync_file(partial / "state.safetensors")
-            platforms.write_text(
-                partial / "state.json", json.dumps({"format": FORMAT, "tensors": len(tensors), "state": tree})
-            )
-            if (checkpoints / name).exists():  # the run was rewound: keep what it was
-                platforms.move_folder(checkpoints / name, free_folder(checkpoints, f"{name}-replaced"))
-            platforms.move_folder(partial, checkpoints / name)
-            platforms.sync_folder(checkpoints)  # before `latest` names it
-            platforms.write_text(checkpoints / "latest", name)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            kept = f"the last good state is {checkpoints / last}" if last else "there is no earlier state"
-            raise RunError(f"cannot write checkpoint {name}: {error}; {kept}. Make room and go on with"
-                           f" --resume {self.folder}") from error  # fmt: skip
-        if last and "-step-" in last:
-            shutil.rmtree(checkpoints / last)
+    def save(self, name: CheckpointName | str, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint in one atomic move, and make it the latest; an older step of a task is deleted.
 
-    def latest_name(self) -> str | None:
-        """Name of the newest checkpoint, or None."""
-        path = self.folder / "checkpoints" / "latest"
-        return path.read_text(encoding="utf-8").strip() if path.is_file() else None
+        Raises:
+            RunError: If the system refuses; the message says what the latest good state is.
+        """
+        name = CheckpointName.parse(name) if isinstance(name, str) else name
+        known = self._identity = self._identity or self.describe()
+        last = self.checkpoints.latest()
+        kept = f"the last good state is {self.checkpoints.folder / str(last)}" if last else "there is no earlier state"
+        with self._going_on(f"checkpoint {name} was not saved, {kept}: "):
+            if name.step is None:
+                self.log_file.release()
+            accuracy, stamp = storage.digest(metrics.to_csv(state.get("matrices", {}))), self.log_file.stamp()
+            record = Record(known.run, known.config, known.classes, accuracy, stamp, tuple(self.log_file.held or ()))
+            self.checkpoints.save(name, state, record)
+            if name.step is None and self._adds:
+                self._write_identity()
+                self._adds = False
+            if name.step is None and (newest := self.config_of(known).kept_checkpoints):
+                self.checkpoints.keep(newest)
 
-    def latest_task_name(self) -> str | None:
-        """Name of the newest checkpoint at the end of a task, or None."""
-        name = self.latest_name()
-        if name and "-step-" in name:
-            number = int(name.split("-")[1]) - 1
-            name = f"task-{number:02d}" if number else None
+    def _finished(self) -> CheckpointName | None:
+        last = self.checkpoints.latest()
+        return last.finished if last else None
+
+    def latest_finished(self) -> CheckpointName:
+        """Return the name of the newest checkpoint at the end of a task.
+
+        Raises:
+            RunError: If no task is finished.
+        """
+        name = self._finished()
+        if name is None:
+            raise RunError(f"no task of {self.folder} is finished yet: go on with pgp train --resume {self.folder}")
         return name
 
+    def latest_name(self) -> str | None:
+        """Return the name of the newest checkpoint, or None."""
+        last = self.checkpoints.latest()
+        return str(last) if last else None
+
+    def latest_task_name(self) -> str | None:
+        """Return the name of the newest checkpoint at the end of a task, or None."""
+        name = self._finished()
+        return str(name) if name else None
+
     def progress(self) -> tuple[int, int]:
-        """How many tasks are finished, and how many there are."""
-        name = self.latest_task_name()
-        return int(name.rpartition("-")[2]) if name else 0, len(self.classes()[1])
+        """Return how many tasks are finished, and how many there are."""
+        name = self._finished()
+        return name.task if name else 0, len(self.classes()[1])
 
-    def load(self, name: str | None = None) -> dict[str, Any]:
-        """The state of checkpoint `name`, the latest where None."""
-        name = name or self.latest_name()
+    def load(self, name: CheckpointName | str | None = None, parts: Collection[str] | None = None) -> dict[str, Any]:
+        """Return the state of a checkpoint, the latest if None: all of it, or only `parts`.
+
+        Raises:
+            RunError: If it is damaged, or belongs to another run.
+        """
+        name = CheckpointName.parse(name) if isinstance(name, str) else name or self.checkpoints.latest()
         if name is None:
-            raise RunError(f"{self.folder} has no checkpoint yet: start it anew in another folder")
-        folder = self.folder / "checkpoints" / name
-        try:
-            header = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-            # cloned: loaded tensors are not aligned as torch's own are, and matrix products would round differently
-            tensors = {name: tensor.clone() for name, tensor in load_file(folder / "state.safetensors").items()}
-        except (OSError, ValueError, SafetensorError) as error:
-            raise RunError(f"checkpoint {folder} is damaged ({error}): name an earlier one in"
-                           f" {folder.parent / 'latest'} to go on from there") from error  # fmt: skip
-        if header.get("format") != FORMAT or header.get("tensors") != len(tensors):
-            raise RunError(f"checkpoint {folder} has another format or is incomplete: it needs the pgp that wrote it")
-        state: dict[str, Any] = _join(header["state"], tensors)
-        return state
-
-
-def free_folder(parent: Path, stem: str) -> Path:
-    """A new folder `parent/stem`, or `parent/stem-2`, … where that is taken; made here, so no other process gets it.
-
-    Raises:
-        OSError: if `parent` cannot be written.
-    """
-    make_output(parent)
-    number = 1
-    while True:
-        folder = parent / (stem if number == 1 else f"{stem}-{number}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            return folder
-        number += 1
-
-
-def _first(description: Mapping[str, Any], tasks: int | None) -> dict[str, Any]:
-    """The same of the first tasks only, where those behind them were added."""
-    more = len(description["tasks"]) - (len(description["tasks"]) if tasks is None else tasks)
-    if more <= 0:
-        return dict(description)
-    kept = {key: description[key][:tasks] for key in ("tasks", "task_names") if key in description}
-    classes = 1 + max(label for labels in kept["tasks"] for label in labels)
-    kept |= {"names": description["names"][:classes]}
-    if "images" in description:
-        kept["images"] = {part: counts[:tasks] for part, counts in description["images"].items()}
-    if "fingerprint" in description:
-        kept["fingerprint"] = description["fingerprint"][:-more]
-    return kept
-
-
-def _difference(one: Any, other: Any) -> tuple[Any, Any]:
-    """The first values in which two JSON values differ."""
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return next(_difference(one[key], other[key]) for key in one if one[key] != other[key])
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return next(_difference(*pair) for pair in zip(one, other, strict=True) if pair[0] != pair[1])
-    if isinstance(one, list) and isinstance(other, list):
-        return f"{len(one)} of them", f"{len(other)}"
-    return one, other
-
-
-def _split(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """JSON for a tree of dicts, lists and plain values, its tensors moved to `tensors` under their path."""
-    if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous()
-        return {"tensor": path}
-    if isinstance(value, Mapping):
-        return {"pairs": [[key, _split(item, f"{path}/{key}", tensors)] for key, item in value.items()]}
-    if isinstance(value, (list, tuple)):
-        return [_split(item, f"{path}/{i}", tensors) for i, item in enumerate(value)]
-    return value
-
-
-def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(tree, dict):
-        if "tensor" in tree:
-            return tensors[tree["tensor"]]
-        return {key: _join(item, tensors) for key, item in tree["pairs"]}
-    if isinstance(tree, list):
-        return [_join(item, tensors) for item in tree]
-    return tree
+            raise RunError(f"{self.folder} has no checkpoint yet: pgp train --resume {self.folder} starts it anew")
+        self.describe(name)
+        return self.checkpoints.load(name, parts)

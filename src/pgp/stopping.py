@@ -65,7 +65,7 @@ def stop_within(learner: Learner, task: Task, run: Run) -> None:
     elif collect and collect.when == "before":
         told = f"this projection cannot be saved inside a task, so that {title} begins anew"
     else:
-        learner.save(run, f"task-{task.index + 1:02d}-step-{learner.step:06d}")
+        learner.save(run)
         told = f"step {learner.step} of {title} is saved"
     raise _agreed(learner, run, told)
 
@@ -81,14 +81,14 @@ def stop_after(learner: Learner, task: Task, run: Run) -> None:
 
 def _agreed(learner: Learner, run: Run, told: str) -> Interrupted:
     number = learner.stop.number or signal.SIGTERM  # another process was asked
-    done, tasks = run.progress()
-    left = f"the run at {run.folder} is finished" if done == tasks else _how_to_go_on(run)
+    finished = learner.task == len(learner.scenario)
+    left = f"the run at {run.folder} is finished" if finished else _how_to_go_on(run)
     return Interrupted(number, f"{describe(number)}: {told}; {left}", agreed=True)
 
 
 def _lost(run: Run, number: int) -> Interrupted:
     last = run.latest_name()
-    since = f"what was learned since {run.folder / 'checkpoints' / last} is lost" if last else "nothing is saved yet"
+    since = f"what was learned since {run.checkpoints.folder / last} is lost" if last else "nothing is saved yet"
     return Interrupted(number, f"{describe(number)}: {since}; {_how_to_go_on(run)}")
 
 

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 import filelock
 
-from pgp import comparison, metrics, platforms, report, train
+from pgp import comparison, metrics, platforms, report, storage, train
 from pgp.baselines import compared
 from pgp.comparison import Member
 from pgp.config import Config
@@ -109,7 +109,7 @@ class Sweep:
         """What was compared; the table and the figure are left in the folder, where any run is finished."""
         members = self.members()
         if members:
-            platforms.write_text(self.output / TABLE, comparison.markdown(members))
+            storage.write(self.output / TABLE, comparison.markdown(members))
             comparison.draw(members, self.output / FIGURE)
         return members
 
@@ -169,7 +169,7 @@ class Sweep:
             for one in self.entries.values()
         }
         tree = {"format": FORMAT, "base": self.base.to_json(), "seeds": self.seeds, "entries": entries}
-        platforms.write_text(self.output / FILE, json.dumps(tree, indent=2))
+        storage.write(self.output / FILE, json.dumps(tree, indent=2))
 
 
 def check(job: Job) -> None:
@@ -227,7 +227,9 @@ def _settled(job: Job) -> How:
     if Run(job.folder).latest_name() is not None:
         train.resume(job.folder, job.config.hardware)
         return "resumed"
-    if job.folder.exists() and any(job.folder.iterdir()):  # stopped in its first task: what there is, is kept aside
+    try:
+        Run.check_free(job.folder, located(job.config))
+    except RunError:  # it lost its checkpoints: what there is, is kept aside
         platforms.move_folder(job.folder, free_folder(job.folder.parent, f"{job.folder.name}-abandoned"))
     train.train(job.config, job.folder)
     return "trained"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,23 +19,26 @@ from torch import Tensor
 
 from pgp import metrics, processes
 from pgp.boundary import fitted, look_ahead, look_back
+from pgp.checkpoint import CheckpointName
 from pgp.config import Config, Hardware
-from pgp.curriculum import check_images, training_plan
+from pgp.curriculum import check_images, located, training_plan
 from pgp.datasets import Address, Batch, DatasetConfig, batches
 from pgp.environment import environment
 from pgp.evaluate import tell, tracked
 from pgp.learner import Learner, fabric_for, opened
+from pgp.outputs import make_output
 from pgp.run import Run, RunError, free_folder
 from pgp.scenario import Task
 from pgp.stopping import is_asked_to_stop, stop_after, stop_within, stoppable
 
 
 def train(config: Config, output: Path | None = None, progress: Progress | None = None) -> Run:
-    """Learn all tasks of `config`, and leave the run in `output`, a new or empty folder.
+    """Learn all tasks of `config`, and leave the run in `output`.
 
     Args:
         config: what to do; `pgp.recipes` has complete ones.
-        output: run folder; a free one below `runs/`, where None.
+        output: run folder: new or empty, or with a run of the same configuration that was stopped before its first
+            checkpoint, which is started over. A free folder below `runs/`, if None.
         progress: where to draw progress bars; nowhere, where None.
 
     Returns:
@@ -41,10 +46,21 @@ def train(config: Config, output: Path | None = None, progress: Progress | None 
 
     Raises:
         ValueError: if the configuration cannot be carried out.
-        RunError: if `output` holds something already, the loss stops being a number, or the disk is full.
+        RunError: if `output` holds something else or another process writes to it, the loss stops being a number, or
+            the disk is full.
         Interrupted: If a signal asks for it, such as Ctrl-C; where training stands is saved.
     """
-    return _learn(config, output, None, progress)
+    run = None if output is None else Run(output)
+    with contextlib.ExitStack() as held:
+        if run and not processes.started():  # before other processes start, which would all fail
+            Run.check_free(run.folder, located(config))
+            if run.folder.is_dir():
+                held.enter_context(run.writing())
+        fabric = fabric_for(config)
+        fabric.launch()
+        learner = Learner(fabric, config, progress if progress and fabric.is_global_zero else _quiet())
+        check_images(learner.data, learner.scenario, skip_bad=config.on_bad_image == "skip", learned=0)
+        return _learn(learner, _started(learner, run, learner.config, held))
 
 
 def resume(
@@ -53,6 +69,8 @@ def resume(
     progress: Progress | None = None,
     add: DatasetConfig | None = None,
     on_bad_image: Literal["error", "skip"] | None = None,
+    *,
+    drop: bool = False,
 ) -> Run:
     """Go on with the run in `folder` from its latest checkpoint; on the same CPU the result is bitwise the same.
 
@@ -60,27 +78,88 @@ def resume(
         folder: run folder.
         hardware: replaces what the run was started with.
         progress: where to draw progress bars; nowhere, where None.
-        add: data to learn as one more task, once all tasks so far are closed.
+        add: data to learn as one more task, once all tasks so far are closed. The run stays as it is until that task
+            is finished.
         on_bad_image: replaces what the run was started with; nothing else of it can change.
+        drop: go on from the latest finished task, without what was begun of the next one.
 
     Raises:
         ValueError: if `add` does not fit.
-        RunError: if the run cannot go on: its data are others, or tasks before `add` are not closed.
+        RunError: if the run cannot go on: its data are others, tasks before `add` are not closed, or another process
+            writes to it.
     """
     run = Run.open(folder)
-    config = replace(run.config, hardware=hardware) if hardware else run.config
-    config = replace(config, on_bad_image=on_bad_image) if on_bad_image else config
-    if add is None:
-        return _learn(config, folder, run.load(), progress)
-    finished, tasks, add = run.latest_name(), len(run.classes()[1]), add.located()
-    if finished == f"task-{tasks - 1:02d}" and config.added[-1:] == (add,):
-        tasks -= 1  # it was added before, and may have been mended since
-    elif finished == f"task-{tasks:02d}":
-        config = replace(config, added=(*config.added, add))
-    else:
-        raise RunError(f"expected a run whose tasks are all finished, got {folder}: go on with it first, by pgp train"
-                       f" --resume {folder}; what was added last can be given again by --add")  # fmt: skip
-    return _learn(config, folder, run.load(), progress, tasks)
+    began = run.config
+
+    def here(config: Config) -> Config:
+        return replace(config, hardware=hardware or began.hardware, on_bad_image=on_bad_image or began.on_bad_image)
+
+    with contextlib.ExitStack() as held:
+        if not processes.started():
+            held.enter_context(run.writing())
+            if drop:
+                run.checkpoints.drop_step()
+        fabric = fabric_for(here(began))
+        fabric.launch()
+        fabric.barrier()  # nobody looks for checkpoints before the folder is tidy
+        name = run.checkpoints.latest()
+        config, new = run.config_of(run.describe(name)), add.located() if add else None
+        if new and not _has_begun(run, name, config, new):
+            config = replace(config, added=(*config.added, new))
+        learner = Learner(fabric, here(config), progress if progress and fabric.is_global_zero else _quiet())
+        learned = name.finished.task if name and name.finished else 0
+        skip_bad = learner.config.on_bad_image == "skip"
+        check_images(learner.data, learner.scenario, skip_bad=skip_bad, learned=learned)
+        if name is None:
+            run.check_begun(config)
+            return _learn(learner, _started(learner, run, config, held))
+        _go_on(learner, run, name, new)
+        return _learn(learner, run)
+
+
+def _has_begun(run: Run, name: CheckpointName | None, config: Config, new: DatasetConfig) -> bool:
+    """Return whether the latest checkpoint, `name`, stands inside the task that `new` adds.
+
+    Raises:
+        RunError: If it stands inside another task.
+    """
+    finished, tasks = run.progress()
+    inside = name is not None and name.step is not None
+    if inside and len(config.added) > len(run.config.added):
+        if config.added[-1] == new:
+            return True
+        where = ", ".join(map(str, config.added[-1].places))
+        raise RunError(f"{run.folder} has begun to learn {where}: go on with it by pgp train --resume {run.folder}, or"
+                       " drop what was begun by --drop beside --add")  # fmt: skip
+    if inside or finished < tasks:
+        raise RunError(f"expected a run whose tasks are all finished, got {run.folder}: go on with it first, by pgp"
+                       f" train --resume {run.folder}")  # fmt: skip
+    return False
+
+
+def _go_on(learner: Learner, run: Run, name: CheckpointName, new: DatasetConfig | None) -> None:
+    """Take up the checkpoint `name` of `run`; or what came before it if `new` data, which it knows, have changed."""
+    known = run.describe(name)
+    tasks, root = len(known.classes["tasks"]), learner.fabric.is_global_zero
+    adds = len(learner.scenario) > tasks
+    if new and not adds and run.data_differ(learner.description, known):
+        adds, tasks = True, tasks - 1  # it was begun, and has been mended since
+    run.check_data(learner.description, tasks=tasks, known=known.classes)
+    if adds and root:
+        run.checkpoints.drop_step()
+        began = run.config
+        config = replace(learner.config, hardware=began.hardware, on_bad_image=began.on_bad_image)
+        run.add(config, learner.description)
+        _tell_concerns(learner, run)
+    elif root:
+        run.adopt(name)
+    learner.fabric.barrier()
+    learner.load(run, run.checkpoints.latest() or name)
+    config = learner.config
+    where = {"hardware": asdict(config.hardware), "environment": environment(), "on_bad_image": config.on_bad_image}
+    learner.log(run, "resumed", task=learner.task, step=learner.step, **where)
+    if learner.matrices and root:
+        run.write_matrices(learner.matrices)  # a crash may have come between checkpoint and table
 
 
 def reevaluate(
@@ -92,15 +171,20 @@ def reevaluate(
         run: a run with at least one finished task.
         config: the run's own, with other evaluation settings.
         progress: where to draw progress bars; nowhere, where None.
-        every_task: measure after each finished task, by its checkpoint; after the latest only, where False.
+        every_task: measure after each finished task whose checkpoint is there; after the latest only, if False.
     """
     learner, last = opened(run, config, progress or _quiet())
+    names = run.checkpoints.finished() if every_task else [CheckpointName(last)]
+    if every_task and len(names) < last:
+        kept = ", ".join(str(name.task) for name in names)
+        warnings.warn(f"{run.folder} has checkpoints of {len(names)} of {last} finished tasks, and is evaluated after"
+                      f" tasks {kept}; see --keep-checkpoints of pgp train", stacklevel=2)  # fmt: skip
     matrices: dict[str, Tensor] = {}
-    for number in range(1 if every_task else last, last + 1):
+    for name in names:
         if every_task:
-            learner.load_state_dict(run.load(f"task-{number:02d}"))
-        row = learner.evaluation.row(learner.method, learner.readouts, number - 1, learner.progress)
-        metrics.put(matrices, row.accuracy, number - 1, len(learner.scenario))
+            learner.load(run, name)
+        row = learner.evaluation.row(learner.method, learner.readouts, name.task - 1, learner.progress)
+        metrics.put(matrices, row.accuracy, name.task - 1, len(learner.scenario))
     return matrices
 
 
@@ -108,41 +192,8 @@ def _quiet() -> Progress:
     return Progress(console=Console(quiet=True), disable=True)
 
 
-def _learn(
-    config: Config,
-    output: Path | None,
-    state: dict[str, Any] | None,
-    progress: Progress | None,
-    tasks: int | None = None,
-) -> Run:
-    """The whole run: task after task, fit it and close it.
-
-    A `state` goes on; the data of its first `tasks` (all, where None) have to be those of before.
-    """
-    if state is None and output is not None and not processes.started():
-        Run.check_free(output)  # before other processes start, which would all fail
-    fabric = fabric_for(config)
-    fabric.launch()
-    progress = progress if progress and fabric.is_global_zero else _quiet()
-    learner = Learner(fabric, config, progress)
-    learned = 0 if state is None else state["task"]
-    check_images(learner.data, learner.scenario, skip_bad=config.on_bad_image == "skip", learned=learned)
-    if state is None:
-        run = _new_run(learner, output)
-    else:
-        assert output is not None
-        run = Run.open(output)
-        run.check_data(learner.description, tasks=tasks)
-        fabric.barrier()
-        if fabric.is_global_zero and config.added:
-            run.add(replace(learner.config, hardware=run.config.hardware), learner.description)
-            _tell_concerns(learner, run)
-        learner.load_state_dict(state)
-        learner.saved = run.folder / "checkpoints" / (run.latest_name() or "")
-        where = {"hardware": asdict(config.hardware), "environment": environment(), "on_bad_image": config.on_bad_image}
-        learner.log(run, "resumed", task=learner.task, step=learner.step, **where)
-        if learner.matrices and fabric.is_global_zero:
-            run.write_matrices(learner.matrices)  # a crash may have come between checkpoint and table
+def _learn(learner: Learner, run: Run) -> Run:
+    """Task after task, fit it and close it."""
     with stoppable(learner, run):
         for task in learner.scenario.tasks[learner.task :]:
             started = time.perf_counter()
@@ -154,14 +205,16 @@ def _learn(
     return run
 
 
-def _new_run(learner: Learner, output: Path | None) -> Run:
+def _started(learner: Learner, run: Run | None, config: Config, held: contextlib.ExitStack) -> Run:
+    """Return a run that begins, recorded as `config`; its lock is `held`. A new one below `runs/`, if `run` is None."""
     if learner.fabric.is_global_zero:
-        config = learner.config
-        output = output or free_folder(Path("runs"), f"{config.name}-seed{config.seed}")
-        run = Run.create(output, config)
-        run.write_classes(learner.description)
+        run = run or Run(free_folder(Path("runs"), f"{config.name}-seed{config.seed}"))
+        make_output(run.folder)
+        held.enter_context(run.writing())
+        run.start(config, learner.description)
         _tell_concerns(learner, run)
-    return Run(Path(learner.fabric.broadcast(str(output))))
+    folder = Path(learner.fabric.broadcast(str(run.folder if run else "")))
+    return run or Run(folder)
 
 
 def _tell_concerns(learner: Learner, run: Run) -> None:
@@ -220,7 +273,7 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
         if stopping:
             stop_within(learner, task, run)
         if saving:
-            learner.save(run, f"task-{task.index + 1:02d}-step-{learner.step:06d}")
+            learner.save(run)
     for handle in handles:
         handle.remove()
     learner.step, learner.optimizer = 0, None
@@ -313,7 +366,7 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
     for figure, matrices in (("forgetting", learner.matrices), ("forgetting_within", learner.within)):
         about[figure] = {column: metrics.forgetting(matrix) for column, matrix in matrices.items()}
     learner.log(run, "task", task=task.index, **about, **figures, **moved, **streamed)  # a kill from here on loses none
-    learner.save(run, f"task-{learner.task:02d}")
+    learner.save(run)
     if learner.fabric.is_global_zero:
         run.write_matrices(learner.matrices)
     spoken = ", ".join(f"{100 * average:.1f} % ({column})" for column, average in averages.items())

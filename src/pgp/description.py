@@ -1,0 +1,82 @@
+"""What a run remembers of its data, as JSON values: `classes.json`, and the same in every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pgp.checkpoint import understood
+
+PARTS = {
+    "names": "classes",
+    "tasks": "classes in each task",
+    "task_names": "names of tasks",
+    "images": "number of images in each task",
+    "fingerprint": "labels or names of images",
+}
+"""What is remembered, see `pgp.curriculum.described`, and what it is called."""
+KINDS = {"task_names": list, "images": dict, "fingerprint": list}
+
+
+def checked(classes: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """Return what is remembered of some data.
+
+    Raises:
+        RunError: Naming `place`, if it is something else.
+    """
+    with understood(place):
+        names, tasks = classes["names"], classes["tasks"]
+        labels = [label for task in tasks for label in task]
+        if not (tasks and all(type(name) is str for name in names) and all(type(label) is int for label in labels)):
+            raise TypeError("expected names of classes, and labels of each task")
+        if not all(0 <= label < len(names) for label in labels):
+            raise ValueError(f"expected labels below {len(names)}")
+        for key, kind in KINDS.items():
+            if key in classes and type(classes[key]) is not kind:
+                raise TypeError(f"expected {key} as a {kind.__name__}")
+    return dict(classes)
+
+
+def difference(known: Mapping[str, Any], classes: Mapping[str, Any], *, images: bool, tasks: int | None) -> str | None:
+    """Return in words how data differ from what is remembered of them; None if they do not.
+
+    Args:
+        known: What is remembered.
+        classes: The same of the data as they are; what was added and is not known yet comes last.
+        images: Whether to compare numbers of images and fingerprints.
+        tasks: How many of the known tasks to compare; all, if None.
+    """
+    known = _first(known, tasks)
+    now = _first(classes, len(known["tasks"])) if images else classes
+    for key, what in PARTS.items():
+        if key in known and (images or key not in ("images", "fingerprint")) and known[key] != now[key]:
+            before, after = _differing(known[key], now[key])
+            return f"the {what} differ ({before} before, {after} now)"
+    return None
+
+
+def _first(classes: Mapping[str, Any], tasks: int | None) -> dict[str, Any]:
+    """The same of the first tasks only, where those behind them were added."""
+    more = len(classes["tasks"]) - (len(classes["tasks"]) if tasks is None else tasks)
+    if more <= 0:
+        return dict(classes)
+    kept = {key: classes[key][:tasks] for key in ("tasks", "task_names") if key in classes}
+    count = 1 + max(label for labels in kept["tasks"] for label in labels)
+    kept |= {"names": classes["names"][:count]}
+    if "images" in classes:
+        kept["images"] = {part: counts[:tasks] for part, counts in classes["images"].items()}
+    if "fingerprint" in classes:
+        kept["fingerprint"] = classes["fingerprint"][:-more]
+    return kept
+
+
+def _differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """The first values in which two JSON values differ."""
+    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
+        return next(_differing(one[key], other[key]) for key in one if one[key] != other[key])
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return next(_differing(*pair) for pair in zip(one, other, strict=True) if pair[0] != pair[1])
+    if isinstance(one, list) and isinstance(other, list):
+        return f"{len(one)} of them", f"{len(other)}"
+    return one, other
