@@ -33,7 +33,7 @@ LEVELS = [
     {"methods"},
     {"config", "recipes", "baselines"},
     {"checkpoint", "eventlog", "lock", "description", "run"},
-    {"evaluate", "curriculum", "stream", "learner", "boundary", "drift", "stopping", "train", "audit"},
+    {"evaluate", "curriculum", "stream", "learner", "boundary", "drift", "starting", "stopping", "train", "audit"},
     {"predict", "report", "drift_report", "comparison", "published"},
     {"commands", "display", "guard", "catalogue", "parsing", "workers", "sweep"},
     {"cli", "__main__"},
