@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 import tiny
+from pgp import train
 from pgp.backbones.clip import CLIP
 from pgp.backbones.vit import ViT
 from pgp.config import Config
@@ -19,7 +20,10 @@ from pgp.datasets.imagenet_r import ImageNetR
 from pgp.datasets.manifest import Manifest
 from pgp.datasets.own import own_data
 from pgp.datasets.tiny_imagenet import TinyImageNet
+from pgp.methods.head_only import HeadOnly
 from pgp.paths import as_path
+from pgp.projections.none import NoProjection
+from pgp.run import Run, RunError
 
 
 @pytest.mark.parametrize("kind", [CIFAR100, CUB200, FashionMNIST, Folder, ImageNetR, Manifest, TinyImageNet])
@@ -45,6 +49,54 @@ def test_settings_are_still_checked():
 def test_a_configuration_with_texts_is_the_one_with_paths():
     one, other = (tiny.config(dataset=Folder(place)) for place in ("photos", Path("photos")))
     assert one == other == Config.from_json(one.to_json())
+
+
+@pytest.mark.parametrize("name", ["class_order", "task_file"])
+def test_lists_of_tasks_are_named_by_paths_or_texts(name):
+    assert tiny.config(**{name: "list.txt"}) == tiny.config(**{name: Path("list.txt")})
+    with pytest.raises(TypeError, match=rf"expected the path of {name}, got int: 5"):
+        tiny.config(**{name: 5})
+
+
+def test_runs_are_named_by_paths_or_texts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tiny.config(epochs=1, tasks=2, method=HeadOnly.Config(), projection=NoProjection.Config())
+    run = train.train(config, "runs/one")
+    assert Run.open("runs/one").config == Run.open(Path("runs/one")).config == run.config
+    assert train.resume("runs/one").folder == Path("runs/one")
+    whole = Run.open(str(tmp_path / "runs" / "one")).matrices()
+    assert whole.keys() == run.matrices().keys()
+
+
+@pytest.mark.parametrize(
+    ("use", "kind", "message"),
+    [
+        (lambda: train.train("demo"), TypeError, r"expected a Config, such as pgp\.RECIPES\['demo'\]\(\), got str$"),
+        (lambda: train.train(tiny.config(), 5), TypeError, r"expected the path of a run folder, got int: 5$"),
+        (lambda: train.train(tiny.config(), ""), ValueError, r"expected the path of a run folder, got ''$"),
+        (lambda: train.resume(None), TypeError, r"expected the path of a run folder, got NoneType: None$"),
+        (lambda: train.resume("nowhere"), RunError, r"no run at nowhere: expected a folder with config\.json"),
+        (lambda: Run.open(5), TypeError, r"expected the path of a run folder, got int: 5$"),
+        (lambda: Run.open(""), ValueError, r"expected the path of a run folder, got ''$"),
+        (lambda: Run.open("a\0b"), ValueError, r"expected the path of a run folder, got 'a\\x00b'$"),
+    ],
+)
+def test_what_names_no_run_is_told_in_a_line(use, kind, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(kind, match=message):
+        use()
+    assert not list(tmp_path.iterdir())
+
+
+def test_data_that_are_added_are_named_by_paths_or_texts(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(train, "fabric_for", lambda config: seen.append(config) or pytest.skip("never trained"))
+    monkeypatch.setattr(train, "own_data", lambda place: seen.append(place) or Folder(place))
+    config = tiny.config(epochs=1, tasks=2, method=HeadOnly.Config(), projection=NoProjection.Config())
+    Run.create(tmp_path / "run", config)
+    with pytest.raises(pytest.skip.Exception):
+        train.resume(tmp_path / "run", add=str(tmp_path))
+    assert seen[0] == str(tmp_path)
 
 
 def test_own_data_at_a_path():

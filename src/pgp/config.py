@@ -21,6 +21,7 @@ from cattrs.v import format_exception
 from pgp.backbones import Backbone
 from pgp.datasets import DatasetConfig, Views
 from pgp.methods import Method
+from pgp.paths import as_path
 from pgp.projections import Projection
 from pgp.readouts import Readout
 from pgp.scenario import Setting
@@ -192,6 +193,9 @@ class Config:
             raise ValueError(f"expected setting oil for arrival=listed, got {self.setting}: others shuffle each pass")
         if self.keep_checkpoints not in ("all", "last") and not re.fullmatch("[1-9][0-9]{0,8}", self.keep_checkpoints):
             raise ValueError(f"expected keep_checkpoints all, last or a number, got {self.keep_checkpoints}")
+        for name in ("class_order", "task_file"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, as_path(value, name))
         self._check_order()
         if not self.readouts:
             raise ValueError("expected at least one readout, got none")

@@ -21,6 +21,7 @@ from pgp.eventlog import EventLog
 from pgp.lock import locked
 from pgp.outputs import LOCK, MARKER, WRITER, is_empty, make_output
 from pgp.outputs import free_folder as free_folder
+from pgp.paths import Place, as_path
 from pgp.storage import RunError as RunError
 
 CONFIG, CLASSES, LOG, TABLE = "config.json", "classes.json", "metrics.jsonl", "accuracy.csv"
@@ -43,10 +44,10 @@ class Run:
     and `classes.json` are for people, and for the time before the first one.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.checkpoints = Checkpoints(folder / "checkpoints")
-        self.log_file = EventLog(folder / LOG)
+    def __init__(self, folder: Place) -> None:
+        self.folder = as_path(folder, "a run folder")
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.log_file = EventLog(self.folder / LOG)
         self._identity: Identity | None = None
         """What the process that writes to the run knows it to be."""
         self._adds = False
@@ -54,7 +55,7 @@ class Run:
         self._is_writing = False
 
     @classmethod
-    def create(cls, folder: Path, config: Config, classes: Mapping[str, Any] | None = None) -> Run:
+    def create(cls, folder: Place, config: Config, classes: Mapping[str, Any] | None = None) -> Run:
         """Return a new run in `folder`; see `start`."""
         run = cls(folder)
         run.start(config, classes or {})
@@ -120,11 +121,11 @@ class Run:
         return False
 
     @classmethod
-    def open(cls, folder: Path) -> Run:
+    def open(cls, folder: Place) -> Run:
         """Return the run that lies in `folder`."""
         run = cls(folder)
-        if not storage.exists(folder / CONFIG) and not storage.exists(run.checkpoints.folder / LATEST):
-            raise RunError(f"no run at {folder}: expected a folder with {CONFIG}, as pgp train writes it")
+        if not storage.exists(run.folder / CONFIG) and not storage.exists(run.checkpoints.folder / LATEST):
+            raise RunError(f"no run at {run.folder}: expected a folder with {CONFIG}, as pgp train writes it")
         return run
 
     @contextlib.contextmanager

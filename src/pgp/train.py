@@ -9,7 +9,6 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,15 +22,17 @@ from pgp.checkpoint import CheckpointName
 from pgp.config import Config, Hardware
 from pgp.curriculum import check_images, located, training_plan
 from pgp.datasets import Address, Batch, DatasetConfig, batches
+from pgp.datasets.own import own_data
 from pgp.evaluate import tell, tracked
 from pgp.learner import Learner, fabric_for, opened
+from pgp.paths import Place
 from pgp.run import Run, RunError
 from pgp.scenario import Task
 from pgp.starting import begin, go_on, is_begun
 from pgp.stopping import is_asked_to_stop, stop_after, stop_within, stoppable
 
 
-def train(config: Config, output: Path | None = None, progress: Progress | None = None) -> Run:
+def train(config: Config, output: Place | None = None, progress: Progress | None = None) -> Run:
     """Learn all tasks of `config`, and leave the run in `output`.
 
     Args:
@@ -49,6 +50,8 @@ def train(config: Config, output: Path | None = None, progress: Progress | None 
             the disk is full.
         Interrupted: If a signal asks for it, such as Ctrl-C; where training stands is saved.
     """
+    if not isinstance(config, Config):
+        raise TypeError(f"expected a Config, such as pgp.RECIPES['demo'](), got {type(config).__name__}")
     run = None if output is None else Run(output)
     with contextlib.ExitStack() as held:
         if run and not processes.started():  # before other processes start, which would all fail
@@ -63,10 +66,10 @@ def train(config: Config, output: Path | None = None, progress: Progress | None 
 
 
 def resume(
-    folder: Path,
+    folder: Place,
     hardware: Hardware | None = None,
     progress: Progress | None = None,
-    add: DatasetConfig | None = None,
+    add: DatasetConfig | Place | None = None,
     on_bad_image: Literal["error", "skip"] | None = None,
     *,
     drop: bool = False,
@@ -77,8 +80,8 @@ def resume(
         folder: run folder.
         hardware: replaces what the run was started with.
         progress: where to draw progress bars; nowhere, where None.
-        add: data to learn as one more task, once all tasks so far are closed. The run stays as it is until that task
-            is finished.
+        add: data to learn as one more task, or where they lie, once all tasks so far are closed. The run stays as it
+            is until that task is finished.
         on_bad_image: replaces what the run was started with; nothing else of it can change.
         drop: go on from the latest finished task, without what was begun of the next one.
 
@@ -88,6 +91,8 @@ def resume(
             writes to it.
     """
     run = Run.open(folder)
+    if not (add is None or isinstance(add, DatasetConfig)):
+        add = own_data(add)
     began = run.config
 
     def here(config: Config) -> Config:
