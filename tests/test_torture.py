@@ -8,7 +8,6 @@ import sys
 import pytest
 
 import torture
-from pgp.predict import Predictor
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pipes, sockets, and names of any bytes")
 
@@ -23,15 +22,15 @@ def test_data_check_tells_what_it_finds(name, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def predictor(tmp_path_factory):
-    return Predictor(torture.reference(tmp_path_factory.mktemp("torture")))
+def reference(tmp_path_factory):
+    return torture.Reference.of(tmp_path_factory.mktemp("torture"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", torture.CASES)
-def test_train_and_predict_agree_with_it(name, tmp_path, predictor):
+def test_train_and_predict_agree_with_it(name, tmp_path, reference):
     case = torture.CASES[name]
-    found, _ = torture.outcome(case, torture.built(case, tmp_path), predictor)
+    found, _ = torture.outcome(case, torture.built(case, tmp_path), reference)
     assert found == (case.check, case.train, case.predict)
 
 

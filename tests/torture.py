@@ -327,6 +327,20 @@ TEXTS = [
 CASES = {case.name: case for case in (*LAYOUTS, *LINKS, *FILES, *IMAGES, *NAMES, *TEXTS)}
 
 
+class Reference(NamedTuple):
+    """A run on a sound data set, which predicts what is on all others."""
+
+    run: Run
+    predictor: Predictor
+
+    @classmethod
+    def of(cls, folder: Path) -> Reference:
+        """Train it in `folder`."""
+        case = CASES["two folders of classes"]
+        run = train.train(config_of(case, built(case, folder / "reference")), folder / "run")
+        return cls(run, Predictor(run))
+
+
 def config_of(case: Case, root: Path) -> Config:
     """The nearest class mean on a tiny encoder, which needs no training."""
     data = replace(Folder(root), **dict(case.settings))
@@ -375,11 +389,11 @@ def trained(case: Case, root: Path) -> tuple[str, str]:
     return f"{' + '.join(map(str, counts))} of {len(known['names'])}", text
 
 
-def predicted(predictor: Predictor, root: Path) -> tuple[str, str]:
+def predicted(reference: Reference, root: Path) -> tuple[str, str]:
     """What `pgp predict` makes of it, in short and in full, with a run that knows other images."""
-    was, cli.Predictor = cli.Predictor, lambda *_: predictor
+    was, cli.Predictor = cli.Predictor, lambda *_: reference.predictor
     try:
-        text, _ = shown(lambda: cli.predict_command([str(root.parent.parent / "run"), str(root)]))
+        text, _ = shown(lambda: cli.predict_command([str(reference.run.folder), str(root)]))
     finally:
         cli.Predictor = was
     lines = text.split("\n")
@@ -388,10 +402,10 @@ def predicted(predictor: Predictor, root: Path) -> tuple[str, str]:
     return (str(answers) if answers else "none") + (f", {bad} bad" if bad else ""), text
 
 
-def outcome(case: Case, root: Path, predictor: Predictor) -> tuple[Outcome, str]:
+def outcome(case: Case, root: Path, reference: Reference) -> tuple[Outcome, str]:
     """What came out, in short, and what `data check` said, in full."""
     short, text = check(case, root)
-    return Outcome(short, trained(case, root)[0], predicted(predictor, root)[0]), text
+    return Outcome(short, trained(case, root)[0], predicted(reference, root)[0]), text
 
 
 def what_it_says(case: Case, text: str, root: Path) -> str:
@@ -405,10 +419,10 @@ def main() -> None:
     rows, surprises = [], 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
-        predictor = Predictor(reference(folder))
+        reference = Reference.of(folder)
         for number, case in enumerate(CASES.values()):
             root = built(case, folder / str(number))
-            found, text = outcome(case, root, predictor)
+            found, text = outcome(case, root, reference)
             rows.append((case.name, *found, what_it_says(case, text, root)))
             expected = found == (case.check, case.train, case.predict) and re.search(case.says, text)
             surprises += not expected
@@ -438,12 +452,6 @@ three commands read them. It writes this page; `tests/test_torture.py` holds eve
 - **predict**: answers for the images in the folder, at any depth.
 
 """
-
-
-def reference(folder: Path) -> Run:
-    """A run on a sound data set, which predicts."""
-    case = CASES["two folders of classes"]
-    return train.train(config_of(case, built(case, folder / "reference")), folder / "run")
 
 
 if __name__ == "__main__":
