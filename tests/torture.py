@@ -294,8 +294,8 @@ IMAGES = [
     Case("a tag of a wrong type", beside(file("cat/x.jpg", content_of("JPEG", exif=exif((0x010F, 5, 1, b"abc"), (0x0112, 3, 1, b"\6\0"))))), "whole", "7 + 2 of 2", "9"),
     Case("a zero denominator", beside(file("cat/x.jpg", content_of("JPEG", exif=exif((0x011A, 5, 1, struct.pack("<II", 72, 0)))))), "whole", "7 + 2 of 2", "9"),
     Case("a description that is not UTF-8", beside(file("cat/x.png", content_of("PNG", exif=exif((0x010E, 2, 6, b"gr\xfcn\0\0"))))), "whole", "7 + 2 of 2", "9"),
-    Case("a class without a sound image", lambda p: [p.images("cat"), [p.file(f"dog/{i}.png", b"") for i in range(4)]], "4 bad", NONE, "4, 4 bad", "no training image of dog can be read"),
-    Case("a test without a sound image", all_of(parts("train"), file("test/cat/0.png"), file("test/dog/0.png")), "2 bad", NONE, "8, 2 bad", "cannot read the image"),
+    Case("a class without a sound image", lambda p: [p.images("cat"), [p.file(f"dog/{i}.png", b"") for i in range(4)]], "4 bad", NONE, "4, 4 bad", "no training image or no test image of dog can be read"),
+    Case("a test without a sound image", all_of(parts("train"), file("test/cat/0.png"), file("test/dog/0.png")), "2 bad", NONE, "8, 2 bad", "no training image or no test image of cat can be read"),
 ]
 NAMES = [
     Case("emoji and right-to-left names", lambda p: p.classes(names=("\U0001f408", "\u05d7\u05ea\u05d5\u05dc")), "whole", ALL, "8"),

@@ -25,7 +25,7 @@ class Census(NamedTuple):
     bad: tuple[str, ...]
     """What is wrong with each image that cannot be read."""
     unreadable: tuple[str, ...] = ()
-    """Classes none of whose training images can be read."""
+    """Classes none of whose training images, or none of whose test images, can be read."""
     notes: tuple[str, ...] = ()
     """What a user should know of how the data were read, and what was ignored; it makes them no less whole."""
 
@@ -43,7 +43,7 @@ class Census(NamedTuple):
             train, test, classes = self.expected
             lines.append(f"expected {train:,} training and {test:,} test images of {classes:,} classes")
         lines += [f"no training or no test image of {name}" for name in self.without]
-        lines += [f"no training image of {name} can be read" for name in self.unreadable]
+        lines += [f"no training image or no test image of {name} can be read" for name in self.unreadable]
         return [*lines, *self.notes, *self.bad]
 
 
@@ -60,21 +60,23 @@ def checked(config: DatasetConfig, progress: Progress | None = None, data: Datas
     """
     data = data or config.read()
     bad: list[str] = []
-    good: set[int] = set()
+    good: list[set[int]] = [set(), set()]
     bar = progress.add_task("checking images", total=len(data.train) + len(data.test)) if progress else None
     pool = ThreadPoolExecutor(min(8, platforms.cores()))
     try:
         for (split, index), problem in pool.map(_problem, _images(data)):
             if problem:
                 bad.append(problem)
-            elif split is data.train:
-                good.add(int(split.labels[index]))
+            else:
+                good[split is data.test].add(int(split.labels[index]))
             if progress and bar is not None:
                 progress.advance(bar)
     finally:
         pool.shutdown(cancel_futures=True)  # or an interrupt would wait for all the rest
     found = Counts(len(data.train), len(data.test), data.classes)
-    unreadable = tuple(data.class_names[label] for label in data.train.labels.unique().tolist() if label not in good)
+    there = [set(split.labels.tolist()) for split in (data.train, data.test)]
+    silent = set().union(*(labels - read for labels, read in zip(there, good, strict=True)))
+    unreadable = tuple(data.class_names[label] for label in sorted(silent))
     return Census(found, config.expected, _without(data), tuple(bad), unreadable, data.told())
 
 
