@@ -7,16 +7,21 @@ import errno
 import multiprocessing
 import os
 import pathlib
+import pickle
 import re
 import signal
 import sys
 
+import datasets as hub
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 from pgp import platforms, storage
+from pgp.datasets import Address, ArraySplit, Joined, Loading, Viewed, Views, batches, in_order
 from pgp.datasets.files import FileSplit
+from pgp.datasets.hugging_face import HubSplit
 from pgp.run import Run, RunError
 from pgp.sweep import Job, Sweep, settle
 from test_architecture import MODULES, SOURCE, imports
@@ -235,3 +240,39 @@ def test_text_files_are_the_same_on_every_system(folder):
             if ((reads or writes) and "encoding" not in words) or (writes and "newline" not in words):
                 wrong.append(f"{path}:{call.lineno}: {ast.unparse(call)[:80]}")
     assert not wrong
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory):
+    """Splits of every kind, of two images each."""
+    folder = tmp_path_factory.mktemp("images")
+    pixels = torch.arange(2 * 3 * 40 * 40).view(2, 3, 40, 40) % 256
+    array = ArraySplit(pixels.to(torch.uint8), torch.tensor([0, 1]))
+    paths = [folder / f"{number}.png" for number in range(2)]
+    for path, image in zip(paths, array.images, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+    rows = hub.Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", hub.Image())
+    table = HubSplit("table", rows, "image", array.labels)
+    return [array, FileSplit(paths, [0, 1]), Joined(array, FileSplit(paths, [0, 1]), array.labels), table]
+
+
+def test_splits_go_to_processes_that_are_spawned(splits):
+    for split in splits:
+        viewed = Viewed(split, Views(size=32).train(), 0, ("view", 0), skip_bad=False)
+        image, label, index = viewed[Address(1, 0)]
+        again = pickle.loads(pickle.dumps(viewed))[Address(1, 0)]
+        assert torch.equal(again[0], image)
+        assert again[1:] == (label, index)
+
+
+@pytest.mark.slow
+def test_spawned_processes_load_the_same_images(splits, monkeypatch):
+    monkeypatch.setattr(platforms, "loader_start", lambda: "spawn")
+    together = splits[0]
+    for split in splits[1:]:
+        together = Joined(together, split, split.labels)
+    viewed = Viewed(together, Views(size=32).train(), 0, ("view", 0), skip_bad=False)
+    plan = in_order(torch.arange(len(together)), 3)
+    for one, other in zip(batches(viewed, plan, Loading(0)), batches(viewed, plan, Loading(1)), strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.indices, other.indices)
