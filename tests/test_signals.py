@@ -21,6 +21,7 @@ from pgp.datasets import ArraySplit, Loading, Viewed, batches, in_order
 from pgp.run import Run
 
 FOLDER = "a run's folder"
+pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signals")
 
 
 def demo(**changes):
