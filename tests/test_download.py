@@ -176,9 +176,10 @@ def test_a_crash_before_the_renaming_costs_nothing(tape, server, tmp_path):
     assert server.requests == []
 
 
-def test_a_part_without_its_note_is_fetched_anew(tape, server, tmp_path):
+@pytest.mark.parametrize("note", ['["http', "[" * 100_000, "5", '["a", 1, "b"]', '{"url": 1}', "\0"])
+def test_a_part_without_its_note_is_fetched_anew(tape, server, tmp_path, note):
     interrupted(tape, server, tmp_path / "data")
-    (tmp_path / "data" / ".pgp" / "toy.tgz.part.json").write_text('["http')
+    (tmp_path / "data" / ".pgp" / "toy.tgz.part.json").write_text(note)
     unpacked(tape, tmp_path / "data")
     assert [wanted for _, wanted, _ in server.requests] == [None]
 

@@ -190,7 +190,7 @@ class Transfer:
         try:
             source = _Source(*json.loads(self._note.read_text(encoding="utf-8")))
             return source if source.url == url and (source.size is None or self.have <= source.size) else None
-        except (OSError, ValueError, TypeError):  # none, or cut short by a crash
+        except (OSError, ValueError, TypeError, RecursionError):  # none, or cut short by a crash
             return None
 
     def _fits(self, answer: requests.Response, source: _Source | None, have: int) -> bool:
