@@ -17,7 +17,7 @@ from pgp import platforms, report, storage
 from pgp.checkpoint import CheckpointName, Piece
 from pgp.run import Run, RunError
 
-CLASSES = {"names": ["a", "b"], "tasks": [[0], [1]]}
+CLASSES = tiny.classes("ab", [[0], [1]])
 FILES = ["config.json", "classes.json", "metrics.jsonl", "accuracy.csv", "checkpoints/latest",
          "checkpoints/task-01/state.json", "checkpoints/task-01/state.safetensors", "checkpoints/pieces/*"]  # fmt: skip
 
@@ -268,7 +268,8 @@ def test_a_hostile_record_with_a_true_digest_is_one_line(run):
     deep: list = []
     for _ in range(800):
         deep = [deep]
-    classes = [{}, {"names": 5, "tasks": []}, {"names": ["a"], "tasks": [[7]]}, {"names": ["a"], "tasks": [[-1]]}]
+    parts = [{"names": 5, "tasks": []}, {"names": ["a"], "tasks": [[7]]}, {"names": ["a"], "tasks": [[-1]]}]
+    classes = [{}, {"names": ["a", "b"], "tasks": [[0], [1]]}, *({**CLASSES, **part} for part in parts)]
     changes = [{"classes": value} for value in (*classes, {**CLASSES, "images": "x"})]
     rows = [deep, {"tensor": "/nowhere"}, {"piece": "../../config", "size": 9}, {"pairs": [[[], 1]]}]
     states = [5, [], {"pairs": 7}, {"pairs": [[[], 1]]}, *({"pairs": [["rows", value]]} for value in rows)]
@@ -373,7 +374,7 @@ def test_how_many_checkpoints_to_keep_is_a_number(keep):
 def test_names_of_any_kind_go_round(tmp_path):
     names = ["caf\udce9", "tab\tline\nend", "[bold]x[/bold]", "\x1b[31mred", "日本"]
     folder = tmp_path / os.fsdecode(b"caf\xe9 [x]")
-    run = Run.create(folder, tiny.config(), {"names": names, "tasks": [[0, 1, 2, 3, 4]], "task_names": ["\udce9"]})
+    run = Run.create(folder, tiny.config(), tiny.classes(names, [[0, 1, 2, 3, 4]], ["\udce9"]))
     run.log("data", warning=names[0])
     run.save(CheckpointName(1), state())
     assert (run.classes()[0], run.task_names(), run.events("data")[0]["warning"]) == (names, ["\udce9"], names[0])

@@ -280,8 +280,7 @@ def made(tmp_path, name, matrices):
     """A finished run for each seed, by its matrix of one column."""
     runs = {}
     for seed, matrix in matrices.items():
-        tasks = [[t] for t in range(len(matrix))]
-        classes = {"names": [str(t) for t in range(len(matrix))], "tasks": tasks}
+        classes = tiny.classes(map(str, range(len(matrix))), [[t] for t in range(len(matrix))])
         run = Run.create(tmp_path / name / str(seed), tiny.config(seed=seed), classes)
         run.save(f"task-{len(matrix):02d}", {"matrices": {"sequential": torch.tensor(matrix, dtype=torch.float64)}})
         runs[seed] = run

@@ -16,7 +16,7 @@ PARTS = {
     "fingerprint": "labels or names of images",
 }
 """What is remembered, see `pgp.curriculum.described`, and what it is called."""
-KINDS = {"task_names": list, "images": dict, "fingerprint": list}
+KINDS = {"names": list, "tasks": list, "task_names": list, "images": dict, "fingerprint": list}
 
 
 def checked(classes: Mapping[str, Any], place: Path) -> dict[str, Any]:
@@ -26,15 +26,15 @@ def checked(classes: Mapping[str, Any], place: Path) -> dict[str, Any]:
         RunError: Naming `place`, if it is something else.
     """
     with understood(place):
+        for key, kind in KINDS.items():
+            if type(classes[key]) is not kind:
+                raise TypeError(f"expected {key} as a {kind.__name__}")
         names, tasks = classes["names"], classes["tasks"]
         labels = [label for task in tasks for label in task]
         if not (tasks and all(type(name) is str for name in names) and all(type(label) is int for label in labels)):
             raise TypeError("expected names of classes, and labels of each task")
         if not all(0 <= label < len(names) for label in labels):
             raise ValueError(f"expected labels below {len(names)}")
-        for key, kind in KINDS.items():
-            if key in classes and type(classes[key]) is not kind:
-                raise TypeError(f"expected {key} as a {kind.__name__}")
     return dict(classes)
 
 
@@ -50,7 +50,7 @@ def difference(known: Mapping[str, Any], classes: Mapping[str, Any], *, images: 
     known = _first(known, tasks)
     now = _first(classes, len(known["tasks"])) if images else classes
     for key, what in PARTS.items():
-        if key in known and (images or key not in ("images", "fingerprint")) and known[key] != now[key]:
+        if (images or key not in ("images", "fingerprint")) and known[key] != now[key]:
             before, after = _differing(known[key], now[key])
             return f"the {what} differ ({before} before, {after} now)"
     return None
@@ -61,14 +61,14 @@ def _first(classes: Mapping[str, Any], tasks: int | None) -> dict[str, Any]:
     more = len(classes["tasks"]) - (len(classes["tasks"]) if tasks is None else tasks)
     if more <= 0:
         return dict(classes)
-    kept = {key: classes[key][:tasks] for key in ("tasks", "task_names") if key in classes}
-    count = 1 + max(label for labels in kept["tasks"] for label in labels)
-    kept |= {"names": classes["names"][:count]}
-    if "images" in classes:
-        kept["images"] = {part: counts[:tasks] for part, counts in classes["images"].items()}
-    if "fingerprint" in classes:
-        kept["fingerprint"] = classes["fingerprint"][:-more]
-    return kept
+    count = 1 + max(label for labels in classes["tasks"][:tasks] for label in labels)
+    return {
+        "names": classes["names"][:count],
+        "tasks": classes["tasks"][:tasks],
+        "task_names": classes["task_names"][:tasks],
+        "images": {part: counts[:tasks] for part, counts in classes["images"].items()},
+        "fingerprint": classes["fingerprint"][:-more],
+    }
 
 
 def _differing(one: Any, other: Any) -> tuple[Any, Any]:

@@ -247,8 +247,6 @@ def _stream(run: Run) -> dict[int, float]:
 
 def _anywhere(tree: dict[str, Any], run: Run) -> dict[str, Any]:
     """The settings `tree` of a run with what its data and tasks are known by in place of where they lie."""
-    if run.data_fingerprint is None:
-        return tree
     known = {"data": run.data_fingerprint, "tasks of": None if tree["shuffle"] else run.classes()[1]}
     return {key: value for key, value in tree.items() if not PLACE.fullmatch(key)} | known
 

@@ -285,16 +285,14 @@ class Run:
 
     def task_names(self) -> list[str]:
         """Return what each task is called, "" for nothing."""
-        known = self._classes()
-        names: list[str] = known.get("task_names") or [""] * len(known["tasks"])
+        names: list[str] = self._classes()["task_names"]
         return names
 
     @property
-    def data_fingerprint(self) -> list[str] | None:
-        """What its data are known by, wherever they lie: those it began with, and each that was added; None if it does
-        not say so.
-        """
-        return self._classes().get("fingerprint")
+    def data_fingerprint(self) -> list[str]:
+        """What its data are known by, wherever they lie: those it began with, and each that was added."""
+        fingerprint: list[str] = self._classes()["fingerprint"]
+        return fingerprint
 
     def _classes(self) -> dict[str, Any]:
         return description.checked(self.describe().classes, self.folder / CLASSES)
