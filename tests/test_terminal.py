@@ -210,7 +210,7 @@ def test_answers_go_where_they_are_sent(run, photos):
 
 @pytest.mark.parametrize(
     "words",
-    [["eval", "RUN"], ["audit", "RUN"], ["report", "RUN"], ["data", "check", "own", "--data", "PHOTOS"], ["list"]],
+    [["eval", "RUN"], ["audit", "RUN"], ["data", "check", "own", "--data", "PHOTOS"], ["list"]],
     ids=lambda words: words[0],
 )
 def test_results_are_the_same_in_a_pipe_and_never_wrapped_there(words, run, photos):
