@@ -22,7 +22,7 @@ from pgp.datasets.manifest import Manifest
 from pgp.datasets.synthetic import Synthetic
 from pgp.methods.head_only import HeadOnly
 from pgp.projections.none import NoProjection
-from pgp.run import Run
+from pgp.run import Run, RunError
 
 
 def config(folder, **changes):
@@ -60,6 +60,66 @@ def test_eval_and_audit_find_data_that_moved(run, capsys, command):
     assert "name another, by --data" in told
     cli.main([command, "run", "--data", "new"])
     assert "yes" in capsys.readouterr().out or command == "audit"
+    cli.main([command, "run"])  # it has been recorded
+    assert Run.open(run.folder).config == replace(run.config, dataset=Folder(Path("new").absolute(), test_share=0.5))
+
+
+def test_training_goes_on_with_data_that_moved(run, monkeypatch, capsys):
+    whole = (run.folder / "accuracy.csv").read_bytes()
+    (run.folder / "checkpoints" / "latest").write_text("task-01")
+    assert "name another, by --data" in fails(capsys, "train", "--resume", "run")
+    cli.main(["train", "--resume", "run", "--data", "new"])
+    assert (run.folder / "accuracy.csv").read_bytes() == whole
+    photos(Path("more"), "eel", "fox")
+    shutil.move("new", "newer")
+    cli.main(["train", "--resume", "run", "--add", "more", "--data", "newer"])
+    shutil.move("newer", "newest")
+    shutil.move("more", "called otherwise")
+    cli.main(["eval", "run", "--data", "newest", "--data", "called otherwise"])
+    cli.main(["train", "--resume", "run"])
+    again = Run.open(run.folder)
+    assert again.config.dataset.root == Path("newest").absolute()
+    assert again.config.added == (Folder(Path("called otherwise").absolute()),)
+    assert again.task_names() == ["", "", "more"]
+    photos(Path("last"), "gnu", "hen")
+    cli.main(["train", "--resume", "run", "--add", "last"])
+    assert Run.open(run.folder).task_names() == ["", "", "more", "last"]
+
+
+def test_a_run_that_learned_nothing_yet_goes_on(tmp_path, monkeypatch, capsys):
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
+    photos(Path("old"), "ant", "bee", "cat", "dog")
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "fit_task", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config(Path("old")), Path("run"))
+    shutil.move("old", "new")
+    shutil.copytree("new", "other")
+    Path("other/ant/0.png").unlink()
+    assert "expected the data that run began with, but" in fails(capsys, "train", "--resume", "run", "--data", "other")
+    cli.main(["train", "--resume", "run", "--data", "new"])
+    assert Run.open(Path("run")).progress() == (2, 2)
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_run_that_cannot_be_written_is_evaluated_all_the_same(run, monkeypatch, capsys):
+    def refuse(*_):
+        raise RunError("cannot write run/config.json: Read-only file system")
+
+    monkeypatch.setattr(Run, "change_config", refuse)
+    cli.main(["eval", "run", "--data", "new"])
+    out, err = capsys.readouterr()
+    assert "yes" in out
+    assert "the run does not record where its data lie now: cannot write run/config.json: Read-only file system" in err
+
+
+@pytest.mark.filterwarnings("default")
+def test_other_images_in_the_same_place_are_told(run, capsys):
+    Path("new/ant/0.png").unlink()
+    shutil.move("new", "old")
+    cli.main(["eval", "run"])
+    assert "pgp: evaluated on other images: expected the data that run began with, but" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["eval", "audit"])

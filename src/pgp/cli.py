@@ -110,7 +110,9 @@ def train_command(words: list[str]) -> None:
         chosen = parsing.parsed(ResumeCommand, ["--help"] if asked else words, "pgp train --resume", default=default)
         with display.progress() as bars:
             more = own_data(chosen.add) if chosen.add else None
-            run = train.resume(chosen.resume, chosen.hardware, bars, more, chosen.on_bad_image, drop=chosen.drop)
+            run = train.resume(
+                chosen.resume, chosen.hardware, bars, more, chosen.on_bad_image, drop=chosen.drop, data=chosen.data
+            )
         display.show([run])
     elif words and words[0] in HELP:
         display.show_lines(*USAGE.splitlines())

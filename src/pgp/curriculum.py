@@ -19,6 +19,7 @@ from pgp.config import Config
 from pgp.datasets import Address, BadImageError, Dataset, DatasetConfig, Joined, Split, in_order, stopped_by
 from pgp.datasets.own import moved
 from pgp.datasets.text import lines_of, normalized, read_text
+from pgp.paths import Place
 from pgp.scenario import Groups, Scenario, Task, class_order, generator, split_by_class, split_by_domain, split_by_name
 
 ORDER, TASKS = "class_order.txt", "tasks.json"
@@ -37,7 +38,7 @@ def located(config: Config) -> Config:
     return replace(config, dataset=dataset.located(), backbone=config.backbone.located(), added=added, **paths)
 
 
-def with_places(config: Config, places: Sequence[str]) -> Config:
+def with_places(config: Config, places: Sequence[Place]) -> Config:
     """Return the configuration of a run whose data have moved, files that it names in their folder as well.
 
     Args:

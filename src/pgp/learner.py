@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -198,11 +199,24 @@ def opened(run: Run, config: Config, progress: Progress) -> tuple[Learner, int]:
 
 
 def _check_places(learner: Learner, run: Run) -> None:
-    """Raise unless the data are those of `run`."""
+    """Raise unless the data are those of `run`, and record their place if they have moved.
+
+    Where they lie as recorded, they may have other images: that is a warning.
+    """
     run.check_data(learner.description, images=False)
     known, now = run.config, learner.config
-    if (known.dataset, known.added) != (now.dataset, now.added):
-        run.check_data(learner.description)
+    if (known.dataset, known.added) == (now.dataset, now.added):
+        try:
+            run.check_data(learner.description)
+        except RunError as error:
+            warnings.warn(f"evaluated on other images: {error}", stacklevel=2)
+        return
+    run.check_data(learner.description)
+    try:
+        with run.writing():
+            run.record_places(now)
+    except RunError as error:
+        warnings.warn(f"the run does not record where its data lie now: {error}", stacklevel=2)
 
 
 def fabric_for(config: Config) -> Fabric:

@@ -44,11 +44,14 @@ def go_on(learner: Learner, run: Run, name: CheckpointName, new: DatasetConfig |
     if new and not adds and run.data_differ(learner.description, known):
         adds, tasks = True, tasks - 1  # it was begun, and has been mended since
     run.check_data(learner.description, tasks=tasks, known=known.classes)
+    if root:
+        run.record_places(learner.config)
     if adds and root:
         run.checkpoints.drop_step()
         began = run.config
         config = replace(learner.config, hardware=began.hardware, on_bad_image=began.on_bad_image)
-        run.add(config, learner.description)
+        names = [*known.classes["task_names"][:tasks], *learner.description["task_names"][tasks:]]
+        run.add(config, learner.description | {"task_names": names})
         _tell_concerns(learner, run)
     elif root:
         run.adopt(name)

@@ -20,7 +20,7 @@ from pgp import metrics, processes
 from pgp.boundary import fitted, look_ahead, look_back
 from pgp.checkpoint import CheckpointName
 from pgp.config import Config, Hardware
-from pgp.curriculum import check_images, located, training_plan
+from pgp.curriculum import check_images, located, training_plan, with_places
 from pgp.datasets import Address, Batch, DatasetConfig, batches
 from pgp.datasets.own import own_data
 from pgp.evaluate import tell, tracked
@@ -73,6 +73,7 @@ def resume(
     on_bad_image: Literal["error", "skip"] | None = None,
     *,
     drop: bool = False,
+    data: Sequence[Place] = (),
 ) -> Run:
     """Go on with the run in `folder` from its latest checkpoint; on the same CPU the result is bitwise the same.
 
@@ -84,6 +85,7 @@ def resume(
             is until that task is finished.
         on_bad_image: replaces what the run was started with; nothing else of it can change.
         drop: go on from the latest finished task, without what was begun of the next one.
+        data: Where the data of the run lie now, if they have moved; see `pgp.curriculum.with_places`.
 
     Raises:
         ValueError: if `add` does not fit.
@@ -107,7 +109,7 @@ def resume(
         fabric.launch()
         fabric.barrier()  # nobody looks for checkpoints before the folder is tidy
         name = run.checkpoints.latest()
-        config, new = run.config_of(run.describe(name)), add.located() if add else None
+        config, new = with_places(run.config_of(run.describe(name)), data), add.located() if add else None
         if new and not is_begun(run, name, config, new):
             config = replace(config, added=(*config.added, new))
         learner = Learner(fabric, here(config), progress if progress and fabric.is_global_zero else _quiet())
@@ -115,7 +117,10 @@ def resume(
         skip_bad = learner.config.on_bad_image == "skip"
         check_images(learner.data, learner.scenario, skip_bad=skip_bad, learned=learned)
         if name is None:
-            run.check_begun(config)
+            run.check_begun(began)
+            if data and learner.fabric.is_global_zero:
+                run.check_data(learner.description)
+                run.record_places(config)
             return _learn(learner, begin(learner, run, config, held))
         go_on(learner, run, name, new)
         return _learn(learner, run)
