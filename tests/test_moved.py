@@ -14,13 +14,14 @@ import tiny
 from pgp import cli, recipes, train
 from pgp.backbones.clip import CLIP
 from pgp.backbones.vit import ViT
-from pgp.curriculum import located, with_places
+from pgp.curriculum import located
 from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.folder import Folder
 from pgp.datasets.hugging_face import HuggingFace
 from pgp.datasets.manifest import Manifest
 from pgp.datasets.synthetic import Synthetic
 from pgp.methods.head_only import HeadOnly
+from pgp.places import with_places
 from pgp.projections.none import NoProjection
 from pgp.run import Run, RunError
 

@@ -35,7 +35,7 @@ from pgp.commands import (
     TrainCommand,
 )
 from pgp.config import Config, Hardware
-from pgp.curriculum import located, scenario_of, with_places
+from pgp.curriculum import located, scenario_of
 from pgp.datasets import BadImageError
 from pgp.datasets.check import checked
 from pgp.datasets.ignored import Ignored
@@ -44,6 +44,7 @@ from pgp.evaluate import tracked
 from pgp.guard import guarded
 from pgp.interrupts import Interrupted, describe
 from pgp.outputs import check_outside, is_empty, make_output
+from pgp.places import with_places
 from pgp.predict import Predictor, images_in
 from pgp.processes import rank
 from pgp.run import Run, free_folder

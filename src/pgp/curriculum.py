@@ -17,9 +17,7 @@ from torch import Tensor
 
 from pgp.config import Config
 from pgp.datasets import Address, BadImageError, Dataset, DatasetConfig, Joined, Split, in_order, stopped_by
-from pgp.datasets.own import moved
 from pgp.datasets.text import lines_of, normalized, read_text
-from pgp.paths import Place
 from pgp.scenario import Groups, Scenario, Task, class_order, generator, split_by_class, split_by_domain, split_by_name
 
 ORDER, TASKS = "class_order.txt", "tasks.json"
@@ -36,29 +34,6 @@ def located(config: Config) -> Config:
     paths = {name: file.expanduser().absolute() for name, file in files.items() if file is not None}
     added = tuple(more.located() for more in config.added)
     return replace(config, dataset=dataset.located(), backbone=config.backbone.located(), added=added, **paths)
-
-
-def with_places(config: Config, places: Sequence[Place]) -> Config:
-    """Return the configuration of a run whose data have moved, files that it names in their folder as well.
-
-    Args:
-        config: As the run records it.
-        places: Where its data sets lie now, in their order: the one that it began with, then each that was added.
-            Those that are left out lie where they did.
-
-    Raises:
-        ValueError: If there are more places than data sets.
-    """
-    known = (config.dataset, *config.added)
-    if len(places) > len(known):
-        raise ValueError(f"expected at most {len(known)} places by --data, one for each data set of the run in their"
-                         f" order, got {len(places)}")  # fmt: skip
-    dataset, *added = (*map(moved, known, places), *known[len(places) :])
-    old, new = config.dataset.places[:1], dataset.places[:1]
-    files = {name: getattr(config, name) for name in ("class_order", "task_file")}
-    within = {name: file for name, file in files.items() if file and old and file.is_relative_to(old[0])}
-    paths = {name: new[0] / file.relative_to(old[0]) for name, file in within.items()}
-    return located(replace(config, dataset=dataset, added=tuple(added), **paths))
 
 
 def assembled(config: Config) -> tuple[Dataset, Scenario]:

@@ -21,6 +21,7 @@ from pgp.datasets import Counts, Viewed
 from pgp.drift import DriftMeter
 from pgp.evaluate import Evaluation
 from pgp.interrupts import StopRequest
+from pgp.places import record_places
 from pgp.run import Run, RunError
 from pgp.scenario import Task, generator
 from pgp.stream import Stream
@@ -214,7 +215,7 @@ def _check_places(learner: Learner, run: Run) -> None:
     run.check_data(learner.description)
     try:
         with run.writing():
-            run.record_places(now)
+            record_places(run, now)
     except RunError as error:
         warnings.warn(f"the run does not record where its data lie now: {error}", stacklevel=2)
 

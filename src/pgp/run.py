@@ -208,17 +208,6 @@ class Run:
         self._identity = known._replace(config=change(self.config_of(known)).to_json())
         self._write_identity()
 
-    def record_places(self, config: Config) -> None:
-        """Record where the data lie by `config`, unless it is recorded. The process has to be `writing`."""
-
-        def change(known: Config) -> Config:
-            files = {name: getattr(config, name) for name in ("class_order", "task_file")}
-            return replace(known, dataset=config.dataset, added=config.added[: len(known.added)], **files)
-
-        known = [self.config_of(self.describe(name)) for name in (self.checkpoints.latest(), None)]
-        if any(change(one) != one for one in known):
-            self.change_config(change)
-
     def adopt(self, name: CheckpointName | None) -> Identity:
         """Go on as what the run was at a checkpoint; as what its files say, if None."""
         self._identity = known = self.describe(name)

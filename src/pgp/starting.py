@@ -13,6 +13,7 @@ from pgp.environment import environment
 from pgp.evaluate import tell
 from pgp.learner import Learner
 from pgp.outputs import make_output
+from pgp.places import record_places
 from pgp.run import Run, RunError, free_folder
 
 
@@ -45,7 +46,7 @@ def go_on(learner: Learner, run: Run, name: CheckpointName, new: DatasetConfig |
         adds, tasks = True, tasks - 1  # it was begun, and has been mended since
     run.check_data(learner.description, tasks=tasks, known=known.classes)
     if root:
-        run.record_places(learner.config)
+        record_places(run, learner.config)
     if adds and root:
         run.checkpoints.drop_step()
         began = run.config

@@ -20,12 +20,13 @@ from pgp import metrics, processes
 from pgp.boundary import fitted, look_ahead, look_back
 from pgp.checkpoint import CheckpointName
 from pgp.config import Config, Hardware
-from pgp.curriculum import check_images, located, training_plan, with_places
+from pgp.curriculum import check_images, located, training_plan
 from pgp.datasets import Address, Batch, DatasetConfig, batches
 from pgp.datasets.own import own_data
 from pgp.evaluate import tell, tracked
 from pgp.learner import Learner, fabric_for, opened
 from pgp.paths import Place
+from pgp.places import record_places, with_places
 from pgp.run import Run, RunError
 from pgp.scenario import Task
 from pgp.starting import begin, go_on, is_begun
@@ -85,7 +86,7 @@ def resume(
             is until that task is finished.
         on_bad_image: replaces what the run was started with; nothing else of it can change.
         drop: go on from the latest finished task, without what was begun of the next one.
-        data: Where the data of the run lie now, if they have moved; see `pgp.curriculum.with_places`.
+        data: Where the data of the run lie now, if they have moved; see `pgp.places.with_places`.
 
     Raises:
         ValueError: if `add` does not fit.
@@ -120,7 +121,7 @@ def resume(
             run.check_begun(began)
             if data and learner.fabric.is_global_zero:
                 run.check_data(learner.description)
-                run.record_places(config)
+                record_places(run, config)
             return _learn(learner, begin(learner, run, config, held))
         go_on(learner, run, name, new)
         return _learn(learner, run)
