@@ -71,6 +71,19 @@ def test_what_a_dead_process_started_may_hold_its_lock_for_a_moment(tmp_path, mo
             pass
 
 
+def test_a_lock_is_not_read(tmp_path, monkeypatch):
+    """Windows refuses to read what another process has locked."""
+    read, run = storage.read, made(tmp_path / "run")
+
+    def refuse(path, *rest):
+        assert path.name != ".pgp-lock"
+        return read(path, *rest)
+
+    monkeypatch.setattr(storage, "read", refuse)
+    with locked(run.folder), pytest.raises(RunError, match="is being written to by process"), run.writing():
+        pass
+
+
 @pytest.mark.skipif(platforms.WINDOWS, reason="links take rights on Windows")
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     run = made(tmp_path / "run")

@@ -29,7 +29,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     path, writer = folder / LOCK, folder / WRITER
     if storage.exists(path):
-        storage.read(path)  # raises if it is a link, which would be followed
+        storage.require_file(path)  # a link would be followed; what is locked cannot be read on Windows
     lock = filelock.FileLock(path)
     try:
         _acquire(lock, folder)

@@ -75,6 +75,15 @@ def require_folder(path: Path) -> Path:
     return path
 
 
+def require_file(path: Path) -> None:
+    """Raise unless a regular file is at `path`, which is not opened.
+
+    Raises:
+        RunError: If there is none, or only a link to one.
+    """
+    _require_kind(path, stat.S_IFREG, "a file")
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, unless it is there.
 
