@@ -150,13 +150,13 @@ def test_places_are_those_of_every_data_set_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("backbone", "wanted"),
     [
-        (ViT.Config(weights="w.pth"), ViT.Config(weights="/here/w.pth")),
+        (ViT.Config(weights="w.pth"), ViT.Config(weights=str(Path("/here/w.pth")))),
         (ViT.Config(weights="hub"), ViT.Config(weights="hub")),
         (ViT.Config(weights="random"), ViT.Config(weights="random")),
         (recipes.BACKBONES["demo-vit"], recipes.BACKBONES["demo-vit"]),
         (recipes.BACKBONES["demo-clip"], recipes.BACKBONES["demo-clip"]),
         (CLIP.Config(weights="openai"), CLIP.Config(weights="openai")),
-        (CLIP.Config("m.json", "d/w.pt"), CLIP.Config("/here/m.json", "/here/d/w.pt")),
+        (CLIP.Config("m.json", "d/w.pt"), CLIP.Config(str(Path("/here/m.json")), str(Path("/here/d/w.pt")))),
     ],
 )
 def test_files_of_an_encoder_are_recorded_by_absolute_paths(backbone, wanted, monkeypatch):
