@@ -103,6 +103,18 @@ def test_a_projection_that_cannot_be_saved_inside_a_task_says_so(monkeypatch, ca
     assert Run.open(Path(FOLDER)).latest_name() == "task-01"
 
 
+def test_a_sweep_goes_on_by_the_same_call(monkeypatch, capfd):
+    words = ["sweep", "demo", "--workers", "1", "--no-controls", "--seeds", "1"]
+    with monkeypatch.context() as patch:
+        interrupted(patch, "train_step", 6, signal.SIGTERM)
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+    assert stop.value.code == 143
+    assert capfd.readouterr().err.endswith("pgp: stopped by SIGTERM; the same call goes on with the sweep\n")
+    cli.main(words)
+    assert "demo, seed 0: resumed in" in capfd.readouterr().err
+
+
 def test_what_is_ignored_or_taken_stays_so():
     heard = []
     before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}

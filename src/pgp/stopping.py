@@ -45,8 +45,10 @@ def is_asked_to_stop(learner: Learner, *, together: bool) -> bool:
             for each other.
     """
     asked = learner.stop.number is not None
-    if learner.fabric.world_size == 1 or not together:
-        return asked and learner.fabric.world_size == 1
+    if learner.fabric.world_size == 1:
+        return asked
+    if not together:
+        return False
     total = learner.fabric.all_reduce(torch.tensor(float(asked)), reduce_op="sum")
     assert isinstance(total, Tensor)
     return bool(total > 0)
