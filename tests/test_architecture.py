@@ -32,7 +32,7 @@ LEVELS = [
     {"backbones", "projections", "readouts", "datasets"},
     {"methods"},
     {"config", "recipes", "baselines"},
-    {"checkpoint", "eventlog", "lock", "description", "run"},
+    {"statetree", "checkpoint", "eventlog", "lock", "description", "run"},
     {
         "evaluate",
         "curriculum",

@@ -14,8 +14,9 @@ import torch
 
 import tiny
 from pgp import platforms, report, storage
-from pgp.checkpoint import CheckpointName, Piece
+from pgp.checkpoint import CheckpointName
 from pgp.run import Run, RunError
+from pgp.statetree import Piece
 
 CLASSES = tiny.classes("ab", [[0], [1]])
 FILES = ["config.json", "classes.json", "metrics.jsonl", "accuracy.csv", "checkpoints/latest",

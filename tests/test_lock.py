@@ -15,7 +15,7 @@ import torch
 
 import tiny
 from pgp import cli, lock, metrics, platforms, storage, train
-from pgp.checkpoint import CheckpointName
+from pgp.checkpoint import CheckpointName, Checkpoints
 from pgp.lock import locked
 from pgp.run import Run, RunError
 from test_checkpoint import CLASSES, contents, made, state
@@ -130,6 +130,18 @@ def test_a_run_without_a_checkpoint_is_started_over_by_the_same_call_and_by_resu
         assert contents(tmp_path / name) == before
 
 
+@pytest.mark.parametrize("first", [CheckpointName(1), CheckpointName(1, 3)])
+def test_a_kill_before_the_first_checkpoint_is_the_latest_blocks_nothing(tmp_path, monkeypatch, first):
+    run = Run.create(tmp_path / "run", tiny.config(), CLASSES)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "_point", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run.save(first, state())
+    again = Run.create(tmp_path / "run", tiny.config(), CLASSES)
+    again.save(first, state(2))
+    assert again.load()["task"] == 2
+
+
 @pytest.mark.parametrize("crash", ["config.json", "classes.json", "environment.json"])
 def test_a_kill_while_the_folder_is_made_blocks_nothing(tmp_path, monkeypatch, crash):
     write = storage.write
@@ -168,7 +180,7 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_not_started_over(tmp_path)
     before = contents(run.folder)
     with pytest.raises(RunError, match="nothing in it will be overwritten"):
         train.train(tiny.config(), run.folder)
-    with pytest.raises(RunError, match="has lost its checkpoints"):
+    with pytest.raises(RunError, match="latest is missing, and nothing of this run will be overwritten"):
         train.resume(run.folder)
     assert {path: data for path, data in contents(run.folder).items() if path.name != ".pgp-lock"} == before
 

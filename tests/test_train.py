@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from pgp import baselines, boundary, checkpoint, cli, metrics, train
+from pgp import baselines, boundary, cli, metrics, train
 from pgp.config import Hardware, Optimizer
 from pgp.curriculum import scenario_of, training_plan
 from pgp.datasets import BadImageError, Viewed, batches, in_order
@@ -28,6 +28,7 @@ from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.released import Released
 from pgp.readouts.sequential import Sequential
 from pgp.run import Run, RunError
+from pgp.statetree import pieces_in
 
 
 def final(run, name="task-03"):
@@ -35,7 +36,7 @@ def final(run, name="task-03"):
     record = json.loads((run.folder / "checkpoints" / name / "state.json").read_text())
     pieces = {
         piece: load_file(run.folder / "checkpoints" / "pieces" / f"{piece}.safetensors")
-        for piece in checkpoint._pieces_in(record["state"])
+        for piece in pieces_in(record["state"])
     }
     own = load_file(run.folder / "checkpoints" / name / "state.safetensors")
     return own | {f"{piece}{path}": tensor for piece, tensors in pieces.items() for path, tensor in tensors.items()}

@@ -32,9 +32,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
-from pgp import checkpoint, cli, train
+from pgp import cli, train
 from pgp.datasets.folder import Folder
 from pgp.run import Run, RunError
+from pgp.statetree import pieces_in
 
 KINDS = ("flip", "flip", "flip", "cut", "cut", "longer", "junk", "swap", "gone", "link", "FIFO", "folder")
 COLOURS = {"ant": (200, 30, 30), "bee": (30, 200, 30), "cat": (30, 30, 200), "dog": (200, 200, 30)}
@@ -65,7 +66,7 @@ def ended(folder):
     tensors = load_file(folder / "checkpoints" / name / "state.safetensors")
     learned = {key: tensor.numpy().tobytes() for key, tensor in tensors.items()}
     left = sorted(path.name for path in (folder / "checkpoints").iterdir() if "-replaced" not in path.name)
-    pieces = sorted(checkpoint._pieces_in(record["state"]))
+    pieces = sorted(pieces_in(record["state"]))
     closed = [event["task"] for event in run.events("task")]
     return name, learned, pieces, (folder / "accuracy.csv").read_bytes(), left, closed
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from pgp import platforms, storage
+from pgp.statetree import Piece, join, pieces_in, read_tensors, split
 from pgp.storage import RunError
 
 FORMAT = 2
@@ -69,10 +70,6 @@ class CheckpointName:
         return CheckpointName(self.task - 1) if self.task > 1 else None
 
 
-class Piece(dict[str, Any]):
-    """A part of a state that later states hold unchanged: its tensors are written once, for all checkpoints."""
-
-
 @dataclass(frozen=True)
 class Record:
     """What `state.json` says beside the state itself: all that the run was when the checkpoint was written."""
@@ -115,10 +112,24 @@ class Checkpoints:
         storage.require_folder(self.folder / str(name))
         return name
 
+    def is_empty(self) -> bool:
+        """Return whether there is nothing but what a process that was killed left unfinished."""
+        return all(platforms.UNFINISHED.fullmatch(path.name) for path in self._entries())
+
+    def is_begun(self) -> bool:
+        """Return whether there is nothing but what is left by a kill before the first checkpoint was the latest."""
+        names = self.names()
+        others = {path.name for path in self._entries()} - {*map(str, names), PIECES}
+        ours = all(platforms.UNFINISHED.fullmatch(name) or REPLACED.fullmatch(name) for name in others)
+        return ours and [name.task for name in names] in ([], [1])
+
+    def _entries(self) -> list[Path]:
+        return list(self.folder.iterdir()) if self.folder.is_dir() else []
+
     def names(self) -> list[CheckpointName]:
         """Return the names of all checkpoints that are there, oldest first."""
         found = []
-        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+        for path in self._entries():
             with contextlib.suppress(ValueError):
                 found.append(CheckpointName.parse(path.name))
         return sorted(found, key=lambda name: (name.task, name.step is None, name.step or 0))
@@ -151,9 +162,9 @@ class Checkpoints:
         place = self.folder / str(name)
         with storage.advised(self._advice), understood(place):
             _, tree = self._read(name)
-            tensors = _tensors(_intact(place / STATE, tree["tensors"], tree["size"]))
+            tensors = read_tensors(_intact(place / STATE, tree["tensors"], tree["size"]))
             pairs = [(key, item) for key, item in tree["state"]["pairs"] if parts is None or key in parts]
-            return {key: _join(item, tensors, self._piece) for key, item in pairs}
+            return {key: join(item, tensors, self._piece) for key, item in pairs}
 
     def save(self, name: CheckpointName, state: Mapping[str, Any], record: Record) -> None:
         """Write a checkpoint in one atomic move, make it the latest, and delete the older step of a task.
@@ -167,7 +178,7 @@ class Checkpoints:
         place, partial = self.folder / str(name), platforms.unfinished(self.folder / str(name))
         tensors: dict[str, Tensor] = {}
         pieces: dict[str, bytes] = {}
-        tree = _split(state, "", tensors, pieces)
+        tree = split(state, "", tensors, pieces)
         data = save(tensors)
         told = {**vars(record), "format": FORMAT, "name": str(name), "size": len(data), "tensors": storage.digest(data)}
         try:
@@ -234,7 +245,7 @@ class Checkpoints:
         folder, needed = self.folder / PIECES, set[str]()
         try:
             for name in self.names():
-                needed |= set(_pieces_in(self._read(name)[1]["state"]))
+                needed |= set(pieces_in(self._read(name)[1]["state"]))
             found = list(storage.require_folder(folder).iterdir()) if storage.exists(folder) else []
         except RunError:
             return
@@ -287,7 +298,7 @@ class Checkpoints:
         folder = storage.require_folder(self.folder / PIECES)
         data = _intact(folder / f"{digest}.safetensors", digest, size)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return Piece(_join(json.loads(header["__metadata__"]["tree"]), _tensors(data), self._piece))
+        return Piece(join(json.loads(header["__metadata__"]["tree"]), read_tensors(data), self._piece))
 
 
 @contextlib.contextmanager
@@ -334,54 +345,3 @@ def _intact(path: Path, digest: str, size: int) -> bytes:
     if storage.digest(data) != digest:
         raise RunError(f"{path} was changed or damaged after pgp wrote it")
     return data
-
-
-def _tensors(data: bytes) -> dict[str, Tensor]:
-    """Return tensors with memory of their own: in that of a file they are not aligned, and products round otherwise."""
-    return {name: tensor.clone() for name, tensor in load(data).items()}
-
-
-def _split(value: Any, path: str, tensors: dict[str, Tensor], pieces: dict[str, bytes]) -> Any:
-    """Return JSON for a tree of dicts, lists and plain values.
-
-    Its tensors are moved to `tensors` under their path, and every `Piece` of it to `pieces` under its digest.
-    """
-    if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous()
-        return {"tensor": path}
-    if isinstance(value, Piece):
-        own: dict[str, Tensor] = {}
-        tree = _split(dict(value), "", own, pieces)
-        data = save(own, {"tree": json.dumps(tree)})
-        pieces[storage.digest(data)] = data
-        return {"piece": storage.digest(data), "size": len(data)}
-    if isinstance(value, Mapping):
-        return {"pairs": [[key, _split(item, f"{path}/{key}", tensors, pieces)] for key, item in value.items()]}
-    if isinstance(value, (list, tuple)):
-        return [_split(item, f"{path}/{i}", tensors, pieces) for i, item in enumerate(value)]
-    return value
-
-
-def _join(tree: Any, tensors: Mapping[str, Tensor], piece: Callable[[str, int], Piece]) -> Any:
-    """Return the value that `_split` took apart."""
-    if isinstance(tree, dict):
-        if "tensor" in tree:
-            return tensors[tree["tensor"]]
-        if "piece" in tree:
-            return piece(tree["piece"], tree["size"])
-        return {key: _join(item, tensors, piece) for key, item in tree["pairs"]}
-    if isinstance(tree, list):
-        return [_join(item, tensors, piece) for item in tree]
-    return tree
-
-
-def _pieces_in(tree: Any) -> Iterator[str]:
-    """Yield the digests of the pieces that a state needs."""
-    if isinstance(tree, dict):
-        if "piece" in tree:
-            yield tree["piece"]
-        for _, item in tree.get("pairs", ()):
-            yield from _pieces_in(item)
-    elif isinstance(tree, list):
-        for item in tree:
-            yield from _pieces_in(item)

@@ -14,13 +14,13 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from pgp.checkpoint import Piece
 from pgp.datasets import Loading, Viewed, batches, in_order
 from pgp.evaluate import Evaluation, FeatureBatch, tracked
 from pgp.methods import Method
 from pgp.processes import told
 from pgp.projections import Handle, Projection
 from pgp.scenario import Task, generator
+from pgp.statetree import Piece
 from pgp.subspace import Protected, to_float64
 
 SKETCH_SIZE = 16

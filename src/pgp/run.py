@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from pgp import description, metrics, platforms, storage
-from pgp.checkpoint import LATEST, PIECES, CheckpointName, Checkpoints, Record
+from pgp.checkpoint import LATEST, CheckpointName, Checkpoints, Record
 from pgp.config import Config
 from pgp.environment import environment
 from pgp.eventlog import EventLog
@@ -101,19 +101,17 @@ class Run:
     def check_begun(self, config: Config) -> None:
         """Raise unless the run, which has no checkpoint, was stopped before it had one."""
         if not self._is_begun(config):
-            raise RunError(f"{self.folder} has lost its checkpoints, and nothing in it will be overwritten: put them"
-                           " back, or begin another run")  # fmt: skip
+            raise RunError(f"{self.checkpoints.folder / LATEST} is missing, and nothing of this run will be"
+                           " overwritten: write the name of a checkpoint there, or begin another run")  # fmt: skip
 
     def _is_begun(self, config: Config | None) -> bool:
         """Return whether nothing is here but a run, `config`, that was stopped before it had learned anything."""
         ours = {MARKER, LOCK, WRITER}
         left = {path.name for path in self.folder.iterdir() if not platforms.UNFINISHED.fullmatch(path.name)} - ours
-        inside = self.checkpoints.folder.iterdir() if self.checkpoints.folder.is_dir() else ()
-        saved = {path.name for path in inside if not platforms.UNFINISHED.fullmatch(path.name)} - {PIECES}
-        if saved or TABLE in left:
-            return False
         if CONFIG not in left:
-            return left <= {self.checkpoints.folder.name}
+            return left <= {self.checkpoints.folder.name} and self.checkpoints.is_empty()
+        if TABLE in left or not self.checkpoints.is_begun():
+            return False
         with contextlib.suppress(RunError):
             there = self.config
             wanted = config and replace(config, tasks=config.tasks or there.tasks, hardware=there.hardware)
