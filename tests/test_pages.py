@@ -46,7 +46,7 @@ def check(words):
         assert ended.value.code == 0, words
         return
     name, *rest = rest
-    assert name in COMMANDS
+    assert name in {*COMMANDS, "--help", "--version"}
     if name == "train" and rest and "--resume" not in rest:
         parsing.train_command(rest, "pgp train")
     elif name == "data" and len(rest) > 1:
