@@ -41,6 +41,8 @@ def check(words):
             parsing.train_command([word for word in rest if word != "--eval"], "python main.py")
             return
         assert (ROOT / script).is_file(), script
+        if script.startswith("tests/"):
+            return  # a test of its own holds what it writes
         with pytest.raises(SystemExit) as ended:
             importlib.import_module(Path(script).stem).main([*rest, "--help"])
         assert ended.value.code == 0, words
