@@ -131,7 +131,8 @@ def _alone(archive: Archive, root: Path, bars: Progress) -> Iterator[None]:
     work = root / WORK
     work.mkdir(parents=True, exist_ok=True)
     for path in (work, *work.iterdir()):
-        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+        known = path.is_file() or path.is_dir() or not path.exists()  # another process may have renamed it just now
+        if path.is_symlink() or not known:
             raise ArchiveError(f"{path} is a link or a device, which pgp never makes there: remove it and start again")
     lock = filelock.FileLock(work / f"{archive.name}.lock")
     try:
