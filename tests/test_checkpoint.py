@@ -316,6 +316,9 @@ def test_a_log_counts_as_it_was_when_the_checkpoint_was_written(run):
         run.events("task")
     path.write_bytes(data + b'{"event": "task", "task": 1}\n{"event": "ta')  # whose checkpoint was never written
     assert [event["task"] for event in run.events("task")] == [0]
+    path.write_bytes(data[:-5] + data[-4:])
+    with pytest.raises(RunError, match="restore it, or move it away"):  # the next checkpoint would vouch for it
+        run.adopt(CheckpointName(1))
     path.unlink()
     with pytest.warns(UserWarning, match="is missing: what it told of training is left out"):
         assert run.events("task") == []
@@ -335,6 +338,8 @@ def test_all_files_of_a_run_have_one_mode(tmp_path):
     before = os.umask(0o027)
     try:
         run = made(tmp_path / "run")
+        with run.writing():
+            pass
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in run.folder.rglob("*") if path.is_file()}

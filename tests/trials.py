@@ -249,7 +249,11 @@ def damages(times, place):
     shutil.copytree(whole, folder)
     answers = {name: output(words)[:2] for name, words in commands.items()}
     assert all(code == 0 for code, _ in answers.values()), answers
-    files = [path.relative_to(whole) for path in sorted(whole.rglob("*")) if path.is_file() and path.suffix != ".png"]
+    files = [
+        path.relative_to(whole)
+        for path in sorted(whole.rglob("*"))
+        if path.is_file() and path.stat().st_size and path.suffix != ".png"
+    ]
     for number in range(times):
         file = files[number % len(files)]
         kind = draw.choice(KINDS)

@@ -109,7 +109,8 @@ class Checkpoints:
             name = CheckpointName.parse(text.strip())
         except ValueError as error:
             raise RunError(f"{path} names no checkpoint: {error}; there are {self._known()}") from error
-        storage.require_folder(self.folder / str(name))
+        with storage.advised(self._advice):
+            storage.require_folder(self.folder / str(name))
         return name
 
     def is_empty(self) -> bool:

@@ -43,11 +43,11 @@ from pgp.datasets.own import own_data
 from pgp.evaluate import tracked
 from pgp.guard import guarded
 from pgp.interrupts import Interrupted, describe
-from pgp.outputs import check_outside, is_empty, make_output
+from pgp.outputs import check_outside, make_output
 from pgp.places import with_places
 from pgp.predict import Predictor, images_in
 from pgp.processes import rank
-from pgp.run import Run, free_folder
+from pgp.run import Run, RunError, free_folder
 
 USAGE = """\
 usage: pgp COMMAND ...
@@ -155,7 +155,11 @@ def _published_train(words: list[str]) -> None:
     """`python main.py RECIPE …`: trains into `--output_dir`, or into the next free folder beside it."""
     command = _train_command(words, "python main.py")
     folder = (command.output or PUBLISHED_OUTPUT).absolute()
-    if folder.is_dir() and not is_empty(folder) and not processes.started():
+    own = command.config if command.pgp else sequential(command.config)
+    try:
+        if not processes.started():
+            Run.check_free(folder, located(own))
+    except RunError:
         folder = free_folder(folder.parent, folder.name)
         display.note(f"the output folder is not empty: this run goes to {folder.name}")
     command = replace(command, output=folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pgp.checkpoint import understood
 
@@ -17,6 +17,15 @@ PARTS = {
 }
 """What is remembered, see `pgp.curriculum.described`, and what it is called."""
 KINDS = {"names": list, "tasks": list, "task_names": list, "images": dict, "fingerprint": list}
+
+
+class Identity(NamedTuple):
+    """What a run is, as JSON values: its configuration, and what it remembers of its data."""
+
+    run: str
+    """Identity of the run, drawn when it began: files of another run are told by it."""
+    config: dict[str, Any]
+    classes: dict[str, Any]
 
 
 def checked(classes: Mapping[str, Any], place: Path) -> dict[str, Any]:

@@ -30,6 +30,8 @@ def locked(folder: Path) -> Iterator[None]:
     path, writer = folder / LOCK, folder / WRITER
     if storage.exists(path):
         storage.require_file(path)  # a link would be followed; what is locked cannot be read on Windows
+    else:
+        storage.append(path, "")
     lock = filelock.FileLock(path)
     try:
         _acquire(lock, folder)

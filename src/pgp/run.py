@@ -9,13 +9,14 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from pgp import description, metrics, platforms, storage
 from pgp.checkpoint import LATEST, CheckpointName, Checkpoints, Record
 from pgp.config import Config
+from pgp.description import Identity
 from pgp.environment import environment
 from pgp.eventlog import EventLog
 from pgp.lock import locked
@@ -25,15 +26,6 @@ from pgp.paths import Place, as_path
 from pgp.storage import RunError as RunError
 
 CONFIG, CLASSES, LOG, TABLE = "config.json", "classes.json", "metrics.jsonl", "accuracy.csv"
-
-
-class Identity(NamedTuple):
-    """What a run is, as JSON values: its configuration, and what it remembers of its data."""
-
-    run: str
-    """Identity of the run, drawn when it began: files of another run are told by it."""
-    config: dict[str, Any]
-    classes: dict[str, Any]
 
 
 class Run:
@@ -163,9 +155,9 @@ class Run:
         if name is None:
             if (config := files[CONFIG]) is None:
                 raise RunError(f"no run at {self.folder}: {CONFIG} is missing, and no task is finished")
-            return Identity(
-                config.pop("run", ""), config, {k: v for k, v in (files[CLASSES] or {}).items() if k != "run"}
-            )
+            classes = files[CLASSES] or {}
+            classes.pop("run", None)
+            return Identity(config.pop("run", ""), config, classes)
         record = self.checkpoints.record(name)
         for file, tree in files.items():
             if tree is not None and tree.get("run") != record.run:
@@ -187,27 +179,32 @@ class Run:
         """The resolved configuration."""
         return self.config_of(self.describe())
 
-    def config_of(self, description: Identity) -> Config:
-        """Return a configuration that this run was described with."""
+    def config_of(self, known: Identity) -> Config:
+        """Return the configuration of what the run was."""
         try:
-            return Config.from_json(description.config)
+            return Config.from_json(known.config)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise RunError(f"{self.folder} does not describe a run of this pgp: {error}") from error
 
     def change_config(self, change: Callable[[Config], Config]) -> None:
         """Record a change that decides no result, such as of where the data lie. The process has to be `writing`."""
         last = self.checkpoints.latest()
-        for name in {last, last.finished} - {None} if last else ():
-            assert name is not None
-            record = self.checkpoints.record(name)
-            config = change(self.config_of(self.describe(name)))
-            self.checkpoints.rewrite(name, replace(record, config=config.to_json()))
+        names = {last, last.finished} if last else set()
+        for name in names:
+            if name is not None:
+                config = change(self.config_of(self.describe(name)))
+                self.checkpoints.rewrite(name, replace(self.checkpoints.record(name), config=config.to_json()))
         known = self.describe()
         self._identity = known._replace(config=change(self.config_of(known)).to_json())
         self._write_identity()
 
     def adopt(self, name: CheckpointName | None) -> Identity:
-        """Go on as what the run was at a checkpoint; as what its files say, if None."""
+        """Go on as what the run was at a checkpoint; as what its files say, if None.
+
+        Raises:
+            RunError: If the log was changed since.
+        """
+        self.check_log()
         self._identity = known = self.describe(name)
         if name is not None and name.step is not None and len(known.classes["tasks"]) > len(self.classes()[1]):
             self._adds = True
@@ -222,7 +219,11 @@ class Run:
         Args:
             config: That of the run, with what was added.
             classes: What to remember of all data.
+
+        Raises:
+            RunError: If the log was changed since the latest checkpoint.
         """
+        self.check_log()
         self._identity = self.describe()._replace(config=config.to_json(), classes=dict(classes))
         self._adds = True
         self.log_file.held = []
@@ -248,12 +249,20 @@ class Run:
         Raises:
             RunError: If the log was changed since the latest checkpoint.
         """
+        self.check_log()
+        done = self._finished()
+        found = [values for values in self.log_file.events() if values["event"] == event]
+        return [values for values in found if event != "task" or values.get("task") in range(done.task if done else 0)]
+
+    def check_log(self) -> None:
+        """Warn if metrics.jsonl is missing.
+
+        Raises:
+            RunError: If it was changed since the latest checkpoint.
+        """
         last = self.checkpoints.latest()
         if last and not self.log_file.check(self.checkpoints.record(last).log):
-            warnings.warn(f"{self.log_file.path} is missing: what it told of training is left out", stacklevel=2)
-        done = last.finished.task if last and last.finished else 0
-        found = [values for values in self.log_file.events() if values["event"] == event]
-        return [values for values in found if event != "task" or values.get("task") in range(done)]
+            warnings.warn(f"{self.log_file.path} is missing: what it told of training is left out", stacklevel=3)
 
     def write_matrices(self, matrices: Mapping[str, Tensor]) -> None:
         """Write `accuracy.csv` from the accuracy matrix `(T, T)` of each column; NaN entries are left out."""
@@ -294,10 +303,6 @@ class Run:
 
     def _classes(self) -> dict[str, Any]:
         return description.checked(self.describe().classes, self.folder / CLASSES)
-
-    def data_differ(self, classes: Mapping[str, Any], known: Identity) -> bool:
-        """Return whether the data are others than those that are known."""
-        return description.difference(known.classes, classes, images=True, tasks=None) is not None
 
     def check_data(
         self,

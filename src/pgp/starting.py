@@ -6,6 +6,7 @@ import contextlib
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from pgp import description
 from pgp.checkpoint import CheckpointName
 from pgp.config import Config
 from pgp.datasets import DatasetConfig
@@ -42,7 +43,7 @@ def go_on(learner: Learner, run: Run, name: CheckpointName, new: DatasetConfig |
     known = run.describe(name)
     tasks, root = len(known.classes["tasks"]), learner.fabric.is_global_zero
     adds = len(learner.scenario) > tasks
-    if new and not adds and run.data_differ(learner.description, known):
+    if new and not adds and description.difference(known.classes, learner.description, images=True, tasks=None):
         adds, tasks = True, tasks - 1  # it was begun, and has been mended since
     run.check_data(learner.description, tasks=tasks, known=known.classes)
     if root:

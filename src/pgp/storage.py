@@ -207,8 +207,8 @@ def remove_folder(path: Path) -> None:
 def remove_abandoned(folder: Path) -> None:
     """Delete the unfinished files in `folder` that no living process is writing."""
     for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
-        if platforms.is_abandoned(path) and not path.is_dir():
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # who wrote it may have renamed it by now
+            if platforms.is_abandoned(path) and not path.is_dir():
                 path.unlink()
 
 
