@@ -322,6 +322,11 @@ def test_a_log_counts_as_it_was_when_the_checkpoint_was_written(run):
     path.unlink()
     with pytest.warns(UserWarning, match="is missing: what it told of training is left out"):
         assert run.events("task") == []
+    with pytest.warns(UserWarning, match="is missing"):
+        run.adopt(CheckpointName(1))  # a new log begins
+    run.log("resumed", task=1, step=0)
+    assert len(run.events("resumed")) == 1
+    assert everything(run)[3] == "task-01"
 
 
 def test_what_is_learned_anew_counts_once(tmp_path):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,10 +202,14 @@ class Checkpoints:
         if last and last.step is not None:
             storage.remove_folder(self.folder / str(last))
 
-    def rewrite(self, name: CheckpointName, record: Record) -> None:
-        """Give a checkpoint another record; its state stays as it is."""
-        _, tree = self._read(name)
-        storage.write(self.folder / str(name) / RECORD, json.dumps(storage.sealed({**tree, **vars(record)})))
+    def rewrite(self, change: Callable[[Record], Record]) -> None:
+        """Change the records of the latest checkpoint and of that of the last finished task, and not their states."""
+        last = self.latest()
+        for name in {last, last.finished} if last else ():
+            if name is not None:
+                record, tree = self._read(name)
+                changed = storage.sealed({**tree, **vars(change(record))})
+                storage.write(self.folder / str(name) / RECORD, json.dumps(changed))
 
     def keep(self, newest: int) -> None:
         """Delete the checkpoints of all finished tasks but the newest few."""

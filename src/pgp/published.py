@@ -148,7 +148,7 @@ def _runs_of(recipe: str, folders: Iterable[Path]) -> tuple[list[Run], list[RunE
         if (folder / "config.json").is_file():
             try:
                 run = Run.open(folder)
-                if run.config.name == recipe and run.latest_task_name():
+                if run.config.name == recipe and run.progress()[0]:
                     runs.append(run)
             except RunError as error:
                 errors.append(error)

@@ -188,30 +188,30 @@ class Run:
 
     def change_config(self, change: Callable[[Config], Config]) -> None:
         """Record a change that decides no result, such as of where the data lie. The process has to be `writing`."""
-        last = self.checkpoints.latest()
-        names = {last, last.finished} if last else set()
-        for name in names:
-            if name is not None:
-                config = change(self.config_of(self.describe(name)))
-                self.checkpoints.rewrite(name, replace(self.checkpoints.record(name), config=config.to_json()))
+        self.describe(self.checkpoints.latest())  # raises if it belongs to another run
+
+        def changed(record: Record) -> Record:
+            known = Identity(record.run, record.config, record.classes)
+            return replace(record, config=change(self.config_of(known)).to_json())
+
+        self.checkpoints.rewrite(changed)
         known = self.describe()
         self._identity = known._replace(config=change(self.config_of(known)).to_json())
         self._write_identity()
 
-    def adopt(self, name: CheckpointName | None) -> Identity:
+    def adopt(self, name: CheckpointName | None) -> None:
         """Go on as what the run was at a checkpoint; as what its files say, if None.
 
         Raises:
             RunError: If the log was changed since.
         """
-        self.check_log()
+        self._stamp_log()
         self._identity = known = self.describe(name)
         if name is not None and name.step is not None and len(known.classes["tasks"]) > len(self.classes()[1]):
             self._adds = True
             self.log_file.held = list(self.checkpoints.record(name).held)
         elif name is not None:
             self._write_identity()  # a crash may have come before
-        return known
 
     def add(self, config: Config, classes: Mapping[str, Any]) -> None:
         """Let data join the run, with the next finished task; nothing is written before.
@@ -223,7 +223,7 @@ class Run:
         Raises:
             RunError: If the log was changed since the latest checkpoint.
         """
-        self.check_log()
+        self._stamp_log()
         self._identity = self.describe()._replace(config=config.to_json(), classes=dict(classes))
         self._adds = True
         self.log_file.held = []
@@ -249,20 +249,28 @@ class Run:
         Raises:
             RunError: If the log was changed since the latest checkpoint.
         """
-        self.check_log()
+        self._check_log()
         done = self._finished()
         found = [values for values in self.log_file.events() if values["event"] == event]
         return [values for values in found if event != "task" or values.get("task") in range(done.task if done else 0)]
 
-    def check_log(self) -> None:
-        """Warn if metrics.jsonl is missing.
+    def _check_log(self) -> bool:
+        """Return whether metrics.jsonl is there if it has to be; warn if it is not.
 
         Raises:
             RunError: If it was changed since the latest checkpoint.
         """
         last = self.checkpoints.latest()
-        if last and not self.log_file.check(self.checkpoints.record(last).log):
+        there = last is None or self.log_file.check(self.checkpoints.record(last).log)
+        if not there:
             warnings.warn(f"{self.log_file.path} is missing: what it told of training is left out", stacklevel=3)
+        return there
+
+    def _stamp_log(self) -> None:
+        """Let a new log begin if somebody moved it away."""
+        if not self._check_log():
+            stamp = self.log_file.stamp()
+            self.checkpoints.rewrite(lambda record: replace(record, log=stamp))
 
     def write_matrices(self, matrices: Mapping[str, Tensor]) -> None:
         """Write `accuracy.csv` from the accuracy matrix `(T, T)` of each column; NaN entries are left out."""
@@ -373,11 +381,6 @@ class Run:
         """Return the name of the newest checkpoint, or None."""
         last = self.checkpoints.latest()
         return str(last) if last else None
-
-    def latest_task_name(self) -> str | None:
-        """Return the name of the newest checkpoint at the end of a task, or None."""
-        name = self._finished()
-        return str(name) if name else None
 
     def progress(self) -> tuple[int, int]:
         """Return how many tasks are finished, and how many there are."""
