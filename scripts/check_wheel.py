@@ -1,4 +1,4 @@
-"""Build the wheel, and import every module of it from the wheel itself, without the source tree or its extras.
+"""Build the wheel, unpack it as an installer does, and import every module of it, without the source tree or its extras.
 
 python scripts/check_wheel.py           # needs the packages build and setuptools
 python scripts/check_wheel.py --tiny    # prove the check itself on a wheel of one module, without building
@@ -37,8 +37,10 @@ def check(wheel: Path, package: Path) -> int:
     Raises:
         SystemExit: If a file is missing or a module cannot be imported.
     """
+    unpacked = wheel.parent / "unpacked"  # as pip leaves it: what reads a file beside its module finds none in a zip
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+        archive.extractall(unpacked)
     files = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     wanted = {path.relative_to(package.parent).as_posix() for path in files}
     if missing := sorted(wanted - set(names)):
@@ -48,9 +50,9 @@ def check(wheel: Path, package: Path) -> int:
     lines = [
         "import sys",
         *(f"sys.modules[{extra!r}] = None" for extra in EXTRAS),
-        f"sys.path.insert(0, {str(wheel)!r})",
+        f"sys.path.insert(0, {str(unpacked)!r})",
         *(f"import {module}" for module in modules),
-        f"assert sys.modules[{package.name!r}].__file__.startswith({str(wheel)!r})",
+        f"assert sys.modules[{package.name!r}].__file__.startswith({str(unpacked)!r})",
     ]
     if subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False, cwd=wheel.parent).returncode:
         sys.exit(f"expected every module of {wheel.name} to import without {', '.join(EXTRAS)}; see above")
