@@ -34,19 +34,22 @@ from torch import Tensor, nn
 
 import records
 import rehearsal
-from pgp import platforms, recipes
+from pgp import recipes
 from pgp.backbones.vit import ViT
-from pgp.boundary import observe
 from pgp.config import Hardware
-from pgp.datasets import Batch, Loading, Views, batches, in_order
+from pgp.datasets.loader import Batch, LoaderOptions, batches, sequential_batches
 from pgp.datasets.synthetic import Synthetic
-from pgp.environment import environment
-from pgp.learner import Learner
-from pgp.methods import only
+from pgp.datasets.transforms import Transforms
+from pgp.methods.base import mask_logits
 from pgp.projections.orthogonal import Orthogonal
-from pgp.scenario import Task, generator
-from pgp.subspace import Protected
+from pgp.rng import make_generator
+from pgp.runs.environment import describe_environment
+from pgp.scenario import Task
+from pgp.subspace import ProtectedParameter
+from pgp.system import platforms
 from pgp.train import train_step
+from pgp.training.observe import observe
+from pgp.training.session import Learner
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "cost.jsonl"
@@ -104,12 +107,12 @@ class Baseline(nn.Module):
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return the loss over the classes of the task."""
         features, pull = self.features(images)
-        return F.cross_entropy(only(self.head(features), TASK.classes), labels) - 0.1 * pull
+        return F.cross_entropy(mask_logits(self.head(features), TASK.classes), labels) - 0.1 * pull
 
 
 def images(scale: Scale) -> Tensor:
     """Return a batch of noise."""
-    return torch.rand(scale.batch, 3, scale.size, scale.size, generator=generator(0, "images"))
+    return torch.rand(scale.batch, 3, scale.size, scale.size, generator=make_generator(0, "images"))
 
 
 def train(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], Any]:
@@ -141,18 +144,18 @@ def new_learner(kind: str, precision: Precision, scale: Scale) -> Learner:
     recipe = recipes.RECIPES[f"10cifar100_{kind}_pgp"]()
     data = Synthetic(classes=CLASSES, per_class=8)
     config = replace(recipe, dataset=data, backbone=scale.encoder, batch_size=scale.batch)
-    config = replace(config, views=Views(size=scale.size, resize=scale.size * 256 // 224))
+    config = replace(config, transforms=Transforms(size=scale.size, resize=scale.size * 256 // 224))
     config = replace(config, hardware=Hardware("cpu"), precision=precision)
     return Learner(Fabric(accelerator="cpu", devices=1, precision=precision), config, Progress(disable=True))
 
 
-def half_projection(protected: dict[str, Protected]) -> Orthogonal:
+def half_projection(protected: dict[str, ProtectedParameter]) -> Orthogonal:
     """Return a projection of half rank in every space, as many directions as a run gathers over its tasks."""
     projection = Orthogonal(protected)
     bases = {}
     for space, target in protected.items():
         width = target.parameter.shape[target.axis]
-        draw = torch.randn(width, width // 2, generator=generator(0, "basis"), dtype=torch.float64)
+        draw = torch.randn(width, width // 2, generator=make_generator(0, "basis"), dtype=torch.float64)
         bases[space] = torch.linalg.qr(draw).Q
     projection.load_state_dict(bases)
     return projection
@@ -193,8 +196,8 @@ def boundary(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[
 
     def query() -> None:
         with torch.no_grad(), autocast(precision):
-            viewed, plan = learner.viewed("test", "observed", task), in_order(task.train, scale.batch)
-            for batch in batches(viewed, plan, Loading()):
+            viewed, plan = learner.viewed("test", "observed", task), sequential_batches(task.train, scale.batch)
+            for batch in batches(viewed, plan, LoaderOptions()):
                 learner.method.query(batch.images)
 
     return query if kind == "query" else looking_back
@@ -284,7 +287,7 @@ def compare(what: str, precision: Precision, threads: int, rounds: int, scale: S
 def projection_seconds() -> float:
     """Return the seconds that the projection adds to an optimizer step: the difference of two medians over 30 steps."""
     prompts = {"prompts": torch.nn.Parameter(torch.rand(10, 5, 768)), "keys": torch.nn.Parameter(torch.rand(10, 768))}
-    protected = {space: Protected(parameter) for space, parameter in prompts.items()}
+    protected = {space: ProtectedParameter(parameter) for space, parameter in prompts.items()}
     medians = {}
     for on in (False, True):
         optimizer = torch.optim.Adam(prompts.values(), lr=0.001875)
@@ -376,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         (act, kind), (precision, *_) = options.memory, options.precision
         print(remember(act, kind, precision, scale))
         return
-    about = environment()
+    about = describe_environment()
     kept = {"commit": about["commit"], "processor": about["processor"], "torch": about["versions"]["torch"]}
     with tempfile.TemporaryDirectory() as scratch:
         results = Path(scratch) / RESULTS.name if options.tiny else RESULTS

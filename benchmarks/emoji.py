@@ -1,7 +1,8 @@
 """The main job on real pictures: 200 emoji as 9 vendors draw them, two vendors held out, 10 tasks of 20 classes.
 
     python benchmarks/emoji.py tune                 # the learning rate, on the unprojected methods and another vendor
-    python benchmarks/emoji.py run --part 1/2 &     # every row of the table, every seed; two processes share the work
+    python benchmarks/emoji.py run --part 1/2 &     # every row of the table, every seed; two processes
+    share the work
     python benchmarks/emoji.py run --part 2/2
     python benchmarks/emoji.py table                # docs/results/emoji.md from docs/results/emoji.jsonl
     python benchmarks/emoji.py run --tiny           # a rehearsal of a few rows on noise, whose figures mean nothing
@@ -33,27 +34,26 @@ from rich.progress import Progress
 
 import records
 import rehearsal
-from pgp import metrics
 from pgp.backbones.vit import ViT
 from pgp.config import Config, Optimizer
-from pgp.datasets import Loading, Viewed, Views, batches, in_order
 from pgp.datasets.folder import Folder
-from pgp.environment import environment
-from pgp.learner import Learner
-from pgp.methods import Method
+from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
+from pgp.datasets.transforms import Transforms
+from pgp.evaluation import metrics
+from pgp.methods.base import Method
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
-from pgp.projections import Projection
-from pgp.projections.none import NoProjection
+from pgp.projections.base import NoProjection, Projection
 from pgp.projections.orthogonal import Orthogonal
-from pgp.projections.released import Released
-from pgp.readouts.lda import LDA
-from pgp.readouts.ncm import NCM
-from pgp.readouts.sequential import Sequential
-from pgp.run import Run
+from pgp.projections.released import ReleasedBasis
+from pgp.readouts.head import MethodHead
+from pgp.readouts.lda import LDA, NCM
+from pgp.runs.environment import describe_environment
+from pgp.runs.run import Run
 from pgp.scenario import Task
 from pgp.train import train
+from pgp.training.session import Learner
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -66,7 +66,7 @@ VALIDATION = ("openmoji",)
 RATES = (0.03, 0.1, 0.3, 1.0)
 METHODS: dict[str, Method.Config] = {
     "head-only": HeadOnly.Config(),
-    "l2p": L2P.Config(top_k=2, reads="token"),
+    "l2p": L2P.Config(top_k=2, head_type="token"),
     "dualprompt": DualPrompt.Config(),
 }
 """Seven pictures of a class are few: a smaller choice of prompts, and CLS as published for the smallest data set."""
@@ -104,13 +104,13 @@ def base(root: Path, seed: int, *, tiny: bool = False) -> Config:
     config = Config(
         name="emoji",
         dataset=Folder(root),
-        views=Views(
+        transforms=Transforms(
             size=56, resize=56, scale=(0.6, 1.0), flip=0.0, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
         ),
         backbone=ViT.Config("vit_small_patch14_dinov2.lvd142m", weights=str(WEIGHTS)),
         method=METHODS["l2p"],
         projection=NoProjection.Config(),
-        readouts=(Sequential.Config(), LDA.Config()),
+        readouts=(MethodHead.Config(), LDA.Config()),
         optimizer=Optimizer(lr=BEST_RATE["l2p"]),
         tasks=10,
         epochs=3,
@@ -129,7 +129,7 @@ def rows() -> dict[str, dict[str, Any]]:
         "nearest class mean": {"method": HeadOnly.Config(learns=False), "readouts": (NCM.Config(),)},
         "L2P, all tasks at once": {"joint": True},
         "L2P": {},
-        "L2P-PGP released": {"projection": Released.Config()},
+        "L2P-PGP released": {"projection": ReleasedBasis.Config()},
     }
     for energy in (0.99, 0.9, 0.999):
         for on in ("gradient", "update"):
@@ -143,7 +143,7 @@ def rows() -> dict[str, dict[str, Any]]:
             table[f"DualPrompt at {rate:g}-PGP {protect}"] = {
                 **base,
                 "method": DualPrompt.Config(protect=protect),
-                "projection": Orthogonal.Config(energy=0.99, key_energy=0.99, on="update"),
+                "projection": Orthogonal.Config(energy=0.99, key_energy=0.99, apply_to="update"),
             }
     return table
 
@@ -178,12 +178,12 @@ def drift(run: Run) -> float:
     The norm of the change by the norm of the features, the mean over all tasks but the last.
     """
     learner = Learner(Fabric(accelerator="cpu", devices=1), run.config, Progress(disable=True))
-    viewed = Viewed(learner.data.test, run.config.views.test(), 0, ("test",), skip_bad=False)
+    viewed = TransformedSplit(learner.data.test, run.config.transforms.test(), 0, ("test",), skip_bad=False)
     tasks = learner.scenario.tasks[:-1]
 
     def features(task: Task, checkpoint: str) -> torch.Tensor:
         learner.load_state_dict(run.load(checkpoint))
-        (batch,) = batches(viewed, in_order(task.test, len(task.test)), Loading())
+        (batch,) = batches(viewed, sequential_batches(task.test, len(task.test)), LoaderOptions())
         return learner.method.features(batch.images)
 
     if not tasks:
@@ -202,7 +202,7 @@ def tune(root: Path, results: Path, part: int, parts: int, *, tiny: bool = False
                 base(root, seed=100, tiny=tiny),
                 method=method,
                 optimizer=Optimizer(lr=lr),
-                readouts=(Sequential.Config(),),
+                readouts=(MethodHead.Config(),),
             )
             records.append(results, {"method": name, "lr": lr, "seed": 100, **measure(config)})
 
@@ -217,7 +217,7 @@ def run(
             continue
         if (name, seed) not in {(line["row"], line["seed"]) for line in records.read(results)}:
             result = measure(replace(base(root, seed, tiny=tiny), **changes))
-            about = environment()
+            about = describe_environment()
             kept = {key: about[key] for key in ("commit", "processor", "threads")}
             records.append(results, {"row": name, "seed": seed, **result, **kept})
 

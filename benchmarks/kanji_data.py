@@ -36,14 +36,15 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, features
 
 import rehearsal
-from pgp.backbones import Backbone
+from pgp.backbones.base import Backbone
 from pgp.backbones.vit import ViT
-from pgp.datasets import Loading, Split, Viewed, Views, batches, in_order
+from pgp.datasets.base import Split
 from pgp.datasets.files import FileSplit
 from pgp.datasets.folder import Folder
-from pgp.readouts import Readout
-from pgp.readouts.lda import LDA
-from pgp.readouts.ncm import NCM
+from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
+from pgp.datasets.transforms import Transforms
+from pgp.readouts.base import Readout
+from pgp.readouts.lda import LDA, NCM
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT.parent / "shared" / "backbones" / "vit_small_patch14_imgfocus.safetensors"
@@ -280,12 +281,12 @@ def probe(of: Collection, encoder: ViT.Config, size: int) -> None:
     folders = {character: _class(character) for character in of.characters}
     validation = FileSplit.of(folder(of=of) / "validation", [folders[name] for name in data.class_names])
     parts = {"train": data.train, "validation": validation, "test": data.test}  # `Folder` reads no third part
-    views = Views(size=size, resize=size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    views = Transforms(size=size, resize=size, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     backbone = encoder.build(views.size)
     started = time.perf_counter()
     inputs = {"CLS": {part: _features(split, views, backbone) for part, split in parts.items()}}
     print(f"features of {sum(map(len, parts.values()))} pictures: {time.perf_counter() - started:.0f} s")
-    inputs["pixels"] = {part: _features(split, Views(size=24, resize=24), None) for part, split in parts.items()}
+    inputs["pixels"] = {part: _features(split, Transforms(size=24, resize=24), None) for part, split in parts.items()}
     for kind, read in inputs.items():
         readouts: dict[str, Readout] = {"LDA": LDA(data.classes), "nearest class mean": NCM(data.classes)}
         for name, readout in readouts.items():
@@ -312,11 +313,11 @@ def summary(of: Collection) -> str:
     return f"{root}: {len(of.characters)} classes; images: {images}\n{sources.strip()}"
 
 
-def _features(split: Split, views: Views, backbone: Backbone | None) -> torch.Tensor:
+def _features(split: Split, views: Transforms, backbone: Backbone | None) -> torch.Tensor:
     """Return `(N, D)`: what the frozen encoder makes of the test view, or the view itself without one."""
-    viewed = Viewed(split, views.test(), 0, ("probe",), skip_bad=False)
-    plan = in_order(torch.arange(len(split)), 64)
-    seen = (batch.images for batch in batches(viewed, plan, Loading()))
+    viewed = TransformedSplit(split, views.test(), 0, ("probe",), skip_bad=False)
+    plan = sequential_batches(torch.arange(len(split)), 64)
+    seen = (batch.images for batch in batches(viewed, plan, LoaderOptions()))
     return torch.cat([images.flatten(1) if backbone is None else backbone.encode(images) for images in seen])
 
 

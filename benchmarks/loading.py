@@ -24,10 +24,12 @@ from PIL import Image
 
 import cost
 import records
-from pgp.datasets import ArraySplit, Loading, Split, Viewed, Views, batches, in_order
+from pgp.datasets.base import ArraySplit, Split
 from pgp.datasets.files import FileSplit
-from pgp.environment import environment
-from pgp.scenario import generator
+from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
+from pgp.datasets.transforms import Transforms
+from pgp.rng import make_generator
+from pgp.runs.environment import describe_environment
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "loading.jsonl"
 
@@ -47,7 +49,7 @@ TINY = Scale(cost.TINY, 8, 2, (0,))
 
 def cifar(scale: Scale) -> Split:
     """Return noise of the size of CIFAR-100's images."""
-    pixels = torch.randint(256, (scale.images, 3, 32, 32), generator=generator(0, "pixels"), dtype=torch.uint8)
+    pixels = torch.randint(256, (scale.images, 3, 32, 32), generator=make_generator(0, "pixels"), dtype=torch.uint8)
     return ArraySplit(pixels, torch.zeros(scale.images, dtype=torch.int64))
 
 
@@ -55,17 +57,17 @@ def photos(folder: Path, scale: Scale) -> FileSplit:
     """Write JPEG files of smooth noise; return them undecoded."""
     paths = [folder / f"{number}.jpg" for number in range(scale.images)]
     for number, path in enumerate(paths):
-        coarse = torch.randint(256, (47, 63, 3), generator=generator(number, "photo"), dtype=torch.uint8)
+        coarse = torch.randint(256, (47, 63, 3), generator=make_generator(number, "photo"), dtype=torch.uint8)
         Image.fromarray(coarse.numpy()).resize((500, 375), Image.Resampling.BICUBIC).save(path, quality=90)
     return FileSplit(paths, [0] * scale.images)
 
 
 def rate(split: Split, workers: int, number: int, scale: Scale) -> float:
     """Return the images per second of one pass."""
-    viewed = Viewed(split, Views(size=scale.step.size).train(), 0, ("view", 0), skip_bad=False)
-    plan = in_order(torch.arange(scale.images), scale.step.batch, number)
+    viewed = TransformedSplit(split, Transforms(size=scale.step.size).train(), 0, ("view", 0), skip_bad=False)
+    plan = sequential_batches(torch.arange(scale.images), scale.step.batch, number)
     started = time.perf_counter()
-    for _ in batches(viewed, plan, Loading(workers)):
+    for _ in batches(viewed, plan, LoaderOptions(workers)):
         pass
     return scale.images / (time.perf_counter() - started)
 
@@ -110,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="rehearse on few images; nothing is kept")
     options = parser.parse_args(argv)
-    about = environment()
+    about = describe_environment()
     kept = {key: about[key] for key in ("commit", "processor", "threads", "cores")}
     lines = [
         {"what": what, "images_per_second": rates, "version": cost.VERSION, **kept}

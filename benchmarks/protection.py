@@ -1,7 +1,8 @@
 """What protects: deep prompts under every projection and every control, read by every readout, on two sets of pictures.
 
     python benchmarks/protection.py tune --data emoji                # learning rates, on pictures kept for tuning alone
-    python benchmarks/protection.py run --data emoji --part 1/2 &    # rows and seeds that are not in the results yet
+    python benchmarks/protection.py run --data emoji --part 1/2 &    # rows and seeds that are not in the
+    results yet
     python benchmarks/protection.py run --data emoji --part 2/2
     python benchmarks/protection.py table                            # docs/results/protection.md from protection.jsonl
     python benchmarks/protection.py run --tiny                       # a rehearsal of a few rows on noise
@@ -31,24 +32,24 @@ import emoji
 import kanji_data
 import records
 import rehearsal
-from pgp import metrics
-from pgp.audit import oracle
-from pgp.comparison import paired
+from pgp.analysis.audit import oracle
 from pgp.config import Config, Optimizer
-from pgp.drift_report import FIGURES, Course
-from pgp.environment import environment
+from pgp.evaluation import metrics
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.vpt import VPT
-from pgp.projections.none import NoProjection
+from pgp.projections.base import NoProjection
 from pgp.projections.orthogonal import Orthogonal
-from pgp.projections.random import Random
-from pgp.projections.released import Released
-from pgp.readouts import Readout
+from pgp.projections.random import RandomBasis
+from pgp.projections.released import ReleasedBasis
+from pgp.readouts.base import Readout
+from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
 from pgp.readouts.logistic import Logistic
-from pgp.readouts.sequential import Sequential
-from pgp.report import grid
+from pgp.reports.comparison import paired
+from pgp.reports.drift import STATISTICS, DriftHistory
+from pgp.reports.tables import markdown_table
+from pgp.runs.environment import describe_environment
 from pgp.train import train
 
 RESULTS = emoji.ROOT / "docs" / "results" / "protection.jsonl"
@@ -81,7 +82,7 @@ def base(data: str, root: Path, seed: int, *, tiny: bool = False) -> Config:
     config = replace(
         config,
         name=data,
-        views=replace(config.views, size=84, resize=84),
+        transforms=replace(config.transforms, size=84, resize=84),
         method=VPT.Config(length=8, protect="affinity+aggregation"),
         optimizer=optimizer(data),
         precision="bf16-mixed",
@@ -107,7 +108,7 @@ def measure(config: Config) -> dict[str, Any]:
         }
     finally:
         shutil.rmtree(scratch)
-    about = environment()
+    about = describe_environment()
     kept = {key: about[key] for key in ("commit", "processor", "vectors", "threads")}
     kept |= {"ranks": {space: round(rank, 1) for space, rank in last["ranks"].items()}, "readouts": last["readouts"]}
     kept |= {"forgetting_within": last["forgetting_within"], "identified": last["identified"], "drift": last["drift"]}
@@ -117,7 +118,7 @@ def measure(config: Config) -> dict[str, Any]:
 def optimizer(data: str) -> Optimizer:
     """Return the optimizer of `base`."""
     lr, share = RATE[data]
-    return Optimizer(lr=lr, prompt_share=share)
+    return Optimizer(lr=lr, prompt_lr_scale=share)
 
 
 def later_prompt_lr_scale(data: str, scale: float) -> dict[str, Any]:
@@ -144,17 +145,17 @@ def rows(data: str) -> dict[str, dict[str, Any]]:
         ("sum .9", "tokens", "sum", 0.9),
     ):
         method = VPT.Config(length=8, protect=protect)  # type: ignore[arg-type]
-        projection = Orthogonal.Config(space, energy, on="update")  # type: ignore[arg-type]
+        projection = Orthogonal.Config(space, energy, apply_to="update")  # type: ignore[arg-type]
         table[name] = {"method": method, "projection": projection}
     tokens = VPT.Config(length=8, protect="tokens")
     for name in ("input .99", "sum .9", "affinity .99"):
-        table[random_of(name)] = {**table[name], "projection": Random.Config(**asdict(table[name]["projection"]))}
-    table["released"] = {"method": tokens, "projection": Released.Config(components=5, when="after")}
-    exact = VPT.Config(length=8, protect="affinity+aggregation", behind_norm=True)
+        table[random_of(name)] = {**table[name], "projection": RandomBasis.Config(**asdict(table[name]["projection"]))}
+    table["released"] = {"method": tokens, "projection": ReleasedBasis.Config(components=5, when="after")}
+    exact = VPT.Config(length=8, protect="affinity+aggregation", prompts_after_norm=True)
     table["behind the norm, unprojected"] = {"method": exact, "projection": NoProjection.Config()}
     table["behind the norm, affinity+aggregation .99"] = {
         "method": exact,
-        "projection": Orthogonal.Config("input", 0.99, on="update"),
+        "projection": Orthogonal.Config("input", 0.99, apply_to="update"),
     }
     l2p = {"method": emoji.METHODS["l2p"], "optimizer": Optimizer(lr=emoji.BEST_RATE["l2p"])}
     table["L2P"] = {**l2p, "projection": NoProjection.Config()}
@@ -176,7 +177,7 @@ def random_of(row: str) -> str:
 
 
 READOUTS: tuple[Readout.Config, ...] = (
-    Sequential.Config(),
+    MethodHead.Config(),
     *(LDA.Config(compensate=how) for how in ("none", "shift", "linear")),
     *(Logistic.Config(compensate=how, draws=16) for how in ("none", "linear")),
     *(LDA.Config(query=True, compensate=how, shrinkage=0.2) for how in ("none", "linear")),
@@ -249,7 +250,7 @@ def accuracies(lines: Lines) -> str:
         lost = [emoji.spread(values(own, column, "forgetting")) for column in ("sequential", "lda+linear")]
         cells.append([name, str(len(own)), *readouts, bound, stale, *lost])
     head = ["row", "seeds", *(readout.name for readout in READOUTS), "oracle", "staleness"]
-    return grid([*head, "sequential, forgetting", "lda+linear, forgetting"], cells)
+    return markdown_table([*head, "sequential, forgetting", "lda+linear, forgetting"], cells)
 
 
 def own_heads(lines: Lines) -> str:
@@ -267,7 +268,7 @@ def own_heads(lines: Lines) -> str:
         ]
         for name, own in lines.items()
     ]
-    return grid(head, cells)
+    return markdown_table(head, cells)
 
 
 def compensated(lines: Lines) -> str:
@@ -301,7 +302,7 @@ def compensated(lines: Lines) -> str:
             for start in ("lda", "lda+query"):
                 row.append(way(found, bound, [by_seed(lines.get(one, {}), start, "average_accuracy") for one in STILL]))
             cells.append(row)
-    return grid(head, cells)
+    return markdown_table(head, cells)
 
 
 RANDOM = "random directions of its ranks"
@@ -326,15 +327,15 @@ def drifts(lines: Lines) -> str:
     """Return means over old tasks, over spaces and over seeds; forgetting that is left once the task is known."""
     cells = []
     for name, own in lines.items():
-        course = Course(name, [{0: line} for line in own.values()])
-        told = [course.last(figure) for heading, figure in FIGURES.items() if heading in DRIFT]
+        course = DriftHistory(name, [{0: line} for line in own.values()])
+        told = [course.last(figure) for heading, figure in STATISTICS.items() if heading in DRIFT]
         within = statistics.mean(line["forgetting_within"]["sequential"] for line in own.values())
         cells.append([name, *("" if value is None else f"{100 * value:.1f}" for value in (*told, within))])
-    return grid(["row", *DRIFT, "own head, forgetting, task known"], cells)
+    return markdown_table(["row", *DRIFT, "own head, forgetting, task known"], cells)
 
 
 DRIFT = ("features", "logits", "protected responses", "energy held", "removed", "leak", "task identified")
-"""Of `pgp.drift_report.FIGURES`."""
+"""Of `pgp.reports.drift.STATISTICS`."""
 
 
 def by_seed(lines: dict[int, dict[str, Any]], column: str, figure: str) -> dict[int, float]:
@@ -364,11 +365,11 @@ def tune(data: str, root: Path, results: Path, part: int, parts: int, *, tiny: b
         if (data, lr, share) not in {
             (line["data"], line["lr"], line["prompt_share"]) for line in records.read(results)
         }:
-            rates = Optimizer(lr=lr, prompt_share=share or 1.0)
+            rates = Optimizer(lr=lr, prompt_lr_scale=share or 1.0)
             config = replace(base(data, root, 100, tiny=tiny), optimizer=rates)
             if share is None:
                 config = replace(config, method=HeadOnly.Config())
-            config = replace(config, readouts=(Sequential.Config(), LDA.Config(), LDA.Config(compensate="linear")))
+            config = replace(config, readouts=(MethodHead.Config(), LDA.Config(), LDA.Config(compensate="linear")))
             records.append(results, {"data": data, "lr": lr, "prompt_share": share, "seed": 100, **measure(config)})
 
 
@@ -377,7 +378,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "run", "table"))
     parser.add_argument("--data", choices=("emoji", "kanji"), default="emoji")
-    parser.add_argument("--part", type=emoji.share, default=(1, 1), help="which share of the runs, such as 1/2")
+    parser.add_argument(
+        "--part", type=emoji.share, default=(1, 1), help="which share of the runs, such as 1/2"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument(
         "--rows",

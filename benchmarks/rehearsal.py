@@ -10,9 +10,9 @@ from PIL import Image
 
 from pgp.backbones.vit import ViT
 from pgp.config import Config
-from pgp.datasets import Views
 from pgp.datasets.folder import Folder
-from pgp.scenario import generator
+from pgp.datasets.transforms import Transforms
+from pgp.rng import make_generator
 
 SIZE = 32
 ENCODER = ViT.Config("vit_tiny_patch16_224", "random", {"patch_size": 8, "embed_dim": 48, "depth": 5, "num_heads": 4})
@@ -24,7 +24,7 @@ def pictures(root: Path, classes: int = 4, parts: dict[str, int] | None = None) 
         for label in range(classes):
             folder = root / part / f"class{label}"
             folder.mkdir(parents=True)
-            draw = generator(label, "rehearsal", part)
+            draw = make_generator(label, "rehearsal", part)
             for number in range(count):
                 pixels = torch.randint(256, (SIZE, SIZE, 3), generator=draw, dtype=torch.uint8)
                 Image.fromarray(pixels.numpy()).save(folder / f"{number}.png")
@@ -33,7 +33,14 @@ def pictures(root: Path, classes: int = 4, parts: dict[str, int] | None = None) 
 
 def tiny(config: Config, root: Path) -> Config:
     """Return the same run on the pictures of `root`: two tasks, one epoch, the tiny encoder."""
-    views = Views(size=SIZE, resize=SIZE, flip=0.0)
+    views = Transforms(size=SIZE, resize=SIZE, flip=0.0)
     return replace(
-        config, dataset=Folder(root), backbone=ENCODER, views=views, tasks=2, epochs=1, batch_size=4, drift_images=2
+        config,
+        dataset=Folder(root),
+        backbone=ENCODER,
+        transforms=views,
+        tasks=2,
+        epochs=1,
+        batch_size=4,
+        drift_images=2,
     )

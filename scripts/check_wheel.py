@@ -1,4 +1,5 @@
-"""Build the wheel, unpack it as an installer does, and import every module of it, without the source tree or its extras.
+"""Build the wheel, unpack it as an installer does, and import every module of it, without the source tree or its
+extras.
 
 python scripts/check_wheel.py           # needs the packages build and setuptools
 python scripts/check_wheel.py --tiny    # prove the check itself on a wheel of one module, without building

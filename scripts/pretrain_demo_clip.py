@@ -26,8 +26,9 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import save_file
 
 from pgp.backbones.clip import CLIP
-from pgp.datasets import ArraySplit, Views
+from pgp.datasets.base import ArraySplit
 from pgp.datasets.digits import Digits
+from pgp.datasets.transforms import Transforms
 from pretrain_demo_vit import OUTPUT, SIZE, augmented, digits_accuracy, garments
 
 ARCHITECTURE = {
@@ -115,7 +116,7 @@ def train(data: ArraySplit, steps: int, batch: int, lr: float, seed: int) -> tup
 @torch.no_grad()
 def zero_shot(clip: CLIP, *, tiny: bool = False) -> float:
     """Return the test accuracy on digits by their names alone; chance is .1."""
-    data, view = Digits().build(), Views(size=SIZE, resize=SIZE).test()
+    data, view = Digits().build(), Transforms(size=SIZE, resize=SIZE).test()
     count = 50 if tiny else len(data.test)
     images = torch.stack([view(data.test.image(i)) for i in range(count)])
     tokens = clip.tokenize([f"the digit {name}." for name in data.class_names])

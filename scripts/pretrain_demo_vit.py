@@ -28,9 +28,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from pgp.backbones.vit import ViT
-from pgp.datasets import ArraySplit, Views
+from pgp.datasets.base import ArraySplit
 from pgp.datasets.digits import Digits
 from pgp.datasets.fashion_mnist import FashionMNIST
+from pgp.datasets.transforms import Transforms
 from pgp.recipes import BACKBONES
 
 SIZE = 32
@@ -120,7 +121,7 @@ def upright_accuracy(model: torch.nn.Module, split: ArraySplit) -> float:
 @torch.no_grad()
 def digits_accuracy(encode: Callable[[torch.Tensor], torch.Tensor], *, tiny: bool = False) -> dict[str, float]:
     """Return the accuracy of a logistic regression on `encode(images)` of digits, and of one on their raw pixels."""
-    data, view = Digits().build(), Views(size=SIZE, resize=SIZE).test()
+    data, view = Digits().build(), Transforms(size=SIZE, resize=SIZE).test()
     features, pixels, labels = [], [], []
     for split in (data.train, data.test):
         assert isinstance(split, ArraySplit)

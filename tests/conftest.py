@@ -8,6 +8,7 @@ import open_clip
 import pytest
 import timm
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from pgp.backbones.clip import CLIP
 from pgp.backbones.vit import ViT
@@ -26,6 +27,21 @@ TOLERANCE = {torch.float64: (1e-10, 1e-6), torch.float32: (1e-5, 5e-4)}
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _quick_figures(request, monkeypatch):
+    """Save figures coarse and without their layout, which takes longer than learning, where nobody looks at them."""
+    if request.node.get_closest_marker("looks_at_figures"):
+        return
+    whole = FigureCanvasAgg.print_png
+
+    def quick(canvas, *arguments, **options):
+        canvas.figure.set_layout_engine("none")
+        canvas.figure.set_dpi(20)
+        whole(canvas, *arguments, **options)
+
+    monkeypatch.setattr(FigureCanvasAgg, "print_png", quick)
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:

@@ -12,15 +12,18 @@ import torch
 from PIL import Image
 
 import tiny
-from pgp import cli, recipes, report, storage, train
-from pgp.datasets import BadImageError
+from pgp import recipes, train
+from pgp.cli import main
+from pgp.datasets.base import BadImageError
 from pgp.datasets.folder import Folder
 from pgp.methods.clip_prompt import CLIPPrompt
 from pgp.predict import Predictor
-from pgp.readouts.lda import LDA
-from pgp.readouts.ncm import NCM
-from pgp.readouts.sequential import Sequential
-from pgp.run import Run, RunError
+from pgp.readouts.head import MethodHead
+from pgp.readouts.lda import LDA, NCM
+from pgp.reports import tables
+from pgp.runs.run import Run
+from pgp.system import storage
+from pgp.system.storage import RunError
 
 COLOURS = {
     "ant": (200, 30, 30),
@@ -42,7 +45,7 @@ def photos(folder, *names, shade=0):
 
 
 def config(folder, **changes):
-    readouts = (Sequential.Config(), LDA.Config(), NCM.Config())
+    readouts = (MethodHead.Config(), LDA.Config(), NCM.Config())
     return tiny.config(**{"dataset": Folder(folder), "tasks": 2, "epochs": 1, "readouts": readouts, **changes})
 
 
@@ -98,7 +101,7 @@ def test_a_report_names_what_was_added_briefly(run, tmp_path):
     both = [shutil.copytree(run.folder, tmp_path / name) for name in ("one", "two")]
     for folder, names in zip(both, (("ant", "eel"), ("dim", "eel")), strict=True):
         train.resume(folder, add=Folder(photos(tmp_path / "more" / names[0], *names)))
-    labels = [label for label, _ in report.groups([Run.open(folder) for folder in both])]
+    labels = [label for label, _ in tables.group_runs([Run.open(folder) for folder in both])]
     assert labels == ["root ant", "root dim"]
 
 
@@ -110,7 +113,7 @@ def test_more_than_once_and_over_a_crash_bitwise(run, tmp_path, monkeypatch):
     assert len(whole.matrices()["lda"]) == 4
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "close_task", interrupt)
+        patch.setattr(train, "end_task", interrupt)
         for new in (second, first):  # of which nothing is left
             before = contents(run.folder)
             with pytest.raises(KeyboardInterrupt):
@@ -122,7 +125,7 @@ def test_more_than_once_and_over_a_crash_bitwise(run, tmp_path, monkeypatch):
         torch.testing.assert_close(resumed.matrices()[column], matrix, rtol=0, atol=0, equal_nan=True)
     one, other = (r.load()["method"] for r in (whole, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    every = train.reevaluate(resumed, resumed.config, every_task=True)
+    every = train.evaluate_checkpoints(resumed, resumed.config, every_task=True)
     torch.testing.assert_close(every["lda"], whole.matrices()["lda"], rtol=0, atol=0, equal_nan=True)
 
 
@@ -185,7 +188,7 @@ def test_what_was_added_can_be_mended(run, tmp_path):
     assert train.resume(run.folder).progress() == (2, 2)
     again = train.resume(run.folder, add=Folder(new))
     assert again.classes() == (["bee", "cat", "dog", "ant"], [[0, 1], [2], [3]])
-    assert again.latest_name() == "task-03"
+    assert again.latest_checkpoint() == "task-03"
 
 
 @pytest.mark.parametrize("crash", ["config.json", "classes.json"])
@@ -217,10 +220,10 @@ def test_what_was_begun_of_a_task_is_gone_on_with_dropped_or_given_again(run, tm
     ant, eel = Folder(photos(tmp_path / "a", "ant")), Folder(photos(tmp_path / "e", "eel"))
     fresh = train.resume(shutil.copytree(stepwise.folder, tmp_path / "fresh"), add=ant)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "close_task", interrupt)
+        patch.setattr(train, "end_task", interrupt)
         with pytest.raises(KeyboardInterrupt):
             train.resume(stepwise.folder, add=ant)
-    assert stepwise.latest_name().startswith("task-03-step-")
+    assert stepwise.latest_checkpoint().startswith("task-03-step-")
     assert (stepwise.config.added, stepwise.progress(), Predictor(stepwise).classes[-1]) == ((), (2, 2), "dog")
     left = {path: data for path, data in contents(stepwise.folder).items() if "checkpoints" not in path.parts}
     assert left.items() <= before.items()  # nothing is written outside checkpoints/ before the task is finished
@@ -262,9 +265,9 @@ def test_a_new_domain_has_the_same_classes(tmp_path):
 def test_from_the_command_line(run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "new classes", "ant")
-    cli.main(["train", "--resume", "run", "--add", "new classes"])
+    main.main(["train", "--resume", "run", "--add", "new classes"])
     assert "task 3 of 3 (new classes)" in capsys.readouterr().err
-    cli.main(["predict", "run", "new classes"])
+    main.main(["predict", "run", "new classes"])
     assert capsys.readouterr().out.count("\n") == 5
     assert Run.open(tmp_path / "run").config.added[0].root.is_absolute()
     assert replace(run.config, added=()).tasks == 2

@@ -7,13 +7,17 @@ import torch
 from rich.progress import Progress
 
 import tiny
-from pgp import audit, baselines, cli, metrics, train
+from pgp import baselines, train
+from pgp.analysis import audit
+from pgp.cli import main
+from pgp.evaluation import metrics
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.vpt import VPT
-from pgp.projections.none import NoProjection
+from pgp.projections.base import NoProjection
+from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
-from pgp.readouts.sequential import Sequential
-from pgp.run import Run, RunError
+from pgp.runs.run import Run
+from pgp.system.storage import RunError
 
 QUIET = Progress(disable=True)
 
@@ -29,7 +33,7 @@ def found(findings, *key):
 
 
 def test_the_honest_figure_is_the_runs_own_and_the_vote_that_of_its_legacy_column(run):
-    findings = audit.audited(run, QUIET, sizes=(1, 32))
+    findings = audit.audit_run(run, QUIET, sizes=(1, 32))
     matrices = run.matrices()
     for column in ("sequential", "lda"):
         (honest,) = [f for f in findings if f.honest and f.column == column]
@@ -42,14 +46,14 @@ def test_the_honest_figure_is_the_runs_own_and_the_vote_that_of_its_legacy_colum
 
 
 def test_the_label_cut_flatters(run):
-    findings = audit.audited(run, QUIET, sizes=())
+    findings = audit.audit_run(run, QUIET, sizes=())
     for column in ("sequential", "lda"):
         assert found(findings, column, "image", None, "cut") >= found(findings, column, "image", None, "seen")
 
 
 def test_til_is_told_the_task(tmp_path):
     run = train.train(tiny.config(setting="til", method=HeadOnly.Config(), projection=NoProjection.Config()), tmp_path)
-    findings = audit.audited(run, QUIET, sizes=())
+    findings = audit.audit_run(run, QUIET, sizes=())
     honest = metrics.average_accuracy(run.matrices()["lda"])
     assert found(findings, "lda", "image", None, "seen") == pytest.approx(honest, abs=1e-12)
 
@@ -62,7 +66,7 @@ def test_a_single_class_has_nothing_to_be_stale_by():
 
 
 def test_the_oracle_is_what_stays_where_nothing_moves_and_beats_what_is_stale(tmp_path):
-    readouts = (Sequential.Config(), LDA.Config(), LDA.Config(compensate="shift"))
+    readouts = (MethodHead.Config(), LDA.Config(), LDA.Config(compensate="shift"))
     frozen = baselines.frozen(tiny.config(method=VPT.Config(), readouts=readouts))
     run = train.train(frozen, tmp_path / "frozen")
     bound = audit.oracle(run, QUIET)
@@ -81,17 +85,17 @@ def test_the_oracle_is_what_stays_where_nothing_moves_and_beats_what_is_stale(tm
 def test_a_run_without_a_finished_task_is_named(run, tmp_path):
     empty = Run.create(tmp_path / "run", run.config)
     with pytest.raises(RunError, match="is finished yet"):
-        audit.audited(empty, QUIET)
+        audit.audit_run(empty, QUIET)
 
 
 def test_the_command(run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    cli.main(["audit", str(run.folder), "--batch-sizes", "4", "--oracle"])
+    main.main(["audit", str(run.folder), "--batch-sizes", "4", "--oracle"])
     said = capsys.readouterr().out
-    (honest,) = [f for f in audit.audited(run, QUIET, ()) if f.honest and f.column == "sequential"]
+    (honest,) = [f for f in audit.audit_run(run, QUIET, ()) if f.honest and f.column == "sequential"]
     assert f"sequential: {100 * honest.accuracy:.2f} % is real; leaks add up to" in said
     assert "a vote of 4" in said
     assert "staleness" in said
     with pytest.raises(SystemExit):
-        cli.main(["audit", str(run.folder), "--batch-sizes", "0"])
+        main.main(["audit", str(run.folder), "--batch-sizes", "0"])
     assert "expected --batch-sizes of at least 1" in capsys.readouterr().err

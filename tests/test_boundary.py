@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import tiny
-from pgp import boundary, train
+from pgp import progress, scenario, train
 from pgp.config import Hardware
-from pgp.datasets import BadImageError
+from pgp.datasets.base import BadImageError
 from pgp.readouts.lda import LDA
-from pgp.run import Run
+from pgp.runs.run import Run
+from pgp.training import observe, session
 from test_train import final
 
 LINEAR = LDA.Config(query=True, compensate="linear")
@@ -27,7 +28,7 @@ from pathlib import Path
 from pgp import train
 from pgp.config import Hardware
 from pgp.datasets.synthetic import Synthetic
-from pgp.learner import Learner
+from pgp.training.session import Learner
 from test_boundary import LINEAR
 
 torch.set_num_threads(1)
@@ -67,12 +68,12 @@ def processes(tmp_path):
 
 @pytest.mark.slow
 def test_resuming_inside_a_task_pairs_images_whatever_the_number_of_processes(tmp_path, processes):
-    hardware = Hardware("cpu", part=1)
+    hardware = Hardware("cpu", micro_batch_size=1)
     whole = final(train.train(tiny.config(hardware=hardware, readouts=(LINEAR,), save_every_steps=4), tmp_path / "w"))
     for before in (1, 2):
         stopped = tmp_path / str(before)
         assert processes("start", before, stopped).returncode == 0
-        assert "step" in Run.open(stopped).latest_name()
+        assert "step" in Run.open(stopped).latest_checkpoint()
         for after in (1, 2):
             folder = Path(shutil.copytree(stopped, tmp_path / f"{before}-{after}"))
             done = processes("resume", after, folder)
@@ -92,17 +93,17 @@ def test_a_task_with_fewer_images_than_processes_says_so(tmp_path, processes):
 
 
 def test_who_has_seen_nothing_is_told_why():
-    task = train.Task(0, (0,), torch.tensor([0]), torch.tensor([0]))
-    boundary._check_seen([1, 2], task)
+    task = scenario.Task(0, (0,), torch.tensor([0]), torch.tensor([0]))
+    observe._check_seen([1, 2], task)
     with pytest.raises(ValueError, match="every single one is unreadable"):
-        boundary._check_seen([0, 0], task)
+        observe._check_seen([0, 0], task)
     with pytest.raises(ValueError, match="got 3 that can be read: train on at most 2, by --devices"):
-        boundary._check_seen([2, 1, 0], task)
+        observe._check_seen([2, 1, 0], task)
 
 
 def test_images_that_can_be_read_only_once_tell_nothing_about_movement(tmp_path):
     config = tiny.config(readouts=(LINEAR,), on_bad_image="skip")
-    learner = train.Learner(train.fabric_for(config), config, train._quiet())
+    learner = session.Learner(session.build_fabric(config), config, progress.no_progress())
     task, split = learner.scenario.tasks[1], learner.data.train
     lost, found = task.train[0], task.train[-1]
     read, told, broken = split.image, [], [int(found)]
@@ -114,13 +115,13 @@ def test_images_that_can_be_read_only_once_tell_nothing_about_movement(tmp_path)
 
     split.image = image
     (readout,) = learner.readouts
-    readout.moved = lambda before, after: told.append((before, after))
+    readout.compensate = lambda before, after: told.append((before, after))
     with pytest.warns(UserWarning, match="skipped"):
-        boundary.look_ahead(learner, task)
+        observe.observe_before_training(learner, task)
     assert len(learner.before["indices"]) == len(task.train) - 1
     broken[:] = [int(lost)]
     with pytest.warns(UserWarning, match="skipped"):
-        boundary.look_back(learner, task)
+        observe.observe_after_training(learner, task)
     ((before, after),) = told
     assert len(before) == len(task.train) - 2
     torch.testing.assert_close(before, after)  # nothing was learned in between, so that each stands beside itself

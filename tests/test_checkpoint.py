@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import tiny
-from pgp import platforms, report, storage
-from pgp.checkpoint import CheckpointName
-from pgp.run import Run, RunError
-from pgp.statetree import Piece
+from pgp.reports import tables
+from pgp.runs.checkpoint import CheckpointName
+from pgp.runs.run import Run
+from pgp.runs.statetree import Piece
+from pgp.system import platforms, storage
+from pgp.system.storage import RunError
 
 CLASSES = tiny.classes("ab", [[0], [1]])
 FILES = ["config.json", "classes.json", "metrics.jsonl", "accuracy.csv", "checkpoints/latest",
@@ -48,7 +50,7 @@ def everything(run):
     loaded = run.load()
     rows = [loaded["rows"].tolist(), *(piece["answers"].tolist() for piece in loaded["pieces"].values())]
     figures = run.matrices()["lda"].tolist()
-    return run.config, run.classes(), list(run.events("task")), run.latest_name(), rows, figures
+    return run.config, run.classes(), list(run.events("task")), run.latest_checkpoint(), rows, figures
 
 
 def contents(folder):
@@ -65,7 +67,7 @@ def test_latest_is_a_name_and_never_a_path(run, tmp_path, text):
     victim.mkdir()
     (run.folder / "checkpoints" / "latest").write_text(text or "\n")
     before = contents(tmp_path)
-    for use in (run.load, run.latest_name, lambda: run.save(CheckpointName(2), state(2)), run.progress):
+    for use in (run.load, run.latest_checkpoint, lambda: run.save(CheckpointName(2), state(2)), run.progress):
         with pytest.raises(RunError, match=r"latest names no checkpoint: expected a checkpoint such as task-03"):
             use()
     assert contents(tmp_path) == before
@@ -304,7 +306,7 @@ def test_a_log_with_lines_that_are_no_events(tmp_path):
         with run.log_file.path.open("a") as file:
             file.write(json.dumps({"event": "stream", "images": value, "accuracy": 0}) + "\n")
         with pytest.raises(RunError, match=r"metrics\.jsonl does not hold what pgp writes there"):
-            report._stream(run)
+            tables._online_accuracy(run)
         run.log_file.path.write_text(json.dumps(good[0]) + "\n")
 
 
@@ -318,12 +320,12 @@ def test_a_log_counts_as_it_was_when_the_checkpoint_was_written(run):
     assert [event["task"] for event in run.events("task")] == [0]
     path.write_bytes(data[:-5] + data[-4:])
     with pytest.raises(RunError, match="restore it, or move it away"):  # the next checkpoint would vouch for it
-        run.adopt(CheckpointName(1))
+        run.accept_config(CheckpointName(1))
     path.unlink()
     with pytest.warns(UserWarning, match="is missing: what it told of training is left out"):
         assert run.events("task") == []
     with pytest.warns(UserWarning, match="is missing"):
-        run.adopt(CheckpointName(1))  # a new log begins
+        run.accept_config(CheckpointName(1))  # a new log begins
     run.log("resumed", task=1, step=0)
     assert len(run.events("resumed")) == 1
     assert everything(run)[3] == "task-01"

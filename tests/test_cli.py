@@ -9,11 +9,14 @@ import pytest
 from PIL import Image
 
 import tiny
-from pgp import cli, recipes, train
+from pgp import recipes, train
 from pgp.baselines import BASELINES
-from pgp.projections.none import NoProjection
+from pgp.cli import main
+from pgp.methods import head_only
+from pgp.projections.base import NoProjection
 from pgp.projections.orthogonal import Orthogonal
-from pgp.run import Run
+from pgp.readouts import lda
+from pgp.runs.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -28,35 +31,35 @@ def _tiny_demo(monkeypatch, tmp_path):
 
 def fails(capsys, *words):
     with pytest.raises(SystemExit) as stop:
-        cli.main(list(words))
+        main.main(list(words))
     assert stop.value.code == 2
     return capsys.readouterr().err
 
 
 def test_train_eval_report_and_resume(tmp_path, capsys):
     for seed in ("1", "2"):
-        cli.main(["train", "demo", "--seed", seed, "--output", seed, "--optimizer.lr", "0.2"])
-        assert (tmp_path / seed / "accuracy.png").stat().st_size > 10_000
+        main.main(["train", "demo", "--seed", seed, "--output", seed, "--optimizer.lr", "0.2"])
+        assert (tmp_path / seed / "accuracy.png").stat().st_size > 1_000
     assert Run.open(tmp_path / "1").config.optimizer.lr == 0.2
-    cli.main(["eval", "1"])
+    main.main(["eval", "1"])
     assert capsys.readouterr().out.count("yes") == 2
-    cli.main(["report", "1", "2", "--output", "out"])
+    main.main(["report", "1", "2", "--output", "out"])
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.count("±") == 2 * 4
     assert (tmp_path / "out" / "report.png").is_file()
     (tmp_path / "1" / "checkpoints" / "latest").write_text("task-02")
-    cli.main(["train", "--resume", "1", "--workers", "0"])
-    assert Run.open(tmp_path / "1").latest_name() == "task-03"
+    main.main(["train", "--resume", "1", "--workers", "0"])
+    assert Run.open(tmp_path / "1").latest_checkpoint() == "task-03"
 
 
 @pytest.mark.parametrize("flag", ["--no-pgp", "--no_pgp"])
 def test_base_method(flag, tmp_path):
-    cli.main(["train", "demo", flag, "--output", "run"])
+    main.main(["train", "demo", flag, "--output", "run"])
     assert Run.open(tmp_path / "run").config.projection == NoProjection.Config()
 
 
 def test_twin(tmp_path, capsys):
-    cli.main(["train", "demo", "--twin", "--output", "both"])
+    main.main(["train", "demo", "--twin", "--output", "both"])
     out = capsys.readouterr().out
     assert "figure: both/report.png" in out
     kinds = {type(Run.open(path).config.projection) for path in (tmp_path / "both").iterdir() if path.is_dir()}
@@ -64,7 +67,7 @@ def test_twin(tmp_path, capsys):
 
 
 def test_baselines(tmp_path, capsys):
-    cli.main(["train", "demo", "--baselines", "--output", "all"])
+    main.main(["train", "demo", "--baselines", "--output", "all"])
     out = capsys.readouterr().out
     runs = {path.name: Run.open(path) for path in (tmp_path / "all").iterdir() if path.is_dir()}
     assert runs.keys() == {"orthogonal", *BASELINES}
@@ -82,33 +85,33 @@ def test_baselines(tmp_path, capsys):
     assert runs["joint"].matrices()["lda"].shape == (1, 1)
     assert float(runs["joint"].matrices()["lda"]) >= float(runs["sequential"].matrices()["lda"][-1].mean()) - 0.1
     for name in ("linear", "joint"):
-        cli.main(["train", "demo", "--method", name, "--output", name])
+        main.main(["train", "demo", "--method", name, "--output", name])
         assert Run.open(tmp_path / name).config == runs[name].config
-    cli.main(["eval", "linear", "--every-task"])
+    main.main(["eval", "linear", "--every-task"])
     assert capsys.readouterr().out.count("yes") == 6
 
 
 def test_parts_can_be_replaced(tmp_path):
     words = (
-        "--projection orthogonal --projection.space union --readouts lda --readouts.0.shrinkage 0.5 --method head-only"
+        "--projection orthogonal --projection.basis union --readouts lda --readouts.0.shrinkage 0.5 --method head-only"
     )
-    cli.main(["train", "demo", *words.split()])
+    main.main(["train", "demo", *words.split()])
     config = Run.open(tmp_path / "runs" / "demo-seed42").config
-    assert config.projection.space == "union"
-    assert config.readouts == (recipes.LDA.Config(0.5),)
-    assert config.method == recipes.HeadOnly.Config()
+    assert config.projection.basis == "union"
+    assert config.readouts == (lda.LDA.Config(0.5),)
+    assert config.method == head_only.HeadOnly.Config()
 
 
 def test_list_and_help(capsys):
-    cli.main(["list"])
+    main.main(["list"])
     out = capsys.readouterr().out
     assert all(name in out for name in [*recipes.RECIPES, *recipes.METHODS, *recipes.PROJECTIONS, *recipes.DATASETS])
     for words in ([], ["--help"], ["train", "--help"]):
-        cli.main(words)
+        main.main(words)
         assert "usage: pgp" in capsys.readouterr().out
     for words in (["train", "demo", "--help"], ["train", "--resume", "--help"]):
         with pytest.raises(SystemExit) as stop:
-            cli.main(words)
+            main.main(words)
         assert stop.value.code == 0
         assert "--devices" in capsys.readouterr().out
 
@@ -119,9 +122,9 @@ def test_data_get_and_check(tmp_path, capsys):
         for number in range(3):
             Image.new("RGB", (9, 9), (80 * number, 0, 0)).save(tmp_path / "photos" / label / f"{number}.png")
     words = ["own", "--data", "photos", "--tasks", "2"]
-    cli.main(["data", "get", *words])
+    main.main(["data", "get", *words])
     assert f"there: 4 training and 2 test images of 2 classes, at {'photos'}" in capsys.readouterr().out
-    cli.main(["data", "check", *words])
+    main.main(["data", "check", *words])
     out, err = capsys.readouterr()
     assert out.splitlines() == [
         "4 training and 2 test images of 2 classes",
@@ -133,11 +136,11 @@ def test_data_get_and_check(tmp_path, capsys):
         "pgp: warning: a single class in task 1 of 2, task 2 of 2: prompts and head learn nothing there, only readouts"
         " from statistics (lda, logistic, ncm) do; give each task two classes at least",
     ]
-    cli.main(["data", "get", "demo"])
+    main.main(["data", "get", "demo"])
     assert "there: 72 training and 24 test images of 6 classes" in capsys.readouterr().out
     (tmp_path / "photos" / "a" / "1.png").write_bytes(b"")
     with pytest.raises(SystemExit):
-        cli.main(["data", "check", *words])
+        main.main(["data", "check", *words])
     told = capsys.readouterr()
     assert "cannot read the image" in told.out
     assert "1.png" in told.out
@@ -183,11 +186,11 @@ def test_flags_that_do_not_fit(capsys, words, message):
 def test_reports_average_over_seeds_and_nothing_else(tmp_path, capsys):
     energies = {"low": "0.5", "high": "0.9"}
     for name, energy in energies.items():
-        cli.main(["train", "demo", "--projection.energy", energy, "--output", name])
-    cli.main(["train", "demo", "--no-pgp", "--output", "none"])
-    cli.main(["train", "demo", "--no-pgp", "--seed", "7", "--output", "[/none] 7"])
+        main.main(["train", "demo", "--projection.energy", energy, "--output", name])
+    main.main(["train", "demo", "--no-pgp", "--output", "none"])
+    main.main(["train", "demo", "--no-pgp", "--seed", "7", "--output", "[/none] 7"])
     capsys.readouterr()
-    cli.main(["report", "low", "high", "none", "[/none] 7", "none", "--output", "out"])
+    main.main(["report", "low", "high", "none", "[/none] 7", "none", "--output", "out"])
     accuracy, _drift = (tmp_path / "out" / "report.md").read_text().split("\n\n")
     lines = [line.split(" | ") for line in accuracy.splitlines()[2:]]
     assert {(line[0], line[2]) for line in lines} == {
@@ -201,7 +204,7 @@ def test_reports_average_over_seeds_and_nothing_else(tmp_path, capsys):
 
 
 def test_another_run_is_kept(tmp_path, capsys):
-    cli.main(["train", "demo", "--output", "run"])
+    main.main(["train", "demo", "--output", "run"])
     before = (tmp_path / "run" / "accuracy.csv").read_bytes()
     assert "nothing in it will be overwritten" in fails(capsys, "train", "demo", "--seed", "5", "--output", "run")
     assert (tmp_path / "run" / "accuracy.csv").read_bytes() == before
@@ -217,12 +220,12 @@ def test_words_in_the_wrong_place_are_told_where_they_belong(capsys):
     assert "expected --add beside --resume" in fails(capsys, "train", "own", "--add", "NEW")
     assert "expected a run folder behind --resume" in fails(capsys, "train", "--resume")
     for words in (["list", "--help"], ["data", "--help"], ["data", "check", "-h"]):
-        cli.main(words)
+        main.main(words)
         assert capsys.readouterr().out.startswith("usage: pgp COMMAND")
 
 
 def test_a_run_that_stopped_says_so(tmp_path, capsys, monkeypatch):
-    evaluated = train.close_task
+    evaluated = train.end_task
 
     def stop(learner, task, *args, **kwargs):
         if task.index == 1:
@@ -230,10 +233,10 @@ def test_a_run_that_stopped_says_so(tmp_path, capsys, monkeypatch):
         evaluated(learner, task, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "close_task", stop)
+        patch.setattr(train, "end_task", stop)
         with pytest.raises(SystemExit):
-            cli.main(["train", "demo", "--output", "run"])
-    cli.main(["report", "run"])
+            main.main(["train", "demo", "--output", "run"])
+    main.main(["report", "run"])
     assert "(unfinished: 1 of 3 tasks; pgp train --resume goes on)" in capsys.readouterr().out
-    cli.main(["train", "--resume", "run", "--on-bad-image", "skip"])
+    main.main(["train", "--resume", "run", "--on-bad-image", "skip"])
     assert "unfinished" not in capsys.readouterr().out

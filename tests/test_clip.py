@@ -11,20 +11,22 @@ import torch
 import test_conformance as conformance
 import tiny
 from conftest import CIFAR_NAMES, golden_clip, golden_vit
-from pgp import train
+from pgp import progress, train
 from pgp.backbones import clip as clip_file
-from pgp.backbones import joined
+from pgp.backbones.base import insert_prompts
 from pgp.backbones.clip import CLIP
 from pgp.config import Hardware, Optimizer
-from pgp.datasets import Loading, Viewed, batches, in_order
-from pgp.evaluate import LEGACY
-from pgp.methods import only
+from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
+from pgp.evaluation.accuracy import LEGACY
+from pgp.methods.base import mask_logits
 from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.l2p import L2P
-from pgp.projections.none import NoProjection
-from pgp.readouts.sequential import Sequential
-from pgp.scenario import Task, generator
+from pgp.projections.base import NoProjection
+from pgp.readouts.head import MethodHead
+from pgp.rng import make_generator
+from pgp.scenario import Task
+from pgp.training import session
 from test_l2p import change_of_first_block, roughen
 
 TASK = Task(0, (4, 1, 2), torch.arange(4), torch.arange(4))
@@ -48,7 +50,7 @@ def images(count=6, size=32, seed=1):
 
 def build(clip=None, **settings):
     config = CLIPPrompt.Config(**{"context": 5, "image_prompt": 3, **settings})
-    return config.build(clip or golden_clip(), CIFAR_NAMES[:6], generator(0, "init")).double()
+    return config.build(clip or golden_clip(), CIFAR_NAMES[:6], make_generator(0, "init")).double()
 
 
 @torch.no_grad()
@@ -76,7 +78,7 @@ def test_both_attention_classes_of_open_clip_work(block):
     tokens = clip.tokenize(["a photo of a dog.", "bees"])
     ours = clip.encode_text(clip.embed_text(tokens), tokens)
     torch.testing.assert_close(ours, model.encode_text(tokens), rtol=0, atol=1e-12)
-    prompted = clip(images(), {0: clip.place(torch.zeros(6, 3, 32, dtype=torch.float64))}, read=1)
+    prompted = clip(images(), {0: clip.embed_prompts(torch.zeros(6, 3, 32, dtype=torch.float64))}, num_tokens=1)
     assert prompted.shape == (6, 1, 32)
     assert not torch.allclose(prompted[:, 0], clip.encode(images()))
 
@@ -95,7 +97,7 @@ def test_what_old_tokens_get_in_the_first_block(protect, block):
         method.image_prompt *= 50  # as long as other tokens
 
     def first(prompts):
-        out = visual.transformer.resblocks[0](joined(clip.embed(old), clip.place(prompts.unsqueeze(0))))
+        out = visual.transformer.resblocks[0](insert_prompts(clip.embed(old), clip.embed_prompts(prompts.unsqueeze(0))))
         return torch.cat([out[:, :1], out[:, 17:]], dim=1)  # without the prompts themselves
 
     change = change_of_first_block(method, old, method.image_prompt, first)
@@ -122,17 +124,17 @@ def test_a_model_that_norms_keys_has_no_affinity():
 def test_a_later_block_is_traced_behind_the_first():
     clip, x = golden_clip(), images(2)
     prompts = {
-        0: clip.place(torch.ones(2, 3, clip.width, dtype=torch.float64)),
+        0: clip.embed_prompts(torch.ones(2, 3, clip.width, dtype=torch.float64)),
         1: torch.ones(2, 2, clip.width).double(),
     }
     traces, blocks = clip.trace(x, {0, 1}, prompts), clip.model.visual.transformer.resblocks
-    entered = blocks[0](joined(clip.embed(x), prompts[0]))
+    entered = blocks[0](insert_prompts(clip.embed(x), prompts[0]))
     torch.testing.assert_close(traces[1].tokens, entered, rtol=0, atol=1e-12)
     assert traces[0].queries.shape == (2, clip.heads, 17, clip.width // clip.heads)
-    assert traces[1].shares.shape == (2, clip.heads, 20, 2)
-    sums = clip.trace(x, {1}, {1: torch.ones(2, 5, clip.width).double()})[1].shares.sum(-1)
+    assert traces[1].prompt_attention.shape == (2, clip.heads, 20, 2)
+    sums = clip.trace(x, {1}, {1: torch.ones(2, 5, clip.width).double()})[1].prompt_attention.sum(-1)
     assert bool(((sums > 0) & (sums < 1)).all())
-    assert clip.trace(x, {1})[1].shares is None
+    assert clip.trace(x, {1})[1].prompt_attention is None
 
 
 def test_contexts_stand_where_they_are_told_to():
@@ -198,10 +200,10 @@ def test_the_published_cut_finds_tasks_in_noise():
     """With random logits, classes cut at the batch's own task lift accuracy above chance; scores over all do not."""
     noise = torch.randn(100_000, 100, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(100_000) % 100
-    cut = torch.cat([only(noise[labels // 10 == t], range(10 * t + 10)) for t in range(10)])
+    cut = torch.cat([mask_logits(noise[labels // 10 == t], range(10 * t + 10)) for t in range(10)])
     order = torch.cat([labels[labels // 10 == t] for t in range(10)])
     published = float((cut.argmax(1) == order).double().mean())
-    ours = float((only(noise, range(100)).argmax(1) == labels).double().mean())
+    ours = float((mask_logits(noise, range(100)).argmax(1) == labels).double().mean())
     expected = sum(1 / (10 * t + 10) for t in range(10)) / 10
     assert published == pytest.approx(expected, abs=0.003)
     assert expected == pytest.approx(0.029, abs=0.001)
@@ -220,18 +222,18 @@ def test_learns_asks_the_text_tower_once_a_task_and_resumes_bitwise(encoder, tmp
         calls.append(inside[-1] if inside else "training")
         return encode_text(self, embedded, tokens)
 
-    close_task = train.close_task
+    end_task = train.end_task
 
     def watched(learner, task, run, seconds):
         inside.append("closing")
-        close_task(learner, task, run, seconds)
+        end_task(learner, task, run, seconds)
         inside.pop()
         if task.index == 1 and "crash" in str(run.folder):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(CLIP, "encode_text", counted)
     monkeypatch.setattr(clip_file, "_check_towers", lambda _: None)  # which asks it when an encoder is built
-    monkeypatch.setattr(train, "close_task", watched)
+    monkeypatch.setattr(train, "end_task", watched)
     whole = train.train(config(encoder), tmp_path / "whole")
     assert calls.count("closing") == 3
     steps = 3 * 2 * 3  # tasks, epochs, steps of 8 of 24 images: in parts of 4, and yet once a step
@@ -244,7 +246,7 @@ def test_learns_asks_the_text_tower_once_a_task_and_resumes_bitwise(encoder, tmp
     for column, matrix in whole.matrices().items():
         torch.testing.assert_close(resumed.matrices()[column], matrix, rtol=0, atol=0, equal_nan=True)
     calls.clear()
-    row = train.reevaluate(resumed, resumed.config)
+    row = train.evaluate_checkpoints(resumed, resumed.config)
     torch.testing.assert_close(row["sequential"][2], whole.matrices()["sequential"][2], rtol=0, atol=0)
     assert not calls
 
@@ -271,7 +273,7 @@ def test_resumes_inside_a_task_bitwise(encoder, tmp_path, monkeypatch):
 def test_the_parts_of_a_batch_add_up(encoder, tmp_path):
     ends = []
     for part in (3, 8):
-        run = train.train(config(encoder, hardware=Hardware(part=part)), tmp_path / str(part))
+        run = train.train(config(encoder, hardware=Hardware(micro_batch_size=part)), tmp_path / str(part))
         ends.append(run.load()["method"])
     for name, tensor in ends[0].items():
         torch.testing.assert_close(tensor, ends[1][name], rtol=1e-4, atol=1e-5)
@@ -292,12 +294,12 @@ def test_no_image_depends_on_its_batch_or_its_neighbours_tasks(encoder, tmp_path
 
 def test_neighbours_in_a_batch_decide_nothing(encoder, tmp_path):
     run = train.train(config(encoder, epochs=1), tmp_path / "run")
-    learner = train.Learner(train.fabric_for(run.config), run.config, train._quiet())
+    learner = session.Learner(session.build_fabric(run.config), run.config, progress.no_progress())
     learner.load_state_dict(run.load())
     tests = torch.arange(len(learner.data.test))
-    viewed = Viewed(learner.data.test, run.config.views.test(), 0, ("test",), skip_bad=False)
-    (batch,) = batches(viewed, in_order(tests, 1000), Loading())
-    order = tests[torch.randperm(len(tests), generator=generator(0, "mixed"))]
+    viewed = TransformedSplit(learner.data.test, run.config.transforms.test(), 0, ("test",), skip_bad=False)
+    (batch,) = batches(viewed, sequential_batches(tests, 1000), LoaderOptions())
+    order = tests[torch.randperm(len(tests), generator=make_generator(0, "mixed"))]
     with torch.no_grad():
         mixed = learner.method(batch.images[order])
         for task in learner.scenario.tasks:
@@ -308,11 +310,11 @@ def test_neighbours_in_a_batch_decide_nothing(encoder, tmp_path):
 
 
 def test_zero_shot_learns_nothing(encoder, tmp_path):
-    zero = config(encoder, method=ZeroShot.Config(), projection=NoProjection.Config(), readouts=(Sequential.Config(),))
+    zero = config(encoder, method=ZeroShot.Config(), projection=NoProjection.Config(), readouts=(MethodHead.Config(),))
     run = train.train(zero, tmp_path / "run")
     (head,) = run.load()["method"].values()
-    method = zero.method.build(encoder.build(32), run.config.dataset.build().class_names, generator(0, "init"))
-    assert list(method.learned_state()) == ["head.text"]
+    method = zero.method.build(encoder.build(32), run.config.dataset.build().class_names, make_generator(0, "init"))
+    assert list(method.trainable_state_dict()) == ["head.text"]
     assert not [p for p in method.parameters() if p.requires_grad]
     every = Task(0, tuple(range(6)), TASK.train, TASK.test)
     method.begin_task(every)
@@ -324,7 +326,7 @@ def test_zero_shot_learns_nothing(encoder, tmp_path):
 def test_mixed_precision_runs(encoder, tmp_path, method):
     mixed = config(encoder, method=method, precision="bf16-mixed", epochs=1, tasks=2)
     run = train.train(mixed, tmp_path / "run")
-    again = train.reevaluate(run, run.config)["sequential"]
+    again = train.evaluate_checkpoints(run, run.config)["sequential"]
     torch.testing.assert_close(again[1], run.matrices()["sequential"][1], rtol=0, atol=0)
 
 
@@ -483,7 +485,9 @@ def test_settings_that_do_not_fit(monkeypatch):
     with pytest.raises(ValueError, match=r"method\.image_prompt of at least 1, got 0"):
         CLIPPrompt.Config(image_prompt=0)
     with pytest.raises(ValueError, match="CLIP encoder takes prompts only; choose --backbone vit"):
-        DualPrompt.Config((0,), expert_layers=(1,)).build(golden_clip(), "ab", generator(0, "init")).double()(images())
+        DualPrompt.Config((0,), expert_layers=(1,)).build(golden_clip(), "ab", make_generator(0, "init")).double()(
+            images()
+        )
     with pytest.raises(ValueError, match=r"images \(B, 3, 32, 32\), got \(6, 3, 16, 16\)"):
         build().features(images(size=16))
     monkeypatch.setitem(sys.modules, "open_clip", None)

@@ -18,13 +18,13 @@ from archives import make_cifar100, make_cub200, make_imagenet_r, make_tiny_imag
 from pgp.methods.clip_prompt import CLIPPrompt
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.l2p import L2P
-from pgp.projections.none import NoProjection
-from pgp.run import Run
+from pgp.projections.base import NoProjection
+from pgp.runs.run import Run
 
 ROOT = Path(__file__).parent.parent
 SETS = ("10cifar100", "20cifar100", "imr", "tinyimagenet", "cub200")
 PUBLISHED = "--model vit_base_patch16_224 --output_dir ./output"
-TINY = "--views.size 32 --views.resize 32 --eval-batch-size 64"
+TINY = "--transforms.size 32 --transforms.resize 32 --eval-batch-size 64"
 VIT = f"{TINY} --backbone.weights random --backbone.arguments embed_dim 32 depth 5 num_heads 2"
 CLIP = f"{TINY} --backbone.model package:demo_clip_model.json --backbone.weights package:demo_clip.safetensors"
 DRIVER = """
@@ -89,7 +89,7 @@ def published(data, folder, recipe, words, projected, passes, seed):
     kinds = {"l2p": L2P.Config, "dualprompt": DualPrompt.Config, "clip": CLIPPrompt.Config}
     assert type(config.method) is kinds[recipe.split("_")[1]]
     assert (type(config.projection) is not NoProjection.Config) == projected
-    assert config.passes == passes
+    assert config.num_passes == passes
     assert seed in (None, config.seed)
     assert config.setting == ("til" if "--task_inc" in words else "cil")
     tasks = {"20cifar100": 20, "cub200": 5}.get(recipe.split("_")[0], 10)

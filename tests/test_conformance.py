@@ -13,7 +13,8 @@ from pgp import recipes
 from pgp.config import Optimizer
 from pgp.methods.clip_prompt import CLIPPrompt
 from pgp.methods.vpt import VPT
-from pgp.scenario import Task, generator
+from pgp.rng import make_generator
+from pgp.scenario import Task
 
 TASK = Task(0, (0, 1, 2), torch.arange(4), torch.arange(4))
 
@@ -29,7 +30,7 @@ def method(request):
 def built(config):
     """An untrained method at the start of its first task, on an encoder that it can use."""
     encoder = golden_clip() if isinstance(config, CLIPPrompt.Config) else golden_vit()
-    method = config.build(encoder, CIFAR_NAMES[:6], generator(0, "init")).double()
+    method = config.build(encoder, CIFAR_NAMES[:6], make_generator(0, "init")).double()
     method.begin_task(TASK)
     return method
 
@@ -47,9 +48,9 @@ def test_what_is_protected_meets_what_is_observed(method):
     assert rows.keys() == method.protected().keys()
     for space, (parameter, axis, _role) in method.protected().items():
         assert parameter.requires_grad
-        assert rows[space].met.shape[-1] == parameter.shape[axis]
-        assert len(rows[space].met) == 3
-        assert not rows[space].met.requires_grad
+        assert rows[space].expanded.shape[-1] == parameter.shape[axis]
+        assert len(rows[space].expanded) == 3
+        assert not rows[space].expanded.requires_grad
 
 
 def test_loss_falls_and_only_the_method_learns(method):
@@ -66,17 +67,17 @@ def test_loss_falls_and_only_the_method_learns(method):
 
 
 def test_state_goes_round_without_the_encoder(method):
-    state = {name: tensor.clone() for name, tensor in method.learned_state().items()}
+    state = {name: tensor.clone() for name, tensor in method.trainable_state_dict().items()}
     assert not any("backbone" in name for name in state)
     before = method(images(4))
     with torch.no_grad():
         for parameter in learned(method):
             parameter.add_(1)
     assert not torch.equal(method(images(4)), before)
-    method.load_learned_state(state)
+    method.load_trainable_state_dict(state)
     assert torch.equal(method(images(4)), before)
     with pytest.raises(ValueError, match="belongs to another model or run"):
-        method.load_learned_state({**state, "head.bias": torch.zeros(7)})
+        method.load_trainable_state_dict({**state, "head.bias": torch.zeros(7)})
 
 
 def test_prompts_are_all_that_learns_but_the_head(method):
@@ -97,7 +98,7 @@ STEPPERS = {
 
 def steps(method, settings, count=3):
     """Gradients by name, and where they lead: of the second task, by a batch of one image's rate."""
-    optimizer = settings.of_task(1).build(method, 1)
+    optimizer = settings.for_task(1).build(method, 1)
     before = {name: p.detach().clone() for name, p in method.named_parameters() if p.requires_grad}
     gradients = {name: [] for name in before}
     for _ in range(count):
@@ -159,9 +160,9 @@ def test_classes_may_come_again(method):
     loss.backward()
     assert loss.isfinite()
     method.end_task(again)
-    state = {name: tensor.clone() for name, tensor in method.learned_state().items()}
+    state = {name: tensor.clone() for name, tensor in method.trainable_state_dict().items()}
     method.end_task(again)  # a task may be closed again, as its accuracy along the stream asks for
-    assert all(torch.equal(state[name], tensor) for name, tensor in method.learned_state().items())
+    assert all(torch.equal(state[name], tensor) for name, tensor in method.trainable_state_dict().items())
     assert method(images(2))[:, list(again.classes)].isfinite().all()
 
 

@@ -12,13 +12,17 @@ from PIL import Image
 from torchvision import datasets as torchvision_sets
 
 from archives import Server
-from pgp.datasets import ArraySplit, BadImageError, Loading, Viewed, Views, batches, fashion_mnist, in_order, transfer
+from pgp.datasets import fashion_mnist, transfer
+from pgp.datasets.base import ArraySplit, BadImageError
 from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.digits import Digits
 from pgp.datasets.fashion_mnist import FashionMNIST
-from pgp.datasets.files import images_below, read_image
+from pgp.datasets.files import read_image
 from pgp.datasets.folder import Folder
+from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
+from pgp.datasets.scan import images_below
 from pgp.datasets.synthetic import Synthetic
+from pgp.datasets.transforms import Transforms
 from pgp.predict import images_in
 
 DIGITS = [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
@@ -301,13 +305,13 @@ def test_bad_images_are_named_or_skipped(photos, content):
     data = Folder(photos).build()
     with pytest.raises(BadImageError, match=r"cannot read the image .*bad\.jpg"):
         data.train.image(0)
-    plan = in_order(torch.arange(len(data.train)), 3)
-    views = Views(size=8, resize=8).test()
+    plan = sequential_batches(torch.arange(len(data.train)), 3)
+    views = Transforms(size=8, resize=8).test()
     for workers in (0, 1) if content else (0,):  # torch waits 5 s for a worker that is left alone
         with pytest.raises(BadImageError, match=r"^cannot read the image .*bad\.jpg"):
-            list(batches(Viewed(data.train, views, 0, ("x",), skip_bad=False), plan, Loading(workers)))
+            list(batches(TransformedSplit(data.train, views, 0, ("x",), skip_bad=False), plan, LoaderOptions(workers)))
     with pytest.warns(UserWarning, match=r"skipped: .*bad\.jpg"):
-        got = list(batches(Viewed(data.train, views, 0, ("x",), skip_bad=True), plan, Loading()))
+        got = list(batches(TransformedSplit(data.train, views, 0, ("x",), skip_bad=True), plan, LoaderOptions()))
     assert [batch.indices.tolist() for batch in got] == [[1, 2], [3, 4, 5], [6]]
 
 
@@ -354,58 +358,64 @@ def test_a_cut_off_image_is_bad(photos):
 def test_a_batch_of_bad_images_is_empty(photos):
     for path in (photos / "train" / "b").iterdir():
         path.write_bytes(b"")
-    viewed = Viewed(Folder(photos).build().train, Views(size=8, resize=8).test(), 0, ("x",), skip_bad=True)
+    viewed = TransformedSplit(
+        Folder(photos).build().train, Transforms(size=8, resize=8).test(), 0, ("x",), skip_bad=True
+    )
     with pytest.warns(UserWarning, match=r"skipped: .*no \d\.PNG"):
-        first, second = batches(viewed, in_order(torch.arange(6), 3), Loading())
+        first, second = batches(viewed, sequential_batches(torch.arange(6), 3), LoaderOptions())
     assert (len(first.images), len(first.labels), len(first.indices)) == (0, 0, 0)
     assert second.labels.tolist() == [1, 1, 1]
 
 
 def loaded(data, views, plan, **loading):
-    return list(batches(Viewed(data.train, views, 3, ("view", 0), skip_bad=False), plan, Loading(**loading)))
+    return list(
+        batches(TransformedSplit(data.train, views, 3, ("view", 0), skip_bad=False), plan, LoaderOptions(**loading))
+    )
 
 
 def test_augmentation_is_addressed():
-    data, views = Synthetic().build(), Views(size=16, resize=16, scale=(0.3, 1.0)).train()
+    data, views = Synthetic().build(), Transforms(size=16, resize=16, scale=(0.3, 1.0)).train()
     state = torch.get_rng_state()
-    one = loaded(data, views, in_order(torch.arange(12), 4))
+    one = loaded(data, views, sequential_batches(torch.arange(12), 4))
     assert torch.equal(torch.get_rng_state(), state)
-    backwards = loaded(data, views, in_order(torch.arange(12).flip(0), 12))[0]
-    with_workers = loaded(data, views, in_order(torch.arange(12), 4), workers=2)
+    backwards = loaded(data, views, sequential_batches(torch.arange(12).flip(0), 12))[0]
+    with_workers = loaded(data, views, sequential_batches(torch.arange(12), 4), workers=2)
     assert torch.equal(torch.cat([b.images for b in one]), backwards.images.flip(0))
     assert all(torch.equal(a.images, b.images) for a, b in zip(one, with_workers, strict=True))
-    again = loaded(data, views, in_order(torch.arange(12), 4, passes=1))
+    again = loaded(data, views, sequential_batches(torch.arange(12), 4, epoch=1))
     assert not any(torch.equal(a, b) for a, b in zip(one[0].images, again[0].images, strict=True))
     assert 0 <= one[0].images.min() < one[0].images.max() <= 1
 
 
 @pytest.mark.parametrize(("seed", "purpose"), [(4, ("view", 0)), (3, ("view", 1)), (3, ("observed", 0))])
 def test_every_part_of_the_address_decides_the_crop(seed, purpose):
-    data, views = Synthetic().build(), Views(size=16, resize=16, scale=(0.3, 1.0)).train()
-    first = loaded(data, views, in_order(torch.arange(4), 4))[0]
-    viewed = Viewed(data.train, views, seed, purpose, skip_bad=False)
-    (other,) = batches(viewed, in_order(torch.arange(4), 4), Loading())
+    data, views = Synthetic().build(), Transforms(size=16, resize=16, scale=(0.3, 1.0)).train()
+    first = loaded(data, views, sequential_batches(torch.arange(4), 4))[0]
+    viewed = TransformedSplit(data.train, views, seed, purpose, skip_bad=False)
+    (other,) = batches(viewed, sequential_batches(torch.arange(4), 4), LoaderOptions())
     assert not any(torch.equal(a, b) for a, b in zip(first.images, other.images, strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loading_leaves_the_global_generator_alone(workers):
-    data, views = Synthetic().build(), Views(size=16, resize=16).train()
+    data, views = Synthetic().build(), Transforms(size=16, resize=16).train()
     ends = []
     for start in (1, 2):
         torch.manual_seed(start)
         state = torch.get_rng_state()
         ends.append(
-            torch.cat([batch.images for batch in loaded(data, views, in_order(torch.arange(8), 4), workers=workers)])
+            torch.cat(
+                [batch.images for batch in loaded(data, views, sequential_batches(torch.arange(8), 4), workers=workers)]
+            )
         )
         assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(*ends)
 
 
 def test_processes_share_a_batch():
-    data, views = Synthetic().build(), Views(size=16, resize=16, scale=(0.3, 1.0)).train()
-    plan = in_order(torch.tensor([7, 3, 11, 0, 5, 2]), 5)
-    shares = [loaded(data, views, plan, rank=rank, world=2) for rank in (0, 1)]
+    data, views = Synthetic().build(), Transforms(size=16, resize=16, scale=(0.3, 1.0)).train()
+    plan = sequential_batches(torch.tensor([7, 3, 11, 0, 5, 2]), 5)
+    shares = [loaded(data, views, plan, rank=rank, world_size=2) for rank in (0, 1)]
     assert [[batch.indices.tolist() for batch in share] for share in shares] == [[[7, 11, 5], [2]], [[3, 0], []]]
     assert len(shares[1][1].images) == 0
     whole = loaded(data, views, plan)[0]
@@ -432,7 +442,7 @@ def test_arrays_need_a_label_per_image():
 def test_test_view_is_the_centre():
     image = torch.zeros(3, 32, 64, dtype=torch.uint8)
     image[:, :, 24:40] = 255
-    view = Views(size=16, resize=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).test()(image)
+    view = Transforms(size=16, resize=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)).test()(image)
     assert view.shape == (3, 16, 16)
     assert view.unique().tolist() == [1.0]
 
@@ -442,7 +452,7 @@ def test_test_view_is_that_of_pil(shape):
     smooth = torch.rand(3, 5, 5, generator=torch.Generator().manual_seed(0))
     smooth = torch.nn.functional.interpolate(smooth[None], shape, mode="bilinear")[0]
     image = (smooth * 255).to(torch.uint8)
-    view = Views(size=28).test()(image)  # the shorter side becomes 28 * 256 / 224 = 32
+    view = Transforms(size=28).test()(image)  # the shorter side becomes 28 * 256 / 224 = 32
     wide = Image.fromarray(image.permute(1, 2, 0).numpy())
     width, height = (32 * side // min(wide.size) for side in wide.size)
     left, top = round((width - 28) / 2), round((height - 28) / 2)
@@ -455,7 +465,10 @@ def test_test_view_is_that_of_pil(shape):
 def test_views_map_bytes_to_shares():
     image = torch.full((3, 20, 20), 255, dtype=torch.uint8)
     image[:, 10:] = 0
-    for view in (Views(size=16, resize=16).test(), Views(size=16, resize=16, scale=(1.0, 1.0), flip=0).train()):
+    for view in (
+        Transforms(size=16, resize=16).test(),
+        Transforms(size=16, resize=16, scale=(1.0, 1.0), flip=0).train(),
+    ):
         pixels = view(image)
         assert (pixels.shape, pixels.dtype) == ((3, 16, 16), torch.float32)
         assert (pixels.min(), pixels.max()) == (0, 1)
@@ -464,19 +477,19 @@ def test_views_map_bytes_to_shares():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"size": 32, "resize": 31}, r"views\.resize of at least views\.size 32, got 31"),
-        ({"size": 0}, r"views\.size of at least 1, got 0"),
-        ({"scale": (0, 1)}, r"views\.scale \(low, high\) with 0 < low <= high <= 1, got \(0, 1\)"),
-        ({"scale": (0.5, 0.4)}, r"views\.scale .*got \(0\.5, 0\.4\)"),
-        ({"scale": (0.5, 1.4)}, r"views\.scale .*got \(0\.5, 1\.4\)"),
-        ({"ratio": (1.5, 0.5)}, r"views\.ratio .*got \(1\.5, 0\.5\)"),
-        ({"flip": 2.0}, r"views\.flip .*got 2"),
-        ({"std": (0.5, 0.0, 0.5)}, r"views\.std .*got \(0\.5, 0\.0, 0\.5\)"),
+        ({"size": 32, "resize": 31}, r"transforms\.resize of at least transforms\.size 32, got 31"),
+        ({"size": 0}, r"transforms\.size of at least 1, got 0"),
+        ({"scale": (0, 1)}, r"transforms\.scale \(low, high\) with 0 < low <= high <= 1, got \(0, 1\)"),
+        ({"scale": (0.5, 0.4)}, r"transforms\.scale .*got \(0\.5, 0\.4\)"),
+        ({"scale": (0.5, 1.4)}, r"transforms\.scale .*got \(0\.5, 1\.4\)"),
+        ({"ratio": (1.5, 0.5)}, r"transforms\.ratio .*got \(1\.5, 0\.5\)"),
+        ({"flip": 2.0}, r"transforms\.flip .*got 2"),
+        ({"std": (0.5, 0.0, 0.5)}, r"transforms\.std .*got \(0\.5, 0\.0, 0\.5\)"),
     ],
 )
 def test_bad_views(settings, message):
     with pytest.raises(ValueError, match=message):
-        Views(**settings)
+        Transforms(**settings)
 
 
 def test_folders_may_be_called_otherwise(photos):

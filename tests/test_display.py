@@ -9,9 +9,12 @@ import pytest
 import torch
 
 import tiny
-from pgp import audit, display, drift_report, platforms, report
-from pgp.audit import Finding
-from pgp.run import Run
+from pgp.analysis import audit
+from pgp.analysis.audit import Finding
+from pgp.cli import show
+from pgp.reports import drift, figures, tables
+from pgp.runs.run import Run
+from pgp.system import platforms
 
 READOUTS = ("sequential", "lda", "lda+query+linear", "logistic+query+linear", "ncm", "ncm+query")
 
@@ -42,7 +45,7 @@ def long_run(folder, tasks, readouts=READOUTS[:3], spaces=0):
 @pytest.fixture(params=["terminal", "pipe"])
 def width(request, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(display, "is_terminal", lambda _: request.param == "terminal")
+    monkeypatch.setattr(show, "is_terminal", lambda _: request.param == "terminal")
     return 80 if request.param == "terminal" else 200
 
 
@@ -54,7 +57,7 @@ def only(matrix, t):
 @pytest.mark.parametrize("tasks", [3, 40])
 def test_an_evaluation_shows_every_task_in_a_row(tmp_path, capsys, width, tasks):
     run, matrices = long_run(tmp_path, tasks)
-    display.show_evaluation(run, {column: only(matrix, tasks - 1) for column, matrix in matrices.items()})
+    show.show_evaluation(run, {column: only(matrix, tasks - 1) for column, matrix in matrices.items()})
     _, *lines, _ = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= width
     for j in range(tasks):
@@ -68,7 +71,7 @@ def test_an_evaluation_shows_every_task_in_a_row(tmp_path, capsys, width, tasks)
 @pytest.mark.parametrize("tasks", [3, 40])
 def test_a_whole_matrix_is_shown_in_short_and_kept_in_full(tmp_path, capsys, width, tasks):
     run, matrices = long_run(tmp_path, tasks)
-    display.show_evaluation(run, matrices)
+    show.show_evaluation(run, matrices)
     *lines, file = capsys.readouterr().out.splitlines()
     assert max(map(len, lines[1:])) <= 80
     for column, matrix in matrices.items():
@@ -85,15 +88,15 @@ def test_a_whole_matrix_is_shown_in_short_and_kept_in_full(tmp_path, capsys, wid
 
 def test_many_readouts_go_to_several_tables(tmp_path, capsys, width):
     run, matrices = long_run(tmp_path, 2, READOUTS)
-    display.show_evaluation(run, {column: only(matrix, 1) for column, matrix in matrices.items()})
+    show.show_evaluation(run, {column: only(matrix, 1) for column, matrix in matrices.items()})
     findings = [
         Finding(column, "image" if size is None else "vote", size, scope, 0.5 + 0.01 * place)
         for place, column in enumerate(READOUTS)
         for size in (None, 128)
         for scope in audit.SCOPES
     ]
-    display.show_audit(run, findings)
-    display.keep_audit(run, findings, {"lda": (0.5, float("nan"))})
+    show.show_audit(run, findings)
+    show.write_audit(run, findings, {"lda": (0.5, float("nan"))})
     lines = [line for line in capsys.readouterr().out.splitlines() if str(tmp_path) not in line]
     assert max(map(len, lines)) <= width
     text = "\n".join(lines)
@@ -114,30 +117,31 @@ def test_a_run_folder_that_cannot_be_written_is_told_and_no_error(tmp_path, caps
         raise OSError(30, "Read-only file system", "evaluation.csv")
 
     monkeypatch.setattr(platforms, "sync_file", refuse)
-    display.show_evaluation(run, matrices)
+    show.show_evaluation(run, matrices)
     out, err = capsys.readouterr()
     assert "average" in out
     assert "evaluation.csv is not written: " in err
     assert "Read-only file system" in err
 
 
+@pytest.mark.looks_at_figures
 @pytest.mark.parametrize("tasks", [2, 20, 100])
 def test_figures_thin_out_what_would_be_a_blot(tmp_path, monkeypatch, tasks):
     run, _ = long_run(tmp_path, tasks, spaces=50)
     drawn = []
-    monkeypatch.setattr(report, "save", lambda figure, path: drawn.append(figure))
-    monkeypatch.setattr(drift_report, "save", lambda figure, path: drawn.append(figure))
-    report.draw(report.lines([run]), tmp_path / "accuracy.png")
-    drift_report.draw(drift_report.courses([run]), tmp_path / "drift.png")
-    accuracy, drift = drawn
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(drift, "save_figure", lambda figure, path: drawn.append(figure))
+    figures.draw_accuracy(tables.result_rows([run]), tmp_path / "accuracy.png")
+    drift.draw_drift(drift.drift_histories([run]), tmp_path / "drift.png")
+    accuracy, history = drawn
     axes = [part for sub in accuracy.subfigs for part in sub.axes]
     assert sum(len(part.texts) for part in axes) == (3 * tasks * (tasks + 1) // 2 if tasks <= 12 else 0)
     assert any(part.get_ylabel() == "accuracy, %" for part in axes) == (tasks > 12)  # a colour bar
-    for part in (*axes, *drift.axes):
+    for part in (*axes, *history.axes):
         low, high = part.get_xlim()
         assert sum(low <= tick <= high for tick in part.get_xticks()) <= 48
         assert len(part.get_yticks()) <= 12
-    for part in [axes[0], *drift.axes[:5]]:
+    for part in [axes[0], *history.axes[:5]]:
         assert sum(1 for tick in part.get_xticks() if 1 <= tick <= tasks) in range(1, 12)
         assert all(tick == int(tick) for tick in part.get_xticks())
         assert {line.get_marker() for line in part.lines} == ({"o"} if tasks <= 20 else {""})

@@ -349,7 +349,7 @@ def test_a_disk_keeps_its_reserve_while_bytes_come(tape, server, tmp_path, monke
     """Where nobody tells a size, and where others fill the disk."""
     server.length = False
     usage = shutil.disk_usage(tmp_path)
-    free = [transfer.RESERVE + 400_000]
+    free = [archives.RESERVE + 400_000]
 
     def less(_):
         free[0] -= 65_536

@@ -10,20 +10,21 @@ import pytest
 import torch
 
 import tiny
-from pgp import drift_report, train
+from pgp import train
+from pgp.analysis.drift import DriftMeter
 from pgp.config import Optimizer
 from pgp.datasets.synthetic import Synthetic
-from pgp.drift import DriftMeter
-from pgp.evaluate import FeatureBatch
+from pgp.evaluation.accuracy import FeatureBatch
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
 from pgp.methods.vpt import VPT
-from pgp.projections.none import NoProjection
+from pgp.projections.base import NoProjection
 from pgp.projections.orthogonal import Orthogonal
-from pgp.projections.random import Random
-from pgp.projections.released import Released
-from pgp.readouts.sequential import Sequential
-from pgp.subspace import Protected, Rows
+from pgp.projections.random import RandomBasis
+from pgp.projections.released import ReleasedBasis
+from pgp.readouts.head import MethodHead
+from pgp.reports import drift
+from pgp.subspace import ProtectedInputs, ProtectedParameter
 from test_train import learner_of
 
 EVERYTHING = Orthogonal.Config("input", 1.0, 1.0, "update")
@@ -37,7 +38,7 @@ def drifts(folder, **changes):
 
 def test_sketches_have_the_energy_of_all_rows_on_average():
     draws = torch.Generator().manual_seed(0)
-    rows = Rows(torch.randn(3, 2, 5, 4, generator=draws, dtype=torch.float64))  # (B, H, N, d)
+    rows = ProtectedInputs(torch.randn(3, 2, 5, 4, generator=draws, dtype=torch.float64))  # (B, H, N, d)
     step = torch.randn(4, 2, generator=draws, dtype=torch.float64)
     assert rows.sketch_shape(20000) == (20000, 5)
     mixed = rows.sketch(torch.randn(3, 20000, 5, generator=draws, dtype=torch.float64))
@@ -53,11 +54,11 @@ def test_sketches_have_the_energy_of_all_rows_on_average():
 def test_sketches_of_mapped_rows_are_those_of_the_rows_that_enter_the_parameter():
     inputs = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     through = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    mapped = Rows(inputs, through=through)
+    mapped = ProtectedInputs(inputs, head_maps=through)
     assert mapped.sketch_shape(7) == (2, 7, 5)
     weights = torch.randn(3, 2, 7, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     torch.testing.assert_close(mapped.sketch(weights), (weights @ (inputs @ through)).sum((0, 1)))
-    assert mapped.met.shape == (3, 10, 6)
+    assert mapped.expanded.shape == (3, 10, 6)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_figures_do_not_depend_on_how_many_images_are_seen_together(tmp_path, me
         learner = learner_of(run)
         learner.meter.micro_batch_size = size or 32
         task = learner.scenario.tasks[2]
-        learner.evaluation.row(learner.method, [], 2, learner.progress, learner.meter.watch)
+        learner.evaluation.evaluate(learner.method, [], 2, learner.progress, learner.meter.watch)
         figures.append(learner.meter.end_task(learner.method, task, learner.progress))
         sketch = learner.meter.references[2]["sketch"]
         figures[-1]["sketch"] = {space: rows.flatten().tolist() for space, rows in sketch.items()}
@@ -89,7 +90,7 @@ def test_the_jump_at_the_begin_of_a_task_is_no_update(tmp_path):
         run = train.train(tiny.config(method=tiny.DUALPROMPT, projection=projection, drift_images=4), tmp_path / on)
         learner = learner_of(run)
         learner.meter.start_task()
-        with learner.projection.confined():
+        with learner.projection.constrain():
             learner.method.begin_task(learner.scenario.tasks[1])
         updates[on] = learner.meter.energies
     assert updates == {"gradient": {}, "update": {}}
@@ -107,7 +108,7 @@ def test_it_costs_one_pass_over_a_sample_of_the_new_task(tmp_path, monkeypatch):
     watched = FeatureBatch(torch.arange(len(learner.data.test)), torch.randn(len(learner.data.test), 48), None)
     for task in learner.scenario.tasks:
         learner.meter.watch(task, watched)
-    monkeypatch.setattr(type(learner.method), "choices", lambda *_: None)
+    monkeypatch.setattr(type(learner.method), "selected_prompts", lambda *_: None)
     learner.meter.end_task(learner.method, learner.scenario.tasks[2], learner.progress)
     assert sum(passes) == len(learner.meter.sample(learner.scenario.tasks[2]))
 
@@ -115,7 +116,7 @@ def test_it_costs_one_pass_over_a_sample_of_the_new_task(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "method",
     [
-        VPT.Config(length=3, protect="affinity+aggregation", behind_norm=True),
+        VPT.Config(length=3, protect="affinity+aggregation", prompts_after_norm=True),
         replace(tiny.DUALPROMPT, protect="keys+values"),
     ],
 )
@@ -164,7 +165,7 @@ def test_features_and_logits_are_compared_with_those_of_then(tmp_path):
     learner = learner_of(run)
     task = learner.scenario.tasks[0]
     places = torch.linspace(0, len(task.test) - 1, 5).long()
-    view = run.config.views.test()
+    view = run.config.transforms.test()
     images = torch.stack([view(learner.data.test.image(int(task.test[place]))) for place in places])
     answers = []
     for name in ("task-01", "task-03"):
@@ -183,8 +184,10 @@ def test_held_is_about_the_energy_asked_for_and_less_in_random_directions(tmp_pa
     settings = {"method": VPT.Config(length=3, protect="tokens"), "drift_images": 1000}
     data = Synthetic(noise=0.3)
     true, random = (
-        drifts(tmp_path / kind.__qualname__, dataset=data, projection=kind("input", 0.9, on="update"), **settings)[-1]
-        for kind in (Orthogonal.Config, Random.Config)
+        drifts(
+            tmp_path / kind.__qualname__, dataset=data, projection=kind("input", 0.9, apply_to="update"), **settings
+        )[-1]
+        for kind in (Orthogonal.Config, RandomBasis.Config)
     )
     for space, share in true["held"].items():
         assert share == pytest.approx(0.9, abs=0.08)
@@ -193,9 +196,9 @@ def test_held_is_about_the_energy_asked_for_and_less_in_random_directions(tmp_pa
 
 def test_two_spaces_of_one_parameter_are_both_measured_before_either_is_taken_out():
     parameter = torch.nn.Parameter(torch.zeros(2, 2, dtype=torch.float64))
-    protected = {"rows": Protected(parameter, axis=-1), "columns": Protected(parameter, axis=-2)}
+    protected = {"rows": ProtectedParameter(parameter, axis=-1), "columns": ProtectedParameter(parameter, axis=-2)}
     for on in ("gradient", "update"):
-        projection = Orthogonal(protected, Orthogonal.Config(on=on))
+        projection = Orthogonal(protected, Orthogonal.Config(apply_to=on))
         projection.bases = {space: torch.eye(2, 1, dtype=torch.float64) for space in protected}
         optimizer = torch.optim.SGD([parameter], lr=1.0)
         meter = DriftMeter(SimpleNamespace(config=tiny.config()), projection, None)
@@ -220,7 +223,7 @@ def test_choices_that_change_and_prompts_that_are_used(tmp_path):
     assert sum(event["drift"]["usage"]) == pytest.approx(1)
     key = learner.method.pool.learned_key.detach()
     learner.method.pool.learned_key.data = -key  # the last choice is now the first
-    learner.evaluation.row(learner.method, learner.readouts, 2, learner.progress, learner.meter.watch)
+    learner.evaluation.evaluate(learner.method, learner.readouts, 2, learner.progress, learner.meter.watch)
     moved = learner.meter.end_task(learner.method, learner.scenario.tasks[2], learner.progress)
     assert moved["changed"] == [1.0, 1.0]
     assert event["drift"]["changed"] != moved["changed"]
@@ -228,7 +231,9 @@ def test_choices_that_change_and_prompts_that_are_used(tmp_path):
 
 @pytest.mark.parametrize("method", [L2P.Config(top_k=2), tiny.DUALPROMPT, VPT.Config(length=3, protect="tokens")])
 def test_released_is_measured_too(tmp_path, method):
-    _, _, last = drifts(tmp_path / "run", method=method, projection=Released.Config(components=3, key_components=3))
+    _, _, last = drifts(
+        tmp_path / "run", method=method, projection=ReleasedBasis.Config(components=3, key_components=3)
+    )
     assert last["held"]
     assert all(0 <= share <= 1 + 1e-9 for share in last["held"].values())
 
@@ -248,7 +253,7 @@ def test_off_costs_nothing(tmp_path):
 
 
 def test_forgetting_stands_beside_what_is_left_once_the_task_is_known(tmp_path):
-    run = train.train(tiny.config(readouts=(Sequential.Config(),)), tmp_path / "run")
+    run = train.train(tiny.config(readouts=(MethodHead.Config(),)), tmp_path / "run")
     events = list(run.events("task"))
     within = torch.full((3, 3), torch.nan, dtype=torch.float64)
     for event in events:
@@ -258,32 +263,33 @@ def test_forgetting_stands_beside_what_is_left_once_the_task_is_known(tmp_path):
     assert events[-1]["forgetting"]["sequential"] >= 0
 
 
+@pytest.mark.looks_at_figures
 def test_the_report_tells_means_over_seeds_and_draws_them(tmp_path):
     runs = [train.train(tiny.config(seed=seed), tmp_path / str(seed)) for seed in (1, 2)]
     silent = train.train(tiny.config(drift_images=0, projection=NoProjection.Config()), tmp_path / "silent")
-    (course,) = drift_report.courses([*runs, silent])
+    (course,) = drift.drift_histories([*runs, silent])
     events = [list(run.events("task"))[-1] for run in runs]
     expected = sum(event["drift"]["features"][i] for event in events for i in (0, 1)) / 4
-    assert course.last(drift_report.FIGURES["features"]) == pytest.approx(expected)
-    assert list(course.curve(drift_report.FIGURES["features"])) == [2, 3]
-    head, _, row = drift_report.markdown([course]).splitlines()
+    assert course.last(drift.STATISTICS["features"]) == pytest.approx(expected)
+    assert list(course.curve(drift.STATISTICS["features"])) == [2, 3]
+    head, _, row = drift.markdown([course]).splitlines()
     assert "energy held" in head
     assert row.startswith("| projection orthogonal | 2 | ")
     assert f" {100 * expected:.2f} " in row
-    drift_report.draw([course], tmp_path / "drift.png")
+    drift.draw_drift([course], tmp_path / "drift.png")
     assert (tmp_path / "drift.png").stat().st_size > 10_000
-    assert drift_report.courses([silent]) == []
+    assert drift.drift_histories([silent]) == []
     unfinished = course._replace(runs=[course.runs[0], {0: course.runs[1][0]}])
-    assert drift_report.markdown([unfinished]).splitlines()[-1].startswith("| projection orthogonal | 1 | ")
+    assert drift.markdown([unfinished]).splitlines()[-1].startswith("| projection orthogonal | 1 | ")
     alone = course._replace(runs=[course.runs[0]])
-    assert drift_report.markdown([unfinished]) == drift_report.markdown([alone])
-    drift_report.draw([unfinished], tmp_path / "unfinished.png")
+    assert drift.markdown([unfinished]) == drift.markdown([alone])
+    drift.draw_drift([unfinished], tmp_path / "unfinished.png")
 
 
 def test_the_report_draws_methods_that_protect_and_choose_nothing(tmp_path):
     run = train.train(tiny.config(method=HeadOnly.Config(), projection=NoProjection.Config()), tmp_path / "run")
-    table = drift_report.courses([run])
-    drift_report.draw(table, tmp_path / "drift.png")
+    table = drift.drift_histories([run])
+    drift.draw_drift(table, tmp_path / "drift.png")
     assert (tmp_path / "drift.png").is_file()
-    assert table[0].last(drift_report.FIGURES["features"]) == 0
-    assert table[0].last(drift_report.FIGURES["energy held"]) is None
+    assert table[0].last(drift.STATISTICS["features"]) == 0
+    assert table[0].last(drift.STATISTICS["energy held"]) is None

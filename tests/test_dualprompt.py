@@ -9,11 +9,12 @@ import test_conformance as conformance
 from conftest import golden_vit, tiny_timm
 from pgp.backbones.vit import ViT
 from pgp.methods.dualprompt import DualPrompt
-from pgp.projections.none import NoProjection
+from pgp.methods.prompts import scatter_by_prompt
+from pgp.projections.base import NoProjection
 from pgp.projections.orthogonal import Orthogonal
-from pgp.projections.released import Released
-from pgp.prompts import by_prompt
-from pgp.scenario import Task, generator
+from pgp.projections.released import ReleasedBasis
+from pgp.rng import make_generator
+from pgp.scenario import Task
 
 TASK = Task(1, (2, 3), torch.arange(4), torch.arange(4))
 
@@ -24,7 +25,7 @@ def images(count, size=32, seed=1):
 
 def build(vit=None, **settings):
     config = DualPrompt.Config(**{"prompt_mask": False, **settings})
-    return config.build(vit or golden_vit(), "abcdef", generator(0, "init")).double()
+    return config.build(vit or golden_vit(), "abcdef", make_generator(0, "init")).double()
 
 
 def few_tokens(**arguments):
@@ -65,13 +66,13 @@ def drift_of(method, config):
         assert all(projection.rank(name) < target.parameter.shape[target.axis]
                    for name, target in method.protected().items())  # fmt: skip
     before = method.features(old).detach()
-    with projection.confined():
+    with projection.constrain():
         method.begin_task(TASK)
     first, *_, last = learn(method, projection)
     return float((method.features(old).detach() - before).norm() / before.norm()), first - last
 
 
-EVERYTHING = {"space": "input", "energy": 1.0, "key_energy": 1.0}
+EVERYTHING = {"basis": "input", "energy": 1.0, "key_energy": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -85,9 +86,9 @@ def test_old_features_stay_through_the_whole_network(settings):
     moved = {
         name: drift(protect, config, **settings)
         for name, protect, config in (
-            ("exact", "keys+values", Orthogonal.Config(**EVERYTHING, on="update")),
-            ("gradient", "keys+values", Orthogonal.Config(**EVERYTHING, on="gradient")),
-            ("keys", "keys", Orthogonal.Config(**EVERYTHING, on="update")),
+            ("exact", "keys+values", Orthogonal.Config(**EVERYTHING, apply_to="update")),
+            ("gradient", "keys+values", Orthogonal.Config(**EVERYTHING, apply_to="gradient")),
+            ("keys", "keys", Orthogonal.Config(**EVERYTHING, apply_to="update")),
             ("none", "keys", None),
         )
     }
@@ -102,7 +103,7 @@ def test_old_features_stay_through_the_whole_network(settings):
 def test_values_are_held_for_the_images_that_picked_them():
     shares = torch.rand(3, 2, 4, 6, generator=torch.Generator().manual_seed(0))  # (B, H, N, k * L), k = 2
     indices = torch.tensor([[4, 1], [1, 0], [2, 3]])
-    by_prefix = by_prompt(shares, indices, size=5)
+    by_prefix = scatter_by_prompt(shares, indices, size=5)
     assert by_prefix.shape == (3, 5, 2, 4, 3)
     for image, (first, second) in enumerate(indices.tolist()):
         assert torch.equal(by_prefix[image, first], shares[image, ..., :3])
@@ -142,7 +143,7 @@ def test_nothing_above_the_deepest_protected_layer_is_computed(monkeypatch):
 
 @torch.no_grad()
 def test_expert_tokens_join_from_their_layer_on():
-    method, x = build(experts="token", general_layers=()), images(2)
+    method, x = build(expert_type="token", general_layers=()), images(2)
     indices = torch.tensor([[7], [0]])
     vit = method.backbone
     tokens = vit.embed(x)
@@ -158,9 +159,9 @@ def test_expert_tokens_join_from_their_layer_on():
 
 def test_experts_are_handed_on():
     method = build(shared_pool=True, top_k=2)
-    before = {name: tensor.clone() for name, tensor in method.learned_state().items()}
+    before = {name: tensor.clone() for name, tensor in method.trainable_state_dict().items()}
     method.begin_task(Task(2, (4,), TASK.train, TASK.test))
-    for name, tensor in method.learned_state().items():
+    for name, tensor in method.trainable_state_dict().items():
         expected = before[name].clone()
         if name.startswith("experts"):
             expected[4:6] = before[name][2:4]
@@ -185,7 +186,7 @@ def test_settings_that_do_not_fit(settings, message):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"protect": "keys+values", "top_k": 2, "prompt_mask": False}, {"experts": "token"}]
+    "settings", [{"protect": "keys+values", "top_k": 2, "prompt_mask": False}, {"expert_type": "token"}]
 )
 def test_variants_keep_the_promises_of_every_method(settings):
     def variant():
@@ -201,4 +202,4 @@ def test_variants_keep_the_promises_of_every_method(settings):
 def test_the_released_projection_refuses_values():
     method = conformance.built(DualPrompt.Config(protect="keys+values"))
     with pytest.raises(ValueError, match="never protects values"):
-        Released.Config().build(method.protected())
+        ReleasedBasis.Config().build(method.protected())

@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from pgp import train
-from pgp.run import Run
+from pgp.runs.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from PIL import Image
 
 from pgp.datasets.folder import Folder
 from pgp.datasets.scan import contents, images_below
-from pgp.outputs import MARKER, make_output
 from pgp.predict import images_in
+from pgp.system.outputs import MARKER, make_output
 
 CLASSES = ("cat", "dog")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes, in any form and case; pipes and links")
@@ -144,7 +144,7 @@ def test_everything_that_is_not_used_is_counted_and_named(tmp_path):
         "system": 8,
         "hidden": 1,
     }
-    lines = data.told()
+    lines = data.messages()
     assert (
         "ignored: 3 files whose suffix is not that of an image (.heic 2, .txt 1): cat/a.heic, cat/b.HEIC, cat/c.txt"
         in lines

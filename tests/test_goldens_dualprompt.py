@@ -7,7 +7,7 @@ import torch
 
 from conftest import TOLERANCE, close, columns, golden, golden_vit
 from pgp.methods.dualprompt import DualPrompt
-from pgp.projections.released import Released
+from pgp.projections.released import ReleasedBasis
 from pgp.scenario import Task
 
 CASES = ["batchwise", "persample"]
@@ -24,7 +24,7 @@ def ours(arrays, at):
     g, e = arrays[f"{at}/g_prompt"], arrays[f"{at}/e_prompt.prompt"]
     state = {"key": arrays[f"{at}/e_prompt.prompt_key"], "head.weight": arrays[f"{at}/head.weight"]}
     state["head.bias"] = arrays[f"{at}/head.bias"]
-    for part, name in enumerate(("keys", "own_values")):
+    for part, name in enumerate(("keys", "separate_values")):
         for layer in range(2):
             state[f"general.{layer}.{name}"] = g[layer, part].transpose(0, 1)[None]  # (1, H, L, d)
         for layer in range(3):
@@ -35,7 +35,9 @@ def ours(arrays, at):
 def build(arrays, case, dtype, vit=None, **settings):
     config = DualPrompt.Config(selection="batch" if case == "batchwise" else "image", **settings)
     method = DualPrompt(config, vit or golden_vit(dtype), classes=10, generator=torch.Generator()).to(dtype)
-    method.load_learned_state({name: value.to(dtype) for name, value in ours(arrays, f"fixed/{case}/init").items()})
+    method.load_trainable_state_dict(
+        {name: value.to(dtype) for name, value in ours(arrays, f"fixed/{case}/init").items()}
+    )
     return method
 
 
@@ -46,7 +48,9 @@ def test_forward(arrays, case, phase, dtype):
     tolerance = TOLERANCE[dtype][0]
     method, x, at = build(arrays, case, dtype), arrays["x0"].to(dtype), f"fixed/{case}/{phase}"
     query = method.query(x)
-    prepared = method.prepare(x, TASK if phase == "train" else Task(99, (), TASK.train, TASK.test))  # past the pool
+    prepared = method.prepare_batch(
+        x, TASK if phase == "train" else Task(99, (), TASK.train, TASK.test)
+    )  # past the pool
     assert torch.equal(prepared["indices"], arrays[f"{at}/prompt_idx"])
     for layer in range(3):
         prefix = arrays[f"{at}/batched_prompt"][layer].permute(0, 1, 3, 2, 4)  # (B, 2, H, L, d)
@@ -82,7 +86,7 @@ def test_three_optimizer_steps(arrays, case, pgp, dtype):
     learned = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(learned, lr=0.03)
     if pgp == "pgp":
-        projection = Released(method.protected())
+        projection = ReleasedBasis(method.protected())
         spaces = {f"general {i} keys": f"P_g{i}" for i in (0, 1)} | {f"expert {i} keys": f"P_e{i}" for i in (2, 3, 4)}
         projection.load_state_dict({space: columns(arrays[name]) for space, name in spaces.items()})
         projection.attach(optimizer)
@@ -106,7 +110,7 @@ def test_three_optimizer_steps(arrays, case, pgp, dtype):
 def test_queries_of_attention(arrays):
     """The published arrays were collected with the last expert, whatever the image; ours use the one that it picks."""
     method, x = build(arrays, "persample", torch.float64), arrays["x0"]
-    picked = method.prepare(x, Task(99, (), TASK.train, TASK.test))["indices"]
+    picked = method.prepare_batch(x, Task(99, (), TASK.train, TASK.test))["indices"]
     for indices in (torch.full_like(picked, 9), picked):
         traces = method.backbone.trace(x, range(5), *method._inputs(indices))
         for layer in range(5 if indices is not picked else 3):  # the first expert speaks in layer 2
@@ -127,7 +131,7 @@ def test_the_published_reshape_hands_out_prefixes_of_other_images(arrays):
 
     _, prefixes = method._inputs(indices)
     scrambled = {layer: released(prefix) if layer > 1 else prefix for layer, prefix in prefixes.items()}
-    logits = method.head(method.backbone(x, None, scrambled, read=1)[:, 0])
+    logits = method.head(method.backbone(x, None, scrambled, num_tokens=1)[:, 0])
     close(logits, arrays["released/persample/eval/logits"], 1e-10)
     alone = torch.cat([method(image[None]) for image in x])
     close(method(x), alone, 1e-12)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import TOLERANCE, close, columns, golden, golden_vit
-from pgp.methods import only
+from pgp.methods.base import mask_logits
 from pgp.methods.l2p import L2P
 from pgp.projections.orthogonal import Orthogonal
 from pgp.scenario import Task
@@ -28,10 +28,10 @@ def arrays():
 
 def build(arrays, case, dtype):
     reads, selection = case.split("/")
-    config = L2P.Config(reads=reads, selection="batch" if selection == "batchwise" else "image")
+    config = L2P.Config(head_type=reads, selection="batch" if selection == "batchwise" else "image")
     method = L2P(config, golden_vit(dtype), classes=10, generator=torch.Generator()).to(dtype)
     state = {ours: arrays[f"{case}/init/{theirs}"].to(dtype) for theirs, ours in NAMES.items()}
-    method.load_learned_state(state)
+    method.load_trainable_state_dict(state)
     return method
 
 
@@ -55,7 +55,7 @@ def test_forward(arrays, case, phase, dtype):
     expected = arrays[f"{case}/{phase}/prompt_idx"]
     assert torch.equal(selection.indices.sort(1).values, expected.sort(1).values)
     close(selection.similarity, arrays[f"{case}/{phase}/similarity"], tolerance)
-    close(selection.pull, arrays[f"{case}/{phase}/reduce_sim"], tolerance)
+    close(selection.key_similarity, arrays[f"{case}/{phase}/reduce_sim"], tolerance)
     features = method.features(images, by_vote=by_vote)
     close(features, arrays[f"{case}/{phase}/pre_logits"], tolerance)
     close(method.head(features), arrays[f"{case}/{phase}/logits"], tolerance)
@@ -113,5 +113,5 @@ def test_query_of_a_model_without_cls(arrays):
 
 def test_masked_cross_entropy_ignores_other_classes(arrays):
     logits = arrays["plain_logits0"]
-    masked = only(logits, TASK.classes)
+    masked = mask_logits(logits, TASK.classes)
     assert masked.isfinite().sum() == 2 * len(logits)

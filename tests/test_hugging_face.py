@@ -9,9 +9,11 @@ from PIL import Image
 
 import tiny
 from pgp import train
-from pgp.datasets import BadImageError, Loading, Viewed, Views, batches, in_order
+from pgp.datasets.base import BadImageError
 from pgp.datasets.hugging_face import HuggingFace
-from pgp.datasets.own import own_data
+from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
+from pgp.datasets.own import dataset_from_path
+from pgp.datasets.transforms import Transforms
 from pgp.methods.head_only import HeadOnly
 
 hub = pytest.importorskip("datasets")
@@ -34,13 +36,13 @@ def rows(count, labels=None, **more):
 
 def test_parts_saved_to_disk(tmp_path):
     hub.DatasetDict(train=rows(9), validation=rows(3), test=rows(6)).save_to_disk(str(tmp_path / "saved"))
-    data = own_data(f"hf:{tmp_path / 'saved'}").build()
+    data = dataset_from_path(f"hf:{tmp_path / 'saved'}").build()
     assert (len(data.train), len(data.test), data.class_names) == (9, 6, ("cat", "dog", "eel"))
     assert data.train.labels.tolist() == [0, 1, 2] * 3
     assert data.test.image(4)[:, 0, 0].tolist() == [40, 0, 0]
     assert data.train.image(0).shape == (3, 4, 6)
-    viewed = Viewed(data.train, Views(size=4, resize=4).test(), 0, ("x",), skip_bad=False)
-    first, second = batches(viewed, in_order(torch.tensor([8, 0, 5]), 2), Loading(workers=2))
+    viewed = TransformedSplit(data.train, Transforms(size=4, resize=4).test(), 0, ("x",), skip_bad=False)
+    first, second = batches(viewed, sequential_batches(torch.tensor([8, 0, 5]), 2), LoaderOptions(workers=2))
     assert (first.labels.tolist(), second.labels.tolist()) == ([2, 0], [2])
 
 
@@ -78,7 +80,7 @@ def test_trains_from_any_working_folder(tmp_path, monkeypatch):
     config = tiny.config(dataset=HuggingFace("saved"), method=HeadOnly.Config(), epochs=1)
     run = train.train(config, tmp_path / "run")
     assert run.config.dataset.name == str(tmp_path / "saved")
-    assert HuggingFace("nowhere/beans").located().name == "nowhere/beans"
+    assert HuggingFace("nowhere/beans").with_absolute_paths().name == "nowhere/beans"
 
 
 def test_names_are_the_same_in_every_unicode_form(tmp_path):

@@ -12,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pgp.datasets import BadImageError, Views
+from pgp.datasets.base import BadImageError
 from pgp.datasets.decode import FORMATS, SUFFIXES, decode
 from pgp.datasets.files import read_image
+from pgp.datasets.transforms import Transforms
 
 RED, BLUE = (200, 30, 20), (20, 30, 200)
 WIDE = Image.new("RGB", (8, 4), RED)
@@ -259,6 +260,6 @@ def test_formats_and_suffixes():
 def test_very_long_images_are_seen_without_their_ends(shape):
     image = torch.zeros(shape, dtype=torch.uint8)
     image[:, (shape[1] - 1) // 2 : shape[1] // 2 + 1, (shape[2] - 1) // 2 : shape[2] // 2 + 1] = 255
-    seen = Views(size=32, resize=36).test()(image)
+    seen = Transforms(size=32, resize=36).test()(image)
     assert seen.shape == (3, 32, 32)
     assert seen[0, 15:17, 15:17].mean() > 0.5

@@ -7,15 +7,16 @@ from scipy.sparse.linalg import LinearOperator, cg
 
 import test_conformance as conformance
 from conftest import golden_vit
-from pgp.backbones import deviation, joined
+from pgp.backbones.base import insert_prompts
+from pgp.backbones.norms import norm_std
 from pgp.methods.l2p import L2P
 from pgp.projections.orthogonal import Orthogonal
-from pgp.scenario import generator
+from pgp.rng import make_generator
 from test_dualprompt import few_tokens, images
 
 
 def build(vit=None, **settings):
-    return L2P.Config(**settings).build(vit or golden_vit(), "abcdef", generator(0, "init")).double()
+    return L2P.Config(**settings).build(vit or golden_vit(), "abcdef", make_generator(0, "init")).double()
 
 
 def change_of_first_block(method, old, prompts, block):
@@ -29,14 +30,14 @@ def change_of_first_block(method, old, prompts, block):
 
     The step is at a right angle to the gradients of the deviations that norms divide prompts by, which so stay.
     """
-    projection = Orthogonal(method.protected(), Orthogonal.Config("input", 1.0, 1.0, on="update"))
+    projection = Orthogonal(method.protected(), Orthogonal.Config("input", 1.0, 1.0, apply_to="update"))
     for space, rows in method.activations(old).items():
         projection.observe(space, rows)
     projection.end_task()
     backbone, moving = method.backbone, prompts.detach().requires_grad_()
     divisors = [
-        backbone.normed(0, backbone.place(moving))[1],
-        deviation(backbone.norm(None), backbone.position(moving)),
+        backbone.apply_norm(0, backbone.embed_prompts(moving))[1],
+        norm_std(backbone.attention_norm(None), backbone.add_position(moving)),
     ]
     rays = [torch.autograd.grad(d.log().sum(), moving)[0] for d in divisors if d.requires_grad]
     rays = [F.normalize(ray, dim=-1) for ray in rays]
@@ -70,8 +71,8 @@ def test_what_old_tokens_get_in_the_first_block(protect, pre_norm):
     selection = method.pool.select(method.query(old))
 
     def block(pool):
-        placed = method.backbone.place(pool[selection.indices].flatten(1, 2))
-        out = vit.vit.blocks[0](joined(vit.embed(old), placed))
+        placed = method.backbone.embed_prompts(pool[selection.indices].flatten(1, 2))
+        out = vit.vit.blocks[0](insert_prompts(vit.embed(old), placed))
         return torch.cat([out[:, :1], out[:, 1 + placed.shape[1] :]], dim=1)  # without the prompts themselves
 
     change = change_of_first_block(method, old, method.pool.prompts, block)

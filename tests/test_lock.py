@@ -14,14 +14,19 @@ import pytest
 import torch
 
 import tiny
-from pgp import cli, lock, metrics, platforms, storage, train
-from pgp.checkpoint import CheckpointName, Checkpoints
-from pgp.lock import locked
-from pgp.run import Run, RunError
+from pgp import train
+from pgp.cli import main
+from pgp.evaluation import metrics
+from pgp.runs import lock
+from pgp.runs.checkpoint import CheckpointName, Checkpoints
+from pgp.runs.lock import locked
+from pgp.runs.run import Run
+from pgp.system import platforms, storage
+from pgp.system.storage import RunError
 from test_checkpoint import CLASSES, contents, made, state
 from test_train import final, same
 
-HOLD = "import sys, time; from pathlib import Path; from pgp.lock import locked\n"
+HOLD = "import sys, time; from pathlib import Path; from pgp.runs.lock import locked\n"
 HOLD += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 
@@ -41,7 +46,7 @@ def test_the_second_is_told_who_writes_and_changes_nothing(holder, capsys):
     run, other = holder
     before = contents(run.folder)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["train", "--resume", str(run.folder)])
+        main.main(["train", "--resume", str(run.folder)])
     assert stop.value.code == 2
     told = capsys.readouterr().err.strip()
     assert f"is being written to by process {other.pid} on {platforms.HOST} since 2" in told
@@ -105,7 +110,7 @@ def stop_in_first_task(config, folder, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "close_task", stop)
+        patch.setattr(train, "end_task", stop)
         with pytest.raises(KeyboardInterrupt):
             train.train(config, folder)
 
@@ -281,11 +286,11 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(platforms, "sync_file", full)
     with pytest.raises(SystemExit):
-        cli.main(["report", str(run.folder)])
+        main.main(["report", str(run.folder)])
     assert "report.md: No space left on device: make room" in capsys.readouterr().err
     assert (run.folder / "report.md").read_text() == "the report of before"
 
 
 def test_a_matrix_of_more_tasks_than_there_are_is_an_error():
     with pytest.raises(ValueError, match="expected the matrix of at most 1 tasks"):
-        metrics.grown(torch.ones(2, 2), 1)
+        metrics.pad_matrix(torch.ones(2, 2), 1)

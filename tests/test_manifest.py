@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from pgp.datasets.manifest import Manifest
-from pgp.datasets.own import own_data
+from pgp.datasets.own import dataset_from_path
 
 
 def table(folder, text, name="photos.csv", encoding="utf-8"):
@@ -195,10 +195,10 @@ def test_what_data_means(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     table(tmp_path, SPLIT)
     (tmp_path / "photos.zip").write_bytes(b"")
-    assert own_data("photos.csv").located() == Manifest(tmp_path / "photos.csv")
+    assert dataset_from_path("photos.csv").with_absolute_paths() == Manifest(tmp_path / "photos.csv")
     with pytest.raises(
         ValueError, match=r"folder of images, a table of them \(.csv, .jsonl, .tsv\) or hf:NAME as data"
     ):
-        own_data("photos.zip")
+        dataset_from_path("photos.zip")
     with pytest.raises(ValueError, match="test_share between 0 and 1, got 1"):
         Manifest(test_share=1)

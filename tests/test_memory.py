@@ -12,10 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pgp import platforms, workers
-from pgp.datasets import Loading, Viewed, Views, batches, files, free_memory, in_order, memory
+from pgp.datasets import cache, files, free_memory
+from pgp.datasets.cache import ImageCache, PixelStore
 from pgp.datasets.files import FileSplit, read_image
-from pgp.datasets.memory import Memory, Store
+from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
+from pgp.datasets.transforms import Transforms
+from pgp.sweeps import pool
+from pgp.system import platforms
 
 SIZES = [(8, 6), (5, 7), (10, 10), (4, 4)]
 
@@ -23,8 +26,8 @@ SIZES = [(8, 6), (5, 7), (10, 10), (4, 4)]
 @pytest.fixture
 def split(tmp_path, monkeypatch):
     """Four images of other sizes, random pixels, and memory for them, of which only Linux tells."""
-    monkeypatch.setattr(memory, "free_memory", lambda: 1 << 24)
-    monkeypatch.setattr(memory, "_shared", None)
+    monkeypatch.setattr(cache, "free_memory", lambda: 1 << 24)
+    monkeypatch.setattr(cache, "_shared", None)
     for i, size in enumerate(SIZES):
         pixels = torch.randint(256, (*size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
         Image.fromarray(pixels.numpy()).save(tmp_path / f"{i}.png")
@@ -63,21 +66,21 @@ def test_a_file_is_decoded_once(split, opened):
 def test_a_file_is_decoded_once_over_two_passes(split, opened, workers):
     if workers and platforms.loader_start() != "fork":
         pytest.skip("processes that are spawned share no memory")
-    viewed = Viewed(split, Views(size=4, resize=4).test(), 0, ("test",), skip_bad=False)
-    plan = in_order(torch.arange(4), batch_size=1)
-    passes = [[batch.images for batch in batches(viewed, plan, Loading(workers))] for _ in range(2)]
+    viewed = TransformedSplit(split, Transforms(size=4, resize=4).test(), 0, ("test",), skip_bad=False)
+    plan = sequential_batches(torch.arange(4), batch_size=1)
+    passes = [[batch.images for batch in batches(viewed, plan, LoaderOptions(workers))] for _ in range(2)]
     assert all(torch.equal(one, same) for one, same in zip(*passes, strict=True))
     assert opened() == FILES
 
 
 def test_the_budget_is_kept(split, opened):
     sizes = [3 * height * width for height, width in SIZES]
-    split.memory = Memory(4, Store(sizes[0] + sizes[1] + sizes[3]))
+    split.memory = ImageCache(4, PixelStore(sizes[0] + sizes[1] + sizes[3]))
     for _ in range(3):
         for i in range(4):
             assert torch.equal(split.image(i), read_image(split.paths[i]))
     assert opened() == ["0.png", "1.png", "2.png", "2.png", "2.png", "3.png"]
-    split.memory = Memory(0)
+    split.memory = ImageCache(0)
     for _ in range(2):
         split.image(0)
     assert opened().count("0.png") == 3
@@ -95,8 +98,8 @@ def test_a_system_that_grants_nothing(split, opened, monkeypatch):
     def refuse(*_):
         raise OSError("Cannot allocate memory")
 
-    monkeypatch.setattr(memory.mmap, "mmap", refuse)
-    split.memory = Memory(4)
+    monkeypatch.setattr(cache.mmap, "mmap", refuse)
+    split.memory = ImageCache(4)
     for _ in range(2):
         assert torch.equal(split.image(0), read_image(split.paths[0]))
     assert opened() == ["0.png"] * 2
@@ -135,7 +138,7 @@ def test_what_is_free_on_the_machine(proc):
     assert free_memory.free_memory() == 512_000
     (proc / "meminfo").unlink()
     assert free_memory.free_memory() == 0  # no Linux
-    assert Memory(4).budget == 0
+    assert ImageCache(4).budget == 0
 
 
 @pytest.mark.parametrize("deep", [0, 1, 2, 3])
@@ -188,46 +191,46 @@ def test_the_limits_of_the_process_count(proc, monkeypatch, limit, used):
 
 
 def test_all_splits_of_all_processes_have_one_budget(monkeypatch):
-    monkeypatch.setattr(memory, "_shared", None)  # other tests may still hold theirs
-    monkeypatch.setattr(memory, "free_memory", lambda: 500_000)
-    splits = [Memory(3) for _ in range(20)]
+    monkeypatch.setattr(cache, "_shared", None)  # other tests may still hold theirs
+    monkeypatch.setattr(cache, "free_memory", lambda: 500_000)
+    splits = [ImageCache(3) for _ in range(20)]
     assert {split.budget for split in splits} == {100_000}
     image = torch.ones(3, 100, 100, dtype=torch.uint8)
     decoded = []
     for _ in range(2):
         for i, split in enumerate(splits):
-            split.kept(0, lambda i=i: decoded.append(i) or image)
+            split.get_or_decode(0, lambda i=i: decoded.append(i) or image)
     assert sum(decoded.count(i) == 1 for i in range(20)) == 3  # 90,000 bytes are kept
     del split, splits
-    assert memory._shared() is None
-    monkeypatch.setattr(memory, "world", lambda: 4)
-    assert Memory(3).budget == 25_000
-    monkeypatch.setattr(memory, "processes", 5)
-    assert Memory(3).budget == 5_000
+    assert cache._shared() is None
+    monkeypatch.setattr(cache, "world_size", lambda: 4)
+    assert ImageCache(3).budget == 25_000
+    monkeypatch.setattr(cache, "processes", 5)
+    assert ImageCache(3).budget == 5_000
 
 
 def test_the_processes_of_a_sweep_share_the_budget(monkeypatch):
-    monkeypatch.setattr(memory, "processes", 1)
-    monkeypatch.setattr(workers.signal, "signal", lambda *_: None)  # this process goes on as it was
-    monkeypatch.setattr(workers.threading, "Thread", Mock())
-    workers._begin(4, [], multiprocessing.get_context("spawn").Value("i", 0))
-    assert memory.processes == 4
+    monkeypatch.setattr(cache, "processes", 1)
+    monkeypatch.setattr(pool.signal, "signal", lambda *_: None)  # this process goes on as it was
+    monkeypatch.setattr(pool.threading, "Thread", Mock())
+    pool._begin(4, [], multiprocessing.get_context("spawn").Value("i", 0))
+    assert cache.processes == 4
 
 
 def test_it_grows_no_more_when_memory_is_short(monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda: 500_000)
-    monkeypatch.setattr(memory, "CHECK_EVERY", 20_000)
-    store = Store(100_000)
-    kept, image = Memory(9, store), torch.ones(3, 50, 50, dtype=torch.uint8)
+    monkeypatch.setattr(cache, "free_memory", lambda: 500_000)
+    monkeypatch.setattr(cache, "CHECK_EVERY", 20_000)
+    store = PixelStore(100_000)
+    kept, image = ImageCache(9, store), torch.ones(3, 50, 50, dtype=torch.uint8)
     for i in range(3):
-        kept.kept(i, lambda: image)
-    monkeypatch.setattr(memory, "free_memory", lambda: 120_000)  # as another process wants it
+        kept.get_or_decode(i, lambda: image)
+    monkeypatch.setattr(cache, "free_memory", lambda: 120_000)  # as another process wants it
     decoded = []
     for i in range(9):
-        kept.kept(i, lambda i=i: decoded.append(i) or image)
+        kept.get_or_decode(i, lambda i=i: decoded.append(i) or image)
     assert decoded == [3, 4, 5, 6, 7, 8]
     assert store.budget == 3 * 7_500
-    assert torch.equal(kept.kept(2, pytest.fail), image)
+    assert torch.equal(kept.get_or_decode(2, pytest.fail), image)
 
 
 def in_a_limited_address_space(path, results):
@@ -238,7 +241,7 @@ def in_a_limited_address_space(path, results):
     resource.setrlimit(resource.RLIMIT_AS, (size + (1 << 30), resource.RLIM_INFINITY))
     before, decoded = free_memory.free_memory(), []
     files.read_image = lambda path: decoded.append(path) or read_image(path)
-    memory._shared = None
+    cache._shared = None
     splits = [FileSplit([path], [0]) for _ in range(16)]
     for split in splits * 2:
         split.image(0)

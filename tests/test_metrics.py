@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oracles
-from pgp import metrics
+from pgp.evaluation import metrics
 
 FIGURES = ["average_accuracy", "forgetting", "backward_transfer", "average_incremental_accuracy"]
 
@@ -36,8 +36,8 @@ def test_against_double_loops(name, drawn):
 def test_curve_and_learned(drawn):
     rows, t = drawn
     matrix = torch.tensor(rows, dtype=torch.float64)
-    assert metrics.learned(matrix) == t
-    assert metrics.curve(matrix) == pytest.approx([oracles.average_accuracy(rows, i) for i in range(1, t + 1)])
+    assert metrics.tasks_learned(matrix) == t
+    assert metrics.accuracy_curve(matrix) == pytest.approx([oracles.average_accuracy(rows, i) for i in range(1, t + 1)])
 
 
 def test_by_hand():
@@ -51,7 +51,7 @@ def test_by_hand():
 def test_a_single_task_forgets_nothing():
     matrix = torch.tensor([[0.75]])
     assert [getattr(metrics, name)(matrix) for name in FIGURES] == [0.75, 0, 0, 0.75]
-    assert metrics.curve(matrix) == [0.75]
+    assert metrics.accuracy_curve(matrix) == [0.75]
 
 
 def test_the_matrix_is_left_alone():
@@ -63,14 +63,14 @@ def test_the_matrix_is_left_alone():
 
 
 @pytest.mark.parametrize("size", [0, 1, 3])
-@pytest.mark.parametrize("name", [*FIGURES, "curve"])
+@pytest.mark.parametrize("name", [*FIGURES, "accuracy_curve"])
 def test_an_empty_matrix_is_an_error(name, size):
     with pytest.raises(ValueError, match="at least one learned task, got an empty accuracy matrix"):
         getattr(metrics, name)(torch.full((size, size), math.nan))
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (4,), (2, 2, 2)])
-@pytest.mark.parametrize("name", [*FIGURES, "curve", "learned"])
+@pytest.mark.parametrize("name", [*FIGURES, "accuracy_curve", "tasks_learned"])
 def test_a_matrix_must_be_square(name, shape):
     expected = str(shape).replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(ValueError, match=rf"square accuracy matrix \(T, T\), got {expected}"):

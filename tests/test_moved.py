@@ -11,19 +11,20 @@ import torch
 from PIL import Image
 
 import tiny
-from pgp import cli, recipes, train
+from pgp import recipes, train
 from pgp.backbones.clip import CLIP
 from pgp.backbones.vit import ViT
-from pgp.curriculum import located
+from pgp.cli import main
 from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.folder import Folder
 from pgp.datasets.hugging_face import HuggingFace
 from pgp.datasets.manifest import Manifest
 from pgp.datasets.synthetic import Synthetic
 from pgp.methods.head_only import HeadOnly
-from pgp.places import with_places
-from pgp.projections.none import NoProjection
-from pgp.run import Run, RunError
+from pgp.projections.base import NoProjection
+from pgp.runs.data_paths import resolve_paths, with_data_paths
+from pgp.runs.run import Run
+from pgp.system.storage import RunError
 
 
 def config(folder, **changes):
@@ -50,7 +51,7 @@ def run(tmp_path, monkeypatch):
 
 def fails(capsys, *words):
     with pytest.raises(SystemExit) as stop:
-        cli.main(list(words))
+        main.main(list(words))
     assert stop.value.code == 2
     return capsys.readouterr().err
 
@@ -59,9 +60,9 @@ def fails(capsys, *words):
 def test_eval_and_audit_find_data_that_moved(run, capsys, command):
     assert "no data folder at" in (told := fails(capsys, command, "run"))
     assert "name another, by --data" in told
-    cli.main([command, "run", "--data", "new"])
+    main.main([command, "run", "--data", "new"])
     assert "yes" in capsys.readouterr().out or command == "audit"
-    cli.main([command, "run"])  # it has been recorded
+    main.main([command, "run"])  # it has been recorded
     assert Run.open(run.folder).config == replace(run.config, dataset=Folder(Path("new").absolute(), test_share=0.5))
 
 
@@ -69,21 +70,21 @@ def test_training_goes_on_with_data_that_moved(run, monkeypatch, capsys):
     whole = (run.folder / "accuracy.csv").read_bytes()
     (run.folder / "checkpoints" / "latest").write_text("task-01")
     assert "name another, by --data" in fails(capsys, "train", "--resume", "run")
-    cli.main(["train", "--resume", "run", "--data", "new"])
+    main.main(["train", "--resume", "run", "--data", "new"])
     assert (run.folder / "accuracy.csv").read_bytes() == whole
     photos(Path("more"), "eel", "fox")
     shutil.move("new", "newer")
-    cli.main(["train", "--resume", "run", "--add", "more", "--data", "newer"])
+    main.main(["train", "--resume", "run", "--add", "more", "--data", "newer"])
     shutil.move("newer", "newest")
     shutil.move("more", "called otherwise")
-    cli.main(["eval", "run", "--data", "newest", "--data", "called otherwise"])
-    cli.main(["train", "--resume", "run"])
+    main.main(["eval", "run", "--data", "newest", "--data", "called otherwise"])
+    main.main(["train", "--resume", "run"])
     again = Run.open(run.folder)
     assert again.config.dataset.root == Path("newest").absolute()
     assert again.config.added == (Folder(Path("called otherwise").absolute()),)
     assert again.task_names() == ["", "", "more"]
     photos(Path("last"), "gnu", "hen")
-    cli.main(["train", "--resume", "run", "--add", "last"])
+    main.main(["train", "--resume", "run", "--add", "last"])
     assert Run.open(run.folder).task_names() == ["", "", "more", "last"]
 
 
@@ -99,7 +100,7 @@ def test_a_run_that_learned_nothing_yet_goes_on(tmp_path, monkeypatch, capsys):
     shutil.copytree("new", "other")
     Path("other/ant/0.png").unlink()
     assert "expected the data that run began with, but" in fails(capsys, "train", "--resume", "run", "--data", "other")
-    cli.main(["train", "--resume", "run", "--data", "new"])
+    main.main(["train", "--resume", "run", "--data", "new"])
     assert Run.open(Path("run")).progress() == (2, 2)
 
 
@@ -109,7 +110,7 @@ def test_a_run_that_cannot_be_written_is_evaluated_all_the_same(run, monkeypatch
         raise RunError("cannot write run/config.json: Read-only file system")
 
     monkeypatch.setattr(Run, "change_config", refuse)
-    cli.main(["eval", "run", "--data", "new"])
+    main.main(["eval", "run", "--data", "new"])
     out, err = capsys.readouterr()
     assert "yes" in out
     assert "the run does not record where its data lie now: cannot write run/config.json: Read-only file system" in err
@@ -119,7 +120,7 @@ def test_a_run_that_cannot_be_written_is_evaluated_all_the_same(run, monkeypatch
 def test_other_images_in_the_same_place_are_told(run, capsys):
     Path("new/ant/0.png").unlink()
     shutil.move("new", "old")
-    cli.main(["eval", "run"])
+    main.main(["eval", "run"])
     assert "pgp: evaluated on other images: expected the data that run began with, but" in capsys.readouterr().err
 
 
@@ -133,18 +134,18 @@ def test_other_data_are_refused(run, capsys, command):
 
 def test_places_are_those_of_every_data_set_in_order(tmp_path):
     known = config(tmp_path / "a", added=(Manifest(tmp_path / "b.csv"), HuggingFace(str(tmp_path / "c"))))
-    now = with_places(known, ["x", "y.csv", "hf:z"])
+    now = with_data_paths(known, ["x", "y.csv", "hf:z"])
     assert now.dataset == Folder(Path("x").absolute(), test_share=0.5)
     assert now.added == (Manifest(Path("y.csv").absolute()), HuggingFace("z"))
-    assert with_places(known, ["x"]).added == known.added
-    assert with_places(known, ["x.csv"]).dataset == Manifest(Path("x.csv").absolute())
-    published = with_places(replace(known, dataset=CIFAR100(tmp_path)), ["x"])
+    assert with_data_paths(known, ["x"]).added == known.added
+    assert with_data_paths(known, ["x.csv"]).dataset == Manifest(Path("x.csv").absolute())
+    published = with_data_paths(replace(known, dataset=CIFAR100(tmp_path)), ["x"])
     assert published.dataset == CIFAR100(Path("x").absolute())
-    beside = with_places(replace(known, task_file=tmp_path / "a" / "tasks.json"), ["x"])
+    beside = with_data_paths(replace(known, task_file=tmp_path / "a" / "tasks.json"), ["x"])
     assert beside.task_file == Path("x/tasks.json").absolute()
-    assert with_places(replace(known, task_file=tmp_path / "t.json"), ["x"]).task_file == tmp_path / "t.json"
+    assert with_data_paths(replace(known, task_file=tmp_path / "t.json"), ["x"]).task_file == tmp_path / "t.json"
     with pytest.raises(ValueError, match="expected no --data for data that need no files, got x"):
-        with_places(replace(known, dataset=Synthetic()), ["x"])
+        with_data_paths(replace(known, dataset=Synthetic()), ["x"])
 
 
 @pytest.mark.parametrize(
@@ -161,7 +162,7 @@ def test_places_are_those_of_every_data_set_in_order(tmp_path):
 )
 def test_files_of_an_encoder_are_recorded_by_absolute_paths(backbone, wanted, monkeypatch):
     monkeypatch.setattr(Path, "absolute", lambda path: path if path.is_absolute() else Path("/here") / path)
-    assert located(tiny.config(backbone=backbone)).backbone == wanted
+    assert resolve_paths(tiny.config(backbone=backbone)).backbone == wanted
 
 
 def test_a_run_whose_weights_were_named_from_another_folder_goes_on(tmp_path, monkeypatch):
@@ -181,4 +182,4 @@ def test_a_run_whose_weights_were_named_from_another_folder_goes_on(tmp_path, mo
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert Run.open(run.folder).config.backbone.weights == str(tmp_path / "weights.pth")
-    cli.main(["eval", str(run.folder)])
+    main.main(["eval", str(run.folder)])

@@ -13,10 +13,11 @@ import pytest
 from PIL import Image
 
 import tiny
-from pgp import cli, recipes
-from pgp.datasets import hugging_face
+from pgp import recipes
+from pgp.cli import main
+from pgp.datasets import folder, hugging_face
 from pgp.predict import Predictor, images_in
-from pgp.run import Run
+from pgp.runs.run import Run
 
 COLORS = {"Größe 1": (200, 60, 20), "café au lait": (20, 200, 60), "b": (60, 20, 200)}
 
@@ -85,13 +86,13 @@ def as_table(photos):
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_from_files_to_predictions(photos, capsys, kind):
     data = kind(photos)
-    cli.main(["train", "own", "--data", data.name, "--tasks", "3", "--on-bad-image", "skip", "--output", "run"])
+    main.main(["train", "own", "--data", data.name, "--tasks", "3", "--on-bad-image", "skip", "--output", "run"])
     run = Run.open(Path("run"))
     assert sorted(run.classes()[0]) == sorted(COLORS)
     assert run.config.tasks == 3
-    assert run.config.dataset.located() == run.config.dataset
+    assert run.config.dataset.with_absolute_paths() == run.config.dataset
     capsys.readouterr()
-    cli.main(["predict", "run", photos.name, "--json"])
+    main.main(["predict", "run", photos.name, "--json"])
     out, err = capsys.readouterr()
     told = [json.loads(line) for line in out.splitlines()]
     assert len(told) == len(COLORS) * len(odd((0, 0, 0)))
@@ -106,7 +107,7 @@ def test_an_error_names_the_file(photos, capsys):
         for path in photos.rglob(name):
             path.unlink()
     with pytest.raises(SystemExit):
-        cli.main(["train", "own", "--data", str(photos), "--tasks", "3"])
+        main.main(["train", "own", "--data", str(photos), "--tasks", "3"])
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.search(r"pgp: cannot read the image .*my photos \(2024\) – ü/.*/from my phone/empty\.jpg", error)
 
@@ -115,14 +116,14 @@ def test_an_error_names_the_file(photos, capsys):
 def test_words_on_the_command_line_and_files_beside_the_data(photos, capsys):
     Path("new.json").write_text(json.dumps({"drinks": ["café au lait"], "the rest": ["b", "Größe 1"]}))
     words = ["train", "own", "--data", str(as_table(photos)), "--on-bad-image", "skip"]
-    cli.main([*words, "--task-file", "new.json", "--output", "named"])
+    main.main([*words, "--task-file", "new.json", "--output", "named"])
     assert Run.open(Path("named")).task_names() == ["drinks", "the rest"]
     assert "task 2 of 2 (the rest): average accuracy" in " ".join(capsys.readouterr().err.split())
     (photos.parent / "class_order.txt").write_text("\n".join(COLORS), encoding="utf-8")
-    cli.main([*words, "--output", "ordered"])
+    main.main([*words, "--output", "ordered"])
     run = Run.open(Path("ordered"))
     assert [run.classes()[0][label] for task in run.classes()[1] for label in task] == list(COLORS)
-    cli.main([*words, "--output", "online", "--setting", "oil", "--arrival", "listed"])
+    main.main([*words, "--output", "online", "--setting", "oil", "--order", "listed"])
     assert list(Run.open(Path("online")).events("stream"))
 
 
@@ -133,7 +134,7 @@ def test_folders_of_domains(photos):
             (Path("domains") / domain / name).mkdir(parents=True)
             for path in images_in([photos / name]):
                 (Path("domains") / domain / name / path.name).write_bytes(path.read_bytes())
-    cli.main(["train", "own", "--data", "domains", "--setting", "dil", "--on-bad-image", "skip", "--output", "run"])
+    main.main(["train", "own", "--data", "domains", "--setting", "dil", "--on-bad-image", "skip", "--output", "run"])
     run = Run.open(Path("run"))
     assert (run.task_names(), run.classes()[1]) == (["phone", "studio"], [[0, 1, 2]] * 2)
     assert run.config.dataset.domains
@@ -148,7 +149,7 @@ def test_every_command_of_the_documentation_runs(monkeypatch):
                 Image.new("RGB", (20, 20), tuple(c + 9 * i for c in color)).save(place / f"{i}.png")
             rows.append(f"photos/{name}/{i}.png,{name},{'train' if i else 'test'}")
     Path("photos.csv").write_text("\n".join(rows), encoding="utf-8")
-    monkeypatch.setattr(hugging_face.HuggingFace, "build", lambda _: recipes.Folder(Path("photos")).build())
+    monkeypatch.setattr(hugging_face.HuggingFace, "build", lambda _: folder.Folder(Path("photos")).build())
     monkeypatch.setattr(hugging_face.HuggingFace, "fetch", lambda _: None)
     text = (Path(__file__).parent.parent / "docs" / "own-data.md").read_text()
     commands = [line.split("#")[0] for line in text.splitlines() if line.startswith("pgp ")]
@@ -156,5 +157,5 @@ def test_every_command_of_the_documentation_runs(monkeypatch):
     for number, command in enumerate(commands):
         words = shlex.split(command)[1:]
         words += ["--tasks", "3"] if "5" in words else []  # there are three classes
-        cli.main([*words, "--readouts", "sequential", "--output", f"run{number}"])
+        main.main([*words, "--readouts", "sequential", "--output", f"run{number}"])
     assert [Run.open(Path(f"run{number}")).config.tasks for number in range(5)] == [3, 1, 1, 2, 1]

@@ -12,13 +12,15 @@ import pytest
 
 import tiny
 from conftest import golden_clip
-from pgp import cli, recipes, train
-from pgp.curriculum import check_images
-from pgp.datasets import BadImageError, Dataset
+from pgp import recipes, train
+from pgp.cli import main
+from pgp.datasets.base import BadImageError, Dataset
 from pgp.datasets.folder import Folder
 from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
 from pgp.methods.head_only import HeadOnly
-from pgp.scenario import generator, split_by_class
+from pgp.rng import make_generator
+from pgp.scenario import split_by_class
+from pgp.training.tasks import check_readable
 from test_folders import fill, tree
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
@@ -80,9 +82,9 @@ def test_a_look_at_the_data_costs_one_image_of_each_class_and_task(tmp_path):
     scenario = split_by_class(data.train.labels, data.test.labels, 2, [1, 0])
     train_split, test_split = Counted(data.train), Counted(data.test)
     both = Dataset(train_split, test_split, data.class_names)
-    check_images(both, scenario, skip_bad=True)
+    check_readable(both, scenario, skip_bad=True)
     assert (len(train_split.asked), len(test_split.asked)) == (2, 2)
-    check_images(both, scenario, skip_bad=True, learned=2)
+    check_readable(both, scenario, skip_bad=True, learned=2)
     assert (len(train_split.asked), len(test_split.asked)) == (2, 2)
 
 
@@ -90,14 +92,14 @@ def test_a_class_name_that_is_too_long_for_clip_is_told_before_training():
     encoder, names = golden_clip(), ["dog", "a very long name of a class " * 20]
     for method in (CLIPPrompt.Config(context=5), ZeroShot.Config()):
         with pytest.raises(ValueError, match=r"a class name is too long for the text encoder: .*names\.txt"):
-            method.build(encoder, names, generator(0, "init"))
-        method.build(encoder, names[:1], generator(0, "init"))
+            method.build(encoder, names, make_generator(0, "init"))
+        method.build(encoder, names[:1], make_generator(0, "init"))
 
 
 def test_a_run_in_the_photo_folder_is_not_learned(tmp_path, capsys):
     fill(tmp_path / "cat")
     fill(tmp_path / "dog")
-    cli.main(["train", "own", "--data", "."])
+    main.main(["train", "own", "--data", "."])
     assert (tmp_path / "runs" / "own-seed42" / "accuracy.png").is_file()
     run = train.train(config(tmp_path, seed=7))
     assert run.folder == Path("runs/own-seed7")
@@ -105,25 +107,25 @@ def test_a_run_in_the_photo_folder_is_not_learned(tmp_path, capsys):
     (event,) = [event["ignored"] for event in run.events("data") if "ignored" in event]
     assert event == [{"folder": str(tmp_path), "output": {"count": 1, "examples": ["runs"]}}]
     assert "ignored: 1 folders that pgp wrote: runs" in [event.get("warning") for event in run.events("data")]
-    cli.main(["eval", "runs/own-seed42"])
+    main.main(["eval", "runs/own-seed42"])
     assert "yes" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        cli.main(["report", "runs/own-seed42", "runs/own-seed7", "--output", "cat"])
+        main.main(["report", "runs/own-seed42", "runs/own-seed7", "--output", "cat"])
     assert "expected an output folder outside the images of" in capsys.readouterr().err
-    cli.main(["report", "runs/own-seed42", "runs/own-seed7", "--output", "cat/report"])
+    main.main(["report", "runs/own-seed42", "runs/own-seed7", "--output", "cat/report"])
     assert (tmp_path / "cat" / "report" / "report.png").is_file()
     train.train(config(tmp_path), tmp_path / "dog" / "run")
     data = Folder(tmp_path).build()
     assert (len(data.train), len(data.test)) == (4, 2)
-    assert data.told() == ("ignored: 3 folders that pgp wrote: runs, cat/report, dog/run",)
+    assert data.messages() == ("ignored: 3 folders that pgp wrote: runs, cat/report, dog/run",)
 
 
 def test_folders_are_named_on_the_command_line(tmp_path, capsys):
     tree(tmp_path / "photos", "", classes=("car", "plane", "train"))
     with pytest.raises(SystemExit):
-        cli.main(["data", "check", "own", "--data", "photos"])
+        main.main(["data", "check", "own", "--data", "photos"])
     assert "--dataset.train-folder . takes every folder for a class" in capsys.readouterr().err
-    cli.main(["data", "check", "own", "--data", "photos", "--dataset.train-folder", "."])
+    main.main(["data", "check", "own", "--data", "photos", "--dataset.train-folder", "."])
     assert "6 training and 3 test images of 3 classes" in capsys.readouterr().out.splitlines()
 
 
@@ -135,13 +137,13 @@ def test_names_that_are_not_utf8_end_neither_training_nor_predict(tmp_path, caps
     (tmp_path / "photos" / os.fsdecode(b"bad\xff.png")).write_bytes(b"")
     (tmp_path / "photos" / "dog" / "a.heic").write_bytes(b"?")
     capsys.readouterr()
-    cli.main(["predict", "run", "photos", "--top", "2"])
+    main.main(["predict", "run", "photos", "--top", "2"])
     out, err = capsys.readouterr()
     assert len(out.splitlines()) == 7
     assert r"photos/dog/caf\udce90.png" in out
     assert "caf\N{REPLACEMENT CHARACTER} " in out
     assert r"pgp: skipped: cannot read the image photos/bad\udcff.png: the file is empty" in err.splitlines()
     assert "pgp: ignored: 1 files whose suffix is not that of an image (.heic 1): dog/a.heic" in err.splitlines()
-    cli.main(["predict", "run", "photos", "--json"])
+    main.main(["predict", "run", "photos", "--json"])
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert os.fsencode(told[0]["image"]).startswith(b"photos/caf\xe9/")

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import tyro
 
-from pgp import parsing
-from pgp.cli import COMMANDS
-from pgp.commands import AuditCommand, EvalCommand, PredictCommand, ReportCommand, SweepCommand
+from pgp.cli import parse
+from pgp.cli.commands import AuditCommand, EvalCommand, PredictCommand, ReportCommand, SweepCommand
+from pgp.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted(ROOT.glob("docs/**/*.md"))
@@ -38,7 +38,7 @@ def check(words):
         script, *rest = rest
         if script == "main.py":
             assert (ROOT / script).is_file()
-            parsing.train_command([word for word in rest if word != "--eval"], "python main.py")
+            parse.train_command([word for word in rest if word != "--eval"], "python main.py")
             return
         assert (ROOT / script).is_file(), script
         if script.startswith("tests/"):
@@ -50,14 +50,14 @@ def check(words):
     name, *rest = rest
     assert name in {*COMMANDS, "--help", "--version"}
     if name == "train" and rest and "--resume" not in rest:
-        parsing.train_command(rest, "pgp train")
+        parse.train_command(rest, "pgp train")
     elif name == "data" and len(rest) > 1:
-        parsing.train_command(rest[1:], "pgp data")
+        parse.train_command(rest[1:], "pgp data")
     elif name == "sweep" and rest:
         command, others = tyro.cli(SweepCommand, args=rest[1:], return_unknown_args=True)
-        for choice in parsing.grid(command.over):
-            parsing.point([rest[0], *others, *parsing.words_of(choice)])
-        parsing.seeds_of(command.seeds)
+        for choice in parse.parse_grid(command.over):
+            parse.parse_point([rest[0], *others, *parse.to_flags(choice)])
+        parse.parse_seeds(command.seeds)
     elif name in RUNS and len(rest) > 1:
         tyro.cli(RUNS[name], args=rest)
 

@@ -18,18 +18,19 @@ from pgp.datasets.folder import Folder
 from pgp.datasets.hugging_face import HuggingFace
 from pgp.datasets.imagenet_r import ImageNetR
 from pgp.datasets.manifest import Manifest
-from pgp.datasets.own import own_data
+from pgp.datasets.own import dataset_from_path
 from pgp.datasets.tiny_imagenet import TinyImageNet
 from pgp.methods.head_only import HeadOnly
-from pgp.paths import as_path
-from pgp.projections.none import NoProjection
-from pgp.run import Run, RunError
+from pgp.projections.base import NoProjection
+from pgp.runs.run import Run
+from pgp.system.paths import as_path
+from pgp.system.storage import RunError
 
 
 @pytest.mark.parametrize("kind", [CIFAR100, CUB200, FashionMNIST, Folder, ImageNetR, Manifest, TinyImageNet])
 def test_data_are_named_by_paths_or_texts(kind):
     assert kind("some/place") == kind(Path("some/place")) == kind(PurePosixPath("some/place"))
-    assert all(isinstance(place, Path) for place in kind("some/place").places)
+    assert all(isinstance(place, Path) for place in kind("some/place").search_paths)
     with pytest.raises(TypeError, match=r"expected the path of dataset\.\w+, got NoneType: None$"):
         kind(None)
     with pytest.raises(ValueError, match=r"expected the path of dataset\.\w+, got ''$"):
@@ -90,8 +91,8 @@ def test_what_names_no_run_is_told_in_a_line(use, kind, message, tmp_path, monke
 
 def test_data_that_are_added_are_named_by_paths_or_texts(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "fabric_for", lambda config: seen.append(config) or pytest.skip("never trained"))
-    monkeypatch.setattr(train, "own_data", lambda place: seen.append(place) or Folder(place))
+    monkeypatch.setattr(train, "build_fabric", lambda config: seen.append(config) or pytest.skip("never trained"))
+    monkeypatch.setattr(train, "dataset_from_path", lambda place: seen.append(place) or Folder(place))
     config = tiny.config(epochs=1, tasks=2, method=HeadOnly.Config(), projection=NoProjection.Config())
     Run.create(tmp_path / "run", config)
     with pytest.raises(pytest.skip.Exception):
@@ -100,12 +101,12 @@ def test_data_that_are_added_are_named_by_paths_or_texts(tmp_path, monkeypatch):
 
 
 def test_own_data_at_a_path():
-    assert own_data(Path("photos")) == own_data("photos") == Folder(Path("photos"))
-    assert own_data(Path("a.csv")) == Manifest(Path("a.csv"))
+    assert dataset_from_path(Path("photos")) == dataset_from_path("photos") == Folder(Path("photos"))
+    assert dataset_from_path(Path("a.csv")) == Manifest(Path("a.csv"))
     assert HuggingFace(Path("some/set")).name == str(Path("some", "set"))
     for wrong, kind in ((5, TypeError), (None, TypeError), ("", ValueError)):
         with pytest.raises(kind, match="expected the path of data, or hf:NAME, got"):
-            own_data(wrong)
+            dataset_from_path(wrong)
 
 
 def test_weights_are_named_by_paths_or_texts(tmp_path):

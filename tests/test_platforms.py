@@ -18,12 +18,15 @@ import torch
 from PIL import Image
 
 import tiny
-from pgp import platforms, storage
-from pgp.datasets import Address, ArraySplit, Joined, Loading, Viewed, Views, batches, in_order
+from pgp.datasets.base import ArraySplit, ConcatSplit
 from pgp.datasets.files import FileSplit
 from pgp.datasets.hugging_face import HubSplit
-from pgp.run import Run, RunError
-from pgp.sweep import Job, Sweep, settle
+from pgp.datasets.loader import LoaderOptions, SampleKey, TransformedSplit, batches, sequential_batches
+from pgp.datasets.transforms import Transforms
+from pgp.runs.run import Run
+from pgp.sweeps.sweep import Job, Sweep, run_job
+from pgp.system import platforms, storage
+from pgp.system.storage import RunError
 from test_architecture import MODULES, SOURCE, imports
 
 
@@ -83,7 +86,7 @@ def test_a_sweep_keeps_an_abandoned_run_where_folders_cannot_be_replaced(tmp_pat
     config = tiny.config(tasks=1, epochs=1)
     job = Job("point", 0, tmp_path / "point" / "seed-0", config)
     Run.create(job.folder, config).write_matrices({})  # and its checkpoints were lost
-    assert settle(job).how == "trained"
+    assert run_job(job).status == "trained"
     assert (tmp_path / "point" / "seed-0-abandoned" / "accuracy.csv").is_file()
 
 
@@ -193,7 +196,7 @@ EVERYWHERE = re.compile(
 )
 """What modules may use of `os` and `signal`; what other systems lack, or do otherwise, belongs into `platforms`."""
 OF_ONE_SYSTEM = {"ctypes", "fcntl", "grp", "msvcrt", "pty", "pwd", "resource", "termios", "tty", "winreg"}
-ASKING = {"platforms.py", "datasets/free_memory.py"}
+ASKING = {"system/platforms.py", "datasets/free_memory.py"}
 """Modules that ask which system they run on; the second reads what Linux tells of memory."""
 
 
@@ -253,14 +256,14 @@ def splits(tmp_path_factory):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
     rows = hub.Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", hub.Image())
     table = HubSplit("table", rows, "image", array.labels)
-    return [array, FileSplit(paths, [0, 1]), Joined(array, FileSplit(paths, [0, 1]), array.labels), table]
+    return [array, FileSplit(paths, [0, 1]), ConcatSplit(array, FileSplit(paths, [0, 1]), array.labels), table]
 
 
 def test_splits_go_to_processes_that_are_spawned(splits):
     for split in splits:
-        viewed = Viewed(split, Views(size=32).train(), 0, ("view", 0), skip_bad=False)
-        image, label, index = viewed[Address(1, 0)]
-        again = pickle.loads(pickle.dumps(viewed))[Address(1, 0)]
+        viewed = TransformedSplit(split, Transforms(size=32).train(), 0, ("view", 0), skip_bad=False)
+        image, label, index = viewed[SampleKey(1, 0)]
+        again = pickle.loads(pickle.dumps(viewed))[SampleKey(1, 0)]
         assert torch.equal(again[0], image)
         assert again[1:] == (label, index)
 
@@ -270,9 +273,11 @@ def test_spawned_processes_load_the_same_images(splits, monkeypatch):
     monkeypatch.setattr(platforms, "loader_start", lambda: "spawn")
     together = splits[0]
     for split in splits[1:]:
-        together = Joined(together, split, split.labels)
-    viewed = Viewed(together, Views(size=32).train(), 0, ("view", 0), skip_bad=False)
-    plan = in_order(torch.arange(len(together)), 3)
-    for one, other in zip(batches(viewed, plan, Loading(0)), batches(viewed, plan, Loading(1)), strict=True):
+        together = ConcatSplit(together, split, split.labels)
+    viewed = TransformedSplit(together, Transforms(size=32).train(), 0, ("view", 0), skip_bad=False)
+    plan = sequential_batches(torch.arange(len(together)), 3)
+    for one, other in zip(
+        batches(viewed, plan, LoaderOptions(0)), batches(viewed, plan, LoaderOptions(1)), strict=True
+    ):
         assert torch.equal(one.images, other.images)
         assert torch.equal(one.indices, other.indices)

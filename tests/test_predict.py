@@ -12,13 +12,15 @@ import torch
 from PIL import Image
 
 import tiny
-from pgp import cli, train
+from pgp import train
+from pgp.cli import main
 from pgp.datasets.files import read_image
 from pgp.datasets.folder import Folder
 from pgp.datasets.synthetic import Synthetic
 from pgp.methods.head_only import HeadOnly
 from pgp.predict import Predictor, images_in
-from pgp.run import Run, RunError
+from pgp.runs.run import Run
+from pgp.system.storage import RunError
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +48,14 @@ def test_the_same_answers_as_evaluation(run, photos, readout, size):
     predictor, right = Predictor(run, readout), []
     for task in range(3):
         paths = images_in([photos / "test" / f"Größe {label}" for label in (2 * task, 2 * task + 1)])
-        found = dict(predictor.stream(paths, batch_size=size))
+        found = dict(predictor.predict_paths(paths, batch_size=size))
         right.append(np.mean([found[path].names[0] == path.parent.name for path in paths]))
     assert right == pytest.approx(run.matrices()[readout][2].tolist())
 
 
 def test_a_path_given_twice_is_answered_twice(run, photos):
     path, other = images_in([photos / "test"])[:2]
-    assert [each for each, _ in Predictor(run).stream([path, other, path])] == [path, other, path]
+    assert [each for each, _ in Predictor(run).predict_paths([path, other, path])] == [path, other, path]
 
 
 def test_probabilities_are_those_of_all_classes_learned_so_far(run, photos):
@@ -104,7 +106,7 @@ def test_runs_and_images_are_named_by_paths_or_texts(run, photos):
     ]
     assert all(answer == answers[0] for answer in answers)
     texts = [str(path) for path in paths]
-    assert [path for path, _ in Predictor(str(run.folder)).stream(texts)] == paths
+    assert [path for path, _ in Predictor(str(run.folder)).predict_paths(texts)] == paths
 
 
 @pytest.mark.parametrize(
@@ -139,12 +141,12 @@ def test_runs_and_images_are_named_by_paths_or_texts(run, photos):
         (lambda run: Predictor(run)([torch.zeros(3, 0, 8).byte()]), ValueError, r"expected an image .* \(3, 0, 8\)"),
         (lambda run: Predictor(run)([], top=0), ValueError, r"expected top of at least 1, got 0"),
         (
-            lambda run: list(Predictor(run).stream("a.png")),
+            lambda run: list(Predictor(run).predict_paths("a.png")),
             TypeError,
             r"expected a list of paths, got one: \['a.png'\]",
         ),
         (
-            lambda run: list(Predictor(run).stream([], batch_size=0)),
+            lambda run: list(Predictor(run).predict_paths([], batch_size=0)),
             ValueError,
             r"expected batch_size of at least 1, got 0",
         ),
@@ -162,7 +164,7 @@ def test_what_cannot_be_predicted_is_told_in_a_line(run, use, kind, message):
 def test_every_kind_of_run(photos, tmp_path, change):
     run = train.train(tiny.config(dataset=Folder(photos), epochs=1, tasks=2, **change), tmp_path / "run")
     paths = images_in([photos / "test"])
-    right = [found.names[0] == path.parent.name for path, found in Predictor(run).stream(paths, batch_size=7)]
+    right = [found.names[0] == path.parent.name for path, found in Predictor(run).predict_paths(paths, batch_size=7)]
     assert np.mean(right) == pytest.approx(float(run.matrices()["sequential"][1].mean()))
 
 
@@ -171,13 +173,13 @@ def test_on_the_command_line(run, photos, tmp_path, capsys):
     odd = tmp_path / "ein Bild.JPG"
     Image.new("CMYK", (50, 20)).save(odd)
     folder = str(photos / "test" / "Größe 0")
-    cli.main(["predict", str(run.folder), str(odd), str(tmp_path / "empty.jpg"), folder, "--top", "2", "--json"])
+    main.main(["predict", str(run.folder), str(odd), str(tmp_path / "empty.jpg"), folder, "--top", "2", "--json"])
     out, err = capsys.readouterr()
     lines = [json.loads(line) for line in out.splitlines()]
     assert [Path(line["image"]).name for line in lines] == [odd.name, *(f"no {i:03d}.PNG" for i in range(4))]
     assert all(len(line["classes"]) == 2 for line in lines)
     assert "skipped: cannot read the image" in err
-    cli.main(["predict", str(run.folder), folder])
+    main.main(["predict", str(run.folder), folder])
     first = capsys.readouterr().out.splitlines()[0].split("\t")
     assert first[0].endswith("no 000.PNG")
     assert first[1].startswith("Größe ")
@@ -197,6 +199,6 @@ def test_errors(run, tmp_path, monkeypatch, capsys, words, message):
     monkeypatch.chdir(tmp_path)
     Path("broken.jpg").write_text("not an image")
     with pytest.raises(SystemExit) as stop:
-        cli.main(["predict", str(run.folder), *words])
+        main.main(["predict", str(run.folder), *words])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err

@@ -7,13 +7,12 @@ from sklearn.decomposition import PCA
 from torch import nn
 
 from conftest import golden
-from pgp.projections import Collect
-from pgp.projections.none import NoProjection
+from pgp.methods.prompts import cosine_similarity
+from pgp.projections.base import NoProjection, ObservationSpec
 from pgp.projections.orthogonal import Orthogonal
-from pgp.projections.random import Random
-from pgp.projections.released import Released, grow, scores
-from pgp.prompts import match
-from pgp.subspace import Protected, Rows
+from pgp.projections.random import RandomBasis
+from pgp.projections.released import ReleasedBasis, extend_released_basis, pca_scores
+from pgp.subspace import ProtectedInputs, ProtectedParameter
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -37,7 +36,7 @@ class Toy(nn.Module):
         self.to(dtype)
 
     def protected(self):
-        return {"prompts": Protected(self.prompts), "keys": Protected(self.keys, role="key")}
+        return {"prompts": ProtectedParameter(self.prompts), "keys": ProtectedParameter(self.keys, role="key")}
 
     def forward(self):
         return ((self.prompts - self.targets[0]) ** 2).sum() + ((self.keys - self.targets[1]) ** 2).sum()
@@ -51,7 +50,10 @@ class Toy(nn.Module):
 
 def rows(seed=0, images=5, with_prompts=True):
     inputs, prompts = draw(images, 1, 16, seed=seed + 10), draw(images, 1, 16, seed=seed + 20)
-    return {"prompts": Rows(inputs, prompts if with_prompts else None), "keys": Rows(draw(images, 1, 16, seed=seed))}
+    return {
+        "prompts": ProtectedInputs(inputs, prompts if with_prompts else None),
+        "keys": ProtectedInputs(draw(images, 1, 16, seed=seed)),
+    }
 
 
 def taught(projection, **arguments):
@@ -72,7 +74,7 @@ def leaks(projection, toy, before):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_projected_updates_do_not_leak(name, dtype):
     toy = Toy(dtype)
-    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("union", 0.9, 0.9, on="update")))
+    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("union", 0.9, 0.9, apply_to="update")))
     before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
     optimizer = OPTIMIZERS[name](toy.parameters())
     projection.attach(optimizer)
@@ -84,7 +86,7 @@ def test_projected_gradients_leak_under_adam_only():
     leak = {}
     for name in ("sgd", "adam"):
         toy = Toy()
-        projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("union", 0.9, 0.9, on="gradient")))
+        projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("union", 0.9, 0.9, apply_to="gradient")))
         before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
         optimizer = OPTIMIZERS[name](toy.parameters()) if name == "adam" else torch.optim.SGD(toy.parameters(), lr=1e-3)
         projection.attach(optimizer)
@@ -98,7 +100,7 @@ def test_projected_gradients_leak_under_adam_only():
 @pytest.mark.parametrize("on", ["gradient", "update"])
 def test_no_energy_is_no_projection_bitwise(on, name):
     ends = []
-    for config in (Orthogonal.Config(energy=0, key_energy=0, on=on), NoProjection.Config()):
+    for config in (Orthogonal.Config(energy=0, key_energy=0, apply_to=on), NoProjection.Config()):
         toy = Toy(torch.float32)
         optimizer = OPTIMIZERS[name](toy.parameters())
         taught(config.build(toy.protected())).attach(optimizer)
@@ -110,7 +112,7 @@ def test_no_energy_is_no_projection_bitwise(on, name):
 
 def test_a_full_basis_freezes_until_the_handle_is_removed():
     toy = Toy()
-    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, on="update")), images=40)
+    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, apply_to="update")), images=40)
     assert projection.rank("prompts") == projection.rank("keys") == 16
     before = toy.prompts.detach().clone()
     optimizer = OPTIMIZERS["adam"](toy.parameters())
@@ -125,7 +127,9 @@ def test_a_full_basis_freezes_until_the_handle_is_removed():
 @pytest.mark.parametrize("hold", [True, False])
 def test_old_queries_keep_their_cosines_if_keys_keep_their_norms(hold):
     toy = Toy()
-    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, on="update", hold_norms=hold)))
+    projection = taught(
+        Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, apply_to="update", preserve_key_norms=hold))
+    )
     queries, before = rows()["keys"].inputs.flatten(0, 1), toy.keys.detach().clone()
     optimizer = OPTIMIZERS["adam"](toy.parameters())
     projection.attach(optimizer)
@@ -133,15 +137,15 @@ def test_old_queries_keep_their_cosines_if_keys_keep_their_norms(hold):
     after = toy.keys.detach()
     assert (after - before).norm() > 0.1
     torch.testing.assert_close(queries @ after.T, queries @ before.T, rtol=0, atol=1e-12)
-    moved = (match(queries, after) - match(queries, before)).abs().max()
+    moved = (cosine_similarity(queries, after) - cosine_similarity(queries, before)).abs().max()
     assert moved < 1e-12 if hold else moved > 0.01
-    with pytest.raises(ValueError, match=r"expected projection\.on=update beside hold_norms"):
-        Orthogonal.Config(hold_norms=True)
+    with pytest.raises(ValueError, match=r"expected projection\.apply_to=update beside preserve_key_norms"):
+        Orthogonal.Config(preserve_key_norms=True)
 
 
 def test_the_random_control_has_the_ranks_and_not_the_directions():
-    toy, control = Toy(), Random.Config("union", 0.8, 0.8, "update")
-    true = taught(Orthogonal(toy.protected(), Orthogonal.Config("union", 0.8, 0.8, on="update")))
+    toy, control = Toy(), RandomBasis.Config("union", 0.8, 0.8, "update")
+    true = taught(Orthogonal(toy.protected(), Orthogonal.Config("union", 0.8, 0.8, apply_to="update")))
     random = taught(control.build(toy.protected(), seed=3))
     assert [random.rank(space) for space in toy.protected()] == [true.rank(space) for space in toy.protected()]
     first = {space: random.basis(space) for space in toy.protected()}
@@ -170,13 +174,15 @@ def test_the_random_control_has_the_ranks_and_not_the_directions():
 def test_rows_of_half_precision_meet_what_maps_them():
     through = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     half = torch.ones(1, 2, 4, 3, dtype=torch.bfloat16)
-    torch.testing.assert_close(Rows(half, through=through).met, Rows(half.float(), through=through).met)
+    torch.testing.assert_close(
+        ProtectedInputs(half, head_maps=through).expanded, ProtectedInputs(half.float(), head_maps=through).expanded
+    )
 
 
 @pytest.mark.parametrize("on", ["gradient", "update"])
 def test_spaces_without_a_basis_are_free(on):
     toy, twin = Toy(), Toy()
-    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("input", 0, 1, on=on)), images=40)
+    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("input", 0, 1, apply_to=on)), images=40)
     before = toy.keys.detach().clone()
     for learner in (toy, twin):
         optimizer = OPTIMIZERS["sgd"](learner.parameters())
@@ -207,10 +213,10 @@ def test_union_guarantees_both_conditions_and_sum_does_not():
     met = rows(images=3)["prompts"]
     broken = {}
     for space in ("union", "sum"):
-        projection = Orthogonal({"prompts": Protected(Toy().prompts)}, Orthogonal.Config(space, 1.0))
+        projection = Orthogonal({"prompts": ProtectedParameter(Toy().prompts)}, Orthogonal.Config(space, 1.0))
         # one prompt that cancels the only input: every sum is zero, and so is the space of sums
         inputs, prompts = (met.inputs, met.prompts) if space == "union" else (met.inputs[:1], -met.inputs[:1])
-        projection.observe("prompts", Rows(inputs, prompts))
+        projection.observe("prompts", ProtectedInputs(inputs, prompts))
         projection.end_task()
         change = projection.project("prompts", draw(2, 16, seed=9))
         broken[space] = max(float((part.flatten(0, -2) @ change.T).abs().max()) for part in (inputs, prompts))
@@ -220,12 +226,12 @@ def test_union_guarantees_both_conditions_and_sum_does_not():
 
 @pytest.mark.parametrize("space", ["sum", "union", "input"])
 def test_order_and_batching_of_images_do_not_matter(space):
-    protected = {"prompts": Protected(Toy().prompts)}
+    protected = {"prompts": ProtectedParameter(Toy().prompts)}
     whole, parts = (Orthogonal(protected, Orthogonal.Config(space, 0.7)) for _ in range(2))
     met = rows(images=6)["prompts"]
     whole.observe("prompts", met)
     for chosen in ([4, 0], [5, 2, 1], [3]):
-        parts.observe("prompts", Rows(met.inputs[chosen], met.prompts[chosen]))
+        parts.observe("prompts", ProtectedInputs(met.inputs[chosen], met.prompts[chosen]))
     for projection in (whole, parts):
         projection.end_task()
     one, other = whole.bases["prompts"], parts.bases["prompts"]
@@ -234,11 +240,11 @@ def test_order_and_batching_of_images_do_not_matter(space):
 
 def test_heads_and_axes():
     keys, values = nn.Parameter(draw(3, 2, 5, 8)), nn.Parameter(draw(3, 2, 5, 8))  # (M, H, L, d)
-    protected = {"keys": Protected(keys), "values": Protected(values, axis=-2)}
-    projection = Orthogonal(protected, Orthogonal.Config("input", 1.0, on="update"))
+    protected = {"keys": ProtectedParameter(keys), "values": ProtectedParameter(values, axis=-2)}
+    projection = Orthogonal(protected, Orthogonal.Config("input", 1.0, apply_to="update"))
     queries, attention = draw(2, 2, 3, 8, seed=1), draw(1, 2, 2, 5, seed=2)  # (B, H, n, d), (B, H, n, L)
-    projection.observe("keys", Rows(queries))
-    projection.observe("values", Rows(attention))
+    projection.observe("keys", ProtectedInputs(queries))
+    projection.observe("values", ProtectedInputs(attention))
     projection.end_task()
     before = keys.detach().clone(), values.detach().clone()
     optimizer = OPTIMIZERS["adam"]([keys, values])
@@ -258,13 +264,13 @@ def test_heads_and_axes():
 def test_projections_of_heads_are_those_of_each_head_alone():
     queries = draw(2, 2, 3, 8, seed=1) * torch.stack([torch.linspace(1, 0.1, 8), torch.logspace(0, -2, 8)])[:, None]
     change = draw(3, 2, 5, 8, seed=2)
-    both = Orthogonal({"keys": Protected(nn.Parameter(change))}, Orthogonal.Config("input", 0.9))
-    both.observe("keys", Rows(queries))
+    both = Orthogonal({"keys": ProtectedParameter(nn.Parameter(change))}, Orthogonal.Config("input", 0.9))
+    both.observe("keys", ProtectedInputs(queries))
     both.end_task()
     ranks = []
     for head in range(2):
-        alone = Orthogonal({"keys": Protected(nn.Parameter(change[:, head]))}, both.config)
-        alone.observe("keys", Rows(queries[:, head]))
+        alone = Orthogonal({"keys": ProtectedParameter(nn.Parameter(change[:, head]))}, both.config)
+        alone.observe("keys", ProtectedInputs(queries[:, head]))
         alone.end_task()
         expected = alone.project("keys", change[:, head])
         torch.testing.assert_close(both.project("keys", change)[:, head], expected, rtol=0, atol=1e-12)
@@ -289,7 +295,7 @@ def test_parameters_are_the_same_objects_after_fabric_sets_a_module_up(accelerat
 @pytest.mark.parametrize("on", ["gradient", "update"])
 def test_hooks_fire_through_a_module_and_optimizer_set_up_by_fabric(on):
     toy = Toy(torch.float32)
-    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("union", 0.9, 0.9, on=on)))
+    projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("union", 0.9, 0.9, apply_to=on)))
     before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
     fabric = Fabric(accelerator="cpu", devices=1)
     plain = torch.optim.SGD(toy.parameters(), lr=1e-2)
@@ -316,7 +322,7 @@ def test_states_go_round():
 
 def test_hooks_fire_through_fabric_and_states_go_round():
     toy = Toy(torch.float32)
-    projection = Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, on="update"))
+    projection = Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, apply_to="update"))
     restored = Orthogonal(toy.protected(), projection.config)
     restored.load_state_dict(taught(projection, images=40).state_dict())
     fabric = Fabric(accelerator="cpu", devices=1)
@@ -349,7 +355,7 @@ def test_widths_and_energies_are_checked():
 )
 def test_settings_of_released_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
-        Released.Config(**settings)
+        ReleasedBasis.Config(**settings)
 
 
 def test_a_task_without_images_is_named():  # all were bad and skipped, say
@@ -362,7 +368,7 @@ def test_a_task_without_images_is_named():  # all were bad and skipped, say
 def test_released_basis_is_the_published_one(kind, energy):
     arrays, basis = golden("released_basis.npz"), None
     for t in range(5):
-        basis = grow(basis, arrays[f"{kind}/rep{t}"], float(energy))
+        basis = extend_released_basis(basis, arrays[f"{kind}/rep{t}"], float(energy))
         assert basis.shape[1] == int(arrays[f"{kind}/thr{energy}/rank{t}"])
         torch.testing.assert_close(basis @ basis.T, arrays[f"{kind}/thr{energy}/P{t}"], rtol=0, atol=1e-10)
 
@@ -370,60 +376,63 @@ def test_released_basis_is_the_published_one(kind, energy):
 def test_scores_are_principal_component_scores():
     samples = draw(12, 40)
     theirs = torch.from_numpy(PCA(5, svd_solver="full").fit_transform(samples.numpy()))
-    ours = scores(samples, 5)
+    ours = pca_scores(samples, 5)
     torch.testing.assert_close(ours * (ours * theirs).sum(0).sign(), theirs)
     assert (ours.gather(0, ours.abs().argmax(0, keepdim=True)) > 0).all()
-    torch.testing.assert_close(scores(-samples, 5), ours)  # a sign of the samples changes no sign of the scores
+    torch.testing.assert_close(pca_scores(-samples, 5), ours)  # a sign of the samples changes no sign of the scores
 
 
 @pytest.mark.parametrize("shape", [(12, 40), (40, 12)])
 def test_scores_need_as_many_samples_and_features(shape):
     expected = rf"at least 13 samples and features, got \({shape[0]}, {shape[1]}\): choose fewer projection components"
     with pytest.raises(ValueError, match=expected):
-        scores(draw(*shape), 13)
+        pca_scores(draw(*shape), 13)
 
 
 def test_released_depends_on_the_order_of_images_and_orthogonal_does_not():
     changes = {}
-    configs = {Released: Released.Config(0.9, components=4, when="after"), Orthogonal: Orthogonal.Config(energy=0.9)}
+    configs = {
+        ReleasedBasis: ReleasedBasis.Config(0.9, components=4, when="after"),
+        Orthogonal: Orthogonal.Config(energy=0.9),
+    }
     inputs, order = draw(16, 4, 16, seed=5), torch.randperm(16, generator=torch.Generator().manual_seed(1))
-    for kind in (Released, Orthogonal):
+    for kind in (ReleasedBasis, Orthogonal):
         projectors = []
         for images in (inputs, inputs[order]):
-            projection = kind({"prompts": Protected(Toy().prompts)}, configs[kind])
-            projection.observe("prompts", Rows(images))
+            projection = kind({"prompts": ProtectedParameter(Toy().prompts)}, configs[kind])
+            projection.observe("prompts", ProtectedInputs(images))
             projection.end_task()
             projectors.append(projection.bases["prompts"] @ projection.bases["prompts"].T)
         changes[kind] = float((projectors[0] - projectors[1]).norm() / projectors[0].norm())
-    assert changes[Released] > 0.5
+    assert changes[ReleasedBasis] > 0.5
     assert changes[Orthogonal] < 1e-10
 
 
 def test_released_has_enough_after_as_many_images_as_it_is_wide():
-    projection = Released(Toy().protected())
-    projection.observe("prompts", Rows(draw(15, 2, 16)))
+    projection = ReleasedBasis(Toy().protected())
+    projection.observe("prompts", ProtectedInputs(draw(15, 2, 16)))
     assert not projection.has_enough()
-    projection.observe("prompts", Rows(draw(1, 2, 16)))
+    projection.observe("prompts", ProtectedInputs(draw(1, 2, 16)))
     assert projection.has_enough()
 
 
 def test_released_is_the_published_basis_of_scores_of_images_and_old_prompts():
     toy = Toy()
-    projection = Released(toy.protected(), Released.Config(0.9, 0.9, components=4, key_components=2))
-    assert projection.collect == Collect(when="before", view="train", repeat=True)
+    projection = ReleasedBasis(toy.protected(), ReleasedBasis.Config(0.9, 0.9, components=4, key_components=2))
+    assert projection.observation == ObservationSpec(when="before", view="train", repeat=True)
     images = {"prompts": draw(20, 3, 16, seed=5), "keys": draw(20, 1, 16, seed=6)}
     old = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
     for part in (slice(0, 7), slice(7, 20)):
         for space in images:
-            projection.observe(space, Rows(images[space][part]))
+            projection.observe(space, ProtectedInputs(images[space][part]))
     optimizer = OPTIMIZERS["adam"](toy.parameters())
     projection.attach(optimizer)
     toy.learn(optimizer)
     ranks = projection.end_task()
     for space, components in (("prompts", 4), ("keys", 2)):
         flat = images[space][:16].flatten(1).float()  # as many images as the model is wide, and not one more
-        added = scores(flat, components) + scores(old[space].reshape(-1, 16).T, components)
-        expected = grow(None, added, 0.9)
+        added = pca_scores(flat, components) + pca_scores(old[space].reshape(-1, 16).T, components)
+        expected = extend_released_basis(None, added, 0.9)
         assert ranks[space] == expected.shape[1]
         basis = projection.bases[space]
         torch.testing.assert_close(basis @ basis.T, expected @ expected.T, rtol=0, atol=1e-10)
@@ -431,8 +440,8 @@ def test_released_is_the_published_basis_of_scores_of_images_and_old_prompts():
 
 @pytest.mark.parametrize("images", [5, 15])
 def test_released_refuses_fewer_images_than_it_is_wide(images):
-    projection = Released({"prompts": Protected(Toy().prompts)}, Released.Config(components=4))
-    projection.observe("prompts", Rows(draw(images, 2, 16)))
+    projection = ReleasedBasis({"prompts": ProtectedParameter(Toy().prompts)}, ReleasedBasis.Config(components=4))
+    projection.observe("prompts", ProtectedInputs(draw(images, 2, 16)))
     with pytest.raises(ValueError, match=f"16 images.*got {images}"):
         projection.end_task()
 
@@ -440,7 +449,7 @@ def test_released_refuses_fewer_images_than_it_is_wide(images):
 @pytest.mark.parametrize("on", ["gradient", "update"])
 def test_a_handle_projects_what_is_learned_after_it_was_attached(on):
     toy = Toy()
-    projection = Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, on=on))
+    projection = Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, apply_to=on))
     optimizer = OPTIMIZERS["sgd"](toy.parameters())
     projection.attach(optimizer)
     taught(projection)
@@ -452,9 +461,9 @@ def test_a_handle_projects_what_is_learned_after_it_was_attached(on):
 def test_a_jump_is_confined_where_updates_are():
     for on in ("gradient", "update"):
         toy = Toy()
-        projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, on=on)))
+        projection = taught(Orthogonal(toy.protected(), Orthogonal.Config("input", 1, 1, apply_to=on)))
         before = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
-        with torch.no_grad(), projection.confined():
+        with torch.no_grad(), projection.constrain():
             toy.prompts += draw(*toy.prompts.shape, seed=9)
             toy.keys += draw(*toy.keys.shape, seed=8)
         leak = max(leaks(projection, toy, before))

@@ -8,7 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgp.prompts import PrefixPool, PromptPool, TokenPool, block_of, inherit, match, nearest, vote
+from pgp.methods.prompts import (
+    PrefixPool,
+    PromptPool,
+    TokenPool,
+    copy_previous_slot,
+    cosine_similarity,
+    majority_vote,
+    slot_slice,
+    top_k,
+)
 
 
 def seeded(seed=0):
@@ -26,7 +35,9 @@ def queries(count=5, seed=3):
 def test_match_is_cosine():
     query, key = torch.randn(3, 5, generator=seeded(1)).numpy(), torch.randn(4, 5, generator=seeded(2)).numpy()
     expected = [[q @ k / np.sqrt((q @ q) * (k @ k)) for k in key] for q in query]
-    np.testing.assert_allclose(match(torch.from_numpy(query), torch.from_numpy(key)), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        cosine_similarity(torch.from_numpy(query), torch.from_numpy(key)), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -34,7 +45,7 @@ def test_match_is_cosine():
 def test_nearest_are_the_most_similar_first(order, k):
     similarity = torch.tensor([order, order[::-1]]) / 7
     expected = [sorted(range(7), key=lambda prompt, row=row: -row[prompt])[:k] for row in similarity.tolist()]
-    assert nearest(similarity, k).tolist() == expected
+    assert top_k(similarity, k).tolist() == expected
 
 
 @settings(max_examples=50, deadline=None)
@@ -43,33 +54,33 @@ def test_vote_elects_the_most_frequent(rows, k):
     chosen = torch.tensor([row[:k] for row in rows])
     counts = Counter(chosen.flatten().tolist())
     expected = sorted(range(6), key=lambda prompt: (-counts[prompt], prompt))[:k]
-    assert vote(chosen, 6).tolist() == [expected] * len(rows)
+    assert majority_vote(chosen, 6).tolist() == [expected] * len(rows)
 
 
 def test_ties_of_a_vote_go_to_the_lower_index():
-    assert vote(torch.tensor([[5, 1], [4, 2], [3, 0]]), size=6).tolist() == [[0, 1]] * 3
-    assert vote(torch.tensor([[5, 1], [5, 4]]), size=6).tolist() == [[5, 1]] * 2
+    assert majority_vote(torch.tensor([[5, 1], [4, 2], [3, 0]]), size=6).tolist() == [[0, 1]] * 3
+    assert majority_vote(torch.tensor([[5, 1], [5, 4]]), size=6).tolist() == [[5, 1]] * 2
 
 
 def test_one_vote_for_the_whole_batch():
     some, query = pool(), queries(9)
-    expected = vote(some.select(query).indices, 6)
+    expected = majority_vote(some.select(query).indices, 6)
     assert torch.equal(some.select(query, by_vote=True).indices, expected)
     assert len({tuple(row) for row in some.select(query).indices.tolist()}) > 1  # without it they differ
 
 
 def test_a_slot_forces_its_block():
     some, query = pool(), queries()
-    assert block_of(1, k=2, size=6) == slice(2, 4)
+    assert slot_slice(1, k=2, size=6) == slice(2, 4)
     forced = some.select(query, slot=1, by_vote=True)
     assert forced.indices.tolist() == [[2, 3]] * 5
-    torch.testing.assert_close(forced.pull, forced.similarity[:, 2:4].sum(1).mean())
+    torch.testing.assert_close(forced.key_similarity, forced.similarity[:, 2:4].sum(1).mean())
 
 
 @pytest.mark.parametrize(("size", "slot"), [(6, 3), (6, 99), (7, 3)])  # a part of a block is none
 def test_past_the_end_of_the_pool_the_match_is_free(size, slot):
     some, query = pool(size=size), queries()
-    assert block_of(slot, 2, size) is None
+    assert slot_slice(slot, 2, size) is None
     assert torch.equal(some.select(query, slot=slot).indices, some.select(query).indices)
 
 
@@ -100,7 +111,7 @@ def test_initial_values_come_from_the_generator():
 def test_mean_keys_follow_the_prompts():
     some = pool(keys="mean")
     assert [name for name, _ in some.named_parameters()] == ["prompts"]
-    some.select(queries()).pull.backward()
+    some.select(queries()).key_similarity.backward()
     assert some.prompts.grad.norm() > 0
     with torch.no_grad():
         some.prompts[0] = torch.tensor([[1.0, 2, 3, 4], [3, 2, 1, 0]])
@@ -110,7 +121,7 @@ def test_mean_keys_follow_the_prompts():
 def test_inherit_copies_the_block_before():
     some = pool()
     first, others, keys = some.prompts[:2].clone(), some.prompts[4:].clone(), some.key.clone()
-    inherit(some.prompts, 1, k=2)
+    copy_previous_slot(some.prompts, 1, k=2)
     assert torch.equal(some.prompts, torch.cat([first, first, others]))
     assert torch.equal(some.key, keys)
 
@@ -119,7 +130,7 @@ def test_inherit_copies_the_block_before():
 def test_the_first_block_and_those_past_the_end_inherit_nothing(slot):
     some = pool()
     before = some.prompts.clone()
-    inherit(some.prompts, slot, k=2)
+    copy_previous_slot(some.prompts, slot, k=2)
     assert torch.equal(some.prompts, before)
 
 

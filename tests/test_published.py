@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import tiny
-from pgp import cli, published, recipes
-from pgp.projections.none import NoProjection
-from pgp.run import Run
+from pgp import recipes
+from pgp.cli import main, published
+from pgp.projections.base import NoProjection
+from pgp.runs.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +24,7 @@ def _tiny_recipe(monkeypatch, tmp_path):
 
 def fails(capsys, *words):
     with pytest.raises(SystemExit) as stop:
-        cli.published_main(list(words))
+        main.published_main(list(words))
     assert stop.value.code == 2
     return capsys.readouterr().err
 
@@ -51,20 +52,22 @@ def fails(capsys, *words):
     ],
 )
 def test_flags_in_words_of_ours(words, ours):
-    assert published.translated(words.split(), recipes.cifar100_10_l2p_pgp()) == ours.split()
+    assert published.translate_flags(words.split(), recipes.cifar100_10_l2p_pgp()) == ours.split()
 
 
 def test_what_a_flag_means_depends_on_the_method_and_the_encoder():
     prompts, clip = recipes.cifar100_10_dualprompt_pgp(), recipes.cifar100_10_clip_pgp()
-    assert published.translated(["--length", "20"], prompts) == ["--method.expert-length", "20"]
-    assert published.translated(["--length", "4"], clip) == ["--method.image-prompt", "4"]
+    assert published.translate_flags(["--length", "20"], prompts) == ["--method.expert-length", "20"]
+    assert published.translate_flags(["--length", "4"], clip) == ["--method.image-prompt", "4"]
     words = ["--model", "vit_base_patch16_224"]
-    assert published.translated(words, clip)[1::2] == ["ViT-B-16-quickgelu", "openai"]
-    assert published.says(words, prompts) == (
+    assert published.translate_flags(words, clip)[1::2] == ["ViT-B-16-quickgelu", "openai"]
+    assert published.explain_model_flag(words, prompts) == (
         "--model vit_base_patch16_224 is vit_base_patch16_224.orig_in21k, the published weights"
     )
-    assert published.says(words, clip).startswith("--model vit_base_patch16_224 is ViT-B-16-quickgelu openai")
-    assert published.says(["--model", "vit_small_patch16_224.augreg_in21k"], prompts) is None
+    assert published.explain_model_flag(words, clip).startswith(
+        "--model vit_base_patch16_224 is ViT-B-16-quickgelu openai"
+    )
+    assert published.explain_model_flag(["--model", "vit_small_patch16_224.augreg_in21k"], prompts) is None
 
 
 @pytest.mark.parametrize(
@@ -85,12 +88,12 @@ def test_flags_that_do_not_fit(capsys, words, message):
 def test_unknown_recipes_and_flags_name_the_nearest(capsys):
     assert "perhaps you meant '10cifar100_l2p_pgp'" in fails(capsys, "10cifar_l2p_pgp")
     assert "--data" in fails(capsys, "10cifar100_l2p_pgp", "--data-pat", "x")
-    cli.published_main([])
+    main.published_main([])
     assert "usage: python main.py RECIPE" in capsys.readouterr().out
 
 
 def test_runs_lie_in_the_output_folder_under_both_names(tmp_path, capsys):
-    cli.published_main(["10cifar100_l2p_pgp", "--output_dir", "./output", "--no_pgp", "--lr", "0.2"])
+    main.published_main(["10cifar100_l2p_pgp", "--output_dir", "./output", "--no_pgp", "--lr", "0.2"])
     run = Run.open(tmp_path / "output")
     assert run.config.optimizer.lr == 0.2
     assert run.config.projection == NoProjection.Config()
@@ -102,17 +105,17 @@ def test_runs_lie_in_the_output_folder_under_both_names(tmp_path, capsys):
     assert all(torch.equal(left["model"][name], tensor) for name, tensor in ours.items())
 
     before = (tmp_path / "output" / "accuracy.csv").read_bytes()
-    cli.published_main(["20cifar100_l2p_pgp", "--output_dir", "./output", "--seed", "7"])
+    main.published_main(["20cifar100_l2p_pgp", "--output_dir", "./output", "--seed", "7"])
     assert "the output folder is not empty: this run goes to output-2" in capsys.readouterr().err
     assert (tmp_path / "output" / "accuracy.csv").read_bytes() == before
     assert Run.open(tmp_path / "output-2").config.seed == 7
 
     for words in (["--eval"], ["--output_dir", "./output", "--lr", "0.2", "--eval"]):
-        cli.published_main(["10cifar100_l2p_pgp", *words])
+        main.published_main(["10cifar100_l2p_pgp", *words])
         out = capsys.readouterr().out
         assert "output: accuracy" in "".join(out.split("\n"))
         assert out.count("yes") == 2 * 3  # readouts and tasks
-    cli.published_main(["20cifar100_l2p_pgp", "--eval"])
+    main.published_main(["20cifar100_l2p_pgp", "--eval"])
     assert "output-2: accuracy" in "".join(capsys.readouterr().out.split("\n"))
     for words, name in (
         (["--top_k", "1"], "method.top-k"),
@@ -128,8 +131,8 @@ def test_an_evaluation_finds_the_run_that_its_words_mean(tmp_path, capsys, monke
     (tmp_path / "output-bert").mkdir()
     (tmp_path / "output-bert" / "config.json").write_text('{"model_type": "bert"}')  # another program's
     recipe = "10cifar100_l2p_pgp"
-    cli.published_main([recipe, "--seed", "3"])
-    cli.published_main([recipe, "--twin", "--seed", "4"])
+    main.published_main([recipe, "--seed", "3"])
+    main.published_main([recipe, "--twin", "--seed", "4"])
     capsys.readouterr()
     found = {
         ("--seed", "3"): "output:",
@@ -138,20 +141,20 @@ def test_an_evaluation_finds_the_run_that_its_words_mean(tmp_path, capsys, monke
         ("--eval-batch-size", "5", "--no_pgp"): "output-2/none:",
     }
     for words, name in found.items():
-        cli.published_main([recipe, "--eval", *words])
+        main.published_main([recipe, "--eval", *words])
         out = capsys.readouterr().out
         assert f"{name} accuracy" in "".join(out.split("\n")).replace(str(tmp_path) + "/", "")
         assert out.count("yes") == 6
-    cli.published_main(["--resume", "output"])
+    main.published_main(["--resume", "output"])
     assert "run:    output" in capsys.readouterr().out
     monkeypatch.chdir(tmp_path / "output-bert")
     (tmp_path / "output-bert" / "config.json").unlink()
-    cli.published_main([recipe, "--output_dir", "."])
-    assert Run.open(tmp_path / "output-bert").latest_name() == "task-03"
+    main.published_main([recipe, "--output_dir", "."])
+    assert Run.open(tmp_path / "output-bert").latest_checkpoint() == "task-03"
 
 
 def test_the_files_of_finished_tasks_are_there_after_an_error_too(tmp_path, capsys, monkeypatch):
-    train_step, calls = cli.train.train_step, []
+    train_step, calls = main.train.train_step, []
 
     def breaks(*arguments, **named):
         calls.append(None)
@@ -159,7 +162,7 @@ def test_the_files_of_finished_tasks_are_there_after_an_error_too(tmp_path, caps
             raise OSError("the cable was pulled")
         return train_step(*arguments, **named)
 
-    monkeypatch.setattr(cli.train, "train_step", breaks)
+    monkeypatch.setattr(main.train, "train_step", breaks)
     assert "the cable was pulled" in fails(capsys, "10cifar100_l2p_pgp")
     assert [path.name for path in (tmp_path / "output" / "checkpoint").iterdir()] == ["task1_checkpoint.pth"]
     shutil.rmtree("output")
@@ -180,11 +183,11 @@ def test_data_can_have_moved_for_an_evaluation(tmp_path, capsys, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
     words = ["photos", "--readouts", "sequential"]
-    cli.published_main([*words, "--data_path", "here"])
+    main.published_main([*words, "--data_path", "here"])
     (tmp_path / "here").rename(tmp_path / "there")
     assert "no data folder" in fails(capsys, *words, "--eval")
     assert "no data folder" in fails(capsys, *words, "--eval", "--data_path", "nowhere")
     for place in (["--data_path=there"], ["--data", "there"]):
-        cli.published_main([*words, "--eval", *place])
+        main.published_main([*words, "--eval", *place])
         assert capsys.readouterr().out.count("yes") == 2
     assert "no data folder" in fails(capsys, *words, "--eval", "--data", "nowhere")

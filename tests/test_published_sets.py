@@ -21,8 +21,9 @@ from archives import (
     told,
     tree,
 )
-from pgp.datasets import Counts, transfer
-from pgp.datasets.check import Census, checked
+from pgp.datasets import transfer
+from pgp.datasets.base import DatasetSize
+from pgp.datasets.check import IntegrityReport, check_images
 from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.cub200 import CUB200
 from pgp.datasets.digits import Digits
@@ -269,38 +270,38 @@ def test_cub200_that_is_not_whole(tmp_path):
 @pytest.mark.parametrize("kind", PHOTOS)
 def test_a_set_is_checked_image_by_image(kind, tmp_path, monkeypatch):
     folder = MAKERS[kind](tmp_path)
-    found = checked(kind(tmp_path))
-    assert (found.bad, found.without, found.whole) == ((), (), False)
+    found = check_images(kind(tmp_path))
+    assert (found.bad, found.without, found.is_complete) == ((), (), False)
     size = ("24" if kind is TinyImageNet else "16") + " training and 8 test images of 4 classes"
     published = "expected {:,} training and {:,} test images of {:,} classes".format(*kind.expected)
     assert found.lines() == [size, published]
     monkeypatch.setattr(kind, "expected", found.found)
     with Progress(disable=True) as progress:
-        assert checked(kind(tmp_path), progress).whole
+        assert check_images(kind(tmp_path), progress).is_complete
         assert progress.tasks[0].completed == progress.tasks[0].total
     image = kind(tmp_path).build().train.paths[3]
     image.write_bytes(image.read_bytes()[:-200])  # its header is good
-    found = checked(kind(tmp_path))
-    assert not found.whole
+    found = check_images(kind(tmp_path))
+    assert not found.is_complete
     assert found.lines()[1:] == [message for message in found.bad if str(image) in message]
     assert len(found.bad) == 1
     assert folder in image.parents
 
 
 def test_a_set_without_files_is_checked(tmp_path, monkeypatch):
-    assert checked(Digits()) == Census(Counts(1437, 360, 10), None, (), ())
-    assert checked(Digits()).whole
+    assert check_images(Digits()) == IntegrityReport(DatasetSize(1437, 360, 10), None, (), ())
+    assert check_images(Digits()).is_complete
     proved(monkeypatch, make_cifar100(tmp_path, classes=100))
     (tmp_path / "imagenet-r").mkdir()
-    assert checked(CIFAR100(tmp_path)).lines()[0] == "100 training and 100 test images of 100 classes"
+    assert check_images(CIFAR100(tmp_path)).lines()[0] == "100 training and 100 test images of 100 classes"
     with pytest.raises(ValueError, match=r"no data folder at .*imagenet-r: pgp data get fetches it"):
-        checked(ImageNetR(tmp_path))
+        check_images(ImageNetR(tmp_path))
 
 
 def test_classes_that_lack_images_are_told(tmp_path):
     folder = make_cub200(tmp_path, parts=True)
     shutil.rmtree(folder / "test" / "002.Laysan_Albatross")
-    found = checked(CUB200(tmp_path))
+    found = check_images(CUB200(tmp_path))
     assert found.without == ("Laysan Albatross",)
     assert "no training or no test image of Laysan Albatross" in found.lines()
 

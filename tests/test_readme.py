@@ -10,7 +10,8 @@ from pathlib import Path
 from PIL import Image
 
 import tiny
-from pgp import cli, recipes
+from pgp import recipes
+from pgp.cli import main
 from pgp.methods.clip_prompt import CLIPPrompt
 from pgp.methods.dualprompt import DualPrompt
 
@@ -56,17 +57,6 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
             words += ["--readouts", "sequential"]  # LDA needs more than one picture of a class
         if "sweep" in words:
             words += ["--seeds", "1", "--workers", "1", "--no-controls"]
-        cli.main(words)
+        main.main(words)
     out = capsys.readouterr().out
     assert out.count("figure: ") == 2 * 13 + 1  # all but list, eval and predict; of a sweep, one
-
-
-def test_every_file_on_the_map_exists():
-    rows = re.findall(r"^\| (`.*?) \|", README, re.M)
-    root = Path(__file__).parent.parent
-    for row in rows:
-        folder = root
-        for name in re.findall(r"`(.*?)`", row):
-            path = root / name if "/" in name else folder / name
-            folder = path.parent
-            assert path.exists(), name

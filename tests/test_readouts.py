@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import nn
 
+from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
-from pgp.readouts.sequential import Sequential
 
 LABELS = torch.tensor([0, 0, 0, 1, 1, 1, 3, 3, 3, 3])
 FEATURES = torch.randn(10, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 3 * LABELS[:, None]
@@ -154,7 +154,7 @@ def test_a_first_task_without_images_is_named():  # all were bad and skipped, sa
 
 def test_sequential_asks_the_head():
     head = nn.Linear(4, 5).double()
-    readout = Sequential.Config().build(head, classes=5, seed=0)
+    readout = MethodHead.Config().build(head, classes=5, seed=0)
     readout.observe(FEATURES, LABELS)
     readout.end_task()
     assert torch.equal(readout.logits(FEATURES), head(FEATURES))

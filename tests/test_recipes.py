@@ -12,25 +12,28 @@ import pytest
 
 import tiny
 from conftest import golden_vit
-from pgp import cli, recipes, report, storage
-from pgp.backbones import Backbone
+from pgp import recipes
+from pgp.backbones.base import Backbone
 from pgp.baselines import BASELINES
+from pgp.cli import main
 from pgp.config import Config, Hardware, Optimizer, components
-from pgp.datasets import DatasetConfig
+from pgp.datasets.base import DatasetConfig
 from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.cub200 import CUB200
 from pgp.datasets.imagenet_r import ImageNetR
 from pgp.datasets.tiny_imagenet import TinyImageNet
-from pgp.methods import Method
+from pgp.methods.base import Method
 from pgp.methods.clip_prompt import ZeroShot
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.l2p import L2P
-from pgp.projections import Projection
-from pgp.projections.none import NoProjection
-from pgp.readouts import Readout
+from pgp.projections.base import NoProjection, Projection
+from pgp.readouts.base import Readout
 from pgp.readouts.lda import LDA
-from pgp.run import Run, RunError
-from pgp.scenario import generator
+from pgp.reports import tables
+from pgp.rng import make_generator
+from pgp.runs.run import Run
+from pgp.system import storage
+from pgp.system.storage import RunError
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -51,7 +54,7 @@ def test_recipes_build_and_go_through_json(name):
 def test_the_published_basis_of_each_method(name, energy, components, when):
     basis = recipes.published_basis(recipes.RECIPES[name]().method)
     assert (basis.energy, basis.components, basis.when) == (energy, components, when)
-    assert cli._train_command([name, "--projection", "released"], "pgp train").config.projection == basis
+    assert main._train_command([name, "--projection", "released"], "pgp train").config.projection == basis
 
 
 TAGS = {
@@ -113,7 +116,7 @@ def test_a_component_of_ones_own_goes_through_json():
 
 def test_a_component_of_another_module_works_once_that_is_imported(tmp_path):
     module = (
-        "from dataclasses import dataclass\nfrom pgp.projections.none import NoProjection\n"
+        "from dataclasses import dataclass\nfrom pgp.projections.base import NoProjection\n"
         "@dataclass(frozen=True)\nclass Config(NoProjection.Config):\n    tag = 'elsewhere'\n"
     )
     (tmp_path / "elsewhere.py").write_text(module)
@@ -121,9 +124,7 @@ def test_a_component_of_another_module_works_once_that_is_imported(tmp_path):
     path = tmp_path / "run" / "config.json"
     tree = tiny.config().to_json() | {"projection": {"tag": "elsewhere"}}
     path.write_text(json.dumps(storage.sealed(tree)))
-    code = (
-        "import sys; from pgp.run import Run; from pathlib import Path; print(Run(Path('run')).config.projection.tag)"
-    )
+    code = "from pathlib import Path; from pgp.runs.run import Run; print(Run(Path('run')).config.projection.tag)"
     here = {"env": os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}, "cwd": tmp_path}
     for first, fails in (("", True), ("import elsewhere; ", False)):
         done = subprocess.run([sys.executable, "-c", first + code], check=False, capture_output=True, text=True, **here)
@@ -163,7 +164,7 @@ def test_components_without_a_tag_or_with_that_of_another_are_refused(tmp_path):
 
     try:
         with pytest.raises(
-            ValueError, match=r"'released' in .*Thief.* and pgp\.projections\.released\.Released\.Config: rename one"
+            ValueError, match=r"'released' in .*Thief.* and pgp\.projections\.released\.ReleasedBasis\.Config: rename one"
         ):
             tiny.config(projection=Thief()).to_json()
         with pytest.raises(ValueError, match="to have a tag of its own"):
@@ -205,8 +206,8 @@ def test_trees_that_do_not_fit():
         (lambda: Optimizer(lr=0), "optimizer.lr > 0"),
         (lambda: L2P.Config(top_k=11), "top_k of at most method.pool_size 10, got 11"),
         (lambda: L2P.Config(length=0), "length of at least 1"),
-        (lambda: replace(tiny.config().views, resize=16), r"views\.resize of at least views\.size 32, got 16"),
-        (lambda: replace(tiny.config().views, scale=(0.9, 0.1)), r"views\.scale \(low, high\)"),
+        (lambda: replace(tiny.config().transforms, resize=16), r"transforms\.resize of at least transforms\.size 32, got 16"),
+        (lambda: replace(tiny.config().transforms, scale=(0.9, 0.1)), r"transforms\.scale \(low, high\)"),
     ],
 )
 def test_settings_are_checked(make, message):
@@ -218,28 +219,28 @@ def test_rates():
     assert Optimizer(lr=0.03).rate(5, 10, 16) == pytest.approx(0.001875)
     cosine = Optimizer(lr=0.256, schedule="cosine")
     assert [cosine.rate(step, 4, 1) for step in (0, 2, 4)] == pytest.approx([0.001, 0.0005, 0])
-    method = L2P.Config(top_k=2).build(golden_vit(), "abc", generator(0, "init"))
+    method = L2P.Config(top_k=2).build(golden_vit(), "abc", make_generator(0, "init"))
     for name in ("adam", "adamw", "sgd"):
         assert Optimizer(name=name).build(method, 256).param_groups[0]["lr"] == 0.03
 
 
 def test_prompts_may_learn_at_a_share_of_the_heads_rate():
-    method = L2P.Config(top_k=2).build(golden_vit(), "abc", generator(0, "init"))
-    optimizer = Optimizer(lr=0.5, prompt_share=0.1, schedule="cosine").build(method, 256)
+    method = L2P.Config(top_k=2).build(golden_vit(), "abc", make_generator(0, "init"))
+    optimizer = Optimizer(lr=0.5, prompt_lr_scale=0.1, schedule="cosine").build(method, 256)
     head, rest = optimizer.param_groups
     assert {id(p) for p in head["params"]} == {id(p) for p in method.head.parameters()}
     assert {id(p) for p in rest["params"]} == {id(method.pool.prompts), id(method.pool.learned_key)}
-    Optimizer(lr=0.5, prompt_share=0.1, schedule="cosine").set_rate(optimizer, 1, 2, 256)
+    Optimizer(lr=0.5, prompt_lr_scale=0.1, schedule="cosine").set_rate(optimizer, 1, 2, 256)
     assert (head["lr"], rest["lr"]) == pytest.approx((0.25, 0.025))
     assert len(Optimizer().build(method, 16).param_groups) == 1
     with pytest.raises(ValueError, match="prompt_share >= 0"):
-        Optimizer(prompt_share=-1)
+        Optimizer(prompt_lr_scale=-1)
 
 
 def test_later_tasks_may_have_a_learning_rate_of_their_own_for_prompts():
-    optimizer = Optimizer(prompt_share=0.5, later_prompt_lr_scale=0.1)
-    assert [optimizer.of_task(index).prompt_share for index in (0, 1, 2)] == [0.5, 0.05, 0.05]
-    assert [Optimizer(prompt_share=0.5).of_task(index).prompt_share for index in (0, 1)] == [0.5, 0.5]
+    optimizer = Optimizer(prompt_lr_scale=0.5, later_prompt_lr_scale=0.1)
+    assert [optimizer.for_task(index).prompt_lr_scale for index in (0, 1, 2)] == [0.5, 0.05, 0.05]
+    assert [Optimizer(prompt_lr_scale=0.5).for_task(index).prompt_lr_scale for index in (0, 1)] == [0.5, 0.5]
     with pytest.raises(ValueError, match=r"expected optimizer\.later_prompt_lr_scale >= 0, got -0\.1"):
         Optimizer(later_prompt_lr_scale=-0.1)
 
@@ -250,17 +251,17 @@ def test_slower_and_frozen_are_learning_rates_without_projection():
         expected = replace(config.optimizer, later_prompt_lr_scale=scale)
         assert BASELINES[name](config) == replace(config, projection=NoProjection.Config(), optimizer=expected)
         with pytest.raises(ValueError, match=rf"--optimizer.later-prompt-lr-scale .*, --method {name}$"):
-            cli._train_command(["demo", "--projection", name], "pgp train")
-        command = cli._train_command(["demo", "--method", name], "pgp train")
+            main._train_command(["demo", "--projection", name], "pgp train")
+        command = main._train_command(["demo", "--method", name], "pgp train")
         assert command.config.optimizer.later_prompt_lr_scale == scale
 
 
 PUBLISHED = {  # tasks, epochs, batch, lr, seed, and what the method's settings differ in
-    "10cifar100_l2p_pgp": (10, 5, 16, 0.03, 42, {"reads": "prompt", "selection": "batch"}),
-    "20cifar100_l2p_pgp": (20, 5, 16, 0.03, 53, {"reads": "prompt", "selection": "batch"}),
-    "imr_l2p_pgp": (10, 5, 16, 0.03, 42, {"reads": "prompt", "selection": "batch"}),
-    "tinyimagenet_l2p_pgp": (10, 5, 16, 0.03, 52, {"reads": "prompt", "selection": "batch"}),
-    "cub200_l2p_pgp": (5, 5, 16, 0.03, 42, {"reads": "token", "selection": "batch"}),
+    "10cifar100_l2p_pgp": (10, 5, 16, 0.03, 42, {"head_type": "prompt", "selection": "batch"}),
+    "20cifar100_l2p_pgp": (20, 5, 16, 0.03, 53, {"head_type": "prompt", "selection": "batch"}),
+    "imr_l2p_pgp": (10, 5, 16, 0.03, 42, {"head_type": "prompt", "selection": "batch"}),
+    "tinyimagenet_l2p_pgp": (10, 5, 16, 0.03, 52, {"head_type": "prompt", "selection": "batch"}),
+    "cub200_l2p_pgp": (5, 5, 16, 0.03, 42, {"head_type": "token", "selection": "batch"}),
     "10cifar100_dualprompt_pgp": (10, 20, 24, 0.03, 59, {"expert_length": 5, "selection": "batch"}),
     "20cifar100_dualprompt_pgp": (20, 20, 24, 0.03, 42, {"expert_length": 5, "selection": "batch"}),
     "imr_dualprompt_pgp": (10, 50, 24, 0.005, 43, {"expert_length": 20, "selection": "image"}),
@@ -290,5 +291,5 @@ def test_published_settings(name):
 
 def test_reports_tell_components_apart_by_their_tags():
     clip = recipes.RECIPES["demo-clip"]()
-    trees = [report.flat(config.to_json()) for config in (clip, replace(clip, method=ZeroShot.Config()))]
-    assert report._labels(trees) == ["method clip", "method zero-shot"]
+    trees = [tables.flatten(config.to_json()) for config in (clip, replace(clip, method=ZeroShot.Config()))]
+    assert tables._labels(trees) == ["method clip", "method zero-shot"]

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import tiny
-from pgp import platforms
-from pgp.run import Run, RunError, free_folder
+from pgp.runs.run import Run
+from pgp.system import platforms
+from pgp.system.outputs import make_unique_folder
+from pgp.system.storage import RunError
 
 STATE = {
     "task": 1,
@@ -116,7 +118,7 @@ def test_a_full_disk_is_said_for_every_file(run, monkeypatch, write):
 
 
 def test_free_folders_differ(tmp_path):
-    assert [free_folder(tmp_path / "runs", "demo").name for _ in range(3)] == ["demo", "demo-2", "demo-3"]
+    assert [make_unique_folder(tmp_path / "runs", "demo").name for _ in range(3)] == ["demo", "demo-2", "demo-3"]
 
 
 def test_matrices_go_round(run):

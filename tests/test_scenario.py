@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgp.scenario import class_order, generator, held_out, seed_of, split_by_class, split_by_domain, split_by_name
+from pgp.rng import derive_seed, make_generator
+from pgp.scenario import class_order, split_by_class, split_by_domain, split_by_group, stratified_holdout
 
 
 def labels(count, classes, seed):
@@ -39,7 +40,7 @@ def test_the_first_tasks_take_what_is_left_over(classes, tasks, sizes):
 def test_seen_classes_come_in_the_order_of_learning():
     some = torch.arange(5)
     scenario = split_by_class(some, some, 2, [4, 0, 3, 1, 2])
-    assert (scenario.seen(0), scenario.seen(1)) == ((4, 0, 3), (4, 0, 3, 1, 2))
+    assert (scenario.seen_classes(0), scenario.seen_classes(1)) == ((4, 0, 3), (4, 0, 3, 1, 2))
 
 
 @pytest.mark.parametrize("tasks", [0, 6])
@@ -54,12 +55,12 @@ def test_named_tasks_partition_the_images(sizes, seed):
     order, train, test = class_order(sum(sizes), seed), labels(60, sum(sizes), seed=1), labels(30, sum(sizes), seed=2)
     ends = torch.tensor(sizes).cumsum(0).tolist()
     groups = [(f"t{size}", order[end - size : end]) for size, end in zip(sizes, ends, strict=True)]
-    scenario = split_by_name(train, test, groups)
+    scenario = split_by_group(train, test, groups)
     assert [(task.name, list(task.classes)) for task in scenario.tasks] == groups
     for part, count in (("train", 60), ("test", 30)):
         assert sorted(torch.cat([getattr(task, part) for task in scenario.tasks]).tolist()) == list(range(count))
     even = split_by_class(train, test, len(sizes), order)
-    same = split_by_name(train, test, [("", task.classes) for task in even.tasks])
+    same = split_by_group(train, test, [("", task.classes) for task in even.tasks])
     assert all(torch.equal(a.train, b.train) for a, b in zip(even.tasks, same.tasks, strict=True))
 
 
@@ -73,7 +74,7 @@ def test_domains_partition_the_images_and_share_their_classes(classes, domains, 
     for task in scenario.tasks:
         assert set(where[task.train].tolist()) | set(tested[task.test].tolist()) <= {int(task.name[1:])}
         assert set(task.classes) == set(whole[task.train].tolist())
-    seen = scenario.seen(len(scenario) - 1)
+    seen = scenario.seen_classes(len(scenario) - 1)
     assert len(set(seen)) == len(seen)
     assert set(seen) == set(whole.tolist())
 
@@ -82,19 +83,19 @@ def test_domains_partition_the_images_and_share_their_classes(classes, domains, 
 @given(st.lists(st.integers(2, 30), min_size=1, max_size=5), st.floats(0.01, 0.99), st.integers(0, 99))
 def test_a_share_of_each_class_is_held_out(sizes, share, seed):
     strata = torch.cat([torch.full((size,), stratum) for stratum, size in enumerate(sizes)])
-    test = held_out(strata, share, seed)
-    assert torch.equal(test, held_out(strata, share, seed))
+    test = stratified_holdout(strata, share, seed)
+    assert torch.equal(test, stratified_holdout(strata, share, seed))
     for stratum, size in enumerate(sizes):
         count = int(test[strata == stratum].sum())
         assert 1 <= count <= size - 1
         assert abs(count - share * size) <= 1
-    more = held_out(torch.cat([strata, torch.full((5,), len(sizes))]), share, seed)
+    more = stratified_holdout(torch.cat([strata, torch.full((5,), len(sizes))]), share, seed)
     assert torch.equal(more[: len(strata)], test)  # another class moves none of the others
 
 
 def test_a_task_is_spoken_of_by_number_and_name():
-    scenario = split_by_name(torch.arange(3), torch.arange(3), [("", [0]), ("birds [/x]", [2, 1])])
-    assert [scenario.title(task) for task in scenario.tasks] == ["task 1 of 2", "task 2 of 2 (birds [/x])"]
+    scenario = split_by_group(torch.arange(3), torch.arange(3), [("", [0]), ("birds [/x]", [2, 1])])
+    assert [scenario.describe(task) for task in scenario.tasks] == ["task 1 of 2", "task 2 of 2 (birds [/x])"]
 
 
 def test_the_order_of_classes_depends_on_the_seed_only():
@@ -108,15 +109,15 @@ def test_the_order_of_classes_depends_on_the_seed_only():
 
 def test_draws_do_not_depend_on_those_before():
     addresses = [(7, "init"), (7, "order", 0, 1), (7, "order", 1, 0), (8, "init")]
-    forward = {address: torch.rand(3, generator=generator(*address)) for address in addresses}
+    forward = {address: torch.rand(3, generator=make_generator(*address)) for address in addresses}
     torch.rand(11)
     for address in reversed(addresses):
-        assert torch.equal(torch.rand(3, generator=generator(*address)), forward[address])
+        assert torch.equal(torch.rand(3, generator=make_generator(*address)), forward[address])
 
 
 def test_draws_leave_the_global_generator_alone():
     state = torch.get_rng_state()
-    torch.rand(3, generator=generator(1, "a"))
+    torch.rand(3, generator=make_generator(1, "a"))
     class_order(9, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -132,12 +133,12 @@ def test_every_part_of_an_address_counts():
         (1, 2, "a"),
         (1, "a", "2"),
     ]
-    assert len({seed_of(*address) for address in addresses}) == len(addresses)
-    draws = {tuple(torch.rand(2, generator=generator(*address)).tolist()) for address in addresses}
+    assert len({derive_seed(*address) for address in addresses}) == len(addresses)
+    draws = {tuple(torch.rand(2, generator=make_generator(*address)).tolist()) for address in addresses}
     assert len(draws) == len(addresses)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(), st.lists(st.sampled_from(["a", "order"]) | st.integers()))
 def test_seeds_fit_any_generator(seed, address):
-    assert 0 <= seed_of(seed, *address) < 2**63
+    assert 0 <= derive_seed(seed, *address) < 2**63

@@ -17,21 +17,27 @@ from safetensors.torch import load_file
 
 import tiny
 from conftest import golden_clip
-from pgp import cli, metrics, report, train
-from pgp.backbones import Backbone
+from pgp import progress, train
+from pgp.backbones.base import Backbone
 from pgp.backbones.clip import CLIP
+from pgp.cli import main
 from pgp.config import Config
-from pgp.curriculum import described, idle, located, scenario_of
 from pgp.datasets.folder import Folder
 from pgp.datasets.manifest import Manifest
 from pgp.datasets.synthetic import Synthetic
-from pgp.learner import Learner
+from pgp.evaluation import metrics
+from pgp.evaluation.online import OnlineAccuracy
 from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.vpt import VPT
 from pgp.predict import Predictor
-from pgp.run import Run, RunError
-from pgp.stream import Stream
+from pgp.reports import figures, tables
+from pgp.runs.data_paths import resolve_paths
+from pgp.runs.run import Run
+from pgp.system.storage import RunError
+from pgp.training import session
+from pgp.training.session import Learner
+from pgp.training.tasks import build_scenario, describe_data, single_class_warning
 
 DOMAINS = Synthetic(classes=3, per_class=8, domains=3, noise=0.05)
 TWO = Synthetic(classes=4, per_class=9, noise=0.05)
@@ -60,8 +66,8 @@ def config(folder, **changes):
 
 
 def scenario(config):
-    config = located(config)
-    return scenario_of(config, config.dataset.build())
+    config = resolve_paths(config)
+    return build_scenario(config, config.dataset.build())
 
 
 def names(scenario):
@@ -70,10 +76,12 @@ def names(scenario):
 
 def test_files_beside_the_data_decide_the_tasks(photos, tmp_path):
     assert [task.classes for task in scenario(config(photos)).tasks] == [(0, 1, 2), (3, 4)]
-    assert idle(scenario(config(photos))) is None
+    assert single_class_warning(scenario(config(photos))) is None
     single = scenario(config(photos, tasks=5))
     assert [task.classes for task in single.tasks] == [(i,) for i in range(5)]
-    assert idle(single).startswith("a single class in task 1 of 5, task 2 of 5, task 3 of 5 and 2 more: ")
+    assert single_class_warning(single).startswith(
+        "a single class in task 1 of 5, task 2 of 5, task 3 of 5 and 2 more: "
+    )
     assert [task.classes for task in scenario(config(photos, tasks=2)).tasks] == [(0, 1, 2), (3, 4)]
     (photos / "class_order.txt").write_text("dog\n eel\n\ncat\nant\nbee\n", encoding="utf-8-sig")
     assert [task.classes for task in scenario(config(photos, tasks=2)).tasks] == [(3, 4, 2), (0, 1)]
@@ -148,7 +156,9 @@ def test_a_run_knows_its_images_whatever_form_their_names_are_copied_in(tmp_path
         for name in ("é1", "ez", "f", "é"):
             Image.new("RGB", (6, 4)).save(folder / f"{unicodedata.normalize(form, name)}.png")
     one, other = (Folder(tmp_path / form / "photos").build() for form in ("NFC", "NFD"))
-    assert described(one, scenario_of(config(tmp_path), one)) == described(other, scenario_of(config(tmp_path), other))
+    assert describe_data(one, build_scenario(config(tmp_path), one)) == describe_data(
+        other, build_scenario(config(tmp_path), other)
+    )
 
 
 def test_two_sources_of_an_order_are_refused(photos, tmp_path):
@@ -169,8 +179,8 @@ def test_two_sources_of_an_order_are_refused(photos, tmp_path):
             config(photos, **changes)
     with pytest.raises(ValueError, match="expected task_file for the order of domains"):
         config(photos, class_order=Path("x"), setting="dil")
-    with pytest.raises(ValueError, match="expected setting oil for arrival=listed, got cil"):
-        config(photos, arrival="listed")
+    with pytest.raises(ValueError, match="expected setting oil for order=listed, got cil"):
+        config(photos, order="listed")
     with pytest.raises(ValueError, match=r"cannot read .*nowhere.json as a text"):
         scenario(config(tmp_path / "photos", task_file=tmp_path / "nowhere.json"))
 
@@ -211,7 +221,7 @@ def test_domains_are_folders(tmp_path, parts):
     whole = scenario(config(write(tmp_path / "d", parts), setting="dil"))
     assert [task.name for task in whole.tasks] == sorted({Path(part).name for part in parts})
     assert all(task.classes == (0, 1, 2, 3, 4) for task in whole.tasks)
-    assert whole.seen(1) == (0, 1, 2, 3, 4)
+    assert whole.seen_classes(1) == (0, 1, 2, 3, 4)
     data = Folder(tmp_path / "d", domains=True).build()
     for task in whole.tasks:
         for split, indices in ((data.train, task.train), (data.test, task.test)):
@@ -279,7 +289,7 @@ def of(method, **changes):
 
 
 def final(run):
-    return load_file(run.folder / "checkpoints" / run.latest_name() / "state.safetensors")
+    return load_file(run.folder / "checkpoints" / run.latest_checkpoint() / "state.safetensors")
 
 
 def same(one, other):
@@ -312,19 +322,19 @@ def test_every_method_learns_domain_after_domain(tmp_path, monkeypatch, method):
     assert run.config.tasks == 3
     assert run.classes()[1] == [[0, 1, 2]] * 3
     assert run.task_names() == ["tint 0", "tint 1", "tint 2"]
-    assert [metrics.learned(matrix) for matrix in run.matrices().values()] == [3, 3]
+    assert [metrics.tasks_learned(matrix) for matrix in run.matrices().values()] == [3, 3]
     assert metrics.average_accuracy(run.matrices()["lda"]) > 0.5  # chance is 1 in 3
     assert Predictor(run).classes == tuple(f"pattern {label}" for label in range(3))
     state = run.load()
     assert state["readouts"]["lda"]["counts"].tolist() == [24.0] * 3
     if method != "zero-shot":
-        assert interrupted(of(method, **changes), tmp_path / "run", monkeypatch, at=6).latest_name() == "task-03"
+        assert interrupted(of(method, **changes), tmp_path / "run", monkeypatch, at=6).latest_checkpoint() == "task-03"
         same(final(run), final(Run.open(tmp_path / "run")))
 
 
 def test_clip_knows_a_class_by_the_context_of_the_last_domain_that_showed_it(tmp_path):
     run = train.train(of("clip", dataset=DOMAINS, setting="dil"), tmp_path / "run")
-    learner = Learner(train.fabric_for(run.config), run.config, train._quiet())
+    learner = Learner(session.build_fabric(run.config), run.config, progress.no_progress())
     learner.load_state_dict(run.load())
     last = learner.scenario.tasks[2]
     with torch.no_grad():
@@ -339,10 +349,10 @@ def streamed(config, folder):
 
 @pytest.mark.parametrize("method", ["l2p", "clip", "zero-shot"])
 def test_what_comes_is_predicted_before_it_is_learned(tmp_path, monkeypatch, method):
-    asked, learned, predict, train_step = [], [], Stream.predict, train.train_step
+    asked, learned, predict, train_step = [], [], OnlineAccuracy.predict, train.train_step
 
     def spied(self, method, images, labels, task, seen):
-        assert len(learned) == len(asked) or method.learned_state().keys() == {"head.text"}
+        assert len(learned) == len(asked) or method.trainable_state_dict().keys() == {"head.text"}
         assert set(seen) == set(range(2 * task.index + 2))
         asked.append(labels)
         predict(self, method, images, labels, task, seen)
@@ -352,7 +362,7 @@ def test_what_comes_is_predicted_before_it_is_learned(tmp_path, monkeypatch, met
         learned.append(arguments[2].labels)
         return train_step(*arguments, **named)
 
-    monkeypatch.setattr(Stream, "predict", spied)
+    monkeypatch.setattr(OnlineAccuracy, "predict", spied)
     monkeypatch.setattr(train, "train_step", step)
     run, looks = streamed(of(method, dataset=TWO, setting="oil", tasks=2, log_every_steps=1), tmp_path / "run")
     assert all(torch.equal(*pair) for pair in zip(asked, learned, strict=method != "zero-shot"))
@@ -376,7 +386,7 @@ def test_the_stream_is_what_the_head_would_have_said(tmp_path, monkeypatch):
 
     def step(learner, optimizer, batch, task, share):
         learner.method.end_task(task)
-        view = learner.config.views.test()
+        view = learner.config.transforms.test()
         for i, label in zip(batch.indices.tolist(), batch.labels.tolist(), strict=True):
             with torch.no_grad():
                 logits = learner.method(view(learner.data.train.image(i))[None])[0, : 2 * task.index + 2]
@@ -407,7 +417,7 @@ def test_an_online_run_resumes_bitwise(tmp_path, monkeypatch, method):
     resumed = interrupted(replace(config, save_every_steps=2), tmp_path / "run", monkeypatch, at=6)
     assert next(iter(resumed.events("resumed")))["step"] == 2
     same(final(run), final(resumed))
-    assert report._stream(run) == report._stream(resumed)
+    assert tables._online_accuracy(run) == tables._online_accuracy(resumed)
 
 
 def test_images_come_as_listed(tmp_path, monkeypatch):
@@ -418,30 +428,31 @@ def test_images_come_as_listed(tmp_path, monkeypatch):
         return train_step(learner, optimizer, batch, task, share)
 
     monkeypatch.setattr(train, "train_step", step)
-    config = of("head-only", dataset=TWO, setting="oil", tasks=2, arrival="listed", epochs=3)
+    config = of("head-only", dataset=TWO, setting="oil", tasks=2, order="listed", epochs=3)
     train.train(config, tmp_path / "listed")
     assert came == list(range(36))
     came.clear()
-    train.train(replace(config, arrival="shuffled"), tmp_path / "shuffled")
+    train.train(replace(config, order="shuffled"), tmp_path / "shuffled")
     assert sorted(came) == list(range(36)) != came
 
 
+@pytest.mark.looks_at_figures
 def test_reports_show_the_stream_where_there_is_one(tmp_path, capsys):
     online = of("head-only", dataset=TWO, setting="oil", tasks=2, log_every_steps=1)
     for seed in (1, 2):
         train.train(replace(online, seed=seed), tmp_path / f"oil{seed}")
     train.train(replace(online, setting="cil"), tmp_path / "cil")
     runs = {name: Run.open(tmp_path / name) for name in ("oil1", "oil2", "cil")}
-    text = report.markdown(report.lines(list(runs.values())))
+    text = tables.markdown(tables.result_rows(list(runs.values())))
     assert "stream accuracy |" in text
     rows = [line.split(" | ") for line in text.splitlines()[2:]]
     assert {row[0]: "±" in row[-1] for row in rows} == {"| setting oil": True, "| setting cil": False}
-    assert "stream" not in report.markdown(report.lines([runs["cil"]]))
+    assert "stream" not in tables.markdown(tables.result_rows([runs["cil"]]))
     for name in runs:
-        report.draw(report.lines([runs[name]]), tmp_path / f"{name}.png")
+        figures.draw_accuracy(tables.result_rows([runs[name]]), tmp_path / f"{name}.png")
     with Image.open(tmp_path / "oil1.png") as high, Image.open(tmp_path / "cil.png") as low:
         assert high.height > low.height
-    cli.main(["report", *(str(run.folder) for run in runs.values()), "--output", str(tmp_path / "out")])
+    main.main(["report", *(str(run.folder) for run in runs.values()), "--output", str(tmp_path / "out")])
     assert "stream" in capsys.readouterr().out
 
 
@@ -504,10 +515,10 @@ def test_a_run_knows_its_data_again(photos, tmp_path):
     with pytest.raises(RunError, match=f"{began} labels or names of images differ"):
         train.resume(run.folder)
     with pytest.warns(UserWarning, match="evaluated on other images"):
-        assert train.reevaluate(run, run.config)  # the same classes
+        assert train.evaluate_checkpoints(run, run.config)  # the same classes
     spare.with_name("00.png").rename(spare)
     (photos / "class_order.txt").write_text("bee\nant\ncat\ndog\neel\n")
-    for again in (lambda: train.resume(run.folder), lambda: train.reevaluate(run, run.config)):
+    for again in (lambda: train.resume(run.folder), lambda: train.evaluate_checkpoints(run, run.config)):
         with pytest.raises(RunError, match=rf"{began} classes in each task differ \(0 before, 1 now\)"):
             again()
     (photos / "class_order.txt").unlink()
@@ -518,12 +529,12 @@ def test_a_run_knows_its_data_again(photos, tmp_path):
         for path in (photos / part / "fly").iterdir():
             path.unlink()
         (photos / part / "fly").rmdir()
-    assert train.resume(run.folder).latest_name() == "task-02"
+    assert train.resume(run.folder).latest_checkpoint() == "task-02"
 
 
 def test_the_same_data_elsewhere_are_the_same_experiment(tmp_path):
     for place, seed in (("here", 1), ("there", 2)):
         write(tmp_path / place, ("train", "test"))
         train.train(config(tmp_path / place, seed=seed, tasks=2), tmp_path / f"run{seed}")
-    (line, _) = report.lines([Run.open(tmp_path / f"run{seed}") for seed in (1, 2)])
+    (line, _) = tables.result_rows([Run.open(tmp_path / f"run{seed}") for seed in (1, 2)])
     assert len(line.matrices) == 2

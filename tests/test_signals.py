@@ -16,9 +16,12 @@ import torch
 from torchvision.transforms import v2
 
 import tiny
-from pgp import cli, interrupts, recipes, train
-from pgp.datasets import ArraySplit, Loading, Viewed, batches, in_order
-from pgp.run import Run
+from pgp import recipes, train
+from pgp.cli import main
+from pgp.datasets.base import ArraySplit
+from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
+from pgp.runs.run import Run
+from pgp.system import signals
 
 FOLDER = "a run's folder"
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no such signals")
@@ -68,7 +71,7 @@ def interrupted(monkeypatch, where, count, *signals):
 def ends(capfd, *words):
     """Exit status of `pgp train` and its last word."""
     with pytest.raises(SystemExit) as stop:
-        cli.main(["train", *words])
+        main.main(["train", *words])
     return stop.value.code, capfd.readouterr().err.splitlines()[-1]
 
 
@@ -78,8 +81,8 @@ def test_saves_where_training_stands_and_goes_on_bitwise(whole, monkeypatch, cap
     stops = [
         ("train_step", 6, signal.SIGTERM, "stopped by SIGTERM: step 2 of task 2 of 3 is saved"),
         ("train_step", 2, signal.SIGHUP, "stopped by SIGHUP: step 4 of task 2 of 3 is saved"),  # its last step
-        ("close_task", 1, signal.SIGINT, "interrupted: task 2 of 3 is saved"),
-        ("look_ahead", 1, signal.SIGINT, "interrupted: nothing of task 3 of 3 is learned yet"),
+        ("end_task", 1, signal.SIGINT, "interrupted: task 2 of 3 is saved"),
+        ("observe_before_training", 1, signal.SIGINT, "interrupted: nothing of task 3 of 3 is learned yet"),
     ]
     for number, (where, count, sign, told) in enumerate(stops):
         with monkeypatch.context() as patch:
@@ -88,7 +91,7 @@ def test_saves_where_training_stands_and_goes_on_bitwise(whole, monkeypatch, cap
             assert ends(capfd, *words) == (128 + sign, f"pgp: {told}; {how}")
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
     with monkeypatch.context() as patch:
-        interrupted(patch, "close_task", 1, signal.SIGTERM)
+        interrupted(patch, "end_task", 1, signal.SIGTERM)
         code, told = ends(capfd, "--resume", FOLDER)
     assert (code, told) == (143, f"pgp: stopped by SIGTERM: task 3 of 3 is saved; the run at {FOLDER} is finished")
     run = Run.open(Path(FOLDER))
@@ -98,7 +101,7 @@ def test_saves_where_training_stands_and_goes_on_bitwise(whole, monkeypatch, cap
 
 
 def test_a_second_signal_ends_at_once(monkeypatch, capfd):
-    interrupted(monkeypatch, "close_task", 2, signal.SIGTERM, signal.SIGTERM)
+    interrupted(monkeypatch, "end_task", 2, signal.SIGTERM, signal.SIGTERM)
     code, told = ends(capfd, "demo", "--output", FOLDER)
     assert code == 143
     saved = Path(FOLDER) / "checkpoints" / "task-01"
@@ -111,7 +114,7 @@ def test_a_projection_that_cannot_be_saved_inside_a_task_says_so(monkeypatch, ca
     code, told = ends(capfd, "demo", "--output", FOLDER)
     assert code == 143
     assert "this projection cannot be saved inside a task, so that task 2 of 3 begins anew; go on by" in told
-    assert Run.open(Path(FOLDER)).latest_name() == "task-01"
+    assert Run.open(Path(FOLDER)).latest_checkpoint() == "task-01"
 
 
 def test_a_sweep_goes_on_by_the_same_call(monkeypatch, capfd):
@@ -119,10 +122,10 @@ def test_a_sweep_goes_on_by_the_same_call(monkeypatch, capfd):
     with monkeypatch.context() as patch:
         interrupted(patch, "train_step", 6, signal.SIGTERM)
         with pytest.raises(SystemExit) as stop:
-            cli.main(words)
+            main.main(words)
     assert stop.value.code == 143
     assert capfd.readouterr().err.endswith("pgp: stopped by SIGTERM; the same call goes on with the sweep\n")
-    cli.main(words)
+    main.main(words)
     assert "demo, seed 0: resumed in" in capfd.readouterr().err
 
 
@@ -132,10 +135,10 @@ def test_what_is_ignored_or_taken_stays_so():
     try:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
         signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))  # the program that pgp is part of
-        with interrupts.handled_by(interrupts.end_at_once):
+        with signals.handled_by(signals.end_at_once):
             os.kill(os.getpid(), signal.SIGHUP)
             os.kill(os.getpid(), signal.SIGTERM)
-            with pytest.raises(interrupts.Interrupted):
+            with pytest.raises(signals.Interrupted):
                 os.kill(os.getpid(), signal.SIGINT)
         assert heard == [signal.SIGTERM]
     finally:
@@ -151,8 +154,8 @@ class Signalled(ArraySplit):
 
 def test_processes_that_load_images_leave_signals_to_the_one_that_trains():
     split = Signalled(torch.zeros(2, 3, 2, 2), torch.zeros(2))
-    viewed = Viewed(split, v2.Identity(), 0, ("test",), skip_bad=False)
-    (batch,) = batches(viewed, in_order(torch.arange(2), 2), Loading(workers=1))
+    viewed = TransformedSplit(split, v2.Identity(), 0, ("test",), skip_bad=False)
+    (batch,) = batches(viewed, sequential_batches(torch.arange(2), 2), LoaderOptions(workers=1))
     assert batch.indices.tolist() == [0, 1]
 
 
@@ -164,9 +167,9 @@ def test_a_command_that_learns_nothing_ends_at_once(monkeypatch, capsys):
         finally:
             raise OSError(5, "Input/output error")  # the terminal is gone as well
 
-    monkeypatch.setitem(cli.COMMANDS, "list", command)
+    monkeypatch.setitem(main.COMMANDS, "list", command)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["list"])
+        main.main(["list"])
     assert (stop.value.code, capsys.readouterr().err) == (143, "pgp: stopped by SIGTERM\n")
 
 
@@ -201,4 +204,4 @@ def test_several_processes_stop_together(tmp_path, sign, to_all):
     assert process.returncode == 128 + sign, err
     assert "Traceback" not in err
     assert err.count("of task 1 of 3 is saved; go on by pgp train --resume run") == 1
-    assert "-step-" in Run.open(tmp_path / "run").latest_name()
+    assert "-step-" in Run.open(tmp_path / "run").latest_checkpoint()

@@ -9,15 +9,15 @@ from torch import nn
 
 import tiny
 from pgp import train
-from pgp.audit import audited
-from pgp.backbones import Backbone
+from pgp.analysis.audit import audit_run
+from pgp.backbones.base import Backbone
 from pgp.datasets.synthetic import Synthetic
 from pgp.methods.vpt import VPT
 from pgp.predict import Predictor
+from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
 from pgp.readouts.logistic import Logistic
-from pgp.readouts.sequential import Sequential
-from pgp.run import Run
+from pgp.runs.run import Run
 
 D = 6
 MEANS = 4 * torch.randn(5, D, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -50,7 +50,7 @@ def followed(how, move, **settings):
     """LDA that learned classes 0 to 2, and then, as features move, classes 3 and 4; and one that learned all after."""
     old, new = drawn([0, 1, 2]), drawn([3, 4], each=100)
     readout = taught(LDA(5, LDA.Config(compensate=how, **settings)), old)
-    readout.moved(new[0], move(new[0]))
+    readout.compensate(new[0], move(new[0]))
     taught(readout, (move(new[0]), new[1]))
     truth = taught(LDA(5), (move(old[0]), old[1]), (move(new[0]), new[1]))
     return readout, truth
@@ -75,7 +75,7 @@ def test_a_shift_is_taken_from_images_nearby():
     old = readout.means.clone()
     images, labels = drawn([0, 1], seed=2)
     push = torch.where(labels[:, None] == 0, 1.0, -1.0).expand(-1, D)
-    readout.moved(images, images + push)
+    readout.compensate(images, images + push)
     torch.testing.assert_close(readout.means[:2] - old[:2], torch.tensor([[1.0], [-1.0]]).double().expand(2, D),
                                rtol=0, atol=1e-3)  # fmt: skip
 
@@ -84,7 +84,7 @@ def test_covariances_stay_under_a_shift():
     readout = taught(LDA(5, LDA.Config(compensate="shift")), drawn([0, 1, 2]))
     before = readout.covariance(0.1)
     images, _ = drawn([3])
-    readout.moved(images, images * 1.5)
+    readout.compensate(images, images * 1.5)
     torch.testing.assert_close(readout.covariance(0.1), before, rtol=0, atol=1e-9)
 
 
@@ -92,9 +92,9 @@ def test_what_does_not_compensate_stays():
     readout = taught(LDA(5), drawn([0, 1, 2]))
     state = {name: tensor.clone() for name, tensor in readout.state_dict().items()}
     images, _ = drawn([3])
-    readout.moved(images, images + 1)
+    readout.compensate(images, images + 1)
     assert all(torch.equal(state[name], tensor) for name, tensor in readout.state_dict().items())
-    LDA(5, LDA.Config(compensate="linear")).moved(images, images)  # before any class: nothing to move
+    LDA(5, LDA.Config(compensate="linear")).compensate(images, images)  # before any class: nothing to move
 
 
 def test_logistic_reads_what_it_has_seen_and_nothing_else():
@@ -156,7 +156,7 @@ FOLLOWING = tuple(kind.Config(compensate=how) for kind in (LDA, Logistic) for ho
 
 def test_a_run_follows_its_features_and_goes_on_inside_a_task_bitwise(tmp_path, monkeypatch):
     """What images were before a task is part of the state while the task is trained."""
-    config = tiny.config(dataset=Synthetic(noise=0.05), readouts=(*FOLLOWING, Sequential.Config()), save_every_steps=2)
+    config = tiny.config(dataset=Synthetic(noise=0.05), readouts=(*FOLLOWING, MethodHead.Config()), save_every_steps=2)
     whole = train.train(config, tmp_path / "whole")
     step, calls = train.train_step, []
 
@@ -170,7 +170,7 @@ def test_a_run_follows_its_features_and_goes_on_inside_a_task_bitwise(tmp_path, 
     with pytest.raises(KeyboardInterrupt):
         train.train(config, tmp_path / "cut")
     monkeypatch.setattr(train, "train_step", step)
-    assert "-step-" in (Run.open(tmp_path / "cut").latest_name() or "")
+    assert "-step-" in (Run.open(tmp_path / "cut").latest_checkpoint() or "")
     resumed = train.resume(tmp_path / "cut")
     for column, matrix in whole.matrices().items():
         assert torch.equal(matrix.nan_to_num(), resumed.matrices()[column].nan_to_num())
@@ -186,15 +186,15 @@ def test_a_run_follows_its_features_and_goes_on_inside_a_task_bitwise(tmp_path, 
 def test_the_query_is_read_beside_the_features_and_never_moves():
     readout = LDA(5, LDA.Config(query=True, compensate="linear"))
     queries, labels = drawn([0, 1, 2])
-    readout.observe(readout.reads(drifted(queries), queries), labels)
+    readout.observe(readout.select_features(drifted(queries), queries), labels)
     readout.end_task()
     before = readout.means.clone()
     images, _ = drawn([3, 4])
-    readout.moved(readout.reads(images, images), readout.reads(images + 3, images))
+    readout.compensate(readout.select_features(images, images), readout.select_features(images + 3, images))
     assert readout.config.name == "lda+query+linear"
     torch.testing.assert_close(readout.means[:3, D:], before[:3, D:], rtol=0, atol=1e-9)
     torch.testing.assert_close(readout.means[:3, :D], before[:3, :D] + 3, rtol=0, atol=1e-9)
-    assert LDA(5).reads(images, queries) is images
+    assert LDA(5).select_features(images, queries) is images
 
 
 def test_a_query_tells_where_features_went():
@@ -203,9 +203,12 @@ def test_a_query_tells_where_features_went():
     missed = {}
     for query in (False, True):
         readout = LDA(5, LDA.Config(query=query, compensate="linear", ridge=1e-6))
-        readout.observe(readout.reads(1e-3 * old[0][:, :1].expand(-1, D), old[0]), old[1])
+        readout.observe(readout.select_features(1e-3 * old[0][:, :1].expand(-1, D), old[0]), old[1])
         readout.end_task()
-        readout.moved(readout.reads(1e-3 * new[0][:, :1].expand(-1, D), new[0]), readout.reads(drifted(new[0]), new[0]))
+        readout.compensate(
+            readout.select_features(1e-3 * new[0][:, :1].expand(-1, D), new[0]),
+            readout.select_features(drifted(new[0]), new[0]),
+        )
         missed[query] = float((readout.means[:3, :D] - drifted(MEANS[:3])).norm())
     assert missed[True] < 1
     assert missed[False] > 10
@@ -213,13 +216,13 @@ def test_a_query_tells_where_features_went():
 
 @pytest.mark.parametrize("method", [VPT.Config(), tiny.config().method])
 def test_a_run_reads_queries_at_every_place_alike(tmp_path, method):
-    readouts = (Sequential.Config(), LDA.Config(query=True, compensate="linear"), LDA.Config())
+    readouts = (MethodHead.Config(), LDA.Config(query=True, compensate="linear"), LDA.Config())
     config = tiny.config(dataset=Synthetic(noise=0.05), method=method, readouts=readouts)
     run = train.train(config, tmp_path)
     kept = run.matrices()["lda+query+linear"]
     assert run.load()["readouts"]["lda+query+linear"]["sums"].shape == (6, 2 * 48)
-    torch.testing.assert_close(train.reevaluate(run, run.config)["lda+query+linear"][2], kept[2])
-    (honest,) = (f for f in audited(run, Progress(disable=True), ()) if f.honest and f.column == "lda+query+linear")
+    torch.testing.assert_close(train.evaluate_checkpoints(run, run.config)["lda+query+linear"][2], kept[2])
+    (honest,) = (f for f in audit_run(run, Progress(disable=True), ()) if f.honest and f.column == "lda+query+linear")
     assert honest.accuracy == pytest.approx(float(kept[2].mean()))
     data, names = run.config.dataset.build(), run.classes()[0]
     images = [data.test.image(i) for i in range(len(data.test))]
@@ -245,6 +248,6 @@ def test_shift_follows_the_nearest_image_where_old_classes_have_no_spread():
         readout.end_task()
     readout.observe(torch.randn(20, 64, generator=draws), torch.tensor([2, 3] * 10))
     before = torch.randn(20, 64, generator=draws)
-    readout.moved(before, before + 0.1)
+    readout.compensate(before, before + 0.1)
     readout.end_task()
     assert bool(readout.logits(before).isfinite().all())

@@ -19,11 +19,13 @@ import torch
 from PIL import Image
 
 import tiny
-from pgp import cli, recipes, report, train
+from pgp import recipes, train
+from pgp.cli import main
 from pgp.datasets.folder import Folder
-from pgp.escaping import JOINERS, UNSAFE
 from pgp.methods.head_only import HeadOnly
-from pgp.projections.none import NoProjection
+from pgp.projections.base import NoProjection
+from pgp.reports import figures, tables
+from pgp.system.escaping import JOINERS, UNSAFE
 
 ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m"
 CLASSES = [f"cat {ESCAPES}", "[red]do\tg[bold] | :boom:", "b\u202eird\n2\\n", "Größe 1"]
@@ -94,9 +96,9 @@ def test_hostile_names_are_shown_as_escapes(words, photos, run, tmp_path, capsys
     fails = pytest.raises(SystemExit) if wrong else contextlib.nullcontext()
     with fails:
         if words[0] == "main.py":
-            cli.published_main(words[1:])
+            main.published_main(words[1:])
         else:
-            cli.main(words)
+            main.main(words)
     out, err = capsys.readouterr()
     assert raw(out + err) == set()
     if wrong or places["NEW"] in words or str(run.folder) in words:
@@ -108,7 +110,7 @@ def test_hostile_names_are_shown_as_escapes(words, photos, run, tmp_path, capsys
 
 
 def test_predict_prints_one_line_for_each_image(run, photos, capsys):
-    cli.main(["predict", str(run.folder), str(photos), "--top", "3"])
+    main.main(["predict", str(run.folder), str(photos), "--top", "3"])
     out, err = capsys.readouterr()
     assert raw(out.replace("\t", "")) | raw(err) == set()
     lines = [line.split("\t") for line in out.splitlines()]
@@ -116,7 +118,7 @@ def test_predict_prints_one_line_for_each_image(run, photos, capsys):
     assert {len(line) for line in lines} == {4}
     paths = {line[0].encode("latin-1", "backslashreplace").decode("unicode_escape") for line in lines}
     assert paths == {str(path) for path in photos.glob("*/*.png")}
-    cli.main(["predict", str(run.folder), str(photos), "--json"])
+    main.main(["predict", str(run.folder), str(photos), "--json"])
     out, err = capsys.readouterr()
     assert raw(out) | raw(err) == set()
     told = [json.loads(line) for line in out.splitlines()]
@@ -129,15 +131,15 @@ def test_a_terminal_with_ascii_only(run, photos, monkeypatch):
         streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True) for _ in range(2)]
         monkeypatch.setattr(sys, "stdout", streams[0])
         monkeypatch.setattr(sys, "stderr", streams[1])
-        cli.main([{"RUN": str(run.folder), "PHOTOS": str(photos)}.get(word, word) for word in words])
+        main.main([{"RUN": str(run.folder), "PHOTOS": str(photos)}.get(word, word) for word in words])
         out = streams[0].buffer.getvalue().decode("ascii")
         if "--json" in words:
             assert {name for line in out.splitlines() for name in json.loads(line)["classes"]} <= set(CLASSES)
 
 
 def test_figures_draw_dollars_and_unknown_characters(run, tmp_path):
-    (line, *_) = report.lines([run])
-    report.draw([line._replace(label="$x$ 猫 \x1b"), line._replace(label="y$")], tmp_path / "figure.png")
+    (line, *_) = tables.result_rows([run])
+    figures.draw_accuracy([line._replace(label="$x$ 猫 \x1b"), line._replace(label="y$")], tmp_path / "figure.png")
 
 
 def in_terminal(words, *, out="terminal", err="terminal", read=None):
@@ -158,7 +160,7 @@ def in_terminal(words, *, out="terminal", err="terminal", read=None):
             for fd in (*ours, *theirs):
                 os.close(fd)
             sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(fd, "w"), encoding="utf-8") for fd in (1, 2))
-            cli.main([str(word) for word in words])
+            main.main([str(word) for word in words])
             status = 0
         except SystemExit as stop:
             status = stop.code or 0
@@ -240,7 +242,7 @@ def test_a_reader_that_has_seen_enough(run, photos):
         (ValueError(), 2, "pgp: ValueError"),
         (FileNotFoundError(2, "No such file or directory", "a/\x1bb"), 2, "pgp: a/\\x1bb: No such file or directory"),
         (RecursionError("maximum recursion depth exceeded"), 2, "nested too deeply"),
-        (MemoryError(), 2, "memory ran out: try a smaller --part"),
+        (MemoryError(), 2, "memory ran out: try a smaller --micro-batch-size"),
         (KeyError("x"), 70, "this is a fault of pgp, please report it: KeyError: 'x'; PGP_DEBUG=1 shows where"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (BrokenPipeError(), 141, ""),
@@ -251,10 +253,10 @@ def test_whatever_ends_a_command_ends_in_one_line(monkeypatch, capsys, error, co
     def command(_):
         raise error
 
-    monkeypatch.setitem(cli.COMMANDS, "list", command)
+    monkeypatch.setitem(main.COMMANDS, "list", command)
     monkeypatch.setattr(os, "dup2", lambda *_: None)
     with pytest.raises(SystemExit) as stop:
-        cli.main(["list"])
+        main.main(["list"])
     out, err = capsys.readouterr()
     assert stop.value.code == code
     assert told in err
@@ -262,4 +264,4 @@ def test_whatever_ends_a_command_ends_in_one_line(monkeypatch, capsys, error, co
     if isinstance(error, Exception) and code != 141:
         monkeypatch.setenv("PGP_DEBUG", "1")
         with pytest.raises(type(error)):
-            cli.main(["list"])
+            main.main(["list"])

@@ -14,21 +14,26 @@ import torch
 from safetensors.torch import load_file
 
 import tiny
-from pgp import baselines, boundary, cli, metrics, train
+from pgp import baselines, progress, train
+from pgp.cli import main
 from pgp.config import Hardware, Optimizer
-from pgp.curriculum import scenario_of, training_plan
-from pgp.datasets import BadImageError, Viewed, batches, in_order
+from pgp.datasets.base import BadImageError
+from pgp.datasets.loader import TransformedSplit, batches, sequential_batches
 from pgp.datasets.synthetic import Synthetic
-from pgp.evaluate import Evaluation
-from pgp.learner import accelerator_name
+from pgp.evaluation import metrics
+from pgp.evaluation.accuracy import Evaluator
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
-from pgp.projections.none import NoProjection
+from pgp.projections.base import NoProjection
 from pgp.projections.orthogonal import Orthogonal
-from pgp.projections.released import Released
-from pgp.readouts.sequential import Sequential
-from pgp.run import Run, RunError
-from pgp.statetree import pieces_in
+from pgp.projections.released import ReleasedBasis
+from pgp.readouts.head import MethodHead
+from pgp.runs.run import Run
+from pgp.runs.statetree import pieces_in
+from pgp.system.storage import RunError
+from pgp.training import observe, session
+from pgp.training.session import accelerator_name
+from pgp.training.tasks import build_scenario, training_batches
 
 
 def final(run, name="task-03"):
@@ -55,7 +60,7 @@ def whole(tmp_path_factory):
 
 
 def learner_of(run, config=None):
-    learner = train.Learner(train.fabric_for(config or run.config), config or run.config, train._quiet())
+    learner = session.Learner(session.build_fabric(config or run.config), config or run.config, progress.no_progress())
     learner.load_state_dict(run.load())
     return learner
 
@@ -63,7 +68,7 @@ def learner_of(run, config=None):
 def test_leaves_a_whole_run_folder(whole):
     names = {path.name for path in whole.folder.iterdir() if not path.name.startswith(".pgp-")}
     assert names == {"config.json", "classes.json", "environment.json", "metrics.jsonl", "accuracy.csv", "checkpoints"}
-    assert whole.latest_name() == "task-03"
+    assert whole.latest_checkpoint() == "task-03"
     assert whole.config == tiny.config()
     environment = json.loads((whole.folder / "environment.json").read_text())
     assert environment["versions"]["torch"]
@@ -88,7 +93,7 @@ def test_a_changed_byte_stops_every_command_in_one_line(whole, tmp_path, capsys,
     before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
     words = [*command, str(copy), *([str(tmp_path / "photo.jpg")] if "predict" in command else [])]
     with pytest.raises(SystemExit) as stop:
-        cli.main(words)
+        main.main(words)
     assert stop.value.code == 2
     out, told = capsys.readouterr()
     assert f"{path} was changed or damaged after pgp wrote it" in told
@@ -98,9 +103,9 @@ def test_a_changed_byte_stops_every_command_in_one_line(whole, tmp_path, capsys,
 
 def test_evaluates_what_checkpoints_remain(tmp_path):
     run = train.train(tiny.config(epochs=1, keep_checkpoints="2"), tmp_path / "run")
-    assert train.resume(run.folder).latest_name() == "task-03"
+    assert train.resume(run.folder).latest_checkpoint() == "task-03"
     with pytest.warns(UserWarning, match="has checkpoints of 2 of 3 finished tasks, and is evaluated after tasks 2, 3"):
-        matrices = train.reevaluate(run, run.config, every_task=True)
+        matrices = train.evaluate_checkpoints(run, run.config, every_task=True)
     known = run.matrices()["lda"]
     assert matrices["lda"][0].isnan().all()
     torch.testing.assert_close(matrices["lda"][1:], known[1:], rtol=0, atol=0, equal_nan=True)
@@ -114,18 +119,18 @@ def test_learns(tmp_path):
 
 
 def test_resumes_after_a_task_bitwise(whole, tmp_path, monkeypatch):
-    close_task = train.close_task
+    end_task = train.end_task
 
     def crash(learner, task, run, seconds):
         if task.index == 2:
             raise KeyboardInterrupt
-        close_task(learner, task, run, seconds)
+        end_task(learner, task, run, seconds)
 
-    monkeypatch.setattr(train, "close_task", crash)
+    monkeypatch.setattr(train, "end_task", crash)
     with pytest.raises(KeyboardInterrupt):
         train.train(tiny.config(), tmp_path / "run")
-    monkeypatch.setattr(train, "close_task", close_task)
-    assert Run.open(tmp_path / "run").latest_name() == "task-02"
+    monkeypatch.setattr(train, "end_task", end_task)
+    assert Run.open(tmp_path / "run").latest_checkpoint() == "task-02"
     resumed = train.resume(tmp_path / "run")
     same(final(whole), final(resumed))
     assert (resumed.folder / "accuracy.csv").read_bytes() == (whole.folder / "accuracy.csv").read_bytes()
@@ -149,7 +154,7 @@ def test_resumes_inside_a_task_bitwise(tmp_path, monkeypatch, method):
     with pytest.raises(KeyboardInterrupt):
         train.train(tiny.config(method=method, save_every_steps=1), tmp_path / "run")
     monkeypatch.setattr(train, "train_step", train_step)
-    assert Run.open(tmp_path / "run").latest_name() == "task-02-step-000002"
+    assert Run.open(tmp_path / "run").latest_checkpoint() == "task-02-step-000002"
     resumed = train.resume(tmp_path / "run")
     same(final(whole), final(resumed))
     assert resumed.matrices().keys() == whole.matrices().keys()
@@ -178,7 +183,9 @@ def test_how_images_are_loaded_changes_nothing(whole, tmp_path, change):
 def test_the_parts_of_a_batch_add_up(tmp_path, selection):
     ends = []
     for part in (3, 8):
-        config = tiny.config(hardware=Hardware(part=part), method=L2P.Config(top_k=2, selection=selection), epochs=1)
+        config = tiny.config(
+            hardware=Hardware(micro_batch_size=part), method=L2P.Config(top_k=2, selection=selection), epochs=1
+        )
         ends.append(final(train.train(config, tmp_path / str(part))))
     for name in ends[0]:
         if name.startswith("/method"):
@@ -198,10 +205,10 @@ def test_predictions_at_batch_1_equal_those_at_batch_64_image_by_image(whole):
     for size in (1, 64):
         learner = learner_of(whole, replace(whole.config, eval_batch_size=size))
         task, rows = learner.scenario.tasks[1], []
-        viewed = Viewed(learner.data.test, learner.config.views.test(), 0, ("test",), skip_bad=False)
+        viewed = TransformedSplit(learner.data.test, learner.config.transforms.test(), 0, ("test",), skip_bad=False)
         order = torch.arange(len(learner.data.test))
         with torch.no_grad():
-            for batch in batches(viewed, in_order(order, size), learner.evaluation.loading):
+            for batch in batches(viewed, sequential_batches(order, size), learner.evaluation.loader_options):
                 evaluation, method = learner.evaluation, learner.method
                 seen = evaluation.features(method, batch.images, batch.indices)
                 logits = dict(evaluation.logits(method, learner.readouts, batch.images, seen, task, 2))
@@ -216,8 +223,8 @@ def last_rows(matrices):
 
 
 def test_task_incremental_masks_to_the_task(whole, tmp_path):
-    til = last_rows(train.reevaluate(whole, replace(whole.config, setting="til")))
-    cil = last_rows(train.reevaluate(whole, whole.config))
+    til = last_rows(train.evaluate_checkpoints(whole, replace(whole.config, setting="til")))
+    cil = last_rows(train.evaluate_checkpoints(whole, whole.config))
     assert all((til[column] >= cil[column]).all() for column in cil)
     assert (til["lda"] > cil["lda"]).any()
     for column, row in cil.items():
@@ -230,8 +237,8 @@ def test_online_makes_one_pass(tmp_path):
 
 
 def test_the_published_protocol_is_a_column_of_its_own(whole):
-    row = last_rows(train.reevaluate(whole, replace(whole.config, legacy_eval=True)))
-    honest = last_rows(train.reevaluate(whole, whole.config))
+    row = last_rows(train.evaluate_checkpoints(whole, replace(whole.config, legacy_eval=True)))
+    honest = last_rows(train.evaluate_checkpoints(whole, whole.config))
     assert set(row) == {*honest, "sequential/legacy", "lda/legacy"}
     for column, values in honest.items():
         assert torch.equal(row[column], values)
@@ -239,7 +246,7 @@ def test_the_published_protocol_is_a_column_of_its_own(whole):
 
 def test_a_test_image_is_queried_once_and_the_boundary_runs_no_prompted_transformer(tmp_path, monkeypatch):
     inside, queried, prompted = [], [], []
-    row, observe, query = Evaluation.row, boundary.observe, L2P.query
+    row, observed, query = Evaluator.evaluate, observe.observe, L2P.query
 
     def spied_row(*arguments):
         inside.append("evaluation")
@@ -256,7 +263,7 @@ def test_a_test_image_is_queried_once_and_the_boundary_runs_no_prompted_transfor
             return forward(images, prompts, *rest, **named)
 
         monkeypatch.setattr(learner.method.backbone, "forward", spied)
-        out = observe(learner, *arguments)
+        out = observed(learner, *arguments)
         monkeypatch.setattr(learner.method.backbone, "forward", forward)
         inside.pop()
         return out
@@ -265,10 +272,10 @@ def test_a_test_image_is_queried_once_and_the_boundary_runs_no_prompted_transfor
         queried.extend([inside[-1] if inside else "training"] * len(images))
         return query(self, images)
 
-    monkeypatch.setattr(Evaluation, "row", spied_row)
-    monkeypatch.setattr(boundary, "observe", spied_observe)
+    monkeypatch.setattr(Evaluator, "evaluate", spied_row)
+    monkeypatch.setattr(observe, "observe", spied_observe)
     monkeypatch.setattr(L2P, "query", spied_query)
-    config = tiny.config(readouts=(Sequential.Config(),))
+    config = tiny.config(readouts=(MethodHead.Config(),))
     train.train(config, tmp_path / "run")
     data = config.dataset.build()
     assert queried.count("evaluation") == len(data.test)
@@ -279,7 +286,7 @@ def test_a_test_image_is_queried_once_and_the_boundary_runs_no_prompted_transfor
 
 def test_uneven_tasks(tmp_path):
     run = train.train(tiny.config(tasks=4, epochs=1), tmp_path / "run")
-    assert metrics.learned(run.matrices()["sequential"]) == 4
+    assert metrics.tasks_learned(run.matrices()["sequential"]) == 4
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
@@ -315,10 +322,10 @@ def test_an_infinite_gradient_of_the_last_step_stops_the_run_before_it_is_made(t
         return Exploding.apply(value) if next(steps) == 5 else value  # the last of the first task's six
 
     monkeypatch.setattr(L2P, "loss", poisoned)
-    config = tiny.config(hardware=Hardware("cpu", part=8), optimizer=Optimizer(lr=0.1, clip=clip))
+    config = tiny.config(hardware=Hardware("cpu", micro_batch_size=8), optimizer=Optimizer(lr=0.1, clip=clip))
     with pytest.raises(RunError, match=r"the norm of the gradients is (inf|nan) at step 5 of task 1.*No state was"):
         train.train(config, tmp_path / "run")
-    assert Run.open(tmp_path / "run").latest_name() is None
+    assert Run.open(tmp_path / "run").latest_checkpoint() is None
 
 
 def test_weights_that_are_not_finite_are_never_saved(whole):
@@ -333,9 +340,9 @@ def test_weights_that_are_not_finite_are_never_saved(whole):
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_skipped_images_neither_shift_steps_nor_shrink_gradients(tmp_path, monkeypatch, on_gpu):
     """A batch of bad images is no step; the images that are left of another make a mean over those."""
-    hardware = Hardware("cpu", part=8)
+    hardware = Hardware("cpu", micro_batch_size=8)
     config = tiny.config(hardware=hardware, on_bad_image="skip", epochs=1, tasks=2, log_every_steps=100)
-    order = [[address.image for address in batch] for batch in training_plan(config, first_task(config), 1)]
+    order = [[address.image for address in batch] for batch in training_batches(config, first_task(config), 1)]
     bad = {*order[1], *order[2][:6]}
     split = type(config.dataset.build().train)
     image = split.image
@@ -366,13 +373,13 @@ def test_skipped_images_neither_shift_steps_nor_shrink_gradients(tmp_path, monke
 
 
 def first_task(config):
-    return scenario_of(config, config.dataset.build()).tasks[0]
+    return build_scenario(config, config.dataset.build()).tasks[0]
 
 
 def test_precision_is_fixed_when_a_run_begins(whole, capsys):
     assert "precision" not in {field.name for field in fields(Hardware)}
     with pytest.raises(SystemExit):
-        cli.main(["train", "--resume", str(whole.folder), "--precision", "bf16-mixed"])
+        main.main(["train", "--resume", str(whole.folder), "--precision", "bf16-mixed"])
     assert "got --precision: what decides results is fixed when a run begins" in capsys.readouterr().err
 
 
@@ -404,11 +411,13 @@ def test_the_log_is_the_same_after_a_resume(tmp_path, whole):
 
 
 def test_released_runs_on_fewer_images_than_it_wants(tmp_path):
-    run = train.train(tiny.config(projection=Released.Config(energy=0.97)), tmp_path / "run")  # 24 images, width 48
+    run = train.train(
+        tiny.config(projection=ReleasedBasis.Config(energy=0.97)), tmp_path / "run"
+    )  # 24 images, width 48
     *_, last = run.events("task")
     assert 0 < last["ranks"]["prompts"] < 20
     with pytest.raises(ValueError, match="collects after a task"):
-        train.train(tiny.config(projection=Released.Config(), save_every_steps=2), tmp_path / "other")
+        train.train(tiny.config(projection=ReleasedBasis.Config(), save_every_steps=2), tmp_path / "other")
 
 
 def test_a_kill_after_the_checkpoint_of_a_task_loses_nothing_of_its_log(tmp_path, monkeypatch):
@@ -423,7 +432,7 @@ def test_a_kill_after_the_checkpoint_of_a_task_loses_nothing_of_its_log(tmp_path
         patch.setattr(Run, "write_matrices", stop)
         with pytest.raises(KeyboardInterrupt):
             train.train(tiny.config(epochs=1), tmp_path / "run")
-    assert Run.open(tmp_path / "run").latest_name() == "task-02"
+    assert Run.open(tmp_path / "run").latest_checkpoint() == "task-02"
     run = train.resume(tmp_path / "run")
     assert [event["task"] for event in run.events("task")] == [0, 1, 2]
 
@@ -433,7 +442,7 @@ def test_frozen_freezes_all_prompts_of_every_method(tmp_path):
     run = train.train(config, tmp_path / "run")
     first, last = final(run, "task-01"), final(run)
     prompts = [name for name in last if name.startswith("/method/") and "head" not in name]
-    assert {"keys", "own_values"} <= {name.rpartition(".")[2] for name in prompts}
+    assert {"keys", "separate_values"} <= {name.rpartition(".")[2] for name in prompts}
     for name in prompts:
         if "experts." not in name:
             assert torch.equal(first[name], last[name]), name
@@ -449,11 +458,13 @@ def test_mixed_precision_runs(tmp_path):
 
 def test_bf16_runs_are_evaluated_as_they_were(tmp_path):
     run = train.train(tiny.config(precision="bf16-mixed", epochs=1), tmp_path / "run")
-    for column, row in last_rows(train.reevaluate(run, run.config)).items():
+    for column, row in last_rows(train.evaluate_checkpoints(run, run.config)).items():
         torch.testing.assert_close(row, run.matrices()[column][2], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("projection", [Released.Config(), Released.Config(when="after"), Orthogonal.Config()])
+@pytest.mark.parametrize(
+    "projection", [ReleasedBasis.Config(), ReleasedBasis.Config(when="after"), Orthogonal.Config()]
+)
 def test_nothing_to_protect_is_no_endless_search(tmp_path, projection):
     config = tiny.config(method=HeadOnly.Config(), projection=projection, epochs=1)
     *_, last = train.train(config, tmp_path / "run").events("task")
@@ -464,10 +475,10 @@ def test_a_run_inside_a_task_is_evaluated_at_the_last_whole_task(whole, tmp_path
     run = train.train(tiny.config(), tmp_path / "run")
     run.save("task-03-step-000002", {**run.load("task-02"), "step": 2, "optimizer": None})
     assert run.progress() == (2, 3)
-    again = train.reevaluate(run, run.config)["lda"]
+    again = train.evaluate_checkpoints(run, run.config)["lda"]
     torch.testing.assert_close(again[1, :2], whole.matrices()["lda"][1, :2], rtol=0, atol=0)
     assert again[[0, 2]].isnan().all()
-    every = train.reevaluate(run, run.config, every_task=True)["lda"]
+    every = train.evaluate_checkpoints(run, run.config, every_task=True)["lda"]
     torch.testing.assert_close(every[:2], whole.matrices()["lda"][:2], rtol=0, atol=0, equal_nan=True)
 
 

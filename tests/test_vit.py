@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import oracles
 from conftest import tiny_timm
-from pgp.backbones import checkpoints
+from pgp.backbones import weights
 from pgp.backbones.vit import ViT
 
 TAGS = {
@@ -49,7 +49,7 @@ def test_equals_timm(tag):
     assert torch.equal(vit(x), whole)
     torch.testing.assert_close(vit.encode(x), whole[:, 0], rtol=0, atol=1e-10)
     p = prompts(vit.width, 2)
-    torch.testing.assert_close(vit(x, {0: p}, read=5), vit(x, {0: p})[:, :5], rtol=0, atol=1e-10)
+    torch.testing.assert_close(vit(x, {0: p}, num_tokens=5), vit(x, {0: p})[:, :5], rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def test_prompts_stand_behind_cls_and_share_its_position():
     timms = vit.vit
     tokens = timms._pos_embed(timms.patch_embed(x))
     tokens = torch.cat([tokens[:, :1], p + timms.pos_embed[:, :1], tokens[:, 1:]], dim=1)
-    placed = vit.place(p)
+    placed = vit.embed_prompts(p)
     assert torch.equal(vit(x, {0: placed}), timms.norm(timms.blocks(tokens)))
     one_by_one = torch.cat([vit(x[i : i + 1], {0: placed[i : i + 1]}) for i in range(3)])
     torch.testing.assert_close(vit(x, {0: placed}), one_by_one, rtol=0, atol=1e-12)
@@ -338,7 +338,7 @@ def test_random_damage_of_weights(tmp_path, name):
     else:
         torch.save(state, path, _use_new_zipfile_serialization=name == "w.pth")
     whole, draw, refused = path.read_bytes(), random.Random(0), 0
-    assert set(checkpoints.read(path)) == set(state)
+    assert set(weights.read(path)) == set(state)
     for trial in range(60):
         data = bytearray(whole)
         if trial % 3 == 0:
@@ -348,7 +348,7 @@ def test_random_damage_of_weights(tmp_path, name):
             data[place] = draw.randrange(256)
         path.write_bytes(data)
         try:
-            checkpoints.read(path)
+            weights.read(path)
         except ValueError as error:
             refused += 1
             assert str(path) in str(error)  # noqa: PT017  (a few are not refused)
@@ -385,13 +385,13 @@ def test_inputs_are_checked():
 def test_half_the_memory_and_the_same_results_under_autocast():
     vit, halved = tiny().float(), tiny().float()
     halved.load_state_dict(vit.state_dict())
-    halved.halve()
+    halved.to_bfloat16_()
     assert halved.vit.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
     x = images(32, dtype=torch.float32)
     prefix = torch.randn(3, 2, 4, 3, 12, generator=torch.Generator().manual_seed(3))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(halved(x, prefixes={1: prefix}), vit(x, prefixes={1: prefix}))
-        assert torch.equal(halved(x, read=1), vit(x, read=1))
+        assert torch.equal(halved(x, num_tokens=1), vit(x, num_tokens=1))
 
 
 def test_models_that_read_the_mean_of_patches_are_refused():

@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from pgp.backbones.vit import ViT
 from pgp.config import Config, Optimizer
-from pgp.datasets import Views
 from pgp.datasets.synthetic import Synthetic
+from pgp.datasets.transforms import Transforms
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.l2p import L2P
 from pgp.projections.orthogonal import Orthogonal
+from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
-from pgp.readouts.sequential import Sequential
-from pgp.run import Run
+from pgp.runs.run import Run
 
 DUALPROMPT = DualPrompt.Config(general_layers=(0,), expert_layers=(1,), pool_size=4)
 BACKBONE = ViT.Config("vit_tiny_patch16_224", "random", {"patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4})
@@ -27,8 +27,8 @@ def config(**changes) -> Config:
         backbone=BACKBONE,
         method=L2P.Config(top_k=2),
         projection=Orthogonal.Config(energy=0.9),
-        readouts=(Sequential.Config(), LDA.Config()),
-        views=Views(size=32, resize=32, scale=(0.6, 1.0), flip=0.0),
+        readouts=(MethodHead.Config(), LDA.Config()),
+        transforms=Transforms(size=32, resize=32, scale=(0.6, 1.0), flip=0.0),
         optimizer=Optimizer(lr=0.1),
         tasks=3,
         epochs=2,
@@ -39,7 +39,7 @@ def config(**changes) -> Config:
 
 
 def classes(names, tasks, task_names=None, data="0" * 16):
-    """What a run remembers of its data, as `pgp.curriculum.described` tells it."""
+    """What a run remembers of its data, as `pgp.training.tasks.describe_data` tells it."""
     images = {part: [len(labels) for labels in tasks] for part in ("train", "test")}
     told = {"task_names": task_names or [""] * len(tasks), "images": images, "fingerprint": [data]}
     return {"names": list(names), "tasks": tasks, **told}

@@ -29,13 +29,15 @@ import numpy as np
 from PIL import Image
 
 import tiny
-from pgp import cli, escaping, train
-from pgp.baselines import compared
+from pgp import predict, train
+from pgp.baselines import matching_baselines
+from pgp.cli import main as cli
 from pgp.config import Config
 from pgp.datasets.folder import Folder
-from pgp.outputs import make_output
 from pgp.predict import Predictor
-from pgp.run import Run
+from pgp.runs.run import Run
+from pgp.system import escaping
+from pgp.system.outputs import make_output
 
 PAGE = Path(__file__).parent.parent / "docs" / "results" / "torture.md"
 NFC, NFD = "caf\u00e9", "cafe\u0301"
@@ -142,7 +144,7 @@ class Outcome(NamedTuple):
     """What came out, in short."""
 
     check: str
-    """`whole`, `N bad` or `refused`; and how many files and folders are ignored."""
+    """`atomic_file`, `N bad` or `refused`; and how many files and folders are ignored."""
     train: str
     """Images for training and the test, and classes; or `refused`. Images that cannot be read are skipped."""
     predict: str
@@ -345,7 +347,7 @@ def config_of(case: Case, root: Path) -> Config:
     """The nearest class mean on a tiny encoder, which needs no training."""
     data = replace(Folder(root), **dict(case.settings))
     base = tiny.config(dataset=data, tasks=None, epochs=1, drift_images=0, on_bad_image="skip")
-    return replace(compared(base)["ncm"], tasks=None, name="torture")
+    return replace(matching_baselines(base)["ncm"], tasks=None, name="torture")
 
 
 def shown(work: Callable[[], object]) -> tuple[str, bool]:
@@ -391,11 +393,11 @@ def trained(case: Case, root: Path) -> tuple[str, str]:
 
 def predicted(reference: Reference, root: Path) -> tuple[str, str]:
     """What `pgp predict` makes of it, in short and in full, with a run that knows other images."""
-    was, cli.Predictor = cli.Predictor, lambda *_: reference.predictor
+    was, predict.Predictor = predict.Predictor, lambda *_: reference.predictor
     try:
         text, _ = shown(lambda: cli.predict_command([str(reference.run.folder), str(root)]))
     finally:
-        cli.Predictor = was
+        predict.Predictor = was
     lines = text.split("\n")
     answers = sum(line.count("\t") > 0 for line in lines)
     bad = sum(line.startswith("pgp: skipped") for line in lines)
@@ -446,7 +448,7 @@ INTRODUCTION = """\
 `python tests/torture.py` builds {count} small data sets, each with one thing that may be wrong with a folder of images, and lets
 three commands read them. It writes this page; `tests/test_torture.py` holds every line of it.
 
-- **data check**: `whole` if all images that are used can be read, else how many cannot; or `refused`, if it is not clear which
+- **data check**: `atomic_file` if all images that are used can be read, else how many cannot; or `refused`, if it is not clear which
   images are meant. Whatever is not used is counted as ignored, by its kind, and named.
 - **train**: images for training and for the test, and classes. Images that cannot be read are skipped (`--on-bad-image skip`).
 - **predict**: answers for the images in the folder, at any depth.

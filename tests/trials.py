@@ -32,10 +32,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import tiny
-from pgp import cli, train
+from pgp import train
+from pgp.cli import main as cli
 from pgp.datasets.folder import Folder
-from pgp.run import Run, RunError
-from pgp.statetree import pieces_in
+from pgp.runs.run import Run
+from pgp.runs.statetree import pieces_in
+from pgp.system.storage import RunError
 
 KINDS = ("flip", "flip", "flip", "cut", "cut", "longer", "junk", "swap", "gone", "link", "FIFO", "folder")
 COLOURS = {"ant": (200, 30, 30), "bee": (30, 200, 30), "cat": (30, 30, 200), "dog": (200, 200, 30)}
@@ -61,7 +63,7 @@ def config(data, **changes):
 def ended(folder):
     """All that a finished run has learned, bit by bit, and its table."""
     run = Run.open(folder)
-    name = run.latest_name()
+    name = run.latest_checkpoint()
     record = json.loads((folder / "checkpoints" / name / "state.json").read_text())
     tensors = load_file(folder / "checkpoints" / name / "state.safetensors")
     learned = {key: tensor.numpy().tobytes() for key, tensor in tensors.items()}

@@ -9,11 +9,11 @@ from .methods.head_only import HeadOnly as HeadOnly
 from .methods.l2p import L2P as L2P
 from .predict import Predictor as Predictor
 from .projections.orthogonal import Orthogonal as Orthogonal
-from .projections.released import Released as Released
+from .projections.released import ReleasedBasis as ReleasedBasis
 from .readouts.lda import LDA as LDA
 from .recipes import RECIPES as RECIPES
-from .run import Run as Run
-from .subspace import Protected as Protected
-from .subspace import Rows as Rows
+from .runs.run import Run as Run
+from .subspace import ProtectedInputs as ProtectedInputs
+from .subspace import ProtectedParameter as ProtectedParameter
 
 __version__: str

@@ -1,5 +1,5 @@
 """`python -m pgp` is `pgp`."""
 
-from pgp.cli import main
+from pgp.cli.main import main
 
 main()

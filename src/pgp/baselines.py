@@ -7,15 +7,14 @@ from dataclasses import asdict, replace
 
 from pgp.config import Config
 from pgp.methods.head_only import HeadOnly
-from pgp.projections.none import NoProjection
+from pgp.projections.base import NoProjection
 from pgp.projections.orthogonal import Orthogonal
-from pgp.projections.random import Random
-from pgp.readouts.lda import LDA
-from pgp.readouts.ncm import NCM
-from pgp.readouts.sequential import Sequential
+from pgp.projections.random import RandomBasis
+from pgp.readouts.head import MethodHead
+from pgp.readouts.lda import LDA, NCM
 
 
-def sequential(config: Config) -> Config:
+def unprojected(config: Config) -> Config:
     """The recipe's prompts without projection, as --no-pgp."""
     return replace(config, projection=NoProjection.Config())
 
@@ -27,10 +26,10 @@ def random(config: Config) -> Config:
     """
     own = config.projection
     settings = asdict(own) if type(own) is Orthogonal.Config else {}
-    return replace(config, projection=Random.Config(**settings))
+    return replace(config, projection=RandomBasis.Config(**settings))
 
 
-def slower(config: Config) -> Config:
+def reduced_lr(config: Config) -> Config:
     """The recipe's prompts at a tenth of the learning rate after the first task, without projection."""
     return _later_prompt_lr_scale(config, 0.1)
 
@@ -41,37 +40,37 @@ def frozen(config: Config) -> Config:
 
 
 def _later_prompt_lr_scale(config: Config, scale: float) -> Config:
-    return replace(sequential(config), optimizer=replace(config.optimizer, later_prompt_lr_scale=scale))
+    return replace(unprojected(config), optimizer=replace(config.optimizer, later_prompt_lr_scale=scale))
 
 
-def linear(config: Config) -> Config:
+def linear_probe(config: Config) -> Config:
     """No prompts: a linear head on frozen features, and LDA of them."""
-    return replace(sequential(config), method=HeadOnly.Config(), readouts=(Sequential.Config(), LDA.Config()))
+    return replace(unprojected(config), method=HeadOnly.Config(), readouts=(MethodHead.Config(), LDA.Config()))
 
 
 def ncm(config: Config) -> Config:
     """No prompts, and nothing learns: the nearest class mean of frozen features."""
-    return replace(sequential(config), method=HeadOnly.Config(learns=False), readouts=(NCM.Config(),))
+    return replace(unprojected(config), method=HeadOnly.Config(learns=False), readouts=(NCM.Config(),))
 
 
 def joint(config: Config) -> Config:
     """The recipe's prompts on the images of all tasks at once, without projection: the upper bound."""
-    return replace(sequential(config), joint=True)
+    return replace(unprojected(config), joint=True)
 
 
 BASELINES: dict[str, Callable[[Config], Config]] = {
-    "sequential": sequential,
+    "sequential": unprojected,
     "random": random,
-    "slower": slower,
+    "slower": reduced_lr,
     "frozen": frozen,
-    "linear": linear,
+    "linear": linear_probe,
     "ncm": ncm,
     "joint": joint,
 }
 """What a recipe is to be compared with, under the same budget; `--method NAME` trains one, `--baselines` all."""
 
 
-def compared(config: Config) -> dict[str, Config]:
+def matching_baselines(config: Config) -> dict[str, Config]:
     """By name, what `config` is compared with: baselines that differ; random directions where they can be counted."""
     counted = type(config.projection) is Orthogonal.Config
     made = {name: baseline(config) for name, baseline in BASELINES.items() if counted or name != "random"}

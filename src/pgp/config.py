@@ -18,15 +18,16 @@ import torch
 import tyro
 from cattrs.v import format_exception
 
-from pgp.backbones import Backbone
-from pgp.datasets import DatasetConfig, Views
-from pgp.methods import Method
-from pgp.paths import as_path
-from pgp.projections import Projection
-from pgp.readouts import Readout
+from pgp.backbones.base import Backbone
+from pgp.datasets.base import DatasetConfig
+from pgp.datasets.transforms import Transforms
+from pgp.methods.base import Method
+from pgp.projections.base import Projection
+from pgp.readouts.base import Readout
 from pgp.scenario import Setting
+from pgp.system.paths import as_path
 
-SHELVES: tuple[type, ...] = (DatasetConfig, Backbone.Config, Method.Config, Projection.Config, Readout.Config)
+COMPONENTS: tuple[type, ...] = (DatasetConfig, Backbone.Config, Method.Config, Projection.Config, Readout.Config)
 """Where things multiply: in JSON, a value of one of these types carries the tag of its class."""
 VERSION = 1
 """Format of the JSON of a configuration; no other is read."""
@@ -52,35 +53,35 @@ class Optimizer:
     """Learning rate of the first task, where it differs."""
     first_weight_decay: float | None = None
     """Weight decay of the first task, where it differs."""
-    prompt_share: float = 1.0
+    prompt_lr_scale: float = 1.0
     """Learning rate of all but the head, as a share of `lr`: what suits a head may be far too fast for deep prompts."""
     later_prompt_lr_scale: float | None = None
     """From the second task on, multiply the learning rate of all but the head by this; 0 freezes the prompts. If None,
     as in the first task."""
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and self.prompt_share >= 0 and self.clip >= 0 and self.weight_decay >= 0):
+        if not (self.lr > 0 and self.prompt_lr_scale >= 0 and self.clip >= 0 and self.weight_decay >= 0):
             raise ValueError(
                 f"expected optimizer.lr > 0, prompt_share >= 0, clip >= 0 and weight_decay >= 0, got {self}"
             )
         if self.later_prompt_lr_scale is not None and not self.later_prompt_lr_scale >= 0:
             raise ValueError(f"expected optimizer.later_prompt_lr_scale >= 0, got {self.later_prompt_lr_scale}")
 
-    def of_task(self, index: int) -> Optimizer:
+    def for_task(self, index: int) -> Optimizer:
         """Return the settings for task number `index`, from 0."""
         lr = self.lr if index or self.first_lr is None else self.first_lr
         decay = self.weight_decay if index or self.first_weight_decay is None else self.first_weight_decay
         later = 1.0 if index == 0 or self.later_prompt_lr_scale is None else self.later_prompt_lr_scale
-        return replace(self, lr=lr, weight_decay=decay, prompt_share=self.prompt_share * later)
+        return replace(self, lr=lr, weight_decay=decay, prompt_lr_scale=self.prompt_lr_scale * later)
 
     def build(self, method: Method, batch_size: int) -> torch.optim.Optimizer:
         """Return a new optimizer over what `method` learns; each of its groups has its `share` of the rate."""
         lr, learned = self.rate(0, 1, batch_size), [p for p in method.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": learned, "share": 1.0}]
-        if self.prompt_share != 1:
+        if self.prompt_lr_scale != 1:
             prompts = {id(parameter) for parameter in method.prompt_parameters()}
             head, rest = [p for p in learned if id(p) not in prompts], [p for p in learned if id(p) in prompts]
-            groups = [{"params": head, "share": 1.0}, {"params": rest, "share": self.prompt_share}]
+            groups = [{"params": head, "share": 1.0}, {"params": rest, "share": self.prompt_lr_scale}]
             groups = [group | {"lr": lr * group["share"]} for group in groups if group["params"]]
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr, momentum=self.momentum, weight_decay=self.weight_decay)
@@ -111,12 +112,12 @@ class Hardware:
     """Processes that load images, per device."""
     pin_memory: bool = True
     """Load images into page-locked memory where there is a GPU: faster to move, but held in RAM."""
-    part: int | None = None
+    micro_batch_size: int | None = None
     """Images whose activations are in memory at once in training and at task boundaries; the gradient of a batch is
     the sum over its parts. 4 on a CPU, where smaller parts are no faster, and the whole batch on a GPU, where None."""
 
     def __post_init__(self) -> None:
-        if self.devices < 1 or self.workers < 0 or (self.part is not None and self.part < 1):
+        if self.devices < 1 or self.workers < 0 or (self.micro_batch_size is not None and self.micro_batch_size < 1):
             raise ValueError(f"expected devices >= 1, workers >= 0 and part >= 1, got {self}")
 
 
@@ -132,7 +133,7 @@ class Config:
     projection: Projection.Config
     readouts: tuple[Readout.Config, ...]
     """How features become logits at test; all are evaluated on the same run, the first is the headline."""
-    views: Views = field(default_factory=Views)
+    transforms: Transforms = field(default_factory=Transforms)
     optimizer: Optimizer = field(default_factory=Optimizer)
     hardware: Annotated[Hardware, tyro.conf.arg(name="")] = field(default_factory=Hardware)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
@@ -152,7 +153,7 @@ class Config:
     task_file: Path | None = None
     """JSON file with the tasks in the order of learning, an object of their names with the list of classes (dil: of
     domains) of each; tasks.json beside the data, where None and it is there."""
-    arrival: Literal["shuffled", "listed"] = "shuffled"
+    order: Literal["shuffled", "listed"] = "shuffled"
     """oil: whether the images of a task come in an order drawn from the seed, or as the data list them."""
     added: Annotated[tuple[DatasetConfig, ...], tyro.conf.Suppress] = ()
     """Data sets that joined a finished run, each as one more task; pgp train --resume RUN --add PLACE appends one."""
@@ -189,8 +190,8 @@ class Config:
         for name in ("save_every_steps", "drift_images"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"expected {name} of at least 0, got {value}")
-        if self.arrival == "listed" and self.setting != "oil":
-            raise ValueError(f"expected setting oil for arrival=listed, got {self.setting}: others shuffle each pass")
+        if self.order == "listed" and self.setting != "oil":
+            raise ValueError(f"expected setting oil for order=listed, got {self.setting}: others shuffle each pass")
         if self.keep_checkpoints not in ("all", "last") and not re.fullmatch("[1-9][0-9]{0,8}", self.keep_checkpoints):
             raise ValueError(f"expected keep_checkpoints all, last or a number, got {self.keep_checkpoints}")
         for name in ("class_order", "task_file"):
@@ -215,7 +216,7 @@ class Config:
             raise ValueError("expected task_file for the order of domains in setting dil, got class_order")
 
     @property
-    def passes(self) -> int:
+    def num_passes(self) -> int:
         """Passes over each task's images."""
         return 1 if self.setting == "oil" else self.epochs
 
@@ -278,8 +279,8 @@ def _converter() -> cattrs.Converter:
         fields = dict(tree)
         return converter.structure(fields, _component(fields.pop("tag", ""), shelf))
 
-    converter.register_unstructure_hook_func(lambda kind: kind in SHELVES, named)
-    converter.register_structure_hook_func(lambda kind: kind in SHELVES, concrete)
+    converter.register_unstructure_hook_func(lambda kind: kind in COMPONENTS, named)
+    converter.register_structure_hook_func(lambda kind: kind in COMPONENTS, concrete)
     return converter
 
 
@@ -347,7 +348,7 @@ def _tag(kind: type) -> str:
         raise ValueError(
             f'expected a tag in {_title(kind)}, such as `tag = "mine"`: config.json names a component by it'
         )
-    for shelf in SHELVES:
+    for shelf in COMPONENTS:
         if issubclass(kind, shelf):
             components(shelf)
     return tag

@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pgp.backbones import Backbone
-from pgp.checkpoint import understood
-from pgp.datasets import BadImageError
+from pgp.backbones.base import Backbone
+from pgp.datasets.base import BadImageError
 from pgp.datasets.files import read_image
 from pgp.datasets.ignored import Ignored
 from pgp.datasets.scan import images_below
-from pgp.methods import only
-from pgp.paths import Place, as_path
-from pgp.run import Run
-from pgp.scenario import generator
+from pgp.methods.base import mask_logits
+from pgp.rng import make_generator
+from pgp.runs.checkpoint import reading
+from pgp.runs.run import Run
 from pgp.subspace import float64_device
+from pgp.system.paths import Place, as_path
 
 
 class Prediction(NamedTuple):
@@ -50,26 +50,26 @@ class Predictor:
         state = run.load(name, {"backbone", "method", "readouts"})
         names, tasks = run.classes()
         self.device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        backbone: Backbone = config.backbone.build(config.views.size)
+        backbone: Backbone = config.backbone.build(config.transforms.size)
         place = run.checkpoints.folder / str(name)
-        with understood(place):
+        with reading(place):
             run.check_encoder(state["backbone"], backbone.fingerprint())
         self._half = config.precision == "bf16-mixed"
         if self._half:
-            backbone.halve()
-        self._method = config.method.build(backbone, names, generator(config.seed, "init"))
-        with understood(place):
-            self._method.load_learned_state(state["method"])
+            backbone.to_bfloat16_()
+        self._method = config.method.build(backbone, names, make_generator(config.seed, "init"))
+        with reading(place):
+            self._method.load_trainable_state_dict(state["method"])
         self._method.to(self.device)
         readouts = {one.name: one for one in config.readouts}
         if readout is not None and readout not in readouts:
             raise ValueError(f"expected a readout of this run, one of {', '.join(readouts)}, got {readout!r}")
         chosen = readouts[readout or next(iter(readouts))]
-        self._readout, self._asks = chosen.build(self._method.head, len(names), config.seed), chosen.reads_query
-        with understood(place):
+        self._readout, self._uses_query = chosen.build(self._method.head, len(names), config.seed), chosen.uses_query
+        with reading(place):
             kept, where = state["readouts"][self._readout.name], float64_device(self.device)
             self._readout.load_state_dict({key: tensor.to(where) for key, tensor in kept.items()})
-        self._view = config.views.test()
+        self._view = config.transforms.test()
         self._learned = list(dict.fromkeys(label for task in tasks[: name.task] for label in task))
         self.classes = tuple(names[label] for label in self._learned)
         """Names of the classes learned so far."""
@@ -93,9 +93,11 @@ class Predictor:
         pixels = [_checked(image) if isinstance(image, Tensor) else read_image(_file(image)) for image in images]
         batch = torch.stack([self._view(image) for image in pixels]).to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self._half):
-            query = self._method.query(batch) if self._asks else None
+            query = self._method.query(batch) if self._uses_query else None
             features = self._method.features(batch, query).float()
-        logits = only(self._readout.logits(self._readout.reads(features, query)), self._learned)[:, self._learned]
+        logits = mask_logits(self._readout.logits(self._readout.select_features(features, query)), self._learned)[
+            :, self._learned
+        ]
         return logits.softmax(-1).cpu()
 
     def __call__(self, images: Sequence[Place | Tensor], top: int = 1) -> list[Prediction]:
@@ -108,7 +110,7 @@ class Predictor:
             for places, values in zip(found.indices.tolist(), found.values.tolist(), strict=True)
         ]
 
-    def stream(
+    def predict_paths(
         self, paths: Sequence[Place], top: int = 1, batch_size: int = 32
     ) -> Iterator[tuple[Path, Prediction | BadImageError]]:
         """Each path in turn with what is on it, or with why it cannot be read."""

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pgp.backbones import Backbone
+from pgp.backbones.base import Backbone
 from pgp.backbones.clip import CLIP
 from pgp.backbones.vit import ViT
 from pgp.config import Config, Optimizer
-from pgp.datasets import DatasetConfig, Views
+from pgp.datasets.base import DatasetConfig
 from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.cub200 import CUB200
 from pgp.datasets.digits import Digits
@@ -21,22 +21,21 @@ from pgp.datasets.imagenet_r import ImageNetR
 from pgp.datasets.manifest import Manifest
 from pgp.datasets.synthetic import Synthetic
 from pgp.datasets.tiny_imagenet import TinyImageNet
-from pgp.methods import Method
+from pgp.datasets.transforms import Transforms
+from pgp.methods.base import Method
 from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
 from pgp.methods.vpt import VPT
-from pgp.projections import Projection
-from pgp.projections.none import NoProjection
+from pgp.projections.base import NoProjection, Projection
 from pgp.projections.orthogonal import Orthogonal
-from pgp.projections.random import Random
-from pgp.projections.released import Released
-from pgp.readouts import Readout
-from pgp.readouts.lda import LDA
+from pgp.projections.random import RandomBasis
+from pgp.projections.released import ReleasedBasis
+from pgp.readouts.base import Readout
+from pgp.readouts.head import MethodHead
+from pgp.readouts.lda import LDA, NCM
 from pgp.readouts.logistic import Logistic
-from pgp.readouts.ncm import NCM
-from pgp.readouts.sequential import Sequential
 
 METHODS: dict[str, Method.Config] = {
     one.tag: one
@@ -50,12 +49,12 @@ METHODS: dict[str, Method.Config] = {
     )
 }
 PROJECTIONS: dict[str, Projection.Config] = {
-    one.tag: one for one in (Orthogonal.Config(), Released.Config(), NoProjection.Config(), Random.Config())
+    one.tag: one for one in (Orthogonal.Config(), ReleasedBasis.Config(), NoProjection.Config(), RandomBasis.Config())
 }
 READOUTS: dict[str, Readout.Config] = {
     one.name: one
     for one in (
-        Sequential.Config(),
+        MethodHead.Config(),
         *(kind.Config(compensate=how) for kind in (LDA, Logistic) for how in ("none", "shift", "linear")),
         *(
             kind.Config(query=True, compensate=how, shrinkage=0.2)  # of twice as wide features
@@ -92,7 +91,7 @@ BACKBONES: dict[str, Backbone.Config] = {
 }
 
 
-SHELVES: dict[str, dict[str, Any]] = {
+CHOICES: dict[str, dict[str, Any]] = {
     "method": METHODS,
     "projection": PROJECTIONS,
     "readouts": READOUTS,
@@ -102,13 +101,13 @@ SHELVES: dict[str, dict[str, Any]] = {
 """By the field of a configuration: what can stand there."""
 
 
-def published_basis(method: Method.Config) -> Released.Config:
+def published_basis(method: Method.Config) -> ReleasedBasis.Config:
     """The published code's basis with the constants that it has for `method`."""
     if isinstance(method, DualPrompt.Config):
-        return Released.Config(components=50, when="after")
+        return ReleasedBasis.Config(components=50, when="after")
     if isinstance(method, CLIPPrompt.Config):
-        return Released.Config(energy=0.9, components=5, when="after")
-    return Released.Config()
+        return ReleasedBasis.Config(energy=0.9, components=5, when="after")
+    return ReleasedBasis.Config()
 
 
 def demo() -> Config:
@@ -116,11 +115,11 @@ def demo() -> Config:
     return Config(
         name="demo",
         dataset=Digits(),
-        views=Views(size=32, resize=32, scale=(0.6, 1.0), flip=0.0),
+        transforms=Transforms(size=32, resize=32, scale=(0.6, 1.0), flip=0.0),
         backbone=BACKBONES["demo-vit"],
         method=L2P.Config(top_k=2),
         projection=Orthogonal.Config(),
-        readouts=(Sequential.Config(), READOUTS["lda+query+linear"]),
+        readouts=(MethodHead.Config(), READOUTS["lda+query+linear"]),
         tasks=5,
     )
 
@@ -133,7 +132,7 @@ def cifar100_10_l2p_pgp() -> Config:
         backbone=ViT.Config(),
         method=L2P.Config(selection="batch"),
         projection=Orthogonal.Config(),
-        readouts=(Sequential.Config(),),
+        readouts=(MethodHead.Config(),),
         tasks=10,
         seed=42,
     )
@@ -160,7 +159,7 @@ def cub200_l2p_pgp() -> Config:
         cifar100_10_l2p_pgp(),
         name="cub200_l2p_pgp",
         dataset=CUB200(),
-        method=L2P.Config(reads="token", selection="batch"),
+        method=L2P.Config(head_type="token", selection="batch"),
         tasks=5,
     )
 
@@ -214,25 +213,25 @@ def cub200_dualprompt_pgp() -> Config:
     )
 
 
-def deep(recipe: Config) -> Config:
+def with_deep_prompts(recipe: Config) -> Config:
     """`recipe` by what docs/results.md found good: deep prompts, projected, read by statistics that move along."""
     return replace(
         recipe,
         method=VPT.Config(),
-        projection=Orthogonal.Config("input", energy=0.99, on="update"),
-        optimizer=Optimizer(lr=0.3, prompt_share=0.1),
-        readouts=(READOUTS["lda+query+linear"], Sequential.Config()),
+        projection=Orthogonal.Config("input", energy=0.99, apply_to="update"),
+        optimizer=Optimizer(lr=0.3, prompt_lr_scale=0.1),
+        readouts=(READOUTS["lda+query+linear"], MethodHead.Config()),
     )
 
 
 def demo_vpt() -> Config:
     """Digits in 5 tasks of 2 classes by deep prompts under projection, on a small encoder that pgp ships. Offline."""
-    return replace(deep(demo()), name="demo-vpt")
+    return replace(with_deep_prompts(demo()), name="demo-vpt")
 
 
 def cifar100_10_vpt_pgp() -> Config:
     """Split CIFAR-100, 10 tasks of 10 classes, deep prompts projected, on ViT-B/16 (in21k). Our own settings."""
-    return replace(deep(cifar100_10_l2p_pgp()), name="10cifar100_vpt_pgp")
+    return replace(with_deep_prompts(cifar100_10_l2p_pgp()), name="10cifar100_vpt_pgp")
 
 
 def demo_clip() -> Config:
@@ -255,7 +254,7 @@ def cifar100_10_clip_pgp() -> Config:
         backbone=CLIP.Config(),
         method=CLIPPrompt.Config(),
         projection=Orthogonal.Config(energy=0.9),
-        views=Views(mean=(0.507, 0.487, 0.441), std=(0.267, 0.256, 0.276)),
+        transforms=Transforms(mean=(0.507, 0.487, 0.441), std=(0.267, 0.256, 0.276)),
         optimizer=Optimizer(
             "sgd", lr=0.08, weight_decay=2e-4, schedule="cosine", first_lr=0.008, first_weight_decay=5e-4
         ),  # .01 and .001 a step, for lr counts per 256 images
@@ -266,7 +265,11 @@ def cifar100_10_clip_pgp() -> Config:
 
 def own() -> Config:
     """Your own images: pgp train own --data ./photos --tasks 5. Deep prompts projected, on ViT-B/16 (in21k)."""
-    return deep(replace(cifar100_10_l2p_pgp(), name="own", dataset=Folder(), views=Views(scale=(0.4, 1.0)), tasks=None))
+    return with_deep_prompts(
+        replace(
+            cifar100_10_l2p_pgp(), name="own", dataset=Folder(), transforms=Transforms(scale=(0.4, 1.0)), tasks=None
+        )
+    )
 
 
 RECIPES: dict[str, Callable[[], Config]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -10,36 +9,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pgp.rng import make_generator
+
 Setting = Literal["cil", "til", "dil", "oil"]
+
+
 """What a task brings, and what is known at test: `cil` new classes, nothing; `til` new classes, each image's task;
 `dil` the same classes in a new domain, nothing; `oil` new classes, nothing, and training sees each image once."""
 
 
 Groups = Sequence[tuple[str, Sequence[int]]]
+
+
 """What each task is called ("" for nothing) and what it brings, in the order of learning."""
-
-
-def generator(seed: int, *address: str | int) -> torch.Generator:
-    """A random generator for one purpose, named by its address, such as `(seed, "order", task, epoch)`.
-
-    Draws are addressed, not streamed: what one draw returns never depends on how many came before it, so a resumed run,
-    another number of workers and another number of processes all see the same data.
-
-    >>> one, same, other = (torch.rand(2, generator=generator(7, "init", n)) for n in (0, 0, 1))
-    >>> bool((one == same).all()), bool((one == other).all())
-    (True, False)
-    """
-    return torch.Generator().manual_seed(seed_of(seed, *address))
-
-
-def seed_of(seed: int, *address: str | int) -> int:
-    """A 63-bit seed for one address; see `generator`.
-
-    >>> seed_of(7, "init") == seed_of(7, "init") != seed_of(8, "init")
-    True
-    """
-    digest = hashlib.blake2b(repr((seed, *address)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 @dataclass(eq=False)  # not frozen: Fabric rebuilds what it passes to a model on several devices
@@ -69,15 +51,15 @@ class Scenario:
 
     def joint(self) -> Scenario:
         """One task that holds all of these."""
-        classes = self.seen(len(self) - 1)
+        classes = self.seen_classes(len(self) - 1)
         train, test = (torch.cat([getattr(task, part) for task in self.tasks]) for part in ("train", "test"))
         return Scenario((Task(0, classes, train, test),))
 
-    def seen(self, t: int) -> tuple[int, ...]:
+    def seen_classes(self, t: int) -> tuple[int, ...]:
         """Labels of tasks 0 to t, each once, in the order of their learning."""
         return tuple(dict.fromkeys(label for task in self.tasks[: t + 1] for label in task.classes))
 
-    def title(self, task: Task) -> str:
+    def describe(self, task: Task) -> str:
         """How a task is spoken of: `task 2 of 5 (birds)`."""
         return f"task {task.index + 1} of {len(self)}" + (f" ({task.name})" if task.name else "")
 
@@ -92,7 +74,7 @@ def class_order(classes: int, seed: int | None) -> list[int]:
     """
     if seed is None:
         return list(range(classes))
-    order: list[int] = torch.randperm(classes, generator=generator(seed, "class order")).tolist()
+    order: list[int] = torch.randperm(classes, generator=make_generator(seed, "class order")).tolist()
     return order
 
 
@@ -117,15 +99,15 @@ def split_by_class(train_labels: Tensor, test_labels: Tensor, tasks: int, order:
         stop = start + base + (index < extra)
         groups.append(("", order[start:stop]))
         start = stop
-    return split_by_name(train_labels, test_labels, groups)
+    return split_by_group(train_labels, test_labels, groups)
 
 
-def split_by_name(train_labels: Tensor, test_labels: Tensor, groups: Groups) -> Scenario:
+def split_by_group(train_labels: Tensor, test_labels: Tensor, groups: Groups) -> Scenario:
     """A scenario in which each task brings the classes that its group lists; sizes may differ.
 
     >>> labels = torch.tensor([0, 1, 2, 0, 1, 2])
-    >>> scenario = split_by_name(labels, labels, [("birds", [2]), ("fish", [0, 1])])
-    >>> [(scenario.title(task), task.classes) for task in scenario.tasks]
+    >>> scenario = split_by_group(labels, labels, [("birds", [2]), ("fish", [0, 1])])
+    >>> [(scenario.describe(task), task.classes) for task in scenario.tasks]
     [('task 1 of 2 (birds)', (2,)), ('task 2 of 2 (fish)', (0, 1))]
     """
     return Scenario(
@@ -158,7 +140,7 @@ def split_by_domain(train_labels: Tensor, train_domains: Tensor, test_domains: T
     return Scenario(tuple(tasks))
 
 
-def held_out(strata: Tensor, share: float, seed: int) -> Tensor:
+def stratified_holdout(strata: Tensor, share: float, seed: int) -> Tensor:
     """Which images are kept for the test, bool `(n,)`: `share` of each stratum, one image at least and never all.
 
     Args:
@@ -166,13 +148,13 @@ def held_out(strata: Tensor, share: float, seed: int) -> Tensor:
         share: in (0, 1).
         seed: decides which images these are.
 
-    >>> held_out(torch.tensor([0, 0, 0, 0, 1, 1]), share=0.5, seed=0).tolist()
+    >>> stratified_holdout(torch.tensor([0, 0, 0, 0, 1, 1]), share=0.5, seed=0).tolist()
     [True, True, False, False, False, True]
     """
     chosen = torch.zeros(len(strata), dtype=torch.bool)
     for stratum in strata.unique().tolist():
         places = (strata == stratum).nonzero().flatten()
-        order = torch.randperm(len(places), generator=generator(seed, "part", stratum))
+        order = torch.randperm(len(places), generator=make_generator(seed, "part", stratum))
         chosen[places[order[: min(len(places) - 1, max(1, round(share * len(places))))]]] = True
     return chosen
 

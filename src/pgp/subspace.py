@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pgp.processes import add_up
+from pgp.distributed import all_reduce_sum_
 
 
 def float64_device(device: torch.device) -> torch.device:
@@ -28,7 +28,7 @@ def to_float64(tensor: Tensor) -> Tensor:
     return tensor.to(float64_device(tensor.device), torch.float64)
 
 
-class Protected(NamedTuple):
+class ProtectedParameter(NamedTuple):
     """What a method asks to protect: a parameter, and the axis along which old rows meet it."""
 
     parameter: nn.Parameter
@@ -37,25 +37,27 @@ class Protected(NamedTuple):
     role: Literal["prompt", "key", "value"] = "prompt"
 
 
-class Rows(NamedTuple):
+class ProtectedInputs(NamedTuple):
     """What met a protected parameter for a batch of images: inputs `(B, ..., N, D)` and, where they sat beside prompts
     in one sequence, those prompts as they entered it, `(B, ..., L, D)`.
     """
 
     inputs: Tensor
     prompts: Tensor | None = None
-    through: Tensor | None = None
+    head_maps: Tensor | None = None
     """Maps `(H, d, D)` that never change: where given, inputs `(B, H, N, d)` stand for the rows that each head makes of
     them, which all meet one parameter. Their moment is streamed `d` wide, a head at a time, and mapped at the end."""
 
     @property
-    def met(self) -> Tensor:
+    def expanded(self) -> Tensor:
         """The inputs as they meet the parameter, `(B, ..., N, D)`, where they are mapped those of all heads."""
-        return self.inputs if self.through is None else (self.inputs.to(self.through) @ self.through).flatten(1, 2)
+        return (
+            self.inputs if self.head_maps is None else (self.inputs.to(self.head_maps) @ self.head_maps).flatten(1, 2)
+        )
 
     def sketch_shape(self, size: int) -> tuple[int, ...]:
         """Return the shape of the weights of one image in a `sketch`: `(K, N)`, or `(H, K, N)` for rows with maps."""
-        heads = () if self.through is None else (self.inputs.shape[1],)
+        heads = () if self.head_maps is None else (self.inputs.shape[1],)
         return (*heads, size, self.inputs.shape[-2])
 
     def sketch(self, weights: Tensor) -> Tensor:
@@ -73,21 +75,21 @@ class Rows(NamedTuple):
         while weights.dim() < inputs.dim():
             weights = weights.unsqueeze(1)
         mixtures = (weights @ inputs).sum(0)  # (..., K, D)
-        return mixtures if self.through is None else (mixtures @ to_float64(self.through.detach())).sum(0)
+        return mixtures if self.head_maps is None else (mixtures @ to_float64(self.head_maps.detach())).sum(0)
 
 
-def images_together(rows: Tensor) -> Tensor:
+def flatten_images(rows: Tensor) -> Tensor:
     """Rows of all images together: `(B, ..., N, D)` -> `(..., B * N, D)`."""
     return torch.movedim(rows, 0, -3).flatten(-3, -2)
 
 
-class Moment:
+class SecondMoment:
     """The count, sum and second moment of rows that stream by.
 
     Memory is `D * D` whatever the number of rows, and the result does not depend on their order or batching
     (beyond rounding in float64).
 
-    >>> moment = Moment()
+    >>> moment = SecondMoment()
     >>> moment.observe(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
     >>> moment.mean
     tensor([1., 1.], dtype=torch.float64)
@@ -131,9 +133,9 @@ class Moment:
         Collective: every process must call it.
         """
         total, products = self._observed(self._sum), self._observed(self._products)
-        add_up(total)
-        add_up(products)
-        self.count = int(add_up(torch.tensor(self.count, device=total.device)))
+        all_reduce_sum_(total)
+        all_reduce_sum_(products)
+        self.count = int(all_reduce_sum_(torch.tensor(self.count, device=total.device)))
 
     def _observed(self, value: Tensor | None) -> Tensor:
         if value is None or self.count == 0:
@@ -141,15 +143,15 @@ class Moment:
         return value
 
 
-def second_of_sums(inputs: Moment, prompts: Moment) -> Tensor:
+def second_moment_of_sums(inputs: SecondMoment, prompts: SecondMoment) -> Tensor:
     """Second moment `(..., D, D)` of all sums x + p of an input row x and a prompt row p.
 
     `C_x + C_p + m_x m_p^T + m_p m_x^T`, with second moments C and means m: no sum is ever formed, so it streams, and
     it has none of the sign ambiguity of adding two sets of principal components.
 
-    >>> x, p = Moment(), Moment()
+    >>> x, p = SecondMoment(), SecondMoment()
     >>> x.observe(torch.tensor([[1.0, 0.0]])); p.observe(torch.tensor([[0.0, 1.0]]))
-    >>> second_of_sums(x, p)
+    >>> second_moment_of_sums(x, p)
     tensor([[1., 1.],
             [1., 1.]], dtype=torch.float64)
     """
@@ -157,24 +159,24 @@ def second_of_sums(inputs: Moment, prompts: Moment) -> Tensor:
     return inputs.second + prompts.second + cross + cross.mT
 
 
-def basis_of(second: Tensor, energy: float) -> Tensor:
+def leading_basis(second: Tensor, energy: float) -> Tensor:
     """Orthonormal columns `(..., D, r)`: the fewest leading directions that hold `energy` of the trace of `second`.
 
     Args:
         second: symmetric positive semi-definite `(..., D, D)`.
         energy: share in [0, 1]; 0 gives no column, 1 every direction that is not zero to rounding.
 
-    >>> basis_of(torch.diag(torch.tensor([9.0, 1.0, 0.0])), energy=0.9).abs()
+    >>> leading_basis(torch.diag(torch.tensor([9.0, 1.0, 0.0])), energy=0.9).abs()
     tensor([[1.],
             [0.],
             [0.]], dtype=torch.float64)
-    >>> basis_of(torch.diag(torch.tensor([9.0, 1.0, 0.0])), energy=1.0).shape
+    >>> leading_basis(torch.diag(torch.tensor([9.0, 1.0, 0.0])), energy=1.0).shape
     torch.Size([3, 2])
     """
-    return extend(second.new_zeros(*second.shape[:-1], 0, dtype=torch.float64), second, energy)
+    return extend_basis(second.new_zeros(*second.shape[:-1], 0, dtype=torch.float64), second, energy)
 
 
-def extend(basis: Tensor, second: Tensor, energy: float) -> Tensor:
+def extend_basis(basis: Tensor, second: Tensor, energy: float) -> Tensor:
     """`basis` and the fewest new directions with which it holds `energy` of the trace of `second`.
 
     The rule of GPM (Saha et al., ICLR 2021, section 4): remove from the second moment what the basis already holds, and
@@ -189,7 +191,7 @@ def extend(basis: Tensor, second: Tensor, energy: float) -> Tensor:
         Orthonormal columns `(..., D, r')`, r' >= r, float64; the first columns are those of `basis`.
 
     >>> held = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)
-    >>> extend(held, torch.diag(torch.tensor([6.0, 1.0, 3.0])), energy=0.9).abs()
+    >>> extend_basis(held, torch.diag(torch.tensor([6.0, 1.0, 3.0])), energy=0.9).abs()
     tensor([[1., 0.],
             [0., 0.],
             [0., 1.]], dtype=torch.float64)
@@ -198,7 +200,7 @@ def extend(basis: Tensor, second: Tensor, energy: float) -> Tensor:
         raise ValueError(f"expected an energy in [0, 1] (a share of the second moment's trace), got {energy}")
     second = to_float64(second)
     basis = basis.to(second)
-    rest = remove(remove(second, basis).mT, basis)  # (I - UU^T) C (I - UU^T)
+    rest = project_out(project_out(second, basis).mT, basis)  # (I - UU^T) C (I - UU^T)
     values, vectors = torch.linalg.eigh((rest + rest.mT) / 2)  # ascending
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
     total = second.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)  # (..., 1)
@@ -206,24 +208,26 @@ def extend(basis: Tensor, second: Tensor, energy: float) -> Tensor:
     rounding = second.shape[-1] * torch.finfo(torch.float64).eps * total
     wanted = (missing > (1 - energy) * total + rounding) & (values > rounding)  # (..., D)
     count = int(wanted.sum(-1).max())
-    new = remove(vectors[..., :count].mT, basis).mT  # directions far smaller than what is held lean toward it a little
+    new = project_out(
+        vectors[..., :count].mT, basis
+    ).mT  # directions far smaller than what is held lean toward it a little
     new = torch.linalg.qr(new).Q * wanted[..., None, :count]
     return _zeros_last(torch.cat([basis, new], dim=-1))
 
 
-def remove(tensor: Tensor, basis: Tensor) -> Tensor:
+def project_out(tensor: Tensor, basis: Tensor) -> Tensor:
     """`tensor - tensor U U^T` `(..., n, D)`: what is left of each row outside the span of `basis` `(..., D, r)`.
 
-    >>> remove(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
+    >>> project_out(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
     tensor([[0., 4.]])
     """
     return tensor - (tensor @ basis) @ basis.mT
 
 
-def rank_of(basis: Tensor) -> float:
+def mean_rank(basis: Tensor) -> float:
     """Mean number of columns over the leading axes; padding does not count.
 
-    >>> rank_of(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]]))
+    >>> mean_rank(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]]))
     1.5
     """
     return float((basis != 0).any(-2).sum(-1).float().mean())

@@ -12,25 +12,27 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from pgp import metrics, processes
-from pgp.boundary import fitted, look_ahead, look_back
-from pgp.checkpoint import CheckpointName
+from pgp import distributed
 from pgp.config import Config, Hardware
-from pgp.curriculum import check_images, located, training_plan
-from pgp.datasets import Address, Batch, DatasetConfig, batches
-from pgp.datasets.own import own_data
-from pgp.evaluate import tell, tracked
-from pgp.learner import Learner, fabric_for, opened
-from pgp.paths import Place
-from pgp.places import record_places, with_places
-from pgp.run import Run, RunError
+from pgp.datasets.base import DatasetConfig
+from pgp.datasets.loader import Batch, SampleKey, batches
+from pgp.datasets.own import dataset_from_path
+from pgp.evaluation import metrics
+from pgp.progress import no_progress, print_line, track
+from pgp.runs.checkpoint import CheckpointName
+from pgp.runs.data_paths import record_data_paths, resolve_paths, with_data_paths
+from pgp.runs.run import Run
 from pgp.scenario import Task
-from pgp.starting import begin, go_on, is_begun
-from pgp.stopping import is_asked_to_stop, stop_after, stop_within, stoppable
+from pgp.system.paths import Place
+from pgp.system.storage import RunError
+from pgp.training.observe import fit_readout, observe_after_training, observe_before_training
+from pgp.training.session import Learner, build_fabric, load_latest
+from pgp.training.start import begin, go_on, is_begun
+from pgp.training.stop import is_asked_to_stop, stop_after, stop_within, stoppable
+from pgp.training.tasks import check_readable, training_batches
 
 
 def train(config: Config, output: Place | None = None, progress: Progress | None = None) -> Run:
@@ -55,15 +57,15 @@ def train(config: Config, output: Place | None = None, progress: Progress | None
         raise TypeError(f"expected a Config, such as pgp.RECIPES['demo'](), got {type(config).__name__}")
     run = None if output is None else Run(output)
     with contextlib.ExitStack() as held:
-        if run and not processes.started():  # before other processes start, which would all fail
-            Run.check_free(run.folder, located(config))
+        if run and not distributed.is_child_process():  # before other processes start, which would all fail
+            Run.require_empty(run.folder, resolve_paths(config))
             if run.folder.is_dir():
                 held.enter_context(run.writing())
-        fabric = fabric_for(config)
+        fabric = build_fabric(config)
         fabric.launch()
-        learner = Learner(fabric, config, progress if progress and fabric.is_global_zero else _quiet())
-        check_images(learner.data, learner.scenario, skip_bad=config.on_bad_image == "skip", learned=0)
-        return _learn(learner, begin(learner, run, learner.config, held))
+        learner = Learner(fabric, config, progress if progress and fabric.is_global_zero else no_progress())
+        check_readable(learner.data, learner.scenario, skip_bad=config.on_bad_image == "skip", learned=0)
+        return fit(learner, begin(learner, run, learner.config, held))
 
 
 def resume(
@@ -86,7 +88,7 @@ def resume(
             is until that task is finished.
         on_bad_image: replaces what the run was started with; nothing else of it can change.
         drop: go on from the latest finished task, without what was begun of the next one.
-        data: Where the data of the run lie now, if they have moved; see `pgp.places.with_places`.
+        data: Where the data of the run lie now, if they have moved; see `pgp.runs.data_paths.with_data_paths`.
 
     Raises:
         ValueError: if `add` does not fit.
@@ -95,39 +97,42 @@ def resume(
     """
     run = Run.open(folder)
     if not (add is None or isinstance(add, DatasetConfig)):
-        add = own_data(add)
+        add = dataset_from_path(add)
     began = run.config
 
     def here(config: Config) -> Config:
         return replace(config, hardware=hardware or began.hardware, on_bad_image=on_bad_image or began.on_bad_image)
 
     with contextlib.ExitStack() as held:
-        if not processes.started():
+        if not distributed.is_child_process():
             held.enter_context(run.writing())
             if drop:
                 run.checkpoints.drop_step()
-        fabric = fabric_for(here(began))
+        fabric = build_fabric(here(began))
         fabric.launch()
         fabric.barrier()  # nobody looks for checkpoints before the folder is tidy
         name = run.checkpoints.latest()
-        config, new = with_places(run.config_of(run.describe(name)), data), add.located() if add else None
+        config, new = (
+            with_data_paths(run.config_of(run.describe(name)), data),
+            add.with_absolute_paths() if add else None,
+        )
         if new and not is_begun(run, name, config, new):
             config = replace(config, added=(*config.added, new))
-        learner = Learner(fabric, here(config), progress if progress and fabric.is_global_zero else _quiet())
+        learner = Learner(fabric, here(config), progress if progress and fabric.is_global_zero else no_progress())
         learned = name.finished.task if name and name.finished else 0
         skip_bad = learner.config.on_bad_image == "skip"
-        check_images(learner.data, learner.scenario, skip_bad=skip_bad, learned=learned)
+        check_readable(learner.data, learner.scenario, skip_bad=skip_bad, learned=learned)
         if name is None:
-            run.check_begun(began)
+            run.require_same_start(began)
             if data and learner.fabric.is_global_zero:
                 run.check_data(learner.description)
-                record_places(run, config)
-            return _learn(learner, begin(learner, run, config, held))
+                record_data_paths(run, config)
+            return fit(learner, begin(learner, run, config, held))
         go_on(learner, run, name, new)
-        return _learn(learner, run)
+        return fit(learner, run)
 
 
-def reevaluate(
+def evaluate_checkpoints(
     run: Run, config: Config, progress: Progress | None = None, *, every_task: bool = False
 ) -> dict[str, Tensor]:
     """Accuracy matrices `(T, T)` by column, measured anew on one device; NaN where nothing was measured.
@@ -138,7 +143,7 @@ def reevaluate(
         progress: where to draw progress bars; nowhere, where None.
         every_task: measure after each finished task whose checkpoint is there; after the latest only, if False.
     """
-    learner, last = opened(run, config, progress or _quiet())
+    learner, last = load_latest(run, config, progress or no_progress())
     names = run.checkpoints.finished() if every_task else [CheckpointName(last)]
     if every_task and len(names) < last:
         kept = ", ".join(str(name.task) for name in names)
@@ -148,23 +153,19 @@ def reevaluate(
     for name in names:
         if every_task:
             learner.load(run, name)
-        row = learner.evaluation.row(learner.method, learner.readouts, name.task - 1, learner.progress)
-        metrics.put(matrices, row.accuracy, name.task - 1, len(learner.scenario))
+        row = learner.evaluation.evaluate(learner.method, learner.readouts, name.task - 1, learner.progress)
+        metrics.write_row(matrices, row.accuracy, name.task - 1, len(learner.scenario))
     return matrices
 
 
-def _quiet() -> Progress:
-    return Progress(console=Console(quiet=True), disable=True)
-
-
-def _learn(learner: Learner, run: Run) -> Run:
+def fit(learner: Learner, run: Run) -> Run:
     """Task after task, fit it and close it."""
     with stoppable(learner, run):
         for task in learner.scenario.tasks[learner.task :]:
             started = time.perf_counter()
             fit_task(learner, task, run)
             trained = time.perf_counter()
-            close_task(learner, task, run, seconds={"train": trained - started})
+            end_task(learner, task, run, seconds={"train": trained - started})
             if is_asked_to_stop(learner, together=True):
                 stop_after(learner, task, run)
     return run
@@ -176,20 +177,20 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     if learner.step == 0:
         if learner.meter:
             learner.meter.start_task()
-        look_ahead(learner, task)
-        with projection.confined(), learner.fabric.autocast():
+        observe_before_training(learner, task)
+        with projection.constrain(), learner.fabric.autocast():
             method.begin_task(task)
         if is_asked_to_stop(learner, together=True):
             stop_within(learner, task, run)
-    plan = training_plan(config, task, learner.fabric.world_size)
-    ahead = foretold(learner, task, plan[learner.step :]) if learner.stream else itertools.repeat(None)
+    plan = training_batches(config, task, learner.fabric.world_size)
+    ahead = predict_before_training(learner, task, plan[learner.step :]) if learner.stream else itertools.repeat(None)
     if not any(parameter.requires_grad for parameter in method.parameters()):
         if learner.stream:
             learner.step = sum(1 for _ in ahead)
             learner.log_stream(run, task)
             learner.step = 0
         return
-    settings = config.optimizer.of_task(task.index)
+    settings = config.optimizer.for_task(task.index)
     plain = settings.build(method, config.batch_size)
     if learner.restored:
         plain.load_state_dict(learner.restored)
@@ -198,8 +199,8 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
     optimizer: Any = learner.fabric.setup_optimizers(plain)
     learner.optimizer, learner.restored = optimizer, None
 
-    stream = batches(learner.viewed("train", "view", task), plan[learner.step :], learner.evaluation.loading)
-    stream = tracked(learner.progress, stream, len(plan) - learner.step, f"{learner.scenario.title(task)}, training")
+    stream = batches(learner.viewed("train", "view", task), plan[learner.step :], learner.evaluation.loader_options)
+    stream = track(learner.progress, stream, len(plan) - learner.step, f"{learner.scenario.describe(task)}, training")
     healths: dict[int, Tensor] = {}
     for batch, _ in zip(stream, ahead, strict=False):  # a batch is predicted before it is learned
         if len(batch.indices):
@@ -225,11 +226,11 @@ def fit_task(learner: Learner, task: Task, run: Run) -> None:
 
 
 @torch.no_grad()
-def foretold(learner: Learner, task: Task, plan: Sequence[Sequence[Address]]) -> Iterator[None]:
+def predict_before_training(learner: Learner, task: Task, plan: Sequence[Sequence[SampleKey]]) -> Iterator[None]:
     """Predict the images of one batch of `plan` after the other, in their test view, each when it is asked for."""
     assert learner.stream is not None
-    fabric, seen = learner.fabric, learner.scenario.seen(task.index)
-    coming = batches(learner.viewed("test", "arriving", task), plan, learner.evaluation.loading)
+    fabric, seen = learner.fabric, learner.scenario.seen_classes(task.index)
+    coming = batches(learner.viewed("test", "arriving", task), plan, learner.evaluation.loader_options)
     left = len(task.train) - learner.step * learner.config.batch_size  # what is above fills a last batch up
     for batch, addresses in zip(coming, plan, strict=True):
         images, labels, _ = batch.to(fabric.device)
@@ -254,10 +255,10 @@ def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, globa
     fabric, model, clip = learner.fabric, learner.model, learner.config.optimizer.clip
     images, labels, _ = batch.to(fabric.device)
     with fabric.autocast():
-        prepared = learner.method.prepare(images, task)
+        prepared = learner.method.prepare_batch(images, task)
     parts = torch.arange(len(images), device=images.device).split(learner.part or len(images))
     with fabric.autocast():
-        shared = learner.method.shared(task) if len(parts) > 1 and fabric.world_size == 1 else {}
+        shared = learner.method.batch_constants(task) if len(parts) > 1 and fabric.world_size == 1 else {}
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in shared.items()}
     total = torch.zeros((), device=images.device)
     for number, part in enumerate(parts, 1):  # activations of one part at a time
@@ -283,7 +284,7 @@ def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, globa
     return health
 
 
-def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]) -> None:
+def end_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]) -> None:
     """Learn from a finished task what to protect, evaluate on all tasks so far, and save."""
     method, readouts = learner.method, learner.readouts
     with learner.fabric.autocast():
@@ -291,13 +292,13 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
     started = time.perf_counter()
     meter = learner.meter
     stats = meter.projection_stats() if meter else {}
-    look_back(learner, task)
+    observe_after_training(learner, task)
     ranks = learner.projection.end_task()
-    kept = {readout.name: fitted(readout) for readout in readouts if readout.fitted}
+    kept = {readout.name: fit_readout(readout) for readout in readouts if readout.needs_fit}
     observed = time.perf_counter()
-    row = learner.evaluation.row(method, readouts, task.index, learner.progress, meter.watch if meter else None)
-    metrics.put(learner.matrices, row.accuracy, task.index, len(learner.scenario))
-    metrics.put(learner.within, row.within, task.index, len(learner.scenario))
+    row = learner.evaluation.evaluate(method, readouts, task.index, learner.progress, meter.watch if meter else None)
+    metrics.write_row(learner.matrices, row.accuracy, task.index, len(learner.scenario))
+    metrics.write_row(learner.within_task, row.within_task, task.index, len(learner.scenario))
     evaluated = time.perf_counter()
     moved = {"drift": meter.end_task(method, task, learner.progress) | stats} if meter else {}
     learner.task = task.index + 1
@@ -305,10 +306,10 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
     seconds |= {"drift": time.perf_counter() - evaluated} if moved else {}
     averages = {column: metrics.average_accuracy(matrix) for column, matrix in learner.matrices.items()}
     streamed = {"stream_accuracy": learner.stream.accuracy(task)} if learner.stream else {}
-    measured = {"within": row.within, "identified": row.identified}
+    measured = {"within": row.within_task, "identified": row.task_id_accuracy}
     figures = {figure: {column: each.tolist() for column, each in of.items()} for figure, of in measured.items()}
     about: dict[str, Any] = {"seconds": seconds, "ranks": ranks, "readouts": kept, "average_accuracy": averages}
-    for figure, matrices in (("forgetting", learner.matrices), ("forgetting_within", learner.within)):
+    for figure, matrices in (("forgetting", learner.matrices), ("forgetting_within", learner.within_task)):
         about[figure] = {column: metrics.forgetting(matrix) for column, matrix in matrices.items()}
     learner.log(run, "task", task=task.index, **about, **figures, **moved, **streamed)  # a kill from here on loses none
     learner.save(run)
@@ -316,7 +317,7 @@ def close_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]
         run.write_matrices(learner.matrices)
     spoken = ", ".join(f"{100 * average:.1f} % ({column})" for column, average in averages.items())
     spoken += "".join(f"; along the stream {100 * accuracy:.1f} %" for accuracy in streamed.values())
-    tell(learner.progress, f"{learner.scenario.title(task)}: average accuracy {spoken}")
+    print_line(learner.progress, f"{learner.scenario.describe(task)}: average accuracy {spoken}")
 
 
 def check_finite(learner: Learner, task: Task, healths: dict[int, Tensor]) -> Tensor:

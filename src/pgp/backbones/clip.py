@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgp.backbones import Trace, VisionLanguage, apart, checkpoints, joined, sized
+from pgp.backbones import weights
+from pgp.backbones.base import Trace, VisionLanguage, check_image_size, drop_prompts, insert_prompts
 
 
 class CLIP(VisionLanguage):
@@ -40,13 +41,13 @@ class CLIP(VisionLanguage):
             """The frozen encoders, for images of `size` pixels a side; position embeddings are resampled to fit."""
             return CLIP(_create(self, size))
 
-        def located(self) -> CLIP.Config:
+        def with_absolute_paths(self) -> CLIP.Config:
             """See `Backbone.Config.located`."""
-            model, weights = (
-                checkpoints.located(name) if is_file else name
+            model, source = (
+                weights.resolve_weights(name) if is_file else name
                 for name, is_file in ((self.model, _is_description(self.model)), (self.weights, _is_file(self.weights)))
             )
-            return replace(self, model=model, weights=weights)
+            return replace(self, model=model, weights=source)
 
     model: Any
 
@@ -57,9 +58,9 @@ class CLIP(VisionLanguage):
         visual = model.visual
         self.width, self.depth = int(visual.class_embedding.shape[0]), len(visual.transformer.resblocks)
         self.heads = int(visual.transformer.resblocks[0].attn.num_heads)
-        self.joint, self.text_width = int(visual.proj.shape[1]), int(self._text.token_embedding.embedding_dim)
+        self.embed_dim, self.text_width = int(visual.proj.shape[1]), int(self._text.token_embedding.embedding_dim)
         self.context_length = int(self._text.positional_embedding.shape[0])
-        self.scale = float(model.logit_scale.detach().exp())
+        self.logit_scale = float(model.logit_scale.detach().exp())
         self._tokenizer = _open_clip().SimpleTokenizer(context_length=self.context_length)
         self.freeze()
         _check_towers(self)
@@ -72,17 +73,17 @@ class CLIP(VisionLanguage):
     def positioned(self, images: Tensor) -> Tensor:
         """CLS and patches with their position embeddings, before the first norm, `(B, N, D)`."""
         visual = self.model.visual
-        patches = visual.conv1(sized(images, *visual.image_size)).flatten(2).mT  # (B, N - 1, D)
+        patches = visual.conv1(check_image_size(images, *visual.image_size)).flatten(2).mT  # (B, N - 1, D)
         cls = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
         positioned: Tensor = torch.cat([cls, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
         return positioned
 
-    def position(self, prompts: Tensor) -> Tensor:
+    def add_position(self, prompts: Tensor) -> Tensor:
         """Prompts as they are, without position embedding, as in the published CLIP-PGP."""
         return prompts
 
-    def norm(self, layer: int | None) -> Any:
-        """See `Backbone.norm`."""
+    def attention_norm(self, layer: int | None) -> Any:
+        """See `Backbone.attention_norm`."""
         visual = self.model.visual
         return visual.ln_pre if layer is None else visual.transformer.resblocks[layer].ln_1
 
@@ -91,15 +92,15 @@ class CLIP(VisionLanguage):
         images: Tensor,
         prompts: Mapping[int, Tensor] | None = None,
         prefixes: Mapping[int, Tensor] | None = None,
-        read: int | None = None,
+        num_tokens: int | None = None,
     ) -> Tensor:
         """See `Backbone.forward`; takes no prefixes."""
         if prefixes:
             raise ValueError(_NO_PREFIXES)
         x = self.embed(images)  # (B, N, D)
         for layer, block in enumerate(self.model.visual.transformer.resblocks):
-            x = block(joined(x, prompts.get(layer) if prompts else None))
-        read_tokens: Tensor = self.model.visual.ln_post(x[:, :read])
+            x = block(insert_prompts(x, prompts.get(layer) if prompts else None))
+        read_tokens: Tensor = self.model.visual.ln_post(x[:, :num_tokens])
         return read_tokens
 
     def trace(
@@ -115,25 +116,25 @@ class CLIP(VisionLanguage):
         seen = {}
         x, last = self.embed(images), max(layers, default=-1)
         for layer, block in enumerate(self.model.visual.transformer.resblocks[: last + 1]):
-            tokens, x = x, joined(x, prompts.get(layer) if prompts else None)
+            tokens, x = x, insert_prompts(x, prompts.get(layer) if prompts else None)
             if layer in layers:
                 P = x.shape[1] - tokens.shape[1]
                 q, k = _queries_and_keys(block, x)
-                q = apart(q, P)  # (B, H, N, D/H)
+                q = drop_prompts(q, P)  # (B, H, N, D/H)
                 scores = q @ k.mT / q.shape[-1] ** 0.5
                 seen[layer] = Trace(tokens, q, scores.softmax(-1)[..., 1 : 1 + P] if P else None)
             if layer < last:
                 x = block(x)
         return seen
 
-    def key_maps(self, layer: int) -> Tensor:
-        """See `Backbone.key_maps`."""
+    def key_weights(self, layer: int) -> Tensor:
+        """See `Backbone.key_weights`."""
         attn, D = _linear(self.model.visual.transformer.resblocks[layer].attn), self.width
         maps: Tensor = attn.in_proj_weight[D : 2 * D].unflatten(0, (self.heads, -1))  # (H, D/H, D)
         return maps
 
-    def prefix(self, layer: int, tokens: Tensor) -> Tensor:
-        """See `Backbone.prefix`; not to be had here."""
+    def make_prefix(self, layer: int, tokens: Tensor) -> Tensor:
+        """See `Backbone.make_prefix`; not to be had here."""
         raise ValueError(_NO_PREFIXES)
 
     def project(self, tokens: Tensor) -> Tensor:
@@ -268,18 +269,18 @@ def _create(config: CLIP.Config, size: int) -> Any:
         torch.manual_seed(0)  # `random` weights are the same every time
         try:
             if own:
-                description = checkpoints.read_json(checkpoints.packaged(config.model))
+                description = weights.read_json(weights.packaged_weights(config.model))
                 description["vision_cfg"]["image_size"] = size
                 model: Any = open_clip.CLIP(**description)
             else:
-                with checkpoints.hub_quiet():
+                with weights.hub_quiet():
                     model = open_clip.create_model(
                         config.model, pretrained=tag, force_image_size=size, load_weights=bool(tag)
                     )
-        except checkpoints.WeightsError:
+        except weights.WeightsError:
             raise
         except Exception as error:  # open_clip raises almost anything of models, weights and networks
-            said = checkpoints.first_line(error)
+            said = weights.first_line(error)
             if tag is None or isinstance(error, (TypeError, AssertionError, ArithmeticError, LookupError)):
                 said = repr(error) if isinstance(error, LookupError) else said
                 raise ValueError(f"open_clip cannot make {config.model} at {size} px: {said}") from error
@@ -289,7 +290,7 @@ def _create(config: CLIP.Config, size: int) -> Any:
     if size < side:
         raise ValueError(f"expected an image size of at least the patch size {side}, got {size}")
     if _is_file(config.weights):
-        _load(model, checkpoints.packaged(config.weights))
+        _load(model, weights.packaged_weights(config.weights))
     return model
 
 
@@ -303,12 +304,12 @@ def _is_file(weights: str) -> bool:
 
 def _load(model: Any, path: Path) -> None:
     """Fill `model` with a checkpoint; rows of the token embedding that it leaves out keep their initial values."""
-    state = {name.removeprefix("module."): tensor for name, tensor in checkpoints.read(path).items()}
-    with checkpoints.reading(path):  # what is found may have any shape
+    state = {name.removeprefix("module."): tensor for name, tensor in weights.read(path).items()}
+    with weights.reading(path):  # what is found may have any shape
         if "token_embedding.ids" in state:
             whole = model.token_embedding.weight.detach().clone()
             whole[state.pop("token_embedding.ids").long()] = state.pop("token_embedding.rows")
             state["token_embedding.weight"] = whole
         if "visual.positional_embedding" in state:
             _open_clip().model.resize_pos_embed(state, model)
-    checkpoints.fill(model, state, path)
+    weights.fill(model, state, path)

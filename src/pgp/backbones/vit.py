@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
-from pgp.backbones import Backbone, Trace, apart, checkpoints, joined, sized
+from pgp.backbones import weights
+from pgp.backbones.base import Backbone, Trace, check_image_size, drop_prompts, insert_prompts
 
 
 class ViT(Backbone):
@@ -44,10 +45,10 @@ class ViT(Backbone):
             """The frozen encoder for images of `size` pixels a side; position embeddings are resampled to fit."""
             return ViT(_create(self, size))
 
-        def located(self) -> ViT.Config:
+        def with_absolute_paths(self) -> ViT.Config:
             """See `Backbone.Config.located`."""
             named = self.weights in ("hub", "random")
-            return self if named else replace(self, weights=checkpoints.located(self.weights))
+            return self if named else replace(self, weights=weights.resolve_weights(self.weights))
 
     vit: Any
 
@@ -61,7 +62,7 @@ class ViT(Backbone):
 
     def patches(self, images: Tensor) -> Tensor:
         """Patch tokens without position embedding or CLS, `(B, N', D)`."""
-        tokens: Tensor = self.vit.patch_embed(sized(images, *self.vit.patch_embed.img_size))
+        tokens: Tensor = self.vit.patch_embed(check_image_size(images, *self.vit.patch_embed.img_size))
         return tokens
 
     def embed(self, images: Tensor) -> Tensor:
@@ -69,14 +70,14 @@ class ViT(Backbone):
         tokens: Tensor = self.vit.norm_pre(self.vit._pos_embed(self.patches(images)))
         return tokens
 
-    def position(self, prompts: Tensor) -> Tensor:
+    def add_position(self, prompts: Tensor) -> Tensor:
         """Prompts with the position embedding of CLS, as in the published L2P."""
         if self.vit.pos_embed is not None and not self.vit.no_embed_class:
             prompts = prompts + self.vit.pos_embed[0, :1]
         return prompts
 
-    def norm(self, layer: int | None) -> Any:
-        """See `Backbone.norm`."""
+    def attention_norm(self, layer: int | None) -> Any:
+        """See `Backbone.attention_norm`."""
         return self.vit.norm_pre if layer is None else self.vit.blocks[layer].norm1
 
     def forward(
@@ -84,15 +85,15 @@ class ViT(Backbone):
         images: Tensor,
         prompts: Mapping[int, Tensor] | None = None,
         prefixes: Mapping[int, Tensor] | None = None,
-        read: int | None = None,
+        num_tokens: int | None = None,
     ) -> Tensor:
         """See `Backbone.forward`."""
         self._check(prompts, prefixes)
         x = self.embed(images)  # (B, N, D)
         for layer, block in enumerate(self.vit.blocks):
-            x = joined(x, prompts.get(layer) if prompts else None)
+            x = insert_prompts(x, prompts.get(layer) if prompts else None)
             prefix = prefixes.get(layer) if prefixes else None
-            needed = read if read is not None and layer == self.depth - 1 else x.shape[1]
+            needed = num_tokens if num_tokens is not None and layer == self.depth - 1 else x.shape[1]
             x = block(x) if prefix is None and needed == x.shape[1] else _block(block, x, needed, prefix)
         tokens: Tensor = self.vit.norm(x)
         return tokens
@@ -109,26 +110,26 @@ class ViT(Backbone):
         seen = {}
         x, last = self.embed(images), max(layers, default=-1)
         for layer, block in enumerate(self.vit.blocks[: last + 1]):
-            tokens, x = x, joined(x, prompts.get(layer) if prompts else None)
+            tokens, x = x, insert_prompts(x, prompts.get(layer) if prompts else None)
             prefix = prefixes.get(layer) if prefixes else None
             q, k, v = _heads(block, x, x.shape[1], prefix)
             if layer in layers:
                 P = x.shape[1] - tokens.shape[1]
-                own = apart(q, P)  # (B, H, N, D/H)
+                own = drop_prompts(q, P)  # (B, H, N, D/H)
                 learned = slice(1, 1 + P) if prefix is None else slice(prefix.shape[3])
-                shares = _shares(block.attn, own, k)[..., learned] if P or prefix is not None else None
+                shares = _prompt_attention(block.attn, own, k)[..., learned] if P or prefix is not None else None
                 seen[layer] = Trace(tokens, own, shares)
             if layer < last:
                 x = _attend(block, x, q, k, v)
         return seen
 
-    def prefix(self, layer: int, tokens: Tensor) -> Tensor:
-        """See `Backbone.prefix`."""
+    def make_prefix(self, layer: int, tokens: Tensor) -> Tensor:
+        """See `Backbone.make_prefix`."""
         k, v = _keys_and_values(self.vit.blocks[layer].attn, tokens.unsqueeze(0))
         return torch.cat([k, v])
 
-    def key_maps(self, layer: int) -> Tensor:
-        """See `Backbone.key_maps`."""
+    def key_weights(self, layer: int) -> Tensor:
+        """See `Backbone.key_weights`."""
         attn, D = self.vit.blocks[layer].attn, self.width
         if not isinstance(attn.k_norm, nn.Identity):
             raise ValueError("expected a model that does not norm its keys for --method.protect affinity, got one that"
@@ -142,17 +143,17 @@ class ViT(Backbone):
             raise ValueError(f"expected layers between 0 and {self.depth - 1}, got {strange}: this model has no others")
 
 
-def _block(block: Any, x: Tensor, read: int, prefix: Tensor | None) -> Tensor:
+def _block(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None) -> Tensor:
     """A timm block for its first `read` tokens only, with a prefix in its attention where there is one."""
-    return _attend(block, x[:, :read], *_heads(block, x, read, prefix))
+    return _attend(block, x[:, :num_tokens], *_heads(block, x, num_tokens, prefix))
 
 
-def _heads(block: Any, x: Tensor, read: int, prefix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries `(B, H, read, D/H)` of the first `read` tokens; keys and values of the prefix and all tokens."""
     attn, x = block.attn, block.norm1(x)
     D = attn.qkv.in_features
     weight, bias = attn.qkv.weight, attn.qkv.bias
-    q = F.linear(x[:, :read], weight[:D], None if bias is None else bias[:D])
+    q = F.linear(x[:, :num_tokens], weight[:D], None if bias is None else bias[:D])
     q = attn.q_norm(q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))  # (B, H, read, D/H)
     k, v = _keys_and_values(attn, x)
     if prefix is not None:
@@ -183,7 +184,7 @@ def _attend(block: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
-def _shares(attn: Any, q: Tensor, k: Tensor) -> Tensor:
+def _prompt_attention(attn: Any, q: Tensor, k: Tensor) -> Tensor:
     """Attention weights `(B, H, N, L + N)`."""
     scores: Tensor = q @ k.mT * attn.scale
     return scores.softmax(-1)
@@ -267,33 +268,35 @@ def _create(config: ViT.Config, size: int) -> Any:
     if config.arguments.get("in_chans", 3) != 3:
         raise ValueError(f"expected an encoder of images with 3 channels, got in_chans {config.arguments['in_chans']}")
     try:
-        with torch.random.fork_rng(devices=[]), checkpoints.hub_quiet():
+        with torch.random.fork_rng(devices=[]), weights.hub_quiet():
             torch.manual_seed(0)  # `random` weights are the same every time
             model = timm.create_model(config.model, pretrained=hub, num_classes=0, img_size=size, **config.arguments)
     except Exception as error:  # timm raises almost anything of arguments, weights and networks
-        said = checkpoints.first_line(error)
+        said = weights.first_line(error)
         if not hub or isinstance(error, (TypeError, AssertionError, ArithmeticError, LookupError)):
             arguments = f" with {config.arguments}" if config.arguments else ""
             raise ValueError(f"timm cannot make {config.model} at {size} px{arguments}: {said}") from error
-        raise ValueError(f"no weights for {config.model}: {said}. Offline, download the checkpoint"
-                         " elsewhere and name the file: --backbone.weights PATH.safetensors; or try things out on the"
-                         " small encoder that pgp ships: --backbone demo-vit --views.size 32") from error  # fmt: skip
+        raise ValueError(
+            f"no weights for {config.model}: {said}. Offline, download the checkpoint elsewhere and name the file:"
+            " --backbone.weights PATH.safetensors; or try things out on the small encoder that pgp ships: --backbone"
+            " demo-vit --transforms.size 32"
+        ) from error
     side = getattr(_plain(model).patch_embed, "patch_size", (1, 1))[0]
     if size % side:
         raise ValueError(f"expected an image size that is a multiple of the patch size {side}, got {size}")
     if not hub and config.weights != "random":
-        _load(model, checkpoints.packaged(config.weights))
+        _load(model, weights.packaged_weights(config.weights))
     return model
 
 
 def _load(model: Any, path: Path) -> None:
     """Fill `model` with a checkpoint in timm's naming; the head is left out, positions are resampled."""
-    state = checkpoints.read(path)
+    state = weights.read(path)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "head_dist."))}
     width, found = model.embed_dim, state.get("cls_token")
     if found is not None and found.dim() and found.shape[-1] != width:
         raise ValueError(f"expected weights of width {width}, got {found.shape[-1]} in {path}: name the model they"
                          " belong to with --backbone.model")  # fmt: skip
-    with checkpoints.reading(path):  # timm expects what it finds to be of its own shapes
+    with weights.reading(path):  # timm expects what it finds to be of its own shapes
         state = checkpoint_filter_fn(state, model)
-    checkpoints.fill(model, state, path)
+    weights.fill(model, state, path)

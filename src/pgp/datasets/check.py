@@ -9,16 +9,16 @@ from typing import NamedTuple
 import torch
 from rich.progress import Progress
 
-from pgp import platforms
-from pgp.datasets import BadImageError, Counts, Dataset, DatasetConfig, Split
+from pgp.datasets.base import BadImageError, Dataset, DatasetConfig, DatasetSize, Split
 from pgp.datasets.files import FileSplit, read_image
+from pgp.system import platforms
 
 
-class Census(NamedTuple):
+class IntegrityReport(NamedTuple):
     """What was found in a data set."""
 
-    found: Counts
-    expected: Counts | None
+    found: DatasetSize
+    expected: DatasetSize | None
     """The published size, where there is one."""
     without: tuple[str, ...]
     """Classes that lack training or test images."""
@@ -30,7 +30,7 @@ class Census(NamedTuple):
     """What a user should know of how the data were read, and what was ignored; it makes them no less whole."""
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether nothing is missing or broken."""
         return self.expected in (None, self.found) and not self.without and not self.bad
 
@@ -47,7 +47,9 @@ class Census(NamedTuple):
         return [*lines, *self.notes, *self.bad]
 
 
-def checked(config: DatasetConfig, progress: Progress | None = None, data: Dataset | None = None) -> Census:
+def check_images(
+    config: DatasetConfig, progress: Progress | None = None, data: Dataset | None = None
+) -> IntegrityReport:
     """What there is of a data set on this disk, after every image file of it was decoded; nothing is downloaded.
 
     Args:
@@ -73,23 +75,23 @@ def checked(config: DatasetConfig, progress: Progress | None = None, data: Datas
                 progress.advance(bar)
     finally:
         pool.shutdown(cancel_futures=True)  # or an interrupt would wait for all the rest
-    found = Counts(len(data.train), len(data.test), data.classes)
+    found = DatasetSize(len(data.train), len(data.test), data.classes)
     there = [set(split.labels.tolist()) for split in (data.train, data.test)]
     silent = set().union(*(labels - read for labels, read in zip(there, good, strict=True)))
     unreadable = tuple(data.class_names[label] for label in sorted(silent))
-    return Census(found, config.expected, _without(data), tuple(bad), unreadable, data.told())
+    return IntegrityReport(found, config.expected, _without(data), tuple(bad), unreadable, data.messages())
 
 
-Place = tuple[Split, int]
+_Place = tuple[Split, int]
 """An image: its split, and its number there."""
 
 
-def _images(data: Dataset) -> Iterator[Place]:
+def _images(data: Dataset) -> Iterator[_Place]:
     for split in (data.train, data.test):
         yield from ((split, index) for index in range(len(split)))
 
 
-def _problem(place: Place) -> tuple[Place, str | None]:
+def _problem(place: _Place) -> tuple[_Place, str | None]:
     """An image, and what is wrong with it; None if nothing is."""
     split, index = place
     try:

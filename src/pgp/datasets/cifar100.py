@@ -8,13 +8,13 @@ from typing import ClassVar
 import torch
 from torchvision import datasets as torchvision_sets
 
-from pgp.datasets import ArraySplit, Counts, Dataset
 from pgp.datasets.archives import Archive
-from pgp.datasets.published import Published
+from pgp.datasets.base import ArraySplit, Dataset, DatasetSize
+from pgp.datasets.published import DownloadableDataset
 
 
 @dataclass(frozen=True)
-class CIFAR100(Published):
+class CIFAR100(DownloadableDataset):
     """Read from `root/cifar-100-python`, downloaded on first use; its checksums are verified every time."""
 
     tag = "cifar100"
@@ -28,7 +28,7 @@ class CIFAR100(Published):
             169_001_437,
         ),
     )
-    expected: ClassVar[Counts | None] = Counts(50_000, 10_000, 100)
+    expected: ClassVar[DatasetSize | None] = DatasetSize(50_000, 10_000, 100)
 
     def read(self) -> Dataset:
         """50,000 training and 10,000 test images, labels in alphabetical order of the names."""

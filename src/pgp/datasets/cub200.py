@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pgp.datasets import Counts, Dataset
 from pgp.datasets.archives import Archive
-from pgp.datasets.published import Published, folders_in, images_in, labelled, present
+from pgp.datasets.base import Dataset, DatasetSize
+from pgp.datasets.published import DownloadableDataset, folders_in, images_in, labelled, require_files
 from pgp.datasets.text import lines_of, read_text
 
 SPECIES = re.compile(r"\d+\..+").fullmatch
 
 
 @dataclass(frozen=True)
-class CUB200(Published):
+class CUB200(DownloadableDataset):
     """Read from `root/CUB_200_2011` by its index files, or, as other tools leave it, from folders train and test."""
 
     tag = "cub200"
@@ -30,7 +30,7 @@ class CUB200(Published):
             1_150_585_339,
         ),
     )
-    expected: ClassVar[Counts | None] = Counts(5_994, 5_794, 200)
+    expected: ClassVar[DatasetSize | None] = DatasetSize(5_994, 5_794, 200)
 
     def read(self) -> Dataset:
         """5,994 training and 5,794 test images by the official split, labels in the order of the species' numbers."""
@@ -58,7 +58,7 @@ def _indexed(folder: Path) -> Dataset:
     if not (files.keys() == labels.keys() == parts.keys()) or not set(labels.values()) <= species.keys():
         raise ValueError(f"expected the same images in images.txt, image_class_labels.txt and train_test_split.txt of"
                          f" {folder}, and their classes in classes.txt: unpack the archive again")  # fmt: skip
-    present((folder / "images" / file for file in files.values()), folder / "images.txt")
+    require_files((folder / "images" / file for file in files.values()), folder / "images.txt")
     if strange := [number for number in species if not number.isdecimal()]:
         raise ValueError(f"expected lines of a number and a name in {folder / 'classes.txt'}, got {strange[0]!r}")
     order = sorted(species, key=int)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pgp.datasets import ArraySplit, Dataset, DatasetConfig
-from pgp.scenario import generator
+from pgp.datasets.base import ArraySplit, Dataset, DatasetConfig
+from pgp.rng import make_generator
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Digits(DatasetConfig):
         bunch = load_digits()
         images = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)  # (n, 8, 8), 0 to 16 in the source
         labels = torch.from_numpy(bunch.target)
-        order = torch.randperm(len(labels), generator=generator(0, "digits split"))
+        order = torch.randperm(len(labels), generator=make_generator(0, "digits split"))
         test = torch.zeros(len(labels), dtype=torch.bool)
         test[order[::5]] = True
         names = tuple(str(name) for name in bunch.target_names)

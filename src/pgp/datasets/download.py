@@ -17,8 +17,8 @@ import filelock
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from pgp import platforms
 from pgp.datasets.archives import Archive, ArchiveError, extract
+from pgp.system import platforms
 
 WORK = ".pgp"
 """Folder, in the data folder, of locks and of what is not finished."""

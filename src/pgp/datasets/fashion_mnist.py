@@ -16,8 +16,8 @@ from rich.progress import Progress
 from torch import Tensor
 from torchvision import datasets as torchvision_sets
 
-from pgp.datasets import ArraySplit, Counts, Dataset, DatasetConfig
 from pgp.datasets.archives import Archive, ArchiveError
+from pgp.datasets.base import ArraySplit, Dataset, DatasetConfig, DatasetSize
 from pgp.datasets.download import fetched
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
@@ -32,7 +32,7 @@ class FashionMNIST(DatasetConfig):
 
     tag = "fashion-mnist"
 
-    expected: ClassVar[Counts | None] = Counts(60_000, 10_000, 10)
+    expected: ClassVar[DatasetSize | None] = DatasetSize(60_000, 10_000, 10)
 
     root: Path = Path("data")
     """Folder with the files, or where a download goes."""
@@ -44,7 +44,7 @@ class FashionMNIST(DatasetConfig):
 
     def fetch(self, progress: Progress | None = None) -> None:
         """See `DatasetConfig.fetch`."""
-        _, downloads, _ = self.places
+        _, downloads, _ = self.search_paths
         if self._folder() not in (None, downloads):
             return
         try:
@@ -64,13 +64,13 @@ class FashionMNIST(DatasetConfig):
         return Dataset(_split(folder, "train"), _split(folder, "t10k"), tuple(torchvision_sets.FashionMNIST.classes))
 
     @property
-    def places(self) -> tuple[Path, ...]:
+    def search_paths(self) -> tuple[Path, ...]:
         """See `DatasetConfig.places`."""
         root = self.root.expanduser()
         return (root, root / "FashionMNIST" / "raw", DEBIAN)
 
     def _folder(self) -> Path | None:
-        return next((folder for folder in self.places if _file(folder, "train-images-idx3-ubyte")), None)
+        return next((folder for folder in self.search_paths if _file(folder, "train-images-idx3-ubyte")), None)
 
 
 def _archives() -> Iterator[Archive]:

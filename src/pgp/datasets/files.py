@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pgp.datasets import BadImageError, Split
+from pgp.datasets.base import BadImageError, Split
+from pgp.datasets.cache import ImageCache
 from pgp.datasets.decode import SUFFIXES, decode
-from pgp.datasets.memory import Memory
-from pgp.datasets.parts import part_for_test
+from pgp.datasets.holdout import holdout_mask
 from pgp.datasets.scan import images_below
 
 
@@ -22,7 +22,7 @@ class FileSplit(Split):
 
     def __init__(self, paths: list[Path], labels: list[int], domains: list[int] | None = None) -> None:
         self.paths, self.labels = paths, torch.tensor(labels, dtype=torch.int64)
-        self.memory = Memory(len(paths))
+        self.memory = ImageCache(len(paths))
         self.domains = None if domains is None else torch.tensor(domains, dtype=torch.int64)
 
     @classmethod
@@ -47,7 +47,7 @@ class FileSplit(Split):
         """Training and test images: of each class, `share` of its images drawn for the test, and one at least; of each
         class in each domain, where there are domains.
         """
-        test = part_for_test(self, share, seed, lambda place: str(self.paths[place].parent))
+        test = holdout_mask(self, share, seed, lambda place: str(self.paths[place].parent))
         return self.at((~test).nonzero().flatten().tolist()), self.at(test.nonzero().flatten().tolist())
 
     def at(self, places: Iterable[int]) -> FileSplit:
@@ -66,7 +66,7 @@ class FileSplit(Split):
 
     def image(self, index: int) -> Tensor:
         """See `Split.image`."""
-        return self.memory.kept(index, lambda: read_image(self.paths[index]))
+        return self.memory.get_or_decode(index, lambda: read_image(self.paths[index]))
 
 
 def read_image(path: Path, content: bytes | None = None) -> Tensor:

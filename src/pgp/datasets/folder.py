@@ -6,21 +6,21 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pgp.datasets import Dataset, DatasetConfig, existing
+from pgp.datasets.base import Dataset, DatasetConfig, require_folder
 from pgp.datasets.files import FileSplit
+from pgp.datasets.holdout import check_share
 from pgp.datasets.ignored import Ignored
 from pgp.datasets.layout import check_inside, class_folders, find_layout
-from pgp.datasets.parts import check_share
 from pgp.datasets.scan import contents, images_below
 from pgp.datasets.text import lines_of, normalized, read_text
 
-USUAL = (".jpg", ".png", ".gif", ".webp", ".tif")
+DEFAULT_TEST_SHARE = (".jpg", ".png", ".gif", ".webp", ".tif")
 """What images usually end in; there are more in `pgp.datasets.decode.SUFFIXES`."""
 NAMES = "names.txt"
 """Beside the class folders: what the classes are called, a line of a folder and its name each."""
 
 KNOWN = (NAMES, "class_order.txt", "tasks.json")
-"""Files that are heeded, here or in `pgp.curriculum`."""
+"""Files that are heeded, here or in `pgp.training.tasks`."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Folder(DatasetConfig):
         check_share(self.test_share)
 
     @property
-    def places(self) -> tuple[Path, ...]:
+    def search_paths(self) -> tuple[Path, ...]:
         """See `DatasetConfig.places`."""
         return (self.root,)
 
@@ -64,7 +64,7 @@ class Folder(DatasetConfig):
         Raises:
             ValueError: If it is not clear which folders are what, or a class has no training images.
         """
-        root = existing(self.root)
+        root = require_folder(self.root)
         ignored, notes = Ignored(root, KNOWN), Notes()
         layout = find_layout(root, self.train_folder, self.test_folder, ignored)
         train = _read(layout.train, self.domains, ignored, notes)
@@ -93,7 +93,9 @@ class Folder(DatasetConfig):
     def _nothing(self, folder: Path) -> str:
         """Say that there are no images in `folder`."""
         if not self.domains:
-            return f"no images in {folder}/<class>/: expected files ending in {', '.join(USUAL)} or the like"
+            return (
+                f"no images in {folder}/<class>/: expected files ending in {', '.join(DEFAULT_TEST_SHARE)} or the like"
+            )
         found = contents(folder, links=True).folders
         inside = sorted({path.name for domain in found for path in contents(domain, links=True).folders})
         return (
@@ -101,7 +103,7 @@ class Folder(DatasetConfig):
             f" with {inside[:5] or 'none'} inside"
         )
 
-    def by_domain(self) -> Folder:
+    def with_domains(self) -> Folder:
         """The same with folders of domains."""
         return replace(self, domains=True)
 

@@ -12,9 +12,9 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from pgp.datasets import BadImageError, Dataset, DatasetConfig, Split
+from pgp.datasets.base import BadImageError, Dataset, DatasetConfig, Split
 from pgp.datasets.files import read_image
-from pgp.datasets.parts import check_share, part_for_test, ranked
+from pgp.datasets.holdout import check_share, holdout_mask, natural_order
 from pgp.datasets.text import normalized
 
 HUB = "hf:"
@@ -67,17 +67,17 @@ class HuggingFace(DatasetConfig):
         domains, numbers = _coded(both, columns["domain"]) if self.domain else ((), [None] * len(both))
         splits = [HubSplit(self.name, *one) for one in zip(both, [columns["image"]] * 2, labels, numbers, strict=False)]
         if test is None:
-            chosen = part_for_test(splits[0], self.test_share, self.split_seed, lambda i: f"row {i} of {self.name}")
+            chosen = holdout_mask(splits[0], self.test_share, self.split_seed, lambda i: f"row {i} of {self.name}")
             splits = [splits[0].at(~chosen), splits[0].at(chosen)]
         folder = Path(self.name).expanduser()
         return Dataset(splits[0], splits[1], names, domains=domains, folder=folder if folder.is_dir() else None)
 
-    def located(self) -> DatasetConfig:
+    def with_absolute_paths(self) -> DatasetConfig:
         """See `DatasetConfig.located`; a name on the hub stays as it is."""
         path = Path(self.name).expanduser()
         return replace(self, name=str(path.absolute())) if path.exists() else self
 
-    def moved(self, place: str) -> DatasetConfig:
+    def relocated(self, place: str) -> DatasetConfig:
         """See `DatasetConfig.moved`."""
         return replace(self, name=place.removeprefix(HUB))
 
@@ -162,7 +162,7 @@ def _coded(parts: list[Any], column: str) -> tuple[tuple[str, ...], list[Tensor]
             raise ValueError(f"expected a name of its own for each value of {column}, got {twice[:5]} more than once")
     else:
         texts = [["" if value is None else normalized(str(value)) for value in part] for part in values]
-        names = ranked(text for part in texts for text in part if text)
+        names = natural_order(text for part in texts for text in part if text)
         place = {name: number for number, name in enumerate(names)}
         numbers = [[place.get(text, -1) for text in part] for part in texts]
     codes = [torch.tensor([-1 if number is None else number for number in part]) for part in numbers]

@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import torch
 
-from pgp.datasets import Counts, Dataset
 from pgp.datasets.archives import Archive
-from pgp.datasets.published import Published, folders_in, images_in, labelled
-from pgp.scenario import generator
+from pgp.datasets.base import Dataset, DatasetSize
+from pgp.datasets.published import DownloadableDataset, folders_in, images_in, labelled
+from pgp.rng import make_generator
 
 LISTS = Path(__file__).parent / "lists"
 WNID = re.compile(r"n\d{8}").fullmatch
@@ -21,7 +21,7 @@ SPLIT = re.compile(r"shared|folders|random:(\d+)").fullmatch
 
 
 @dataclass(frozen=True)
-class ImageNetR(Published):
+class ImageNetR(DownloadableDataset):
     """Read from `root/imagenet-r/<wnid>/*`, or, as other tools leave it, from its folders train and test."""
 
     tag = "imagenet-r"
@@ -34,7 +34,7 @@ class ImageNetR(Published):
             "imagenet-r",
         ),
     )
-    expected: ClassVar[Counts | None] = Counts(24_000, 6_000, 200)
+    expected: ClassVar[DatasetSize | None] = DatasetSize(24_000, 6_000, 200)
 
     split: str = "shared"
     """What is for the test. shared: the 6,000 images on a list that several codebases share, wherever they lie.
@@ -77,7 +77,9 @@ class ImageNetR(Published):
         if self.split == "shared":
             chosen = set(gzip.decompress((LISTS / "imagenet_r_test.txt.gz").read_bytes()).decode().split())
         else:
-            order = torch.randperm(len(names), generator=generator(int(self.split[7:]), "imagenet-r split")).tolist()
+            order = torch.randperm(
+                len(names), generator=make_generator(int(self.split[7:]), "imagenet-r split")
+            ).tolist()
             chosen = {names[place] for place in order[: round(0.2 * len(names))]}
         return (
             {name: everything[name] for name in names if name not in chosen},

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pgp.datasets import Dataset, DatasetConfig
+from pgp.datasets.base import Dataset, DatasetConfig
 from pgp.datasets.files import FileSplit
-from pgp.datasets.parts import check_share, ranked
+from pgp.datasets.holdout import check_share, natural_order
 from pgp.datasets.text import lines_of, normalized, read_text
 
 SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
@@ -46,7 +46,7 @@ class Manifest(DatasetConfig):
         check_share(self.test_share)
 
     @property
-    def places(self) -> tuple[Path, ...]:
+    def search_paths(self) -> tuple[Path, ...]:
         """See `DatasetConfig.places`."""
         return (self.file,)
 
@@ -71,7 +71,7 @@ class Manifest(DatasetConfig):
         for row in rows:
             if row.task:
                 taught.setdefault(row.task, set()).add(row.label)
-        tasks = tuple((task, tuple(name for name in names if name in taught[task])) for task in ranked(taught))
+        tasks = tuple((task, tuple(name for name in names if name in taught[task])) for task in natural_order(taught))
         return Dataset(train, test, names, tasks, domains, file.parent)
 
 
@@ -91,7 +91,7 @@ _REQUIRED, _OPTIONAL, _PARTS = ("path", "label"), ("split", "task", "domain"), (
 
 def _numbered(words: list[str]) -> tuple[tuple[str, ...], list[int]]:
     """Each word once, and the number of each in that order."""
-    once = ranked(words)
+    once = natural_order(words)
     place = {word: number for number, word in enumerate(once)}
     return once, [place[word] for word in words]
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 
-from pgp.datasets import DatasetConfig
+from pgp.datasets.base import DatasetConfig
 from pgp.datasets.folder import Folder
 from pgp.datasets.hugging_face import HUB, HuggingFace
 from pgp.datasets.manifest import SUFFIXES, Manifest
-from pgp.paths import Place, as_path
+from pgp.system.paths import Place, as_path
 
 
-def own_data(place: Place) -> DatasetConfig:
+def dataset_from_path(place: Place) -> DatasetConfig:
     """The data set at `place`: a table of images, `hf:` and the name or path of a Hugging Face data set, or a folder.
 
-    >>> own_data("photos.csv").file.name, own_data("photos").root.name, own_data("hf:beans").name
+    >>> dataset_from_path("photos.csv").file.name, dataset_from_path("photos").root.name, dataset_from_path("hf:beans").name
     ('photos.csv', 'photos', 'beans')
     """
     path = as_path(place, f"data, or {HUB}NAME")
@@ -31,12 +31,12 @@ def own_data(place: Place) -> DatasetConfig:
     return Folder(path)
 
 
-def moved(config: DatasetConfig, place: Place) -> DatasetConfig:
+def relocate(config: DatasetConfig, place: Place) -> DatasetConfig:
     """Return the data set of a run at another place, with its own settings unless another kind of data lies there.
 
-    >>> moved(Folder("old", test_share=0.5), "new").test_share, type(moved(Folder("old"), "new.csv")).__name__
+    >>> relocate(Folder("old", test_share=0.5), "new").test_share, type(relocate(Folder("old"), "new.csv")).__name__
     (0.5, 'Manifest')
     """
-    there = own_data(place)
+    there = dataset_from_path(place)
     of_ones_own = isinstance(config, (Folder, HuggingFace, Manifest))
-    return there if of_ones_own and type(there) is not type(config) else config.moved(os.fspath(place))
+    return there if of_ones_own and type(there) is not type(config) else config.relocated(os.fspath(place))

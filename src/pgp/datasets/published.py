@@ -9,14 +9,14 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from pgp.datasets import Dataset, DatasetConfig
+from pgp.datasets.base import Dataset, DatasetConfig
 from pgp.datasets.download import there, unpacked
 from pgp.datasets.files import FileSplit
 from pgp.datasets.scan import contents
 
 
 @dataclass(frozen=True)
-class Published(DatasetConfig):
+class DownloadableDataset(DatasetConfig):
     """Read in place from `root/<its folder>`, or from `root` where that is the folder itself; else downloaded."""
 
     root: Path = Path("data")
@@ -34,7 +34,7 @@ class Published(DatasetConfig):
                 unpacked(archive, self.root, progress)
 
     @property
-    def places(self) -> tuple[Path, ...]:
+    def search_paths(self) -> tuple[Path, ...]:
         """See `DatasetConfig.places`."""
         (archive,) = self.archives
         root = self.root.expanduser().absolute()
@@ -52,11 +52,11 @@ class Published(DatasetConfig):
         """
         if folder := self._found():
             return folder
-        raise ValueError(f"no data folder at {self.places[0]}: pgp data get fetches it, or put what"
+        raise ValueError(f"no data folder at {self.search_paths[0]}: pgp data get fetches it, or put what"
                          f" {self.archives[0].name} holds there")  # fmt: skip
 
     def _found(self) -> Path | None:
-        return next((folder for folder in self.places if there(folder)), None)
+        return next((folder for folder in self.search_paths if there(folder)), None)
 
 
 def labelled(pairs: Iterable[tuple[Path, int]]) -> FileSplit:
@@ -79,7 +79,7 @@ def folders_in(folder: Path, fits: Callable[[str], object]) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and fits(path.name))
 
 
-def present(paths: Iterable[Path], index: Path) -> list[Path]:
+def require_files(paths: Iterable[Path], index: Path) -> list[Path]:
     """The files `paths`, which `index` names.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pgp.datasets.decode import SUFFIXES, starts_like_image
 from pgp.datasets.ignored import Ignored
 from pgp.datasets.text import normalized
-from pgp.outputs import MARKER
+from pgp.system.outputs import MARKER
 
 SYSTEM = frozenset(
     name.casefold()

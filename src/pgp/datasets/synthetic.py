@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from pgp.datasets import ArraySplit, Dataset, DatasetConfig
-from pgp.scenario import generator
+from pgp.datasets.base import ArraySplit, Dataset, DatasetConfig
+from pgp.rng import make_generator
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Synthetic(DatasetConfig):
 
     def build(self) -> Dataset:
         """The same images for the same settings."""
-        patterns = torch.rand(self.classes, 3, 4, 4, generator=generator(self.seed, "patterns"))
+        patterns = torch.rand(self.classes, 3, 4, 4, generator=make_generator(self.seed, "patterns"))
         patterns = F.interpolate(patterns, self.size, mode="bicubic").clamp(0, 1)
         names = tuple(f"pattern {label}" for label in range(self.classes))
         train, test = self._split(patterns, "train", self.per_class), self._split(patterns, "test", self._tests)
@@ -42,10 +42,10 @@ class Synthetic(DatasetConfig):
 
     def _split(self, patterns: torch.Tensor, part: str, per_class: int) -> ArraySplit:
         labels = torch.arange(self.classes).repeat_interleave(per_class).repeat(max(1, self.domains))
-        noise = torch.randn(len(labels), 3, self.size, self.size, generator=generator(self.seed, part))
+        noise = torch.randn(len(labels), 3, self.size, self.size, generator=make_generator(self.seed, part))
         images = (patterns[labels] + self.noise * noise).clamp(0, 1) * 255
         domains = torch.arange(self.domains).repeat_interleave(self.classes * per_class) if self.domains else None
         if domains is not None:
-            tints = torch.rand(self.domains, 3, 1, 1, generator=generator(self.seed, "tints"))
+            tints = torch.rand(self.domains, 3, 1, 1, generator=make_generator(self.seed, "tints"))
             images = (images + 255 * tints[domains]) / 2
         return ArraySplit(images.to(torch.uint8), labels, domains)

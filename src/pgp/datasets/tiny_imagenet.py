@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from pgp.datasets import Counts, Dataset
 from pgp.datasets.archives import Archive
-from pgp.datasets.published import Published, folders_in, images_in, labelled, present
+from pgp.datasets.base import Dataset, DatasetSize
+from pgp.datasets.published import DownloadableDataset, folders_in, images_in, labelled, require_files
 from pgp.datasets.text import lines_of, read_text
 
 WNID = re.compile(r"n\d{8}").fullmatch
 
 
 @dataclass(frozen=True)
-class TinyImageNet(Published):
+class TinyImageNet(DownloadableDataset):
     """Read from `root/tiny-imagenet-200`; the test is its `val`, whose labels are published.
 
     Test images lie in `val/images`, or as other tools leave them, in a folder per class in `val` or in `test`.
@@ -34,7 +34,7 @@ class TinyImageNet(Published):
             248_100_043,
         ),
     )
-    expected: ClassVar[Counts | None] = Counts(100_000, 10_000, 200)
+    expected: ClassVar[DatasetSize | None] = DatasetSize(100_000, 10_000, 200)
 
     def read(self) -> Dataset:
         """100,000 training and 10,000 test images, labels in the order of the WordNet ids."""
@@ -54,7 +54,7 @@ def _test(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
         if strangers := [line for line in lines if len(line) < 2 or line[1] not in wnids]:
             raise ValueError(f"expected lines of an image and a class of {folder / 'train'} in {index}, got"
                              f" {strangers[0]}")  # fmt: skip
-        paths = present((folder / "val" / "images" / line[0] for line in lines), index)
+        paths = require_files((folder / "val" / "images" / line[0] for line in lines), index)
         return [(path, wnids.index(line[1])) for path, line in zip(paths, lines, strict=True)]
     for part in (folder / "val", folder / "test"):
         if strangers := [[wnid] for wnid in folders_in(part, WNID) if wnid not in wnids]:

@@ -16,8 +16,8 @@ import requests
 import urllib3
 from rich.progress import Progress
 
-from pgp import platforms
 from pgp.datasets.archives import RESERVE, ArchiveError
+from pgp.system import platforms
 
 CHUNK = 1 << 16
 TIMEOUT = (15, 60)

@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgp.backbones import Backbone, VisionLanguage
-from pgp.methods import Method
-from pgp.scenario import Task, generator
-from pgp.subspace import Protected, Rows
+from pgp.backbones.base import Backbone, VisionLanguage
+from pgp.methods.base import Method
+from pgp.rng import make_generator
+from pgp.scenario import Task
+from pgp.subspace import ProtectedInputs, ProtectedParameter
 
 
 class TextHead(nn.Module):
@@ -62,13 +63,13 @@ class ZeroShot(Method):
 
     backbone: VisionLanguage
     head: TextHead
-    by_class: tuple[str, ...] = ("head.text",)
-    asks = False
-    published_scope = "cut"
+    per_class_tensors: tuple[str, ...] = ("head.text",)
+    uses_query = False
+    legacy_scope = "cut"
 
     def __init__(self, config: Method.Config, backbone: Backbone, class_names: Sequence[str]) -> None:
         encoder = _with_text(backbone)
-        super().__init__(encoder, TextHead(len(class_names), encoder.joint, encoder.scale))
+        super().__init__(encoder, TextHead(len(class_names), encoder.embed_dim, encoder.logit_scale))
         self.config = config
         self.class_names = [name.replace("_", " ").strip() for name in class_names]
 
@@ -97,7 +98,7 @@ class ZeroShot(Method):
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """Return the image features `(B, E)`, not normalised."""
-        return self.backbone.project(self.backbone(images, self._prompts(len(images)), read=1)[:, 0])
+        return self.backbone.project(self.backbone(images, self._prompts(len(images)), num_tokens=1)[:, 0])
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the cross-entropy over the classes of `task`."""
@@ -159,7 +160,7 @@ class CLIPPrompt(ZeroShot):
         self.settings = config
         width, text_width = backbone.width, self.backbone.text_width
         contexts = len(class_names) if config.per_class else 1
-        self.by_class = (*self.by_class, "context") if config.per_class else self.by_class
+        self.per_class_tensors = (*self.per_class_tensors, "context") if config.per_class else self.per_class_tensors
         self._seed = draws.initial_seed()
         self.image_prompt = nn.Parameter(torch.empty(config.image_prompt, width).normal_(std=0.02, generator=draws))
         self.context = nn.Parameter(
@@ -171,10 +172,10 @@ class CLIPPrompt(ZeroShot):
         """Draw a new context from the run's seed and the task, unless each class has its own."""
         if not self.settings.per_class:
             drawn = torch.empty(self.context.shape)  # on the CPU, where a draw is the same whatever the device
-            self.context.copy_(drawn.normal_(std=0.02, generator=generator(self._seed, "context", task.index)))
-        self.catch_up(task)
+            self.context.copy_(drawn.normal_(std=0.02, generator=make_generator(self._seed, "context", task.index)))
+        self.refresh_head(task)
 
-    def catch_up(self, task: Task) -> None:
+    def refresh_head(self, task: Task) -> None:
         """Encode the class names of `task` in their context, and cache them."""
         with torch.no_grad():
             self.head.learn(task.classes, self.text_features(task))
@@ -204,7 +205,7 @@ class CLIPPrompt(ZeroShot):
         embedded = embedded.scatter(1, places.expand_as(context), context.to(embedded.dtype))
         return self.backbone.encode_text(embedded, tokens)
 
-    def shared(self, task: Task) -> dict[str, Tensor]:
+    def batch_constants(self, task: Task) -> dict[str, Tensor]:
         """Return the text features, which all parts of a batch share."""
         return {"text": self.text_features(task)}
 
@@ -216,31 +217,31 @@ class CLIPPrompt(ZeroShot):
         """
         return [self.image_prompt]
 
-    def protected(self) -> dict[str, Protected]:
+    def protected(self) -> dict[str, ProtectedParameter]:
         """Return the image prompt, and again along its other axis if `protect` names aggregation."""
-        spaces = {"prompts": Protected(self.image_prompt)}
+        spaces = {"prompts": ProtectedParameter(self.image_prompt)}
         if self.settings.protect == "affinity+aggregation":
-            spaces["shares"] = Protected(self.image_prompt, axis=-2, role="value")
+            spaces["shares"] = ProtectedParameter(self.image_prompt, axis=-2, role="value")
         return spaces
 
     @torch.no_grad()
-    def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
+    def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
         """Return image tokens and the prompt as they enter the first block, or its attention.
 
         No transformer block runs here but the attention of the first, if `protect` needs it.
         """
         prompts = self._prompts(len(images))
-        rows = {"prompts": Rows(self.backbone.embed(images), prompts[0])}
+        rows = {"prompts": ProtectedInputs(self.backbone.embed(images), prompts[0])}
         if self.settings.protect != "tokens":
             trace = self.backbone.trace(images, {0}, prompts)[0]
-            assert trace.shares is not None
-            rows["prompts"] = Rows(trace.queries, through=self.backbone.affinity(0, moves="prompt"))
-            shares = trace.shares / self.backbone.divided(self.image_prompt)
-            rows["shares"] = Rows(shares.flatten(1, 2))  # (B, H * N, L)
+            assert trace.prompt_attention is not None
+            rows["prompts"] = ProtectedInputs(trace.queries, head_maps=self.backbone.affinity_maps(0, moves="prompt"))
+            shares = trace.prompt_attention / self.backbone.norm_scale(self.image_prompt)
+            rows["shares"] = ProtectedInputs(shares.flatten(1, 2))  # (B, H * N, L)
         return {space: rows[space] for space in self.protected()}
 
     def _prompts(self, count: int) -> dict[int, Tensor]:
-        return {0: self.backbone.place(self.image_prompt.expand(count, -1, -1))}
+        return {0: self.backbone.embed_prompts(self.image_prompt.expand(count, -1, -1))}
 
 
 def _with_text(backbone: Backbone) -> VisionLanguage:

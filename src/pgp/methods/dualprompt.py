@@ -10,11 +10,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgp.backbones import Backbone
-from pgp.methods import Method, linear_head, only
-from pgp.prompts import PrefixPool, Selection, TokenPool, by_prompt, choose, inherit, match, members
+from pgp.backbones.base import Backbone
+from pgp.methods.base import Method, linear_head, mask_logits
+from pgp.methods.prompts import (
+    PrefixPool,
+    Selection,
+    TokenPool,
+    copy_previous_slot,
+    cosine_similarity,
+    scatter_by_prompt,
+    select_prompts,
+    selection_mask,
+)
 from pgp.scenario import Task
-from pgp.subspace import Protected, Rows
+from pgp.subspace import ProtectedInputs, ProtectedParameter
 
 
 class DualPrompt(Method):
@@ -46,7 +55,7 @@ class DualPrompt(Method):
         """Experts that an image selects, k."""
         pull: float = 1.0
         """Weight of the term that pulls the selected keys toward the queries."""
-        experts: Literal["prefix", "token"] = "prefix"
+        expert_type: Literal["prefix", "token"] = "prefix"
         """Whether experts are keys and values of attention, or tokens that join the sequence at their layer."""
         same_key_and_value: bool = False
         """Use one parameter for both the keys and the values of a prefix."""
@@ -90,7 +99,7 @@ class DualPrompt(Method):
             return PrefixPool(size, length, heads, width, generator=generator, shared=config.same_key_and_value)
 
         def expert() -> PrefixPool | TokenPool:
-            if config.experts == "token":
+            if config.expert_type == "token":
                 return TokenPool(config.pool_size, config.expert_length, backbone.width, generator=generator)
             return prefixes(config.pool_size, config.expert_length)
 
@@ -104,47 +113,51 @@ class DualPrompt(Method):
         """Copy the experts of the last task, if `shared_pool`."""
         if self.config.shared_pool:
             for parameter in self.experts.parameters():
-                inherit(parameter, task.index, self.config.top_k)
+                copy_previous_slot(parameter, task.index, self.config.top_k)
 
-    def choices(self, query: Tensor) -> Tensor:
-        """See `Method.choices`."""
-        return members(choose(match(query, self.key), self.config.top_k), self.config.pool_size)
+    def selected_prompts(self, query: Tensor) -> Tensor:
+        """See `Method.selected_prompts`."""
+        return selection_mask(
+            select_prompts(cosine_similarity(query, self.key), self.config.top_k), self.config.pool_size
+        )
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """Return CLS; see `Method.features`."""
         query = self.query(images) if query is None else query
-        return self._read(images, choose(match(query, self.key), self.config.top_k, by_vote=by_vote))
+        return self._read(
+            images, select_prompts(cosine_similarity(query, self.key), self.config.top_k, by_vote=by_vote)
+        )
 
     @torch.no_grad()
-    def prepare(self, images: Tensor, task: Task) -> dict[str, Tensor]:
+    def prepare_batch(self, images: Tensor, task: Task) -> dict[str, Tensor]:
         """Return the queries `(B, D)` and the `indices (B, k)` of the selected experts."""
         query = self.query(images)
         slot = task.index if self.config.prompt_mask else None
         by_vote = self.config.selection == "batch"
-        indices = choose(match(query, self.key), self.config.top_k, slot=slot, by_vote=by_vote)
+        indices = select_prompts(cosine_similarity(query, self.key), self.config.top_k, slot=slot, by_vote=by_vote)
         return {"query": query, "indices": indices}
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the cross-entropy over the classes of `task`, minus the weighted similarity of the selected keys."""
-        prepared = prepared or self.prepare(images, task)
-        selection = Selection(prepared["indices"], match(prepared["query"], self.key))
-        logits = only(self.head(self._read(images, selection.indices)), task.classes)
-        return F.cross_entropy(logits, labels) - self.config.pull * selection.pull
+        prepared = prepared or self.prepare_batch(images, task)
+        selection = Selection(prepared["indices"], cosine_similarity(prepared["query"], self.key))
+        logits = mask_logits(self.head(self._read(images, selection.indices)), task.classes)
+        return F.cross_entropy(logits, labels) - self.config.pull * selection.key_similarity
 
-    def protected(self) -> dict[str, Protected]:
+    def protected(self) -> dict[str, ProtectedParameter]:
         """Return the keys of the experts, and by layer the keys of prefixes and, if asked for, values; or tokens."""
-        spaces = {"keys": Protected(self.key, role="key")}
+        spaces = {"keys": ProtectedParameter(self.key, role="key")}
         for name, _, pool in self._pools():
             if isinstance(pool, TokenPool):
-                spaces[name] = Protected(pool.tokens)
+                spaces[name] = ProtectedParameter(pool.tokens)
             else:
-                spaces[f"{name} keys"] = Protected(pool.keys)
+                spaces[f"{name} keys"] = ProtectedParameter(pool.keys)
                 if self.config.protect == "keys+values":
-                    spaces[f"{name} values"] = Protected(pool.values, axis=-2, role="value")
+                    spaces[f"{name} values"] = ProtectedParameter(pool.values, axis=-2, role="value")
         return spaces
 
     @torch.no_grad()
-    def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
+    def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
         """Return the attention queries of each layer by head, the attention weights of prefixes, and the image queries.
 
         The attention output of an old query q stays if the prefix keys move by `q dk^T = 0`, which keeps its weights S,
@@ -152,19 +165,21 @@ class DualPrompt(Method):
         expert for the images that selected it.
         """
         query = self.query(images) if query is None else query
-        indices = choose(match(query, self.key), self.config.top_k)
+        indices = select_prompts(cosine_similarity(query, self.key), self.config.top_k)
         prompts, prefixes = self._inputs(indices)
         traces = self.backbone.trace(images, {*prompts, *prefixes}, prompts, prefixes)
-        rows = {"keys": Rows(query.unsqueeze(1))}
+        rows = {"keys": ProtectedInputs(query.unsqueeze(1))}
         for name, layer, pool in self._pools():
             trace = traces[layer]
             if isinstance(pool, TokenPool):
-                rows[name] = Rows(trace.tokens, prompts[layer])
+                rows[name] = ProtectedInputs(trace.tokens, prompts[layer])
             else:
-                rows[f"{name} keys"] = Rows(trace.queries)
+                rows[f"{name} keys"] = ProtectedInputs(trace.queries)
                 if self.config.protect == "keys+values":
-                    assert trace.shares is not None
-                    rows[f"{name} values"] = Rows(by_prompt(trace.shares, indices, len(pool.keys)))
+                    assert trace.prompt_attention is not None
+                    rows[f"{name} values"] = ProtectedInputs(
+                        scatter_by_prompt(trace.prompt_attention, indices, len(pool.keys))
+                    )
         return rows
 
     def _pools(self) -> Iterator[tuple[str, int, PrefixPool | TokenPool]]:
@@ -186,5 +201,5 @@ class DualPrompt(Method):
 
     def _read(self, images: Tensor, indices: Tensor) -> Tensor:
         prompts, prefixes = self._inputs(indices)
-        cls: Tensor = self.backbone(images, prompts, prefixes, read=1)[:, 0]
+        cls: Tensor = self.backbone(images, prompts, prefixes, num_tokens=1)[:, 0]
         return cls

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgp.backbones import Backbone
-from pgp.methods import Method, linear_head, only
+from pgp.backbones.base import Backbone
+from pgp.methods.base import Method, linear_head, mask_logits
 from pgp.scenario import Task
 
 
@@ -37,5 +37,5 @@ class HeadOnly(Method):
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the cross-entropy over the classes of `task`."""
-        query = (prepared or self.prepare(images, task))["query"]
-        return F.cross_entropy(only(self.head(query), task.classes), labels)
+        query = (prepared or self.prepare_batch(images, task))["query"]
+        return F.cross_entropy(mask_logits(self.head(query), task.classes), labels)

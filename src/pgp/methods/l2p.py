@@ -10,11 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pgp.backbones import Backbone
-from pgp.methods import Method, linear_head, only
-from pgp.prompts import PromptPool, Selection, by_prompt, inherit, match, members
+from pgp.backbones.base import Backbone
+from pgp.methods.base import Method, linear_head, mask_logits
+from pgp.methods.prompts import (
+    PromptPool,
+    Selection,
+    copy_previous_slot,
+    cosine_similarity,
+    scatter_by_prompt,
+    selection_mask,
+)
 from pgp.scenario import Task
-from pgp.subspace import Protected, Rows
+from pgp.subspace import ProtectedInputs, ProtectedParameter
 
 
 class L2P(Method):
@@ -38,7 +45,7 @@ class L2P(Method):
         """Prompts that an image selects, k."""
         pull: float = 0.1
         """Weight of the term that pulls the selected keys toward the queries."""
-        reads: Literal["prompt", "token", "token+prompt"] = "prompt"
+        head_type: Literal["prompt", "token", "token+prompt"] = "prompt"
         """What the head reads: the mean of the prompts' output tokens, CLS, or the mean of all of them."""
         keys: Literal["learned", "mean"] = "learned"
         """Whether the key of a prompt is a parameter of its own or the mean of its tokens."""
@@ -82,11 +89,11 @@ class L2P(Method):
     def begin_task(self, task: Task) -> None:
         """Copy the prompts of the last task, if `shared_pool`."""
         if self.config.shared_pool:
-            inherit(self.pool.prompts, task.index, self.pool.top_k)
+            copy_previous_slot(self.pool.prompts, task.index, self.pool.top_k)
 
-    def choices(self, query: Tensor) -> Tensor:
-        """See `Method.choices`."""
-        return members(self.pool.select(query).indices, self.config.pool_size)
+    def selected_prompts(self, query: Tensor) -> Tensor:
+        """See `Method.selected_prompts`."""
+        return selection_mask(self.pool.select(query).indices, self.config.pool_size)
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """See `Method.features`."""
@@ -94,7 +101,7 @@ class L2P(Method):
         return self._read(images, self.pool.select(query, by_vote=by_vote))
 
     @torch.no_grad()
-    def prepare(self, images: Tensor, task: Task) -> dict[str, Tensor]:
+    def prepare_batch(self, images: Tensor, task: Task) -> dict[str, Tensor]:
         """Return the queries `(B, D)` and the `indices (B, k)` of the selected prompts."""
         query = self.query(images)
         slot = task.index if self.config.prompt_mask else None
@@ -103,43 +110,48 @@ class L2P(Method):
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the cross-entropy over the classes of `task`, minus the weighted similarity of the selected keys."""
-        prepared = prepared or self.prepare(images, task)
-        selection = Selection(prepared["indices"], match(prepared["query"], self.pool.key))
-        logits = only(self.head(self._read(images, selection)), task.classes)
-        return F.cross_entropy(logits, labels) - self.config.pull * selection.pull
+        prepared = prepared or self.prepare_batch(images, task)
+        selection = Selection(prepared["indices"], cosine_similarity(prepared["query"], self.pool.key))
+        logits = mask_logits(self.head(self._read(images, selection)), task.classes)
+        return F.cross_entropy(logits, labels) - self.config.pull * selection.key_similarity
 
-    def protected(self) -> dict[str, Protected]:
+    def protected(self) -> dict[str, ProtectedParameter]:
         """Return the prompts, and the keys if they are parameters of their own."""
-        spaces = {"prompts": Protected(self.pool.prompts)}
+        spaces = {"prompts": ProtectedParameter(self.pool.prompts)}
         if self.config.protect == "affinity+aggregation":
-            spaces["shares"] = Protected(self.pool.prompts, axis=-2, role="value")
+            spaces["shares"] = ProtectedParameter(self.pool.prompts, axis=-2, role="value")
         if self.pool.learned_key is not None:
-            spaces["keys"] = Protected(self.pool.learned_key, role="key")
+            spaces["keys"] = ProtectedParameter(self.pool.learned_key, role="key")
         return spaces
 
     @torch.no_grad()
-    def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
+    def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
         """Return image tokens and selected prompts as they enter the first block, or its attention; and the queries.
 
         No transformer block runs here but the attention of the first, if `protect` needs it.
         """
         query = self.query(images) if query is None else query
         selection = self.pool.select(query)
-        prompts = self.backbone.place(self.pool.tokens(selection))
-        rows = {"prompts": Rows(self.backbone.embed(images), prompts), "keys": Rows(query.unsqueeze(1))}
+        prompts = self.backbone.embed_prompts(self.pool.tokens(selection))
+        rows = {
+            "prompts": ProtectedInputs(self.backbone.embed(images), prompts),
+            "keys": ProtectedInputs(query.unsqueeze(1)),
+        }
         if self.config.protect != "tokens":
             trace = self.backbone.trace(images, {0}, {0: prompts})[0]
-            assert trace.shares is not None
-            rows["prompts"] = Rows(trace.queries, through=self.backbone.affinity(0, moves="prompt"))
-            shares = by_prompt(trace.shares, selection.indices, self.config.pool_size)  # (B, M, H, N, L)
-            shares = shares / self.backbone.divided(self.pool.prompts)[:, None, None]
-            rows["shares"] = Rows(shares.flatten(2, 3))
+            assert trace.prompt_attention is not None
+            rows["prompts"] = ProtectedInputs(trace.queries, head_maps=self.backbone.affinity_maps(0, moves="prompt"))
+            shares = scatter_by_prompt(
+                trace.prompt_attention, selection.indices, self.config.pool_size
+            )  # (B, M, H, N, L)
+            shares = shares / self.backbone.norm_scale(self.pool.prompts)[:, None, None]
+            rows["shares"] = ProtectedInputs(shares.flatten(2, 3))
         return {space: rows[space] for space in self.protected()}
 
     def _read(self, images: Tensor, selection: Selection) -> Tensor:
-        prompts = self.backbone.place(self.pool.tokens(selection))  # (B, P, D), P = top_k * L
-        reads, P = self.config.reads, prompts.shape[1]
-        tokens = self.backbone(images, {0: prompts}, read=1 if reads == "token" else 1 + P)  # CLS, prompts
+        prompts = self.backbone.embed_prompts(self.pool.tokens(selection))  # (B, P, D), P = top_k * L
+        reads, P = self.config.head_type, prompts.shape[1]
+        tokens = self.backbone(images, {0: prompts}, num_tokens=1 if reads == "token" else 1 + P)  # CLS, prompts
         if reads == "prompt":
             tokens = tokens[:, 1:]
         features: Tensor = tokens.mean(1)

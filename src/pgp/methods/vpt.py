@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgp.backbones import Backbone
-from pgp.methods import Method, linear_head, only
+from pgp.backbones.base import Backbone
+from pgp.methods.base import Method, linear_head, mask_logits
 from pgp.scenario import Task
-from pgp.subspace import Protected, Rows
+from pgp.subspace import ProtectedInputs, ProtectedParameter
 
 
 class VPT(Method):
@@ -28,7 +28,7 @@ class VPT(Method):
     have different deviations; and the penalty leaves means free, which LayerNorm subtracts anyway.
     """
 
-    asks = False
+    uses_query = False
 
     @dataclass(frozen=True)
     class Config(Method.Config):
@@ -44,7 +44,7 @@ class VPT(Method):
         """What updates of the prompts must be orthogonal to: the tokens of old images in that block (PGP); the
         directions that change their attention scores; or these, and the old attention weights along the prompts
         (NSP2)."""
-        behind_norm: bool = False
+        prompts_after_norm: bool = False
         """Learn the prompts behind the block's LayerNorm instead of before it. Their deviations then cannot change, so
         affinity and aggregation protect exactly."""
         norm_penalty: float = 0.0
@@ -54,7 +54,7 @@ class VPT(Method):
             if self.length < 1 or self.norm_penalty < 0:
                 raise ValueError(f"expected method.length of at least 1 and method.norm_penalty of at least 0, got"
                                  f" {self.length} and {self.norm_penalty}")  # fmt: skip
-            if self.behind_norm and self.norm_penalty:
+            if self.prompts_after_norm and self.norm_penalty:
                 raise ValueError("expected method.norm_penalty 0 beside behind_norm: there is no norm to hold")
             if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
                 raise ValueError(f"expected method.layers with each layer once, got {self.layers}")
@@ -77,19 +77,19 @@ class VPT(Method):
         self.prompts = nn.ParameterList()
         for layer in self.layers:
             tokens = torch.empty(shape).uniform_(-reach, reach, generator=generator)
-            if config.behind_norm:
-                tokens = backbone.normed(layer, tokens)[0].detach().float()
+            if config.prompts_after_norm:
+                tokens = backbone.apply_norm(layer, tokens)[0].detach().float()
             self.prompts.append(nn.Parameter(tokens))
         self.register_buffer("deviations", torch.zeros(len(self.layers), config.length))
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """Return CLS; see `Method.features`."""
-        cls: Tensor = self.backbone(images, prefixes=self._prefixes(len(images)), read=1)[:, 0]
+        cls: Tensor = self.backbone(images, prefixes=self._prefixes(len(images)), num_tokens=1)[:, 0]
         return cls
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the cross-entropy over the classes of `task`, plus the penalty on changed deviations."""
-        loss = F.cross_entropy(only(self(images), task.classes), labels)
+        loss = F.cross_entropy(mask_logits(self(images), task.classes), labels)
         if self.config.norm_penalty:
             moved = torch.stack([deviation for _, deviation in self._normed()]) - self.deviations
             loss = loss + self.config.norm_penalty * (moved.abs() * (self.deviations > 0)).sum()
@@ -101,30 +101,32 @@ class VPT(Method):
         super().end_task(task)
         self.deviations.copy_(torch.stack([deviation for _, deviation in self._normed()]))
 
-    def protected(self) -> dict[str, Protected]:
+    def protected(self) -> dict[str, ProtectedParameter]:
         """Return the prompts of each block, and again along their other axis if `protect` names aggregation."""
-        spaces = {f"prompts {layer}": Protected(prompts) for layer, prompts in self._each()}
+        spaces = {f"prompts {layer}": ProtectedParameter(prompts) for layer, prompts in self._each()}
         if self.config.protect == "affinity+aggregation":
-            spaces |= {f"shares {layer}": Protected(prompts, -2, "value") for layer, prompts in self._each()}
+            spaces |= {f"shares {layer}": ProtectedParameter(prompts, -2, "value") for layer, prompts in self._each()}
         return spaces
 
     @torch.no_grad()
-    def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, Rows]:
+    def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
         """Return by block its tokens and prompts, or the queries of its heads, and the attention weights of prompts."""
         traces = self.backbone.trace(images, set(self.layers), prefixes=self._prefixes(len(images)))
         rows = {}
         for (layer, prompts), (_, deviation) in zip(self._each(), self._normed(), strict=True):
             trace = traces[layer]
             if self.config.protect == "tokens":
-                behind = self.config.behind_norm
-                tokens = self.backbone.normed(layer, trace.tokens)[0] if behind else trace.tokens
-                rows[f"prompts {layer}"] = Rows(tokens, prompts.expand(len(images), -1, -1))
+                behind = self.config.prompts_after_norm
+                tokens = self.backbone.apply_norm(layer, trace.tokens)[0] if behind else trace.tokens
+                rows[f"prompts {layer}"] = ProtectedInputs(tokens, prompts.expand(len(images), -1, -1))
                 continue
-            through = self.backbone.affinity(layer, moves="normed" if self.config.behind_norm else "token")
-            rows[f"prompts {layer}"] = Rows(trace.queries, through=through)
+            through = self.backbone.affinity_maps(layer, moves="normed" if self.config.prompts_after_norm else "token")
+            rows[f"prompts {layer}"] = ProtectedInputs(trace.queries, head_maps=through)
             if self.config.protect == "affinity+aggregation":
-                assert trace.shares is not None
-                rows[f"shares {layer}"] = Rows((trace.shares / deviation).flatten(1, 2))  # (B, H * N, L)
+                assert trace.prompt_attention is not None
+                rows[f"shares {layer}"] = ProtectedInputs(
+                    (trace.prompt_attention / deviation).flatten(1, 2)
+                )  # (B, H * N, L)
         return rows
 
     def _each(self) -> list[tuple[int, nn.Parameter]]:
@@ -132,11 +134,13 @@ class VPT(Method):
 
     def _normed(self) -> list[tuple[Tensor, Tensor]]:
         """Return by layer the prompts behind the norm and their deviations `(L,)`, 1 if they are learned there."""
-        if self.config.behind_norm:
+        if self.config.prompts_after_norm:
             return [(prompts, torch.ones_like(prompts[:, 0])) for prompts in self.prompts]
-        return [self.backbone.normed(layer, prompts) for layer, prompts in self._each()]
+        return [self.backbone.apply_norm(layer, prompts) for layer, prompts in self._each()]
 
     def _prefixes(self, count: int) -> dict[int, Tensor]:
         """Return by layer the keys and values for `count` images, `(count, 2, H, L, d)`."""
         made = zip(self.layers, self._normed(), strict=True)
-        return {layer: self.backbone.prefix(layer, tokens).expand(count, -1, -1, -1, -1) for layer, (tokens, _) in made}
+        return {
+            layer: self.backbone.make_prefix(layer, tokens).expand(count, -1, -1, -1, -1) for layer, (tokens, _) in made
+        }

@@ -9,8 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pgp.projections import Projection
-from pgp.subspace import Moment, Protected, Rows, extend, images_together, second_of_sums, to_float64
+from pgp.projections.base import Projection
+from pgp.subspace import (
+    ProtectedInputs,
+    ProtectedParameter,
+    SecondMoment,
+    extend_basis,
+    flatten_images,
+    second_moment_of_sums,
+    to_float64,
+)
 
 
 class Orthogonal(Projection):
@@ -18,7 +26,7 @@ class Orthogonal(Projection):
 
     A change dp of a prompt leaves old attention scores as they were, to first order, if `x dp^T = 0` and `p dp^T = 0`
     for all old x and p. Keys are protected by old queries in the same way, and prefixes by the queries of their
-    attention head. The basis grows by the rule of GPM, see `pgp.subspace.extend`.
+    attention head. The basis grows by the rule of GPM, see `pgp.subspace.extend_basis`.
     """
 
     @dataclass(frozen=True)
@@ -27,58 +35,60 @@ class Orthogonal(Projection):
 
         tag = "orthogonal"
 
-        space: Literal["sum", "union", "input"] = "sum"
+        basis: Literal["sum", "union", "input"] = "sum"
         """How old inputs x and old prompts p become one subspace: `sum`, that of all sums x + p (the paper); `union`,
         that of x and then of p, so that both conditions hold; `input`, that of x alone (GPM)."""
         energy: float = 0.5
         """Share in [0, 1] of the trace of the second moment that the basis must capture (the paper's epsilon)."""
         key_energy: float = 0.97
         """The same for prompt keys, whose inputs are the queries."""
-        on: Literal["gradient", "update"] = "gradient"
+        apply_to: Literal["gradient", "update"] = "gradient"
         """Project the gradient before the optimizer's step (the paper), or the change that the step made. Only the
         latter is exact for Adam, momentum and weight decay."""
-        aggregation_energy: float | None = None
+        value_energy: float | None = None
         """The same for parameters whose inputs are old attention weights: values of prefixes, and prompts along their
         other axis. If None, `energy`."""
-        hold_norms: bool = False
+        preserve_key_norms: bool = False
         """Keep the norms of prompt keys as well, if updates are projected. Images match keys by cosine, which changes
         with the norm of a key even if its inner product with old queries stays."""
 
         def __post_init__(self) -> None:
-            for name in ("energy", "key_energy", "aggregation_energy"):
+            for name in ("energy", "key_energy", "value_energy"):
                 value = getattr(self, name)
                 if value is not None and not 0 <= value <= 1:
                     raise ValueError(f"expected projection.{name} in [0, 1], got {value}")
-            if self.hold_norms and self.on == "gradient":
-                raise ValueError("expected projection.on=update beside hold_norms: a gradient knows no norms")
+            if self.preserve_key_norms and self.apply_to == "gradient":
+                raise ValueError(
+                    "expected projection.apply_to=update beside preserve_key_norms: a gradient knows no norms"
+                )
 
-        def build(self, protected: Mapping[str, Protected], seed: int = 0) -> Orthogonal:
+        def build(self, protected: Mapping[str, ProtectedParameter], seed: int = 0) -> Orthogonal:
             """Return a projection that has seen no task yet."""
             return Orthogonal(protected, self, seed)
 
         def energy_of(self, role: str) -> float:
             """Return the share of the second moment that the basis of a space with this role must hold."""
-            if role == "value" and self.aggregation_energy is not None:
-                return self.aggregation_energy
+            if role == "value" and self.value_energy is not None:
+                return self.value_energy
             return self.key_energy if role == "key" else self.energy
 
     def __init__(
-        self, protected: Mapping[str, Protected], config: Orthogonal.Config | None = None, seed: int = 0
+        self, protected: Mapping[str, ProtectedParameter], config: Orthogonal.Config | None = None, seed: int = 0
     ) -> None:
         super().__init__(protected, seed)
         self.config = config or Orthogonal.Config()
-        self.on = self.config.on
-        self._inputs: dict[str, Moment] = {}
-        self._prompts: dict[str, Moment] = {}
-        self._through: dict[str, Tensor] = {}
+        self.apply_to = self.config.apply_to
+        self._inputs: dict[str, SecondMoment] = {}
+        self._prompts: dict[str, SecondMoment] = {}
+        self._head_maps: dict[str, Tensor] = {}
 
-    def observe(self, space: str, rows: Rows) -> None:
+    def observe(self, space: str, rows: ProtectedInputs) -> None:
         """Add the rows `(B, ..., N, D)` of a batch to the second moments of `space`."""
-        if rows.through is not None:
-            self._through[space] = to_float64(rows.through.detach())
-        self._inputs.setdefault(space, Moment()).observe(images_together(rows.inputs))
-        if rows.prompts is not None and self.config.space != "input":
-            self._prompts.setdefault(space, Moment()).observe(images_together(rows.prompts))
+        if rows.head_maps is not None:
+            self._head_maps[space] = to_float64(rows.head_maps.detach())
+        self._inputs.setdefault(space, SecondMoment()).observe(flatten_images(rows.inputs))
+        if rows.prompts is not None and self.config.basis != "input":
+            self._prompts.setdefault(space, SecondMoment()).observe(flatten_images(rows.prompts))
 
     def end_task(self) -> dict[str, float]:
         """Extend each basis by this task's second moments, drop the moments, and return the ranks.
@@ -91,33 +101,35 @@ class Orthogonal(Projection):
         for space, target in self.protected.items():
             if space not in self._inputs:
                 raise ValueError(f"expected rows of space {space!r} in this task, got none: call observe() first")
-            for second in self._seconds(space):
+            for second in self._second_moments(space):
                 basis = self.bases.get(space, second.new_zeros(*second.shape[:-1], 0))
-                self.bases[space] = extend(basis, second, self.config.energy_of(target.role))
+                self.bases[space] = extend_basis(basis, second, self.config.energy_of(target.role))
         self._inputs, self._prompts = {}, {}
         return {space: self.rank(space) for space in self.protected}
 
-    def _moved(self, space: str, target: Protected, before: Tensor) -> Tensor:
+    def _constrained_value(self, space: str, target: ProtectedParameter, before: Tensor) -> Tensor:
         """See `Projection._moved`; the part of keys outside the subspace is scaled so that their norms stay."""
-        after = super()._moved(space, target, before)
-        if target.role != "key" or not self.config.hold_norms:
+        after = super()._constrained_value(space, target, before)
+        if target.role != "key" or not self.config.preserve_key_norms:
             return after
         was, now = self.project(space, before), self.project(space, after)  # (M, D): outside the subspace
         scale = was.norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(now.dtype).tiny)
         held: Tensor = after + (scale - 1) * now
         return held
 
-    def _seconds(self, space: str) -> list[Tensor]:
+    def _second_moments(self, space: str) -> list[Tensor]:
         """Return the second moments that the basis of `space` must capture, one after the other.
 
         Collective: every process must call it.
         """
         inputs, prompts = self._inputs[space], self._prompts.get(space)
         inputs.all_reduce()
-        if space in self._through:
-            maps = self._through[space]  # (H, d, D)
+        if space in self._head_maps:
+            maps = self._head_maps[space]  # (H, d, D)
             return [(maps.mT @ inputs.second @ maps).sum(0)]
         if prompts is None:
             return [inputs.second]
         prompts.all_reduce()
-        return [second_of_sums(inputs, prompts)] if self.config.space == "sum" else [inputs.second, prompts.second]
+        return (
+            [second_moment_of_sums(inputs, prompts)] if self.config.basis == "sum" else [inputs.second, prompts.second]
+        )

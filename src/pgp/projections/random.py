@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from pgp.projections.orthogonal import Orthogonal
-from pgp.scenario import generator
-from pgp.subspace import Protected
+from pgp.rng import make_generator
+from pgp.subspace import ProtectedParameter
 
 
-class Random(Orthogonal):
+class RandomBasis(Orthogonal):
     """Keeps steps orthogonal to random directions, in each space as many as `Orthogonal` would protect.
 
     The directions of a space are drawn once and used in order, so what is protected after a task stays protected.
@@ -25,12 +25,12 @@ class Random(Orthogonal):
 
         tag = "random"
 
-        def build(self, protected: Mapping[str, Protected], seed: int = 0) -> Random:
+        def build(self, protected: Mapping[str, ProtectedParameter], seed: int = 0) -> RandomBasis:
             """Return a projection that has seen no task yet."""
-            return Random(protected, self, seed)
+            return RandomBasis(protected, self, seed)
 
     def __init__(
-        self, protected: Mapping[str, Protected], config: Orthogonal.Config | None = None, seed: int = 0
+        self, protected: Mapping[str, ProtectedParameter], config: Orthogonal.Config | None = None, seed: int = 0
     ) -> None:
         super().__init__(protected, config, seed)
         self._drawn: dict[str, Tensor] = {}  # by space, (..., D, D)
@@ -40,7 +40,7 @@ class Random(Orthogonal):
         true = self.bases[space]
         if space not in self._drawn:
             shape = (*true.shape[:-1], true.shape[-2])
-            draws = torch.randn(shape, dtype=torch.float64, generator=generator(self.seed, "random", space))
+            draws = torch.randn(shape, dtype=torch.float64, generator=make_generator(self.seed, "random", space))
             self._drawn[space] = torch.linalg.qr(draws).Q.to(true.device)
         held = (true != 0).any(-2, keepdim=True)  # (..., 1, r): where heads differ in rank, zero columns pad
         return self._drawn[space][..., : true.shape[-1]] * held

@@ -15,12 +15,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pgp.processes import gathered, told
-from pgp.projections import Collect, Handle, Projection
-from pgp.subspace import Protected, Rows, remove, to_float64
+from pgp.distributed import all_gather_object, all_gather_rows
+from pgp.projections.base import HookHandle, ObservationSpec, Projection
+from pgp.subspace import ProtectedInputs, ProtectedParameter, project_out, to_float64
 
 
-class Released(Projection):
+class ReleasedBasis(Projection):
     """The published code's basis: scores of images plus scores of prompts, with energy on fourth powers.
 
     For prefix keys, scores of images alone, over all heads at once.
@@ -54,21 +54,21 @@ class Released(Projection):
                 if getattr(self, name) < 1:
                     raise ValueError(f"expected projection.{name} of at least 1, got {getattr(self, name)}")
 
-        def build(self, protected: Mapping[str, Protected], seed: int = 0) -> Released:
+        def build(self, protected: Mapping[str, ProtectedParameter], seed: int = 0) -> ReleasedBasis:
             """Return a projection that has seen no task yet."""
-            return Released(protected, self, seed)
+            return ReleasedBasis(protected, self, seed)
 
-    on = "gradient"
+    apply_to = "gradient"
 
     def __init__(
-        self, protected: Mapping[str, Protected], config: Released.Config | None = None, seed: int = 0
+        self, protected: Mapping[str, ProtectedParameter], config: ReleasedBasis.Config | None = None, seed: int = 0
     ) -> None:
         super().__init__(protected, seed)
         if values := [space for space, target in protected.items() if target.role == "value"]:
             raise ValueError(f"the published code never protects values, got {values}: choose"
                              " another --method.protect")  # fmt: skip
-        self.config = config or Released.Config()
-        self.collect = Collect(when=self.config.when, view="train", repeat=True)
+        self.config = config or ReleasedBasis.Config()
+        self.observation = ObservationSpec(when=self.config.when, view="train", repeat=True)
         self._images: dict[str, list[Tensor]] = {}
         self._widths: dict[str, int] = {}
         self._prompts: dict[str, Tensor] = {}
@@ -78,16 +78,18 @@ class Released(Projection):
 
         Collective: every process must call it.
         """
-        seen, widths = zip(*told(({s: sum(map(len, p)) for s, p in self._images.items()}, self._widths)), strict=True)
+        seen, widths = zip(
+            *all_gather_object(({s: sum(map(len, p)) for s, p in self._images.items()}, self._widths)), strict=True
+        )
         return any(widths) and all(sum(n.get(s, 0) for n in seen) >= w for each in widths for s, w in each.items())
 
-    def observe(self, space: str, rows: Rows) -> None:
+    def observe(self, space: str, rows: ProtectedInputs) -> None:
         """Store the rows of each image as one long vector."""
-        inputs = _joined(rows.met) if _has_heads(rows.met) else rows.met
+        inputs = _merge_heads(rows.expanded) if _has_heads(rows.expanded) else rows.expanded
         self._widths[space] = inputs.shape[-1]
         self._images.setdefault(space, []).append(inputs.detach().float().flatten(1).cpu())
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> Handle:
+    def attach(self, optimizer: torch.optim.Optimizer) -> HookHandle:
         """See `Projection.attach`; also take a snapshot of the prompts, if images are collected before the task."""
         if self.config.when == "before":
             self._prompts = {space: target.parameter.detach().clone() for space, target in self.protected.items()}
@@ -105,13 +107,13 @@ class Released(Projection):
             key = target.role == "key"
             components = self.config.key_components if key else self.config.components
             images = self._sample(space)
-            rows = scores(images, components)
+            rows = pca_scores(images, components)
             if not _has_heads(target.parameter):
                 prompts = self._prompts.get(space, target.parameter.detach()).flatten(0, -2).T  # (D, M * L)
-                rows += scores(prompts.cpu(), components)
+                rows += pca_scores(prompts.cpu(), components)
             energy = self.config.key_energy if key else self.config.energy
             basis = self.bases.get(space)
-            self.bases[space] = grow(None if basis is None else basis.cpu(), rows, energy)
+            self.bases[space] = extend_released_basis(None if basis is None else basis.cpu(), rows, energy)
         self._images, self._prompts = {}, {}
         return {space: self.rank(space) for space in self.protected}
 
@@ -120,7 +122,7 @@ class Released(Projection):
         if not _has_heads(tensor):
             return super().project(space, tensor)
         heads = tensor.shape[-3]
-        projected: Tensor = super().project(space, _joined(tensor)).unflatten(-1, (heads, -1)).transpose(-3, -2)
+        projected: Tensor = super().project(space, _merge_heads(tensor)).unflatten(-1, (heads, -1)).transpose(-3, -2)
         return projected
 
     def _sample(self, space: str) -> Tensor:
@@ -129,14 +131,14 @@ class Released(Projection):
         Collective: every process must call it.
         """
         width = self._widths.get(space, 0)
-        images = gathered(torch.cat(self._images[space])) if width else torch.empty(0)
+        images = all_gather_rows(torch.cat(self._images[space])) if width else torch.empty(0)
         if not width or len(images) < width:
             raise ValueError(f"expected {width or 'the'} images of this task in space {space!r}, got {len(images)}:"
                              " call observe() until has_enough()")  # fmt: skip
         return images[:width]
 
 
-def scores(samples: Tensor, components: int) -> Tensor:
+def pca_scores(samples: Tensor, components: int) -> Tensor:
     """Return principal-component scores `(n, components)` of `samples (n, F)`.
 
     The largest entry of each component is positive.
@@ -156,7 +158,7 @@ def scores(samples: Tensor, components: int) -> Tensor:
     return signed
 
 
-def grow(basis: Tensor | None, rows: Tensor, energy: float) -> Tensor:
+def extend_released_basis(basis: Tensor | None, rows: Tensor, energy: float) -> Tensor:
     """Apply the published basis update to `rows (D, c)`: energy on S^2, with S the singular values of `rows rows^T`.
 
     The first call keeps one direction fewer than `energy` asks for; later calls add until it is reached.
@@ -167,7 +169,7 @@ def grow(basis: Tensor | None, rows: Tensor, energy: float) -> Tensor:
         U, S, _ = torch.linalg.svd(gram)
         first: Tensor = U[:, : int((S.square().cumsum(0) / total < energy).sum())]
         return first
-    U, S, _ = torch.linalg.svd(remove(gram.T, basis).T)  # (I - UU^T) G, one-sided
+    U, S, _ = torch.linalg.svd(project_out(gram.T, basis).T)  # (I - UU^T) G, one-sided
     shares = S.square() / total
     held_before = 1 - shares.sum() + shares.cumsum(0) - shares  # before direction i is added
     return torch.cat([basis, U[:, : int((held_before < energy).sum())]], dim=1)
@@ -178,6 +180,6 @@ def _has_heads(tensor: Tensor) -> bool:
     return tensor.dim() == 4
 
 
-def _joined(tensor: Tensor) -> Tensor:
+def _merge_heads(tensor: Tensor) -> Tensor:
     """Put heads side by side: `(..., H, n, d)` -> `(..., n, H * d)`."""
     return tensor.transpose(-3, -2).flatten(-2)

@@ -8,18 +8,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pgp.readouts.statistics import FromStatistics
+from pgp.readouts.base import Readout
+from pgp.readouts.statistics import StatisticsReadout
 from pgp.subspace import to_float64
 
 
-class LDA(FromStatistics):
+class LDA(StatisticsReadout):
     """LDA with one pooled covariance S, shrunk to `(1 - a) S + a tr(S)/D I`, and equal priors.
 
     If features do not vary within classes, for example with one image of each, the nearest class mean decides.
     """
 
     @dataclass(frozen=True)
-    class Config(FromStatistics.Config):
+    class Config(StatisticsReadout.Config):
         """How the covariance is shrunk, and how statistics follow the features."""
 
         tag = "lda"
@@ -72,3 +73,26 @@ class LDA(FromStatistics):
         centred = means - self._centre
         self._weight = torch.linalg.solve(shrunk, centred.T)  # (D, C)
         self._bias = torch.where(self.seen, -(centred * self._weight.T).sum(1) / 2, -torch.inf)  # (C,)
+
+
+class NCM(LDA):
+    """Logits `-|x - m_c|^2 / 2s` up to a constant: LDA with covariance s I, s the mean variance within classes."""
+
+    @dataclass(frozen=True)
+    class Config(Readout.Config):
+        """It has no settings."""
+
+        tag = "ncm"
+
+        @property
+        def name(self) -> str:
+            """See `Readout.Config.name`."""
+            return "ncm"
+
+        def build(self, head: nn.Module, classes: int, seed: int) -> NCM:
+            """Return a readout that has seen no class yet."""
+            return NCM(classes)
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes, LDA.Config(shrinkage=1.0))
+        self.name = "ncm"

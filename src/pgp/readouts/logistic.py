@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgp.readouts.statistics import FromStatistics
-from pgp.scenario import generator
+from pgp.readouts.statistics import StatisticsReadout
+from pgp.rng import make_generator
 from pgp.subspace import to_float64
 
 
-class Logistic(FromStatistics):
+class Logistic(StatisticsReadout):
     """A linear classifier of all classes seen so far, trained again after each task.
 
     It is trained on draws from a normal distribution around each class mean, with the shrunk covariance that all
@@ -23,7 +23,7 @@ class Logistic(FromStatistics):
     """
 
     @dataclass(frozen=True)
-    class Config(FromStatistics.Config):
+    class Config(StatisticsReadout.Config):
         """How many features are drawn, and how the classifier is trained on them."""
 
         tag = "logistic"
@@ -89,7 +89,7 @@ class Logistic(FromStatistics):
         """Do nothing: `end_task` trains, and a restored classifier is trained already."""
 
     def end_task(self) -> None:
-        """See `FromStatistics.end_task`; then train on draws from the statistics."""
+        """See `StatisticsReadout.end_task`; then train on draws from the statistics."""
         known = self.seen if self.state else torch.zeros(0, dtype=torch.bool)
         super().end_task()
         self._begin(known)
@@ -115,7 +115,7 @@ class Logistic(FromStatistics):
             root, (means - centre).T, upper=False
         ).T  # means where features are round
         noise = torch.randn(self.config.draws, *means.shape, dtype=means.dtype,
-                            generator=generator(self.seed, "logistic", int(self.seen.sum())))  # fmt: skip
+                            generator=make_generator(self.seed, "logistic", int(self.seen.sum())))  # fmt: skip
         x = (round_ + noise.to(means.device) * (covariance is not None)).flatten(0, 1)  # (draws * S, D)
         labels = torch.arange(len(means), device=means.device).repeat(self.config.draws)
         W = (self._weight[self.seen] @ root).requires_grad_()

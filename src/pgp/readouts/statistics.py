@@ -10,12 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pgp.processes import add_up
-from pgp.readouts import Readout
+from pgp.distributed import all_reduce_sum_
+from pgp.readouts.base import Readout
 from pgp.subspace import to_float64
 
 
-class FromStatistics(Readout):
+class StatisticsReadout(Readout):
     """A readout that is fitted to class means and one pooled covariance.
 
     The statistics of a class are computed once, right after its task, and stored: `C * D + D * D` numbers, however many
@@ -49,17 +49,17 @@ class FromStatistics(Readout):
             return "+query" * self.query + (f"+{self.compensate}" if self.compensate != "none" else "")
 
         @property
-        def reads_query(self) -> bool:
+        def uses_query(self) -> bool:
             """See `Readout.Config.reads_query`."""
             return self.query
 
-    def __init__(self, classes: int, config: FromStatistics.Config) -> None:
+    def __init__(self, classes: int, config: StatisticsReadout.Config) -> None:
         self.classes, self.settings = classes, config
-        self.compensates = config.compensate != "none"
+        self.needs_drift = config.compensate != "none"
         self.state: dict[str, Tensor] = {}
         self._task: dict[str, Tensor] = {}
 
-    def reads(self, features: Tensor, query: Tensor | None) -> Tensor:
+    def select_features(self, features: Tensor, query: Tensor | None) -> Tensor:
         """Return features `(B, D)`, or features and queries `(B, D + Q)`."""
         if not self.settings.query:
             return features
@@ -70,7 +70,9 @@ class FromStatistics(Readout):
         """Add a batch to the counts `(C,)`, sums `(C, D)` and pooled products `(D, D)` of this task, in float64."""
         features = to_float64(features.detach())
         chosen = nn.functional.one_hot(labels, self.classes).to(features)  # (B, C)
-        _add(self._task, {"counts": chosen.sum(0), "sums": chosen.T @ features, "products": features.T @ features})
+        _add_shares(
+            self._task, {"counts": chosen.sum(0), "sums": chosen.T @ features, "products": features.T @ features}
+        )
 
     def end_task(self) -> None:
         """Fit to the statistics of all tasks so far.
@@ -83,26 +85,26 @@ class FromStatistics(Readout):
         if not self._task:
             raise ValueError("expected features of this task, got none: call observe() before end_task()")
         for tensor in self._task.values():
-            add_up(tensor)
-        _add(self.state, self._task)
+            all_reduce_sum_(tensor)
+        _add_shares(self.state, self._task)
         self._task = {}
         self._fit()
 
-    def moved(self, before: Tensor, after: Tensor) -> None:
+    def compensate(self, before: Tensor, after: Tensor) -> None:
         """Move the statistics of old classes as the features `(n, D)` of these images moved; see `Readout.moved`."""
-        if not self.state or not self.compensates:
+        if not self.state or not self.needs_drift:
             return
         device = self.state["sums"].device
         before, after = (to_float64(rows).to(device) for rows in (before, after))
         counts, means, within = self.state["counts"], self.means, self._within()
         if self.settings.compensate == "shift":
-            spread = within.trace() / self._freedom() * self.settings.bandwidth**2
-            means = means + shift(means, before, after, float(spread.clamp(min=torch.finfo(torch.float64).tiny)))
+            spread = within.trace() / self._degrees_of_freedom() * self.settings.bandwidth**2
+            means = means + mean_shift(means, before, after, float(spread.clamp(min=torch.finfo(torch.float64).tiny)))
         else:
-            centre, offset, turn = linear(before, after, self.settings.ridge)
-            means = means + offset + (means - centre) @ turn
-            turned = torch.eye(len(turn)).to(turn) + turn
-            within = turned.T @ within @ turned
+            centre, offset, matrix = affine_drift(before, after, self.settings.ridge)
+            means = means + offset + (means - centre) @ matrix
+            transform = torch.eye(len(matrix)).to(matrix) + matrix
+            within = transform.T @ within @ transform
         sums = means * counts[:, None]
         self.state = {"counts": counts, "sums": sums, "products": within + means.T @ sums}
 
@@ -142,25 +144,25 @@ class FromStatistics(Readout):
         rounding = len(within) * torch.finfo(torch.float64).eps * products.trace()
         if not bool(within.trace() > rounding):
             return None
-        covariance = within / self._freedom()
-        round_ = torch.eye(len(covariance)).to(covariance) * covariance.trace() / len(covariance)
-        return (1 - shrinkage) * covariance + shrinkage * round_
+        covariance = within / self._degrees_of_freedom()
+        isotropic = torch.eye(len(covariance)).to(covariance) * covariance.trace() / len(covariance)
+        return (1 - shrinkage) * covariance + shrinkage * isotropic
 
     def _within(self) -> Tensor:
         """Return the sum over images of `(x - m_c)(x - m_c)^T`, `(D, D)`."""
         return self.state["products"] - self.means.T @ self.state["sums"]
 
-    def _freedom(self) -> Tensor:
+    def _degrees_of_freedom(self) -> Tensor:
         return (self.state["counts"].sum() - self.seen.sum()).clamp(min=1)
 
 
-def shift(means: Tensor, before: Tensor, after: Tensor, spread: float) -> Tensor:
+def mean_shift(means: Tensor, before: Tensor, after: Tensor, spread: float) -> Tensor:
     """Return how each of `means (C, D)` moves: the weighted mean of `after - before (n, D)`.
 
     The weight of an image is `exp(-|before - mean|^2 / (2 spread))` (Yu et al., CVPR 2020).
 
     >>> images = torch.tensor([[0.0], [10.0]])
-    >>> shift(torch.tensor([[1.0], [9.0]]), images, images + torch.tensor([[2.0], [-2.0]]), spread=1.0)
+    >>> mean_shift(torch.tensor([[1.0], [9.0]]), images, images + torch.tensor([[2.0], [-2.0]]), spread=1.0)
     tensor([[ 2.],
             [-2.]])
     """
@@ -170,13 +172,13 @@ def shift(means: Tensor, before: Tensor, after: Tensor, spread: float) -> Tensor
     return weights @ (after - before)
 
 
-def linear(before: Tensor, after: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
+def affine_drift(before: Tensor, after: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return m `(D,)`, b `(D,)` and A `(D, D)` of the map `x -> x + b + (x - m) A` that fits `before -> after` best.
 
     It is a ridge regression of the movements `(n, D)`; `ridge` is in multiples of the mean variance of `before`.
 
     >>> images = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    >>> linear(images, images * torch.tensor([3.0, 1.0]) + 5, ridge=1e-9)[2].round(decimals=4)
+    >>> affine_drift(images, images * torch.tensor([3.0, 1.0]) + 5, ridge=1e-9)[2].round(decimals=4)
     tensor([[2., 0.],
             [0., 0.]])
     """
@@ -184,10 +186,10 @@ def linear(before: Tensor, after: Tensor, ridge: float) -> tuple[Tensor, Tensor,
     offset, x = moved.mean(0), before - centre
     second = x.T @ x / len(x)
     held = ridge * second.trace() / len(second) + torch.finfo(second.dtype).tiny
-    turn = torch.linalg.solve(second + held * torch.eye(len(second)).to(second), x.T @ (moved - offset) / len(x))
-    return centre, offset, turn
+    matrix = torch.linalg.solve(second + held * torch.eye(len(second)).to(second), x.T @ (moved - offset) / len(x))
+    return centre, offset, matrix
 
 
-def _add(total: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+def _add_shares(total: dict[str, Tensor], new: dict[str, Tensor]) -> None:
     for name, tensor in new.items():
         total[name] = total[name] + tensor if name in total else tensor

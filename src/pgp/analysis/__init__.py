@@ -1,0 +1,1 @@
+"""What changed and why: drift of old tasks, and audits of a finished run."""

@@ -1,0 +1,283 @@
+"""The drift meter: how far responses to old images move as a model learns on, and what its projection does about it.
+
+After each task, evaluation sees the test images of all tasks so far; the meter compares the features of a few of them
+with those of then. Of the rows that enter a protected parameter it keeps random mixtures only: what a step does to them
+is, up to a common factor and on average, what it does to all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
+from pgp.distributed import all_gather_object
+from pgp.evaluation.accuracy import Evaluator, FeatureBatch
+from pgp.methods.base import Method
+from pgp.progress import track
+from pgp.projections.base import HookHandle, Projection
+from pgp.rng import make_generator
+from pgp.runs.statetree import Piece
+from pgp.scenario import Task
+from pgp.subspace import ProtectedParameter, to_float64
+
+SKETCH_SIZE = 16
+
+
+"""Random mixtures of rows that are kept of each task and space."""
+
+
+class Drift(NamedTuple):
+    """What is measured of the images of one task: what they were answered right after it, and what they are now."""
+
+    indices: Tensor
+    """Where the images are in the test split, `(B,)`."""
+    features: Tensor
+    """`(B, D)`."""
+    logits: Tensor
+    """Of the method's own head for the classes of then, centred per image, `(B, c)`."""
+    selected: Tensor | None
+    """Prompts that the images select, `(B, M)` bool; None for a method that selects none."""
+
+    def at(self, indices: Tensor) -> Drift:
+        """Return the rows of these images, in their order; all of them are here."""
+        places = torch.searchsorted(self.indices, indices)
+        return Drift(*(None if each is None else each[places] for each in self))  # type: ignore[arg-type]
+
+
+class DriftMeter:
+    """Measures drift on a few test images of each task; it changes nothing that is learned.
+
+    Use: `start_task`, `attach` to the task's optimizer before the projection is attached, `projection_stats` once the
+    task is trained, `watch` during evaluation, `end_task`.
+    """
+
+    def __init__(self, evaluation: Evaluator, projection: Projection, micro_batch_size: int | None) -> None:
+        """Measure what `projection` protects, on the images that `evaluation` sees.
+
+        `micro_batch_size` of them have activations in memory at once, an evaluation batch if None.
+        """
+        self.evaluation, self.config, self.projection = evaluation, evaluation.config, projection
+        self.micro_batch_size = micro_batch_size or self.config.eval_batch_size
+        self.params_at_task_start: dict[str, Tensor] = {}
+        """The protected parameters by space, as the current task found them."""
+        self.energies: dict[str, Tensor] = {}
+        """By space, the `explained_energy` of all of this task's gradients and of all its updates, `(2, 2)`."""
+        self.references: dict[int, dict[str, Any]] = {}
+        """By task, what was measured right after it."""
+        self._watched: dict[int, list[FeatureBatch]] = {}
+
+    def start_task(self) -> None:
+        """Take a snapshot of the protected parameters, before anything of the next task changes them."""
+        targets = self.projection.protected
+        self.params_at_task_start = {space: each.parameter.detach().clone() for space, each in targets.items()}
+        self.energies = {}
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> HookHandle:
+        """Measure the gradients and the updates of every step as they come, until the handle is removed."""
+        projection = self.projection
+        measured = {space: target for space, target in projection.protected.items() if projection.rank(space)}
+        before: dict[str, Tensor] = {}
+
+        @torch.no_grad()
+        def before_step(*_: Any) -> None:
+            for space, (parameter, axis, _role) in measured.items():
+                before[space] = to_float64(parameter.detach().clone())
+                if parameter.grad is not None:
+                    self._add(0, space, explained_energy(projection, space, parameter.grad.transpose(axis, -1)))
+
+        @torch.no_grad()
+        def after_step(*_: Any) -> None:
+            for space, (parameter, axis, _role) in measured.items():
+                update = to_float64(parameter) - before.pop(space)
+                self._add(1, space, explained_energy(projection, space, update.transpose(axis, -1)))
+
+        if not measured:
+            return HookHandle()
+        return HookHandle(optimizer.register_step_pre_hook(before_step), optimizer.register_step_post_hook(after_step))
+
+    def _add(self, row: int, space: str, values: Tensor) -> None:
+        total = self.energies.setdefault(space, values.new_zeros(2, 2))
+        self.energies[space] = total = total.to(values.device)
+        total[row] += values
+
+    def projection_stats(self) -> dict[str, dict[str, float | None]]:
+        """Return what the projection did to the task just trained, by space; ask before it learns from that task.
+
+        Returns:
+            gradients, updates: Share of the energy of all gradients, and of all updates, that lay in the protected
+                subspace as they came.
+            removed: Of those of the two that are projected, the same share: what the projection takes out.
+            leak: Share of the energy of the whole way from start to end of the task that lies in the protected
+                subspace: what got past the projection.
+        """
+        gradients, updates = (
+            {space: _ratio(*energy[row]) for space, energy in self.energies.items()} for row in (0, 1)
+        )
+        removed = updates if self.projection.apply_to == "update" else gradients
+        leaks = {}
+        for space, target in self.projection.protected.items():
+            if space in self.params_at_task_start and self.projection.rank(space):
+                end = to_float64(target.parameter.detach())
+                way = end - self.params_at_task_start[space].to(end)
+                leaks[space] = _ratio(*explained_energy(self.projection, space, way.transpose(target.axis, -1)))
+        self.params_at_task_start, self.energies = {}, {}
+        return {"gradients": gradients, "updates": updates, "removed": removed, "leak": leaks}
+
+    def sample(self, task: Task) -> Tensor:
+        """Return the test images of `task` on which drift is measured, evenly spaced, `(n,)`."""
+        return task.test[torch.linspace(0, len(task.test) - 1, min(self.config.drift_images, len(task.test))).long()]
+
+    def watch(self, task: Task, batch: FeatureBatch) -> None:
+        """Keep what evaluation makes of the images of the sample; the rest of the batch is not needed."""
+        chosen = torch.isin(batch.indices, self.sample(task)).nonzero().flatten()
+        if len(chosen):
+            queries = None if batch.queries is None else batch.queries[chosen].cpu()
+            kept = FeatureBatch(batch.indices[chosen], batch.features[chosen].cpu(), queries)
+            self._watched.setdefault(task.index, []).append(kept)
+
+    @torch.no_grad()
+    def end_task(self, method: Method, task: Task, progress: Progress) -> dict[str, Any]:
+        """Compare the images of earlier tasks with their references, and make references of those of `task`.
+
+        Collective: every process must call it.
+
+        Returns:
+            features, logits: Relative change, the norm of the difference by the norm of what was, by earlier task.
+                Logits are those of the method's own head for the classes of then, centred per image.
+            responses: By space, relative change of what the protected parameter answers to old rows.
+            changed: Share of images that select other prompts; only for methods that select.
+            held: By space, share of the energy of all old rows in the protected subspace, `task` included.
+            usage: Share of the images of all tasks that select each prompt.
+        """
+        fabric, scenario = self.evaluation.fabric, self.evaluation.scenario
+        protected, watched = self.projection.protected, all_gather_object(self._watched)
+        self._watched = {}
+        now: dict[int, Drift] = {}
+        for each in scenario.tasks[: task.index + 1]:
+            batches_of_all = [batch for process in watched for batch in process.get(each.index, [])]
+            with fabric.autocast():
+                now[each.index] = _measured(method, batches_of_all, scenario.seen_classes(each.index), each)
+        sketch = self._sketch(method, task, progress)
+        responses = {space: _responses(rows, protected[space]) for space, rows in sketch.items()}
+        self.references[task.index] = {**now[task.index]._asdict(), "sketch": sketch, "responses": responses}
+
+        old = [index for index in now if index != task.index]
+        then = {index: Drift(*(self.references[index][name] for name in Drift._fields)) for index in old}
+        pairs = [(now[index], then[index].at(now[index].indices)) for index in old]
+        out: dict[str, Any] = {"tasks": old}
+        out["features"] = [_change(new.features, was.features) for new, was in pairs]
+        out["logits"] = [_change(new.logits, was.logits) for new, was in pairs]
+        out["responses"] = {
+            space: [
+                _change(_responses(self.references[i]["sketch"][space], target), self.references[i]["responses"][space])
+                for i in old
+            ]
+            for space, target in protected.items()
+        }
+        selected = [each.selected for each in now.values() if each.selected is not None]
+        if selected:
+            out["changed"] = [
+                float(torch.ne(new.selected, was.selected).any(1).float().mean())
+                for new, was in pairs
+                if new.selected is not None and was.selected is not None
+            ]
+            out["usage"] = torch.cat(selected).float().mean(0).tolist()
+        out["held"] = {}
+        for space, target in protected.items():
+            if self.projection.rank(space):
+                sketches = [_like_parameter(self.references[i]["sketch"][space], target) for i in now]
+                total = torch.stack([explained_energy(self.projection, space, each) for each in sketches]).sum(0)
+                out["held"][space] = _ratio(*total)
+        return out
+
+    def _sketch(self, method: Method, task: Task, progress: Progress) -> dict[str, Tensor]:
+        """Return, by space, random mixtures `(..., K, D)` of the rows of the sample.
+
+        Weights are drawn image by image, so that they are the same however many images are seen together.
+        """
+        config, evaluation = self.config, self.evaluation
+        fabric, title = evaluation.fabric, evaluation.scenario.describe(task)
+        plan = sequential_batches(self.sample(task), self.micro_batch_size)
+        viewed = TransformedSplit(
+            evaluation.data.test, config.transforms.test(), 0, ("test",), config.on_bad_image == "skip"
+        )
+        stream = batches(viewed, plan, LoaderOptions(on_bad_image=config.on_bad_image))  # every process sees them all
+        sketch: dict[str, Tensor] = {}
+        for batch in track(progress, stream, len(plan), f"measuring drift on {title}"):
+            if not len(batch.indices):
+                continue
+            images = batch.images.to(fabric.device)
+            query = evaluation.query(method, images, batch.indices)
+            with fabric.autocast():
+                activations = method.activations(images, query)
+            for space in self.projection.protected:
+                rows = activations[space]
+                weights = [
+                    torch.randn(
+                        rows.sketch_shape(SKETCH_SIZE),
+                        dtype=torch.float64,
+                        generator=make_generator(config.seed, "drift", task.index, index, space),
+                    )
+                    for index in batch.indices.tolist()
+                ]
+                mixtures = rows.sketch(torch.stack(weights))
+                sketch[space] = sketch[space] + mixtures if space in sketch else mixtures
+        return {space: mixtures.float() for space, mixtures in sketch.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that it remembers."""
+        return {
+            "params_at_task_start": self.params_at_task_start,
+            "energies": self.energies,
+            "references": {task: Piece(answers) for task, answers in self.references.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`."""
+        self.params_at_task_start = dict(state["params_at_task_start"])
+        self.energies, self.references = dict(state["energies"]), dict(state["references"])
+
+
+def explained_energy(projection: Projection, space: str, tensor: Tensor) -> Tensor:
+    """Return the energy of `tensor (..., D)` in the protected subspace of `space`, and all its energy, `(2,)`."""
+    rows = to_float64(tensor)
+    whole, left = rows.square().sum(), projection.project(space, rows).square().sum()
+    return torch.stack([whole - left, whole])
+
+
+def _measured(method: Method, kept: list[FeatureBatch], classes: tuple[int, ...], task: Task) -> Drift:
+    """Return what images of `task` are answered now, in the order of the split, on the CPU."""
+    if not kept:
+        raise ValueError(f"expected test images in task {task.index + 1}, but every one of a sample is unreadable")
+    device = next(method.parameters()).device
+    indices, order = torch.cat([batch.indices for batch in kept]).sort()
+    features = torch.cat([batch.features for batch in kept])[order]
+    logits = method.head(features.to(device))[:, list(classes)].float().cpu()
+    queries = [batch.queries for batch in kept if batch.queries is not None]
+    selected = method.selected_prompts(torch.cat(queries)[order].to(device)) if queries else None
+    return Drift(indices, features, logits - logits.mean(1, keepdim=True), None if selected is None else selected.cpu())
+
+
+def _responses(sketch: Tensor, target: ProtectedParameter) -> Tensor:
+    """Return the inner products of a protected parameter with rows `(..., K, D)`, on the CPU."""
+    parameter = target.parameter.detach().float().cpu().transpose(target.axis, -1)
+    return sketch.cpu() @ parameter.mT
+
+
+def _like_parameter(sketch: Tensor, target: ProtectedParameter) -> Tensor:
+    """Return rows with as many axes as the parameter that they enter."""
+    return sketch[(None,) * (target.parameter.dim() - sketch.dim())].to(target.parameter.device)
+
+
+def _change(now: Tensor, then: Tensor) -> float | None:
+    """Return the relative change: the norm of the difference by the norm of what was; None if that is 0."""
+    return _ratio((now - then).norm(), then.norm())
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float | None:
+    return float(part / whole) if float(whole) else None

@@ -1,0 +1,200 @@
+"""Published weights in files: found, read without running their code, and filled in only where they fit exactly.
+
+`WeightsError` is the one error of all this: whatever a library says of a file that it cannot read ends in one line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import stat
+import warnings
+import zipfile
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+_CONTAINERS = ("model", "state_dict", "teacher")
+
+
+"""Keys under which published checkpoints hide their weights."""
+
+
+_STARTS = {
+    b"version https://git-lfs": "a pointer of Git LFS: git lfs pull fetches the file itself",
+    b"\x89PNG": "a picture (PNG)",
+    b"\xff\xd8\xff": "a picture (JPEG)",
+    b"GIF8": "a picture (GIF)",
+    b"RIFF": "a picture (WebP)",
+    b"BM": "a picture (BMP)",
+    b"II*\0": "a picture (TIFF)",
+    b"MM\0*": "a picture (TIFF)",
+    b"%PDF": "a PDF",
+    b"\x1f\x8b": "a compressed file (gzip): unpack it",
+    b"\x89HDF": "an HDF5 file: convert its weights to .safetensors",
+}
+
+
+"""What files begin with that are given as weights by mistake."""
+
+
+_LARGEST_DESCRIPTION = 1 << 20
+
+
+"""Bytes of the largest description of a model that is read."""
+
+
+class WeightsError(ValueError):
+    """A file of weights, or of a model's description, that cannot be used; the message names it and says why."""
+
+
+def packaged_weights(name: str) -> Path:
+    """The path of a file: `package:NAME` is one that pgp ships, any other name a path of the user's."""
+    if name.startswith("package:"):
+        return Path(str(resources.files("pgp") / "weights" / name.removeprefix("package:")))
+    return Path(name).expanduser()
+
+
+def resolve_weights(name: str) -> str:
+    """Return the name of a file with an absolute path; `package:NAME` stays."""
+    return name if name.startswith("package:") else str(Path(name).expanduser().absolute())
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The float32 tensors of a checkpoint, by name.
+
+    Raises:
+        WeightsError: if there is none at `path`, or it holds code, is damaged or is something else.
+    """
+    size = _require_file(path, "checkpoint", "a .safetensors, .pth or .pt file, 'random', or published weights by name")
+    with reading(path):
+        _recognize(path)
+        if path.suffix == ".safetensors":
+            state: Any = load_file(path)
+        else:
+            _check_zip(path, size)
+            state = torch.load(path, "cpu", weights_only=True)
+    for container in _CONTAINERS:
+        state = state.get(container, state) if isinstance(state, dict) else None
+    if not (isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())):
+        raise WeightsError(f"{path} is no checkpoint: expected tensors by name, or these under one of {_CONTAINERS}")
+    # a tensor may be a view that repeats a few bytes without end; tied weights repeat theirs once or twice
+    if sum(tensor.numel() for tensor in state.values()) > 4 * size:
+        raise WeightsError(f"{path} is no checkpoint: its tensors are far larger than its {size:,} bytes")
+    for name, tensor in state.items():
+        if tensor.layout is not torch.strided or tensor.is_complex() or tensor.is_quantized or tensor.is_meta:
+            raise WeightsError(f"{path} is no checkpoint: expected plain tensors of real numbers, got another kind as"
+                               f" {name!r}")  # fmt: skip
+    return {name: tensor.float() for name, tensor in state.items()}
+
+
+def read_json(path: Path) -> Any:
+    """The description of a model in a JSON file.
+
+    Raises:
+        WeightsError: if there is none at `path`, or it cannot be read.
+    """
+    size = _require_file(path, "description of a model", "a JSON file")
+    if size > _LARGEST_DESCRIPTION:
+        raise WeightsError(f"expected a description of a model in JSON, got {size:,} bytes in {path}")
+    with reading(path, "description of a model in JSON"):
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+
+
+def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Give `model` all its weights from `state`.
+
+    Raises:
+        WeightsError: naming `path`, if names or shapes differ, or a weight is not finite.
+    """
+    wanted = model.state_dict()
+    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    wrong = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
+    if missing or extra or wrong:
+        raise WeightsError(f"{path} does not fit this model: missing {missing[:3]}, unexpected {extra[:3]},"
+                           f" of another shape {wrong[:3]}")  # fmt: skip
+    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise WeightsError(f"{path} is damaged: expected finite numbers, got NaN or infinity in {broken[:3]}")
+    model.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str = "checkpoint") -> Iterator[None]:
+    """Turn whatever goes wrong with the content of the file `path` in a block into a `WeightsError` that names it."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as of other versions of pickle
+            yield
+    except WeightsError:
+        raise
+    except Exception as error:  # pickle, zip and JSON raise almost anything when they read what is damaged
+        if isinstance(error, OSError) and error.filename:  # the system's, not of the content
+            raise
+        if "GLOBAL" in str(error):  # torch's word for what is not weights
+            code = "holds pickled code, which is never run"
+            raise WeightsError(f"{path} {code}; save its weights as .safetensors") from error
+        said = first_line(error)
+        if "weights_only" in said or isinstance(error, (LookupError, AttributeError, AssertionError)):
+            said = "it is no file of weights"  # for torch proposes to run what is in it, or names a byte
+        raise WeightsError(f"{path} is no readable {what} (truncated?): {said}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__
+
+
+@contextlib.contextmanager
+def hub_quiet() -> Iterator[None]:
+    """Keep the hub's notes on every retry to itself: what fails in the end says why."""
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _require_file(path: Path, what: str, expected: str) -> int:
+    """Return the size of the file at `path`; a folder, a pipe or a device is none, and is not opened."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError)):
+            raise WeightsError(f"no {what} at {path}: expected {expected}") from error
+        raise
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+        raise WeightsError(f"no {what} at {path}, which is {kind}: expected {expected}")
+    return found.st_size
+
+
+def _recognize(path: Path) -> None:
+    """Raise where the first bytes tell what else than weights the file at `path` is."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    kind = next((kind for magic, kind in _STARTS.items() if start.startswith(magic)), None)
+    if not start:
+        kind = "an empty file"
+    elif kind is None and all(byte >= 32 or byte in b"\t\n\r\f" for byte in start):
+        kind = "a text"
+    if kind is not None:
+        raise WeightsError(f"{path} is no checkpoint: expected a .safetensors, .pth or .pt file, got {kind}")
+
+
+def _check_zip(path: Path, size: int) -> None:
+    """Raise if the file at `path` is a zip, as torch writes it, that is damaged or would unpack to much more."""
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as zipped:
+        if sum(info.file_size for info in zipped.infolist()) > 2 * size:
+            raise WeightsError(f"{path} is no checkpoint: it would unpack to far more than its {size:,} bytes")
+        if damaged := zipped.testzip():  # torch does not look
+            raise WeightsError(f"{path} is damaged: the checksum of {damaged!r} in it is wrong")

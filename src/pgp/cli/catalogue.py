@@ -1,0 +1,108 @@
+"""What there is to choose from, in words: recipes, data sets, settings, and what each of them needs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from pgp import recipes
+from pgp.backbones.base import Backbone
+from pgp.baselines import BASELINES
+from pgp.config import Config
+from pgp.datasets.base import DatasetConfig
+from pgp.datasets.hugging_face import HuggingFace
+from pgp.scenario import Setting
+from pgp.system.escaping import printable
+
+SETTINGS: dict[Setting, str] = {
+    "cil": "class-incremental: each task brings new classes; at test nothing is known but the image",
+    "til": "task-incremental: as cil, and the task of a test image is known; needs nothing more",
+    "oil": "online: as cil, but each image is seen once, and predicted before it is learned",
+    "dil": "domain-incremental: each task brings the same classes in another domain; needs data with domains",
+}
+
+
+assert set(SETTINGS) == set(get_args(Setting))
+
+
+def print_catalogue() -> RenderableType:
+    """All of it, ready to print."""
+    return Group(*_sections())
+
+
+def _sections() -> Iterator[RenderableType]:
+    yield "recipes, for pgp train RECIPE"
+    for name, recipe in recipes.RECIPES.items():
+        config = recipe()
+        yield _entry(name, recipe, f"needs {'; '.join(_needs(config))}")
+    yield "\ndata sets, for --dataset NAME; pgp data get RECIPE fetches, pgp data check RECIPE looks at every file"
+    for name, dataset in recipes.DATASETS.items():
+        yield _entry(name, type(dataset), _location(dataset))
+    yield "\nsettings, for --setting NAME"
+    yield _grid(SETTINGS)
+    yield "\nparts, each of which can replace a recipe's own"
+    shelves = {f"--{field}": ", ".join(shelf) for field, shelf in recipes.CHOICES.items() if field != "dataset"}
+    yield _grid(shelves)
+    yield "\nbaselines of a recipe, for --method NAME; all of them by --baselines"
+    yield _grid({name: _summary(baseline) for name, baseline in BASELINES.items()})
+
+
+def _needs(config: Config) -> list[str]:
+    data = next(name for name, shelf in recipes.DATASETS.items() if type(shelf) is type(config.dataset))
+    return [f"data {data}", f"encoder {_encoder(config.backbone)}", f"setting {config.setting}"]
+
+
+def _encoder(backbone: Backbone.Config) -> str:
+    """Its name, and where its weights come from."""
+    model, weights = (str(getattr(backbone, name, "")) for name in ("model", "weights"))
+    if weights.startswith("package:"):
+        return f"{weights.removeprefix('package:')}, which pgp ships"
+    if weights == "hub":
+        return f"{model}, from the Hugging Face hub or its cache (HF_HOME)"
+    return f"{model} with weights {weights}, downloaded on first use or from its cache"
+
+
+def _location(dataset: DatasetConfig) -> str:
+    """Where a data set is looked for, whether it is there, and what is fetched otherwise."""
+    if isinstance(dataset, HuggingFace):
+        return "on the hub, or at the path that --dataset.name gives"
+    if not dataset.search_paths:
+        return "needs no files"
+    found = next((place for place in dataset.search_paths if place.exists()), None)
+    if found is not None and dataset.archives:
+        return f"there, at {found}"
+    sizes = [f"{archive.size / 1e6:,.0f} MB" if archive.size else archive.name for archive in dataset.archives]
+    return (
+        "looked for at "
+        + ", ".join(map(str, dataset.search_paths))
+        + "; else fetched: " * bool(sizes)
+        + ", ".join(sizes)
+    )
+
+
+def _entry(name: str, thing: object, note: str) -> RenderableType:
+    text = Text.assemble(printable(_summary(thing)), "\n", (printable(note), "dim"))
+    return _indented(Group(Text(name, "bold"), _indented(text)))
+
+
+def _indented(what: RenderableType) -> Padding:
+    return Padding(what, (0, 0, 0, 2), expand=False)
+
+
+def _summary(thing: object) -> str:
+    """The first sentences of a docstring, up to a blank line or a list, on one line."""
+    paragraph = (inspect.getdoc(thing) or "").partition("\n\n")[0]
+    return " ".join(paragraph.split())
+
+
+def _grid(rows: Mapping[Any, str]) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        table.add_row(Text(name, "bold"), Text(printable(text)))
+    return _indented(table)

@@ -1,0 +1,355 @@
+"""The command line: parse, call one function, print."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pgp import __version__, distributed, train
+from pgp.analysis import audit
+from pgp.baselines import matching_baselines, unprojected
+from pgp.cli import catalogue, parse, published, show
+from pgp.cli.commands import (
+    AuditCommand,
+    EvalCommand,
+    PredictCommand,
+    ReportCommand,
+    ResumeCommand,
+    SweepCommand,
+    TrainCommand,
+)
+from pgp.cli.exits import exit_status
+from pgp.config import Config, Hardware
+from pgp.datasets.base import BadImageError
+from pgp.datasets.check import check_images
+from pgp.datasets.ignored import Ignored
+from pgp.datasets.own import dataset_from_path
+from pgp.distributed import rank
+from pgp.predict import Predictor, images_in
+from pgp.progress import track
+from pgp.runs.data_paths import resolve_paths, with_data_paths
+from pgp.runs.run import Run
+from pgp.sweeps import pool, sweep
+from pgp.system import platforms
+from pgp.system.outputs import check_outside, make_output, make_unique_folder
+from pgp.system.signals import Interrupted, describe
+from pgp.system.storage import RunError
+from pgp.training.tasks import build_scenario
+
+USAGE = """\
+usage: pgp COMMAND ...
+
+  train RECIPE [overrides]   learn a stream of tasks; pgp train RECIPE --help lists every override
+  train --resume RUN         go on with a run that stopped; --add FOLDER teaches it the classes of a folder
+  eval RUN                   evaluate a run's latest checkpoint again
+  audit RUN                  how much of its accuracy is real: the honest protocol beside those that leak the task
+  predict RUN IMAGE ...      name what is on images or in folders of images
+  report RUN ...             tables and figures over runs: mean and deviation over seeds
+  sweep RECIPE --over ...    a grid of runs with its controls, in parallel, in one table; pgp sweep --help
+  list                       recipes, data sets, settings, what each needs and where it is looked for
+  data get RECIPE            download what a recipe learns from, and nothing else
+  data check RECIPE          look at every file of it, before an hour is spent
+
+Results go to standard output, bars and notes to standard error. The exit status is 0; 2 if something has to be put
+right, which one line names; 70 for a fault of pgp itself; 128 and the signal's number after Ctrl-C, SIGTERM or SIGHUP,
+such as 130; 141 if whatever reads the output went away. PGP_DEBUG=1 shows where in the code an error comes from."""
+
+
+PUBLISHED_USAGE = """\
+usage: python main.py RECIPE [--model NAME] [--output_dir DIR] [--data-path DIR] [--epochs N] [--seed N] [--no_pgp] ...
+       python main.py RECIPE --eval
+
+The published command line: the flags that its printed commands use, and all of pgp train. python main.py RECIPE --help
+lists them."""
+
+
+HELP = {"-h", "--help"}
+
+
+PUBLISHED_OUTPUT = Path("output")
+
+
+"""Where the published command line leaves its run."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; end the process with another status than 0 unless it is done, see `USAGE`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    bare = words[0] in ("list", "data") and len(words) < 4 if words else True  # without flags of their own
+    if not words or words[0] in HELP or (bare and words[-1] in HELP):
+        exit_status(lambda: show.show_lines(*USAGE.splitlines()))
+    elif words[0] == "--version":
+        exit_status(lambda: show.show_lines(f"pgp {__version__}"))
+    else:
+        exit_status(lambda: parse.lookup(COMMANDS, words[0], "command", "pgp --help")(words[1:]))
+
+
+def published_main(argv: Sequence[str] | None = None) -> None:
+    """`python main.py RECIPE …`: as `main`, with the words, the folder and the file names of the published code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in HELP:
+        exit_status(lambda: show.show_lines(*PUBLISHED_USAGE.splitlines()))
+    elif any(word.partition("=")[0] == "--resume" for word in words):
+        exit_status(lambda: train_command(words))
+    elif "--eval" in words:
+        exit_status(lambda: _published_eval([word for word in words if word != "--eval"]))
+    else:
+        exit_status(lambda: _published_train(words))
+
+
+def train_command(words: list[str]) -> None:
+    """`pgp train …`."""
+    if any(word == "--resume" or word.startswith("--resume=") for word in words):
+        asked = not HELP.isdisjoint(words)
+        parse.check_resumable(words)
+        default = ResumeCommand(Path("RUN"), hardware=Hardware()) if asked else parse.resume_defaults(words)
+        chosen = parse.parse(ResumeCommand, ["--help"] if asked else words, "pgp train --resume", default=default)
+        with show.progress() as bars:
+            more = dataset_from_path(chosen.add) if chosen.add else None
+            run = train.resume(
+                chosen.resume, chosen.hardware, bars, more, chosen.on_bad_image, drop=chosen.drop, data=chosen.data
+            )
+        show.show_report([run])
+    elif words and words[0] in HELP:
+        show.show_lines(*USAGE.splitlines())
+    else:
+        command = _train_command(words, "pgp train")
+        show.show_report(_trained(command), command.output)
+
+
+def _train_command(words: list[str], program: str) -> TrainCommand:
+    """As `parsing.train_command`, and says what a published flag means where it says less than it means."""
+    command = parse.train_command(words, program)
+    if note := published.explain_model_flag(words[1:], command.config):
+        show.print_note(note)
+    return command
+
+
+def _trained(command: TrainCommand) -> list[Run]:
+    """The finished run, and its twin or baselines."""
+    own = command.config if command.pgp else unprojected(command.config)
+    configs = {type(own.projection).__module__.rpartition(".")[2]: own}  # by the folder's name, if there are several
+    if command.twin:
+        configs["none"] = unprojected(own)
+    if command.baselines:
+        configs |= matching_baselines(own)
+    own.dataset.fetch()  # with bars of its own
+    if command.output and len(configs) > 1:
+        make_output(command.output)
+    runs = []
+    with show.progress() as bars:
+        for name, config in configs.items():
+            output = command.output / name if command.output and len(configs) > 1 else command.output
+            runs.append(train.train(config, output, bars))
+            if rank() == 0 and len(configs) > 1:  # a single run is drawn with its table
+                show.draw([runs[-1]], runs[-1].folder)
+    return runs
+
+
+def _published_train(words: list[str]) -> None:
+    """`python main.py RECIPE …`: trains into `--output_dir`, or into the next free folder beside it."""
+    command = _train_command(words, "python main.py")
+    folder = (command.output or PUBLISHED_OUTPUT).absolute()
+    own = command.config if command.pgp else unprojected(command.config)
+    try:
+        if not distributed.is_child_process():
+            Run.require_empty(folder, resolve_paths(own))
+    except RunError:
+        folder = make_unique_folder(folder.parent, folder.name)
+        show.print_note(f"the output folder is not empty: this run goes to {folder.name}")
+    command = replace(command, output=folder)
+    try:
+        show.show_report(_trained(command), folder)
+    finally:
+        for path in (folder, *folder.glob("*/")):
+            if rank() == 0 and (path / "config.json").is_file():
+                published.export_checkpoints(Run.open(path))
+
+
+def _published_eval(words: list[str]) -> None:
+    """`python main.py RECIPE --eval`: the newest run of the recipe in `--output_dir`, after each of its tasks."""
+    command = _train_command(words, "python main.py")
+    asked = command.config if command.pgp else unprojected(command.config)
+    run, config = published.find_latest_run(asked, words[1:], (command.output or PUBLISHED_OUTPUT).absolute())
+    with show.progress() as bars:
+        matrices = train.evaluate_checkpoints(run, config, bars, every_task=True)
+    show.show_evaluation(run, matrices)
+
+
+def eval_command(words: list[str]) -> None:
+    """`pgp eval RUN`."""
+    command = parse.parse(EvalCommand, words, "pgp eval")
+    run = Run.open(command.run)
+    hardware = replace(run.config.hardware, accelerator="auto", devices=1)
+    size = command.batch_size or run.config.eval_batch_size
+    config = replace(
+        with_data_paths(run.config, command.data),
+        hardware=hardware,
+        legacy_eval=command.legacy_eval,
+        eval_batch_size=size,
+    )
+    with show.progress() as bars:
+        matrices = train.evaluate_checkpoints(run, config, bars, every_task=command.every_task)
+    show.show_evaluation(run, matrices)
+
+
+def audit_command(words: list[str]) -> None:
+    """`pgp audit RUN`."""
+    command = parse.parse(AuditCommand, words, "pgp audit")
+    if not command.batch_sizes or min(command.batch_sizes) < 1:
+        raise ValueError(f"expected --batch-sizes of at least 1, got {command.batch_sizes}")
+    run = Run.open(command.run)
+    config = with_data_paths(run.config, command.data)
+    with show.progress() as bars:
+        findings, bounds = audit.audit_run(run, bars, command.batch_sizes, config), None
+    show.show_audit(run, findings)
+    if command.oracle:
+        with show.progress() as bars:
+            bounds = audit.oracle(run, bars, config)
+        show.show_oracle(run, bounds)
+    show.write_audit(run, findings, bounds)
+
+
+def predict_command(words: list[str]) -> None:
+    """`pgp predict RUN image …`."""
+    command = parse.parse(PredictCommand, words, "pgp predict")
+    if not command.images:
+        raise ValueError("expected image files or folders, got none: pgp predict RUN photo.jpg folder/")
+    if command.top < 1 or command.batch_size < 1:
+        raise ValueError(f"expected --top and --batch-size of at least 1, got {command.top} and {command.batch_size}")
+    told: list[Ignored] = []
+    paths, bad = images_in(command.images, told), 0
+    for line in (line for ignored in told for line in ignored.lines()):
+        show.print_note(line)
+    predictor = Predictor(Run.open(command.run), command.readout)
+    with show.progress(hidden=show.is_terminal(sys.stdout)) as bars:  # where answers appear, they are the bar
+        for path, found in track(
+            bars, predictor.predict_paths(paths, command.top, command.batch_size), len(paths), "images"
+        ):
+            if isinstance(found, BadImageError):
+                bad += 1
+                show.print_note(f"skipped: {found}")
+                continue
+            scores = dict(zip(found.names, found.probabilities, strict=True))
+            if command.json:
+                show.show_json({"image": str(path), "classes": scores})
+            else:
+                show.show_fields(path, *(f"{name} {100 * score:.1f} %" for name, score in scores.items()))
+    if bad == len(paths):
+        why = f"none of {len(paths)} can be read" if paths else "there is none"
+        raise ValueError(f"expected images in {', '.join(map(str, command.images))}, but {why}")
+
+
+def report_command(words: list[str]) -> None:
+    """`pgp report RUN …`."""
+    command = parse.parse(ReportCommand, words, "pgp report")
+    if not command.runs:
+        raise ValueError("expected run folders, got none: pgp report RUN …")
+    runs = [Run.open(folder) for folder in command.runs]
+    output = command.output or (runs[0].folder if len(runs) == 1 else Path())
+    check_outside(output, [place for run in runs for place in _places(run.config)])
+    make_output(output)
+    show.show_report(runs, output)
+
+
+def _places(config: Config) -> list[Path]:
+    """Where all data of a run lie."""
+    return [place for data in (config.dataset, *config.added) for place in data.search_paths]
+
+
+def sweep_command(words: list[str]) -> None:
+    """`pgp sweep RECIPE …`."""
+    first = [] if not words or words[0].startswith("-") else [words[0]]
+    command, others = parse.parse_known(SweepCommand, words[len(first) :], "pgp sweep RECIPE")
+    base = parse.parse_point([*first, *others])
+    choices = parse.parse_grid(command.over)
+    configs = [parse.parse_point([*first, *others, *parse.to_flags(choice)]) for choice in choices]
+    points, seeds = parse.label_choices(choices, configs, base.name), parse.parse_seeds(command.seeds)
+    if command.workers is not None and command.workers < 1:
+        raise ValueError(f"expected --workers of at least 1, got {command.workers}")
+    for data in {repr(config.dataset): config.dataset for config in configs}.values():
+        data.fetch()  # once, with bars of its own
+    swept = sweep.Sweep(command.output or Path("sweeps") / first[0], base)
+    jobs = swept.plan(points, seeds, controls=command.controls)
+    failures = _swept(command, base, jobs)
+    if members := swept.write_report():
+        show.show_comparison(members, command.output or Path("sweeps") / first[0])
+    if failures:
+        show.print_note(f"{len(failures)} of {len(jobs)} runs failed; the same call tries them again:")
+        for failure in failures:
+            show.print_note(failure)
+        sys.exit(2)
+
+
+def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[str]:
+    """What went wrong, a line for each run that failed; every other run is there when this returns."""
+    left = [job for job in jobs if not sweep.finished_result(job)]
+    if len(left) < len(jobs):
+        show.print_note(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
+    gpus = torch.cuda.device_count() if base.hardware.accelerator != "cpu" else 0
+    if command.ray:
+        spread = functools.partial(pool.run_on_ray, address=command.ray, gpu=base.hardware.accelerator != "cpu")
+    else:
+        count = min(command.workers or gpus or platforms.cores(), max(1, len(left)))
+        spread = functools.partial(pool.run_local, workers=count, gpus=gpus)
+    try:
+        return show.follow_results(sweep.run_all(left, spread), len(left))
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        raise Interrupted(number, f"{describe(number)}; the same call goes on with the sweep") from None
+
+
+def list_command(words: list[str]) -> None:
+    """`pgp list`."""
+    if words:
+        raise ValueError(f"pgp list takes no arguments, got {' '.join(words)}")
+    show.show_rich(catalogue.print_catalogue())
+
+
+def data_command(words: list[str]) -> None:
+    """`pgp data get RECIPE …` and `pgp data check RECIPE …`; data flags are those of pgp train."""
+    actions: dict[str, Callable[[Config], None]] = {"get": _get, "check": _check}
+    if not words or words[0].startswith("-"):
+        raise ValueError("expected pgp data get RECIPE or pgp data check RECIPE")
+    action = parse.lookup(actions, words[0], "action", "pgp --help")
+    action(_train_command(words[1:], f"pgp data {words[0]}").config)
+
+
+def _get(config: Config) -> None:
+    config.dataset.fetch()
+    data = config.dataset.read()
+    where = next((f", at {place}" for place in config.dataset.search_paths if place.exists()), "")
+    show.show_lines(
+        f"there: {len(data.train):,} training and {len(data.test):,} test images of {data.classes:,} classes{where}"
+    )
+
+
+def _check(config: Config) -> None:
+    """Raises unless the data are whole and make the tasks that the recipe wants."""
+    config = resolve_paths(config)
+    data = config.dataset.read()
+    with show.progress() as bars:
+        census = check_images(config.dataset, bars, data)
+    show.show_lines(*census.lines())
+    show.show_tasks(build_scenario(config, data))
+    if not census.is_complete:
+        raise ValueError("the data are not whole; see above")
+    show.show_lines("whole: every image can be read")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "train": train_command,
+    "eval": eval_command,
+    "audit": audit_command,
+    "predict": predict_command,
+    "report": report_command,
+    "sweep": sweep_command,
+    "list": list_command,
+    "data": data_command,
+}

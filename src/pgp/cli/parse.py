@@ -1,0 +1,215 @@
+"""From words to a command: the flags of pgp train, which several commands understand, and grids of them."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import io
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from pgp import recipes
+from pgp.baselines import BASELINES, unprojected
+from pgp.cli import published, show
+from pgp.cli.commands import ResumeCommand, TrainCommand
+from pgp.config import Config, Hardware
+from pgp.datasets.own import dataset_from_path
+from pgp.projections.base import NoProjection
+from pgp.projections.released import ReleasedBasis
+from pgp.runs.run import Run
+
+Command = TypeVar("Command")
+
+
+def parse(command: type[Command], words: Sequence[str], program: str, **settings: Any) -> Command:
+    """Return the command that `words` ask for; what is said of words that are wrong is safe for a terminal."""
+    with _safe_complaints():
+        found: Command = tyro.cli(command, args=words, prog=program, **settings)
+    return found
+
+
+def parse_known(command: type[Command], words: Sequence[str], program: str) -> tuple[Command, list[str]]:
+    """Return the command, and those of the words that mean nothing to it."""
+    with _safe_complaints():
+        return tyro.cli(command, args=words, prog=program, return_unknown_args=True)
+
+
+@contextlib.contextmanager
+def _safe_complaints() -> Iterator[None]:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    finally:
+        show.print_error(said.getvalue())
+
+
+def train_command(words: list[str], program: str) -> TrainCommand:
+    """What `RECIPE --flags` asks for."""
+    if not words or words[0].startswith("-"):
+        raise ValueError(f"expected a recipe, one of {', '.join(recipes.RECIPES)}; or --resume RUN")
+    recipe = lookup(recipes.RECIPES, words[0], "recipe", "pgp list")
+    if len(words) > 1 and not words[1].startswith("-"):
+        raise ValueError(f"expected flags behind {words[0]}, got {words[1]}: images are named by --data {words[1]}")
+    if flag_values(words, "--add"):
+        raise ValueError(f"expected --add beside --resume: it teaches a run that is there one more task. Images for a"
+                         f" new run are named by --data {flag_values(words, '--add')[0]}")  # fmt: skip
+    config = _choose_components(recipe(), words[1:])
+    command = parse(
+        TrainCommand,
+        published.translate_flags(words[1:], config),
+        f"{program} {words[0]}",
+        description=inspect.getdoc(recipe),
+        default=TrainCommand(config),
+    )
+    if command.twin and command.baselines:
+        raise ValueError("expected --twin or --baselines, got both: the baselines hold the twin, as sequential")
+    if command.twin and (not command.pgp or isinstance(command.config.projection, NoProjection.Config)):
+        raise ValueError("expected a projection beside --twin: a run without one has no other twin than itself")
+    return command
+
+
+def resume_defaults(words: list[str]) -> ResumeCommand:
+    """The run that `--resume` names, with its own settings."""
+    folders = flag_values(words, "--resume")
+    if not folders:
+        raise ValueError("expected a run folder behind --resume, such as runs/own-seed42")
+    folder = Path(folders[0])
+    return ResumeCommand(folder, hardware=Run.open(folder).config.hardware)
+
+
+def check_resumable(words: list[str]) -> None:
+    """Raise if a flag stands beside --resume that can only be given when a run begins."""
+    known = {field.name.replace("_", "-") for kind in (ResumeCommand, Hardware) for field in fields(kind)}
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--").replace("_", "-")
+        if word.startswith("--") and name.removeprefix("no-") not in known | {"help"}:
+            flags = ", ".join(f"--{flag}" for flag in sorted(known - {"hardware", "resume"}))
+            raise ValueError(f"expected beside --resume only {flags}, got --{name}: what decides results is fixed when"
+                             " a run begins")  # fmt: skip
+
+
+def lookup(table: dict[str, Callable[..., Any]], name: str, what: str, where: str) -> Callable[..., Any]:
+    """What `table` holds under `name`; raises with the nearest name that it has, where it has none."""
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
+        hint = f"perhaps you meant {near[0]!r}; " if near else ""
+        raise ValueError(f"unknown {what} {name!r}: {hint}see {where}")
+    return table[name]
+
+
+def _choose_components(config: Config, words: list[str]) -> Config:
+    """`config` with the parts that flags like `--projection none` name, so that the flags of those parts are known."""
+    if gone := [name for name in flag_values(words, "--projection") if name in ("slower", "frozen")]:
+        raise ValueError(f"expected a projection behind --projection, got {gone[0]}: slower and frozen prompts are a"
+                         f" learning rate, --optimizer.later-prompt-lr-scale 0.1 or 0, or a baseline, --method"
+                         f" {gone[0]}")  # fmt: skip
+    for name in flag_values(words, "--method"):
+        if name in BASELINES:
+            config = BASELINES[name](config)
+    for field, shelf in recipes.CHOICES.items():
+        parts = [shelf[name] for name in flag_values(words, f"--{field}") if name in shelf]
+        part: Any = tuple(parts) if field == "readouts" else parts[-1:]
+        if parts:
+            config = replace(config, **{field: part if field == "readouts" else part[0]})
+        if field == "projection" and isinstance(config.projection, ReleasedBasis.Config):
+            config = replace(config, projection=recipes.published_basis(config.method))
+    if places := flag_values(words, "--data"):  # the recipe's number of tasks was that of its own data
+        config = replace(config, dataset=dataset_from_path(places[-1]), tasks=None)
+    return config
+
+
+def flag_values(words: list[str], wanted: str) -> list[str]:
+    """What stands behind `wanted`, as `--data a b` or `--data=a`."""
+    out: list[str] = []
+    taking = False
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            taking = name.replace("_", "-") == wanted
+            if taking and equals:
+                out.append(value)
+        elif taking:
+            out.append(word)
+    return out
+
+
+def parse_point(words: list[str]) -> Config:
+    """The configuration of one point of a grid."""
+    command = train_command(words, "pgp sweep")
+    if command.twin or command.baselines or command.output or flag_values(words, "--seed"):
+        raise ValueError("expected pgp sweep without --twin, --baselines and --seed: controls are there by default, and"
+                         " seeds are --seeds")  # fmt: skip
+    if command.config.hardware.devices > 1:
+        raise ValueError(f"expected --devices 1 in a sweep, whose runs are spread over all devices as they are, got"
+                         f" {command.config.hardware.devices}")  # fmt: skip
+    return command.config if command.pgp else unprojected(command.config)
+
+
+def parse_seeds(text: str) -> list[int]:
+    """The seeds that `--seeds` means: so many from 0, or a list.
+
+    >>> parse_seeds("3"), parse_seeds("3,7")
+    ([0, 1, 2], [3, 7])
+    """
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() for part in parts) or ("," not in text and int(text) < 1):
+        raise ValueError(f"expected --seeds 10, for seeds 0 to 9, or --seeds 3,7,11, got {text!r}")
+    return list(dict.fromkeys(map(int, parts))) if "," in text else list(range(int(text)))
+
+
+def parse_grid(over: Sequence[str]) -> list[dict[str, str]]:
+    """Every choice of one value for each `PATH=v1,v2,…`: values by path.
+
+    >>> parse_grid(["a=1,2", "b=x"])
+    [{'a': '1', 'b': 'x'}, {'a': '2', 'b': 'x'}]
+    """
+    axes: dict[str, list[str]] = {}
+    for text in over:
+        path, equals, values = text.removeprefix("--").partition("=")
+        path = path.strip().replace("-", "_")
+        parts = [part.strip() for part in values.split(",")]
+        if not path or not equals or not all(parts):
+            raise ValueError(f"expected --over PATH=VALUE,VALUE, such as projection.energy=.9,.99, got {text!r}")
+        if path in ("seed", "output", "twin", "baselines"):
+            raise ValueError(f"expected a setting of the runs in --over, got {path}: seeds are --seeds, and controls"
+                             " are there by default")  # fmt: skip
+        axes.setdefault(path, []).extend(parts)
+    return [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
+
+
+def to_flags(choice: Mapping[str, str]) -> list[str]:
+    """The flags of `pgp train` that make a choice; a true or false one is a switch."""
+    words = []
+    for path, value in choice.items():
+        front, dot, last = path.rpartition(".")
+        switch = {"true": last, "false": f"no_{last}"}.get(value.lower())
+        words += [f"--{front}{dot}{switch}"] if switch else [f"--{path}", *value.split()]
+    return words
+
+
+def label_choices(choices: Sequence[Mapping[str, str]], configs: Sequence[Config], recipe: str) -> dict[str, Config]:
+    """Points by label: each setting by as much of its path as tells it apart, and its value; equal points once."""
+    paths = list(choices[0]) if choices else []
+    short = {path: path.rpartition(".")[2] for path in paths}
+    names = {path: last if list(short.values()).count(last) == 1 else path for path, last in short.items()}
+    out: dict[str, Config] = {}
+    for choice, config in zip(choices, configs, strict=True):
+        if config not in out.values():
+            label = ", ".join(f"{names[path]} {_value(config, path, text)}" for path, text in choice.items())
+            out[label or recipe] = config
+    return out
+
+
+def _value(config: Config, path: str, text: str) -> Any:
+    """What a path leads to, where that is a plain value: .9 and 0.90 are the same; else as it was written."""
+    place: Any = config
+    for part in path.split("."):
+        place = place[int(part)] if part.isdecimal() else getattr(place, part, None)
+    return place if isinstance(place, bool | int | float | str) else text

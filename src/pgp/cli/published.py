@@ -1,0 +1,257 @@
+"""The published command line, `python main.py RECIPE --flags`, in words of ours; and the files that it used to leave.
+
+A published flag is an alias: it means one of ours, which one depends on the method. Booleans take a value, as they did,
+and `--task_inc False` is false.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgp.backbones.clip import CLIP
+from pgp.backbones.vit import ViT
+from pgp.config import Config
+from pgp.methods.clip_prompt import CLIPPrompt
+from pgp.methods.dualprompt import DualPrompt
+from pgp.methods.l2p import L2P
+from pgp.runs.data_paths import resolve_paths
+from pgp.runs.run import Run
+from pgp.system import storage
+from pgp.system.storage import RunError
+
+RENAMED = {
+    "data-path": "dataset.root",
+    "imagenet-r-split": "dataset.split",
+    "num-tasks": "tasks",
+    "lr": "optimizer.lr",
+    "opt": "optimizer.name",
+    "clip-grad": "optimizer.clip",
+    "num-workers": "workers",
+    "output-dir": "output",
+}
+
+
+"""Published flag, with hyphens: ours."""
+
+
+METHOD_FLAGS: dict[type, dict[str, str]] = {
+    L2P.Config: {"size": "pool-size", "length": "length", "top-k": "top-k", "pull-constraint-coeff": "pull"},
+    DualPrompt.Config: {
+        "size": "pool-size",
+        "length": "expert-length",
+        "top-k": "top-k",
+        "pull-constraint-coeff": "pull",
+    },
+    CLIPPrompt.Config: {"length": "image-prompt"},
+}
+
+
+"""By method: published flag, and what it sets of `--method`."""
+
+
+SWITCHES = {
+    "pgp": ("--pgp", "--no-pgp"),
+    "task-inc": ("--setting til", "--setting cil"),
+    "shuffle": ("--shuffle", "--no-shuffle"),
+    "pin-mem": ("--pin-memory", "--no-pin-memory"),
+}
+
+
+"""Published flag: ours where it is true, and where it is false."""
+
+
+MODELS: dict[type, dict[str, tuple[str, ...]]] = {
+    ViT.Config: {"vit_base_patch16_224": ("--backbone.model", "vit_base_patch16_224.orig_in21k")},
+    CLIP.Config: {
+        "vit_base_patch16_224": ("--backbone.model", "ViT-B-16-quickgelu", "--backbone.weights", "openai"),
+        "ViT-B/16": ("--backbone.model", "ViT-B-16-quickgelu", "--backbone.weights", "openai"),
+    },
+}
+
+
+"""By encoder: what a published `--model` means."""
+
+
+def translate_flags(words: Sequence[str], config: Config) -> list[str]:
+    """`words` with every published flag in ours; all else stays as it is.
+
+    Args:
+        words: arguments behind the recipe's name.
+        config: the recipe's configuration, whose method and encoder decide what some flags mean.
+
+    Raises:
+        ValueError: if a flag lacks its value, is no boolean, or sets what this method does not have.
+    """
+    out: list[str] = []
+    for written, name, value in _pairs(words):
+        if name.removeprefix("no-") in SWITCHES:
+            out += _switched(name, value)
+        elif name == "device":
+            out += ["--accelerator", _accelerator(_given(name, value))]
+        elif name == "model":
+            out += _model(_given(name, value), config)
+        elif name == "lr" and isinstance(config.method, CLIPPrompt.Config):
+            raise ValueError("expected --optimizer.lr and --optimizer.first-lr for CLIP, which has a rate for later"
+                             " tasks and one for the first, per 256 images; got --lr")  # fmt: skip
+        elif name in RENAMED:
+            out += [f"--{RENAMED[name]}", _given(name, value)]
+        elif any(name in names for names in METHOD_FLAGS.values()):
+            out += [f"--method.{_method_flag(name, config)}", _given(name, value)]
+        else:
+            out += written
+    return out
+
+
+def explain_model_flag(words: Sequence[str], config: Config) -> str | None:
+    """What `--model` among `words` means, where it says less than it means."""
+    for _, name, value in _pairs(words):
+        if name == "model" and value in MODELS.get(type(config.backbone), {}):
+            return f"--model {value} is {' '.join(_model(value, config)[1::2])}, the published weights"
+    return None
+
+
+def find_latest_run(asked: Config, words: Sequence[str], folder: Path) -> tuple[Run, Config]:
+    """The run of a recipe that was written last, of those that all flags given fit, and how to evaluate it.
+
+    Args:
+        asked: the recipe's configuration under all flags.
+        words: these flags; those that only say how to evaluate, and where the data lie, are free.
+        folder: where it lies, or in the folders in there, or in those that stand in for it, `folder-2`, ….
+
+    Raises:
+        RunError: if there is none.
+    """
+    asked = resolve_paths(asked)
+    stands_in = re.compile(re.escape(folder.name) + r"-\d+")
+    twins = [place for place in folder.parent.iterdir() if stands_in.fullmatch(place.name)]
+    places = [place for base in (folder, *twins) if base.is_dir() for place in (base, *base.iterdir())]
+    found, unusable = _runs_of(asked.name, places)
+    if not found:
+        why = f"{unusable[0]}; or " if unusable else ""
+        raise RunError(f"no finished task of {asked.name} in {folder}: {why}train it first, by python main.py"
+                       f" {asked.name}")  # fmt: skip
+    given = {name for _, name, _ in _pairs(translate_flags(words, asked)) if name}
+    fitting = [run for run in found if not _other(asked, run.config, given)]
+    if not fitting:
+        other = ", ".join(_other(asked, found[0].config, given))
+        raise RunError(f"the runs of {asked.name} in {folder} were trained with other settings of {other}, which --eval"
+                       " cannot change: leave those flags out, or train again")  # fmt: skip
+    run = max(fitting, key=lambda one: one.checkpoints.written())
+    config = replace(run.config, legacy_eval=asked.legacy_eval)
+    config = replace(config, hardware=replace(asked.hardware, devices=1))
+    if "eval-batch-size" in given:
+        config = replace(config, eval_batch_size=asked.eval_batch_size)
+    data: Any = config.dataset
+    if "data" in given:
+        config = replace(config, dataset=asked.dataset)
+    elif "dataset.root" in given:
+        config = replace(config, dataset=replace(data, root=_lookup_path(asked, "dataset.root")))
+    return run, config
+
+
+def _runs_of(recipe: str, folders: Iterable[Path]) -> tuple[list[Run], list[RunError]]:
+    """Return the runs of a recipe in some folders that have a finished task, and why others cannot be used."""
+    runs, errors = [], []
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            try:
+                run = Run.open(folder)
+                if run.config.name == recipe and run.progress()[0]:
+                    runs.append(run)
+            except RunError as error:
+                errors.append(error)
+    return runs, errors
+
+
+def _other(asked: Config, trained: Config, given: set[str]) -> list[str]:
+    """The flags among `given` that ask for another training than `trained`."""
+    free = {"eval-batch-size", "legacy-eval", "dataset.root"}
+    names = {"projection" if name in ("pgp", "no-pgp") else name for name in given - free}
+    return sorted(name for name in names if _lookup_path(asked, name) != _lookup_path(trained, name))
+
+
+def _lookup_path(config: Config, name: str) -> Any:
+    """The setting that a flag is about, such as `optimizer.lr`; None for flags that are about none."""
+    place: Any = config
+    for part in name.replace("-", "_").split("."):
+        place = place[int(part)] if part.isdecimal() else getattr(place, part, None)
+    return place
+
+
+def export_checkpoints(run: Run) -> list[Path]:
+    """Write `checkpoint/task{N}_checkpoint.pth` in the run folder, one for each checkpoint of a finished task.
+
+    Each holds `{"model": learned tensors by name, "task": N}` for `torch.load`; ours, in `checkpoints/`, hold more and
+    are the ones that runs go on from.
+    """
+    left, folder = [], run.folder / "checkpoint"
+    for name in run.checkpoints.finished():
+        content = io.BytesIO()
+        torch.save({"model": run.load(name, {"method"})["method"], "task": name.task}, content)
+        storage.make_folder(folder)
+        left.append(folder / f"task{name.task}_checkpoint.pth")
+        storage.write(left[-1], content.getvalue())
+    return left
+
+
+def _pairs(words: Sequence[str]) -> Iterator[tuple[list[str], str, str | None]]:
+    """Word by word: what stands there, its flag without hyphens in front, and the one value behind that, or None.
+
+    A word that is no flag and no such value has the flag "".
+    """
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        front, equals, value = word.partition("=")
+        name = front[2:].replace("_", "-") if front.startswith("--") else ""
+        if equals:
+            yield [word], name, value
+        elif name and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+            yield [word, value], name, value
+        else:
+            yield [word], name, None
+
+
+def _given(name: str, value: str | None) -> str:
+    if value is None:
+        raise ValueError(f"expected a value behind --{name}, got none")
+    return value
+
+
+def _switched(name: str, value: str | None) -> list[str]:
+    values = {"true": True, "false": False}
+    if value is not None and value.lower() not in values:
+        raise ValueError(f"expected --{name} True or --{name} False, got {value!r}")
+    yes = value is None or values[value.lower()]
+    if name not in SWITCHES:  # --no-pgp
+        name, yes = name.removeprefix("no-"), not yes
+    return SWITCHES[name][0 if yes else 1].split()
+
+
+def _accelerator(device: str) -> str:
+    names = {"cpu": "cpu", "cuda": "gpu", "gpu": "gpu"}
+    if device not in names:
+        raise ValueError(f"expected --device cuda or cpu, got {device!r}; set CUDA_VISIBLE_DEVICES to choose a GPU")
+    return names[device]
+
+
+def _model(name: str, config: Config) -> list[str]:
+    known = MODELS.get(type(config.backbone), {})
+    return list(known.get(name, ("--backbone.model", name)))
+
+
+def _method_flag(name: str, config: Config) -> str:
+    names = METHOD_FLAGS.get(type(config.method), {})
+    if name not in names:
+        method = type(config.method).__qualname__.partition(".")[0]
+        known = ", ".join(f"--{other}" for other in names) or "no such flags"
+        raise ValueError(f"--{name} means nothing to {method}, which has {known}")
+    return names[name]

@@ -1,0 +1,358 @@
+"""What the command line shows: bars while it works, tables and figures when it is done.
+
+Results go to standard output, everything else to standard error; nothing that comes from data or files is taken for
+markup or reaches a terminal as a control character.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor
+
+from pgp.analysis import audit
+from pgp.distributed import rank
+from pgp.evaluation import metrics
+from pgp.progress import print_line
+from pgp.reports import comparison, drift, figures, tables
+from pgp.runs.run import Run
+from pgp.scenario import Scenario
+from pgp.sweeps import sweep
+from pgp.system import storage
+from pgp.system.escaping import json_line, printable, tsv_field
+from pgp.system.outputs import make_unique_folder
+from pgp.system.storage import RunError
+from pgp.training.tasks import single_class_warning
+
+NARROW = 80
+
+
+"""Columns of a terminal in which results have to be readable."""
+
+
+UNLIMITED = 100_000
+
+
+"""Columns of what is no terminal: nothing is wrapped there."""
+
+
+GAP = 2
+
+
+"""Columns between two columns of a table."""
+
+
+class _Errors(Console):
+    """Standard error."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error that rich is handling, so that the program ends as for any other broken pipe."""
+        raise
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a standard stream is there, and a terminal."""
+    return stream is not None and stream.isatty()
+
+
+def show_lines(*lines: object) -> None:
+    """Print results on standard output, a line each."""
+    for line in lines:
+        print(printable(line))
+
+
+def show_fields(*fields: object) -> None:
+    """Print a line of tab-separated values on standard output."""
+    print(*map(tsv_field, fields), sep="\t")
+
+
+def show_json(value: Any) -> None:
+    """Print a line of JSON on standard output."""
+    encoding = getattr(sys.stdout, "encoding", None) or ""
+    print(json_line(value, ascii_only=not encoding.lower().startswith("utf")))
+
+
+def show_rich(renderable: RenderableType) -> None:
+    """Print what rich lays out on standard output, wrapped only on a terminal; markup in names means nothing."""
+    console = _console()
+    with console.capture() as captured:
+        console.print(renderable)
+    for line in captured.get().splitlines():
+        print(line.rstrip())
+
+
+def _console() -> Console:
+    """Standard output as rich sees it."""
+    width = None if is_terminal(sys.stdout) else UNLIMITED
+    return Console(width=width, markup=False, emoji=False, highlight=False)
+
+
+def print_note(text: object) -> None:
+    """Print a line about the work on standard error."""
+    print(f"pgp: {printable(text)}", file=sys.stderr)
+
+
+def progress(memory: float = 30, *, hidden: bool = False) -> Progress:
+    """Return progress bars on standard error, with the time that is left by the speed of the last `memory` seconds.
+
+    Standard output is left alone, so that a result goes where the user sent it. A result that is printed while bars are
+    shown on the same terminal would be garbled: hide the bars, or print it when they are gone.
+    """
+    console = _Errors(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    return Progress(
+        *columns,
+        console=console,
+        transient=True,
+        speed_estimate_period=memory,
+        redirect_stdout=False,
+        disable=hidden or not console.is_terminal,
+    )
+
+
+def warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object) -> None:
+    """Show a warning of ours in a line, one of a library as Python does; see `warnings.showwarning`."""
+    if category is UserWarning:
+        print_note(message)
+    else:
+        print_error(warnings.formatwarning(message, category, filename, lineno))
+
+
+def print_error(text: str) -> None:
+    """Print what a library says, a text of several lines, on standard error."""
+    for line in text.splitlines():
+        print(printable(line), file=sys.stderr)
+
+
+def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Draw the figures over runs to files in `folder`: accuracy and, if any run measured it, drift."""
+    return _draw(runs, folder, tables.result_rows(runs), drift.drift_histories(runs))
+
+
+def _draw(
+    runs: Sequence[Run], folder: Path, lines: Sequence[tables.ResultRow], courses: Sequence[drift.DriftHistory]
+) -> list[Path]:
+    paths = [folder / ("accuracy.png" if len(runs) == 1 and folder == runs[0].folder else "report.png")]
+    figures.draw_accuracy(lines, paths[0])
+    if courses:
+        paths.append(folder / "drift.png")
+        drift.draw_drift(courses, paths[1])
+    return paths
+
+
+def show_report(runs: Sequence[Run], folder: Path | None = None) -> None:
+    """Print the table over runs, and leave it and the figures in `folder`; of several processes, the first does."""
+    if rank() > 0:
+        return
+    lines, courses = tables.result_rows(runs), drift.drift_histories(runs)
+    shown = tables.statistics(lines)
+    rows = [(line.label, line.column, *tables.format_row(line, shown)) for line in lines]
+    _show_table("accuracy in %", ("run", "readout"), tuple(shown.values()), rows)
+    if folder is None:
+        folder = runs[0].folder if len(runs) == 1 else make_unique_folder(Path("runs"), f"{runs[0].config.name}-report")
+    texts = [tables.markdown(lines), *([drift.markdown(courses)] if courses else [])]
+    storage.write(folder / "report.md", "\n".join(texts))
+    figures = _draw(runs, folder, lines, courses)
+    show_lines(f"table:  {folder / 'report.md'}", *(f"figure: {path}" for path in figures))
+    for run in runs:
+        done, tasks = run.progress()
+        left = "" if done == tasks else f"  (unfinished: {done} of {tasks} tasks; pgp train --resume goes on)"
+        show_lines(f"run:    {run.folder}{left}")
+
+
+def follow_results(outcomes: sweep.Results, total: int) -> list[str]:
+    """A line for each of `total` runs that failed; one is printed for each run that ends, under a bar over all."""
+    failures = []
+    with progress(memory=1e9) as bars, closing(outcomes):
+        bar = bars.add_task("runs", total=total)
+        for job, done in outcomes:
+            if isinstance(done, Exception):
+                failures.append(f"{job.name}, seed {job.seed}: {done}")
+                told = "failed"
+            else:
+                told = f"{done.status} in {done.seconds:.0f} s, average accuracy {100 * done.accuracy:.1f} %"
+            print_line(bars, f"{job.name}, seed {job.seed}: {told}")
+            bars.advance(bar)
+    return failures
+
+
+def show_comparison(members: Sequence[comparison.Entry], folder: Path) -> None:
+    """Print the table of the sweep in `folder`, and where it and its figure lie."""
+    rows = comparison.table(members)
+    _show_table("in %", comparison.HEAD[:2], comparison.HEAD[2:], rows)
+    show_lines(comparison.NOTE.strip(), f"table:  {folder / sweep.TABLE}", f"figure: {folder / sweep.FIGURE}")
+
+
+def show_evaluation(run: Run, matrices: Mapping[str, Tensor]) -> None:
+    """Print accuracies that were measured anew, `(T, T)` by readout, and whether they are those that `run` stores.
+
+    After one task, there is a row for each task; after several, a row for each of these. All accuracies go to
+    `evaluation.csv` in the run folder.
+    """
+    measured = next(iter(matrices.values())).isfinite().any(1).nonzero().flatten().tolist()
+    if len(measured) == 1:
+        _show_last(run, matrices, measured[0])
+    else:
+        _show_history(run, matrices, measured)
+    _write_result(run, "evaluation.csv", lambda: storage.write(run.folder / "evaluation.csv", metrics.to_csv(matrices)))
+
+
+def _show_last(run: Run, matrices: Mapping[str, Tensor], t: int) -> None:
+    """Print the accuracy on each task after task `t`, a column for each readout."""
+    agrees = _agreement(run, matrices)
+    heads = [(f"{j + 1}", name) for j, name in enumerate(run.task_names()[: t + 1])]
+    rows: list[tuple[str, ...]] = [(*heads[j], *(_percent(m[t, j]) for m in matrices.values())) for j in range(t + 1)]
+    rows.append(("average", "", *(_percent(matrix[t, : t + 1].mean()) for matrix in matrices.values())))
+    rows.append(("as stored", "", *(agrees[column, t] for column in matrices)))
+    names: tuple[str, ...] = ("task", "name")
+    if not any(name for _, name in heads):
+        names, rows = names[:1], [(row[0], *row[2:]) for row in rows]
+    _show_table(f"{run.folder}: accuracy after task {t + 1}, %", names, list(matrices), rows)
+
+
+def _show_history(run: Run, matrices: Mapping[str, Tensor], measured: Sequence[int]) -> None:
+    """Print a row for each readout and each of the tasks `measured`: the accuracy on every task if that fits the width,
+    else on the first, the last and the worst.
+    """
+    agrees = _agreement(run, matrices)
+    names, last = ("readout", "after"), measured[-1] + 1
+    headings = [*(f"task {j + 1}" for j in range(last)), "average", "as stored"]
+    whole: list[tuple[str, ...]] = []
+    brief: list[tuple[str, ...]] = []
+    for column, matrix in matrices.items():
+        for t in measured:
+            row = matrix[t, : t + 1]
+            worst = int(row.argmin())
+            head, tail = (column, f"task {t + 1}"), (_percent(row.mean()), agrees[column, t])
+            whole.append((*head, *map(_percent, row.tolist()), *[""] * (last - t - 1), *tail))
+            brief.append((*head, _percent(row[0]), _percent(row[t]), _percent(row[worst]), f"{worst + 1}", *tail))
+    width = _console().width if is_terminal(sys.stdout) else NARROW
+    if sum(map(sum, _column_widths(names, headings, whole))) > width:
+        headings, whole = ["first task", "last task", "worst", "of task", "average", "as stored"], brief
+    _show_table(f"{run.folder}: accuracy, %", names, headings, whole)
+
+
+def _percent(share: float | Tensor) -> str:
+    return f"{100 * float(share):.2f}"
+
+
+def _agreement(run: Run, matrices: Mapping[str, Tensor]) -> dict[tuple[str, int], str]:
+    """By readout and task: whether the accuracies are those that `run` stores; "" if it does not store them."""
+    stored, out = run.matrices(), {}
+    for column, matrix in matrices.items():
+        close = ((stored.get(column, matrix) - matrix).abs() < 1e-9).logical_or(torch.ones_like(matrix).tril() == 0)
+        for t, same in enumerate(close.all(1).tolist()):
+            out[column, t] = ("yes" if same else "no") if column in stored else ""
+    return out
+
+
+def _write_result(run: Run, name: str, write: Callable[[], object]) -> None:
+    """Write a result to the file `name` of a run folder and say where, or why it cannot be written."""
+    try:
+        write()
+    except (OSError, RunError) as error:
+        print_note(f"{name} is not written: {error}")
+    else:
+        show_lines(f"file:   {run.folder / name}")
+
+
+def show_tasks(scenario: Scenario) -> None:
+    """Print how large each task is, and what a user should know of them."""
+    for task in scenario.tasks:
+        show_lines(f"{scenario.describe(task)}: {len(task.classes)} classes, {len(task.train):,} training and"
+                   f" {len(task.test):,} test images")  # fmt: skip
+    if concern := single_class_warning(scenario):
+        print_note(f"warning: {concern}")
+
+
+def show_audit(run: Run, findings: Sequence[audit.Finding]) -> None:
+    """Print what each protocol says of `run`, and how much of the highest figure is real."""
+    columns = list(dict.fromkeys(finding.column for finding in findings))
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for finding in findings:
+        chosen = "each image" if finding.batch is None else f"a vote of {finding.batch}"
+        cells = rows.setdefault((chosen, audit.SCOPES[finding.scope]), {})
+        cells[finding.column] = f"{100 * finding.accuracy:.2f}"
+    table = [(*key, *(cells[column] for column in columns)) for key, cells in rows.items()]
+    _show_table(f"{run.folder}: average accuracy, %", ("prompts by", "scored over"), columns, table)
+    for column in columns:
+        own = [finding for finding in findings if finding.column == column]
+        best, (real,) = max(own, key=lambda finding: finding.accuracy), [finding for finding in own if finding.honest]
+        over = 100 * (best.accuracy - real.accuracy)
+        show_lines(f"{column}: {100 * real.accuracy:.2f} % is real; leaks add up to {over:.2f} points")
+
+
+def show_oracle(run: Run, bounds: Mapping[str, tuple[float, float]]) -> None:
+    """Print what readouts from statistics would read if none were stale, beside what they read."""
+    stored, (_, tasks) = run.matrices(), run.classes()
+    rows = []
+    for name, (accuracy, stale) in bounds.items():
+        own = metrics.average_accuracy(stored[name])
+        rows.append((name, f"{100 * own:.2f}", f"{100 * accuracy:.2f}", f"{stale:.3f}"))
+    title = f"{run.folder}: statistics of {len(tasks)} tasks"
+    _show_table(title, ("readout",), ("as kept, %", "if none were stale, %", "staleness of means"), rows)
+
+
+def write_audit(
+    run: Run, findings: Sequence[audit.Finding], bounds: Mapping[str, tuple[float, float]] | None = None
+) -> None:
+    """Write what was found to `audit.json` in the run folder, and say so."""
+    _write_result(run, "audit.json", lambda: storage.write(run.folder / "audit.json", audit.to_json(findings, bounds)))
+
+
+def _show_table(title: str, names: Sequence[str], figures: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of names and then figures: as one table if there is no terminal, else as many as its width takes.
+
+    Figures are never broken over two lines, names only if they take more than half of the width.
+    """
+    width = _console().width
+    words, widths = _column_widths(names, figures, rows)
+    room = width - min(sum(words), width // 2)
+    show_lines(title)
+    start = 0
+    while start < len(figures):
+        stop = start + 1
+        while stop < len(figures) and sum(widths[start : stop + 1]) <= room:
+            stop += 1
+        table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        for heading in names:
+            table.add_column(printable(heading), overflow="fold")
+        for place in range(start, stop):
+            table.add_column(printable(figures[place]), justify="right", width=widths[place] - GAP)
+        for row in rows:
+            table.add_row(*map(printable, (*row[: len(names)], *row[len(names) + start : len(names) + stop])))
+        show_rich(table)
+        start = stop
+
+
+def _column_widths(
+    names: Sequence[str], figures: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[int], list[int]]:
+    """Columns of a terminal for each name and each figure, with the gap behind; headings of figures break at spaces."""
+    cells = [
+        max((cell_len(printable(row[place])) for row in rows), default=0) for place in range(len(names) + len(figures))
+    ]
+    words = [max(cell_len(printable(heading)), cells[place]) + GAP for place, heading in enumerate(names)]
+    widths = [
+        max(cells[place], *(cell_len(printable(word)) for word in heading.split())) + GAP
+        for place, heading in enumerate(figures, len(names))
+    ]
+    return words, widths

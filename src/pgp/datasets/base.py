@@ -1,0 +1,194 @@
+"""The contract of a data set: splits of images with labels, and the settings that make them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from pgp.datasets.archives import Archive
+from pgp.datasets.ignored import Ignored
+from pgp.system.paths import as_path
+
+
+class BadImageError(ValueError):
+    """An image file that cannot be read; the message names it."""
+
+
+def raise_in_order(error: BadImageError) -> BadImageError:
+    """Return the same error with what to do about it, for a run that it stops."""
+    return BadImageError(f"{error}. --on-bad-image skip goes on without such images (beside --resume, too); pgp data"
+                         " check lists them all")  # fmt: skip
+
+
+class Split(abc.ABC):
+    """Images with integer labels, map-style."""
+
+    labels: Tensor
+    """`(n,)`, int64."""
+    domains: Tensor | None = None
+    """Number of each image's domain, `(n,)`, where the data have domains."""
+
+    @abc.abstractmethod
+    def image(self, index: int) -> Tensor:
+        """Image number `index`, `(3, H, W)` uint8.
+
+        Raises:
+            BadImageError: if its file cannot be read.
+        """
+
+    def names(self) -> Iterable[str]:
+        """What its images are called, in their order; nothing where they have no names."""
+        return ()
+
+    def sources(self) -> tuple[Split, ...]:
+        """The splits that it was joined from; itself, if it was not."""
+        return (self,)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class ArraySplit(Split):
+    """Images that lie in memory: `images (n, H, W)` gray or `(n, 3, H, W)`, uint8."""
+
+    def __init__(self, images: Tensor, labels: Tensor, domains: Tensor | None = None) -> None:
+        if len(images) != len(labels):
+            raise ValueError(f"expected one label per image, got {len(images)} images and {len(labels)} labels")
+        self.images, self.labels, self.domains = images, labels.long(), domains
+
+    def image(self, index: int) -> Tensor:
+        """See `Split.image`."""
+        image = self.images[index]
+        return image.expand(3, -1, -1) if image.dim() == 2 else image
+
+
+class ConcatSplit(Split):
+    """Splits one after the other, under labels that they share."""
+
+    def __init__(self, first: Split, second: Split, labels: Tensor) -> None:
+        """`labels` are those of `second` among all classes."""
+        self.first, self.second = first, second
+        self.labels = torch.cat([first.labels, labels])
+
+    def image(self, index: int) -> Tensor:
+        """See `Split.image`."""
+        size = len(self.first)
+        return self.first.image(index) if index < size else self.second.image(index - size)
+
+    def sources(self) -> tuple[Split, ...]:
+        """See `Split.sources`."""
+        return (*self.first.sources(), *self.second.sources())
+
+
+class Dataset(NamedTuple):
+    """A training and a test split over the same classes."""
+
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    tasks: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Tasks that the data themselves propose, in their order: the name and the classes of each."""
+    domains: tuple[str, ...] = ()
+    """Names of the domains, by number."""
+    folder: Path | None = None
+    """Where `class_order.txt` or `tasks.json` may lie."""
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the data were read, in words."""
+    ignored: tuple[Ignored, ...] = ()
+    """What lies beside the images and is not used, for each folder where there is any."""
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; labels run from 0."""
+        return len(self.class_names)
+
+    def messages(self) -> tuple[str, ...]:
+        """Return the notes, and a line for each kind of files that are ignored."""
+        return (*self.notes, *(line for ignored in self.ignored for line in ignored.lines()))
+
+
+class DatasetSize(NamedTuple):
+    """How large a data set is."""
+
+    train: int
+    test: int
+    classes: int
+
+
+@dataclass(frozen=True)
+class DatasetConfig(abc.ABC):
+    """How to make a data set; `build` is the factory."""
+
+    tag: ClassVar[str]
+    """Name of this kind of data set in config.json, unique among all of them; it must never change."""
+
+    archives: ClassVar[tuple[Archive, ...]] = ()
+    """What it is published as, where `fetch` downloads."""
+    expected: ClassVar[DatasetSize | None] = None
+    """Its published size, where it has one."""
+
+    def __post_init__(self) -> None:
+        """Take texts for paths; a subclass that checks its settings does so after this."""
+        for one in fields(self):
+            if isinstance(one.default, Path):
+                what = f"dataset.{one.name}"
+                object.__setattr__(self, one.name, as_path(getattr(self, one.name), what))
+
+    @abc.abstractmethod
+    def build(self) -> Dataset:
+        """The data set, downloaded first where it is missing and can be had."""
+
+    def fetch(self, progress: Progress | None = None) -> None:  # noqa: B027 (most sets have nothing to fetch)
+        """Nothing; what `read` needs is now on this disk, downloaded and unpacked where it was missing.
+
+        Args:
+            progress: where to draw bars, in bytes; on the error stream, where None.
+        """
+
+    def read(self) -> Dataset:
+        """The data set as it lies on this disk; nothing is downloaded."""
+        return self.build()
+
+    @property
+    def search_paths(self) -> tuple[Path, ...]:
+        """Where it is looked for on this disk, the first place first; none for what needs no files."""
+        return ()
+
+    def with_absolute_paths(self) -> DatasetConfig:
+        """The same with absolute paths: what a run records, for it may go on from another working folder."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        paths = {name: value.expanduser().absolute() for name, value in values.items() if isinstance(value, Path)}
+        return replace(self, **paths)
+
+    def relocated(self, place: str) -> DatasetConfig:
+        """Return the same data set at another place.
+
+        Raises:
+            ValueError: If it needs no files.
+        """
+        for one in fields(self):
+            if one.name in ("root", "file"):
+                return replace(self, **{one.name: Path(place)})
+        raise ValueError(f"expected no --data for data that need no files, got {place}")
+
+    def with_domains(self) -> DatasetConfig:
+        """The same with its domains told apart, if that takes another setting."""
+        return self
+
+
+def require_folder(folder: Path) -> Path:
+    """`folder`, made absolute; a clear error if it is not there."""
+    folder = folder.expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"expected a folder of images, got {folder.absolute()}, which is none: name another, by"
+                         " --data, --dataset.root or --add")  # fmt: skip
+    if not folder.is_dir():
+        raise ValueError(f"no data folder at {folder.absolute()}: name another, by --data, --dataset.root or --add")
+    return folder.absolute()

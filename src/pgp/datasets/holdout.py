@@ -1,0 +1,43 @@
+"""What data sets of one's own have in common: a test part where none is given, and the order of what they name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+
+from pgp.datasets.base import Split
+from pgp.scenario import stratified_holdout
+
+
+def holdout_mask(split: Split, share: float, seed: int, where: Callable[[int], str]) -> Tensor:
+    """Which images of `split` are kept for the test, bool `(n,)`: `share` of each class, in each domain.
+
+    Raises:
+        ValueError: if a class has a single image, which `where` describes by its place.
+    """
+    strata = split.labels
+    if split.domains is not None:
+        strata = strata + (int(strata.max()) + 1) * split.domains
+    kinds, counts = strata.unique(return_counts=True)
+    if bool((counts < 2).any()):
+        place = int((strata == kinds[counts < 2][0]).nonzero()[0])
+        every = "every class" if split.domains is None else "every class in every domain"
+        raise ValueError(f"expected at least 2 images of {every}, one of them for the test, got one in {where(place)}")
+    return stratified_holdout(strata, share, seed)
+
+
+def check_share(share: float) -> None:
+    """Raise unless `share` can be a data set's `test_share`."""
+    if not 0 < share < 1:
+        raise ValueError(f"expected dataset.test_share between 0 and 1, got {share}")
+
+
+def natural_order(words: Iterable[str]) -> tuple[str, ...]:
+    """Each word once: by number where all are whole numbers, else in the order of their first appearance.
+
+    >>> natural_order(["10", "9", "10"]), natural_order(["dog", "cat", "dog"])
+    (('9', '10'), ('dog', 'cat'))
+    """
+    once = list(dict.fromkeys(words))
+    return tuple(sorted(once, key=int) if all(word.isdecimal() for word in once) else once)

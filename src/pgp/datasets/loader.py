@@ -1,0 +1,121 @@
+"""Batches in a planned order, whose random augmentation depends on the seed and the image only."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms import v2
+
+from pgp.datasets.base import BadImageError, Split, raise_in_order
+from pgp.rng import derive_seed
+from pgp.system import platforms
+
+
+class Batch(NamedTuple):
+    """Images that the model sees at once."""
+
+    images: Tensor
+    """`(B, 3, S, S)` float."""
+    labels: Tensor
+    """`(B,)`."""
+    indices: Tensor
+    """Where they are in their split, `(B,)`."""
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device; indices stay."""
+        return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.indices)
+
+
+class SampleKey(NamedTuple):
+    """An image as a certain pass sees it: where it is in its split, and the pass that decides the augmentation."""
+
+    image: int
+    epoch: int
+
+
+class TransformedSplit(torch.utils.data.Dataset[tuple[Tensor, int, int] | None]):
+    """A split under a view whose every random draw is addressed by `(seed, *purpose, pass, index)`."""
+
+    def __init__(
+        self, split: Split, view: v2.Transform, seed: int, purpose: tuple[str | int, ...], skip_bad: bool
+    ) -> None:
+        self.split, self.transform, self.seed, self.purpose, self.skip_bad = split, view, seed, purpose, skip_bad
+
+    def __getitem__(self, address: SampleKey) -> tuple[Tensor, int, int] | None:
+        """Image, label and index; None for a bad image that is to be skipped."""
+        try:
+            image = self.split.image(address.image)
+        except BadImageError as error:
+            if not self.skip_bad:
+                raise raise_in_order(error) from error
+            warnings.warn(f"skipped: {error}", stacklevel=2)
+            return None
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.default_generator.manual_seed(derive_seed(self.seed, *self.purpose, address.epoch, address.image))
+            return self.transform(image), int(self.split.labels[address.image]), address.image
+
+
+class LoaderOptions(NamedTuple):
+    """How batches are brought to the model."""
+
+    workers: int = 0
+    """Processes that decode and crop; 0 does it in the training process."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    rank: int = 0
+    world_size: int = 1
+    """This process and how many there are: each takes every world-th image of a batch."""
+    pin_memory: bool = True
+    """Whether images go to page-locked memory where there is a GPU."""
+
+
+def batches(data: TransformedSplit, plan: Sequence[Sequence[SampleKey]], loading: LoaderOptions) -> Iterator[Batch]:
+    """The planned batches in order, each process its own share; an empty share is a batch of no images."""
+    share = [list(batch[loading.rank :: loading.world_size]) for batch in plan]
+    workers = min(loading.workers, len(share))
+    loader = DataLoader(
+        data,
+        batch_sampler=share,
+        num_workers=workers,
+        multiprocessing_context=platforms.loader_start() if workers else None,
+        collate_fn=_collate,
+        generator=torch.Generator(),  # or the loader would draw its workers' seed from the global one
+        pin_memory=loading.pin_memory and torch.cuda.is_available(),
+        worker_init_fn=_let_training_decide,
+    )
+    try:
+        yield from loader
+    except BadImageError as error:  # a worker's comes with its traceback in the text
+        raise BadImageError(str(error).strip().rpartition("BadImageError: ")[2]) from error
+
+
+def _let_training_decide(_: int) -> None:
+    """Let a process that loads images survive a signal to all: what happens then is up to the process that trains.
+
+    A second SIGTERM ends it, for that is how the process that trains gets rid of one that hangs.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in platforms.ending_signals():
+        signal.signal(number, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
+def sequential_batches(indices: Tensor, batch_size: int, epoch: int = 0) -> list[list[SampleKey]]:
+    """A plan that visits `indices` as they come.
+
+    >>> sequential_batches(torch.tensor([4, 5, 6]), batch_size=2)[1]
+    [SampleKey(image=6, epoch=0)]
+    """
+    return [[SampleKey(i, epoch) for i in part.tolist()] for part in indices.split(batch_size)]
+
+
+def _collate(samples: list[tuple[Tensor, int, int] | None]) -> Batch:
+    good = [sample for sample in samples if sample is not None]
+    if not good:
+        return Batch(torch.empty(0), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+    images, labels, indices = zip(*good, strict=True)
+    return Batch(torch.stack(images), torch.tensor(labels), torch.tensor(indices))

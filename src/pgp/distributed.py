@@ -1,0 +1,61 @@
+"""Collectives for processes that train together: every process must call them, and all do nothing in a single one."""
+
+from __future__ import annotations
+
+import os
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+def is_child_process() -> bool:
+    """Return whether another process of the same run started this one, which it does by the same command."""
+    return os.environ.get("LOCAL_RANK", "0") != "0"
+
+
+def is_distributed() -> bool:
+    """Return whether this process is one of several."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return torch.distributed.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Return how many processes there are."""
+    return torch.distributed.get_world_size() if is_distributed() else 1
+
+
+def all_reduce_sum_(tensor: Tensor) -> Tensor:
+    """Replace `tensor` in place by its sum over all processes, and return it.
+
+    Collective: every process must call it.
+    """
+    if is_distributed():
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """Return the rows of all processes, in the order of their numbers, on the CPU.
+
+    Collective: every process must call it.
+    """
+    return torch.cat(all_gather_object(rows.cpu()))
+
+
+def all_gather_object(value: T) -> list[T]:
+    """Return the values of all processes, in the order of their numbers.
+
+    Collective: every process must call it.
+    """
+    if not is_distributed():
+        return [value]
+    values: list[T] = [value] * world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

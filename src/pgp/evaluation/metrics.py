@@ -1,0 +1,133 @@
+"""Continual-learning figures from the accuracy matrix. Pure functions; every value is a share in [0, 1].
+
+`matrix[t, j]` is the accuracy on task j after learning task t, NaN for j > t and for tasks not learned yet.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+def tasks_learned(matrix: Tensor) -> int:
+    """Number of tasks learned so far: rows of `matrix (T, T)` that are filled in.
+
+    >>> tasks_learned(torch.tensor([[0.9, float("nan")], [float("nan"), float("nan")]]))
+    1
+    """
+    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(f"expected a square accuracy matrix (T, T), got {tuple(matrix.shape)}")
+    return int(matrix.diagonal().isfinite().sum())
+
+
+def average_accuracy(matrix: Tensor) -> float:
+    """Mean accuracy over the tasks learned so far, after the last of them; tasks weigh the same.
+
+    >>> round(average_accuracy(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
+    0.75
+    """
+    t = _some(matrix)
+    return float(matrix[t - 1, :t].mean())
+
+
+def forgetting(matrix: Tensor) -> float:
+    """Mean over all tasks but the last of the best accuracy ever reached, less the final one; 0 for a single task.
+
+    >>> round(forgetting(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
+    0.2
+    """
+    t = _some(matrix)
+    if t == 1:
+        return 0.0
+    best = matrix[:t, : t - 1].nan_to_num(nan=-torch.inf).amax(0)
+    return float((best - matrix[t - 1, : t - 1]).mean())
+
+
+def backward_transfer(matrix: Tensor) -> float:
+    """Mean over all tasks but the last of the final accuracy less the one just after learning it; negative: forgetting.
+
+    >>> round(backward_transfer(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
+    -0.2
+    """
+    t = _some(matrix)
+    if t == 1:
+        return 0.0
+    return float((matrix[t - 1, : t - 1] - matrix.diagonal()[: t - 1]).mean())
+
+
+def average_incremental_accuracy(matrix: Tensor) -> float:
+    """Mean over learning stages of the average accuracy at each.
+
+    >>> round(average_incremental_accuracy(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
+    0.825
+    """
+    return sum(accuracy_curve(matrix)) / _some(matrix)
+
+
+def accuracy_curve(matrix: Tensor) -> list[float]:
+    """Average accuracy after each learned task.
+
+    >>> [round(value, 2) for value in accuracy_curve(torch.tensor([[0.9, float("nan")], [0.7, 0.8]]))]
+    [0.9, 0.75]
+    """
+    return [float(matrix[t, : t + 1].mean()) for t in range(_some(matrix))]
+
+
+def write_row(matrices: dict[str, Tensor], row: Mapping[str, Tensor], t: int, size: int) -> None:
+    """Write the accuracies `(t + 1)` after task t, by column, into the matrices `(size, size)`, new ones where missing.
+
+    >>> matrices = {}
+    >>> write_row(matrices, {"lda": torch.tensor([0.5])}, t=0, size=2)
+    >>> matrices["lda"][0]
+    tensor([0.5000,    nan], dtype=torch.float64)
+    """
+    for column, accuracies in row.items():
+        matrix = matrices.setdefault(column, torch.full((size, size), torch.nan, dtype=torch.float64))
+        matrix[t, : t + 1] = accuracies
+
+
+def pad_matrix(matrix: Tensor, size: int) -> Tensor:
+    """The matrix of a run that more tasks joined, `(size, size)`, NaN for what they bring.
+
+    >>> pad_matrix(torch.tensor([[0.5]]), 2)
+    tensor([[0.5000,    nan],
+            [   nan,    nan]])
+    """
+    more = size - len(matrix)
+    if more < 0:
+        raise ValueError(f"expected the matrix of at most {size} tasks, got {tuple(matrix.shape)}")
+    return torch.nn.functional.pad(matrix, (0, more, 0, more), value=float("nan"))
+
+
+def to_csv(matrices: Mapping[str, Tensor]) -> str:
+    r"""Return a table of the accuracy matrix `(T, T)` of each column; NaN entries are left out.
+
+    >>> to_csv({"lda": torch.tensor([[0.5]])})
+    'column,after_task,task,accuracy\nlda,0,0,0.5\n'
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["column", "after_task", "task", "accuracy"])
+    for column, matrix in matrices.items():
+        for t, j in matrix.isfinite().nonzero().tolist():
+            writer.writerow([column, t, j, repr(float(matrix[t, j]))])
+    return text.getvalue()
+
+
+def from_csv(text: str, size: int) -> dict[str, Tensor]:
+    """Return the accuracy matrices `(size, size)` by column from the table that `to_csv` made of them."""
+    matrices: dict[str, Tensor] = {}
+    for row in csv.DictReader(io.StringIO(text, newline="")):
+        matrix = matrices.setdefault(row["column"], torch.full((size, size), torch.nan, dtype=torch.float64))
+        matrix[int(row["after_task"]), int(row["task"])] = float(row["accuracy"])
+    return matrices
+
+
+def _some(matrix: Tensor) -> int:
+    if (t := tasks_learned(matrix)) == 0:
+        raise ValueError("expected at least one learned task, got an empty accuracy matrix")
+    return t

@@ -1,0 +1,195 @@
+"""The contract of a method: what learns on top of a frozen encoder, and which of its parameters to protect.
+
+A method names what to protect and what enters it; it never projects.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pgp.backbones.base import Backbone
+from pgp.scenario import Task
+from pgp.subspace import ProtectedInputs, ProtectedParameter
+
+
+class Method(nn.Module, abc.ABC):
+    """A frozen `backbone`, prompts that the method learns, and a `head` that turns features into logits.
+
+    Shapes: `B` images of side `S`, `D` feature width, `C` classes (of all tasks, including those still to come), `M`
+    prompts.
+
+    The order of calls for each task is `begin_task`, `prepare_batch` and `loss` for each batch, `end_task`. Evaluation
+    calls
+    `features` or `forward`, which must not change anything.
+    """
+
+    per_class_tensors: tuple[str, ...] = ("head.weight", "head.bias")
+    """Names of the learned tensors that have a row for each class. They grow when classes join a finished run."""
+    uses_query: bool = True
+    """Whether features depend on the query. If not, the query is computed only for readouts that read it."""
+    legacy_scope: Literal["all", "cut"] = "all"
+    """Classes over which the published evaluation scores: all of them, seen or not, or those up to the task of the
+    test batch, which leaks the task. Both are reported only next to the honest accuracy."""
+
+    @dataclass(frozen=True)
+    class Config(abc.ABC):
+        """How to make one; `build` is the factory."""
+
+        tag: ClassVar[str]
+        """Name of this kind of method in config.json, unique among all of them; it must never change."""
+
+        @abc.abstractmethod
+        def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> Method:
+            """Return an untrained method.
+
+            Args:
+                backbone: The frozen encoder.
+                class_names: Names of the C classes, by label.
+                generator: Source of all initial values.
+
+            Raises:
+                ValueError: If the settings do not fit the encoder.
+            """
+
+    def __init__(self, backbone: Backbone, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.head = backbone, head
+
+    def begin_task(self, task: Task) -> None:
+        """Prepare for learning `task`, for example by copying the prompts of the task before it."""
+
+    def refresh_head(self, task: Task) -> None:
+        """Refresh what the head caches of the classes of `task`. It may be called at any step."""
+
+    def end_task(self, task: Task) -> None:
+        """Store what later tasks need of `task`, now that it is trained.
+
+        It may be called again, and then changes nothing.
+        """
+        self.refresh_head(task)
+
+    def query(self, images: Tensor) -> Tensor:
+        """Return the features of the frozen encoder without prompts, `(B, D)`.
+
+        They never change while the method learns, so they are computed once for each test image and cached.
+        """
+        return self.backbone.encode(images)
+
+    def selected_prompts(self, query: Tensor) -> Tensor | None:
+        """Return which prompts each image selects, `(B, M)` bool, or None if the method selects none."""
+        return None
+
+    @abc.abstractmethod
+    def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
+        """Return the features that the head and the readouts read, `(B, D)`.
+
+        The features of an image do not depend on its batch, and no task label is known.
+
+        Args:
+            images: `(B, 3, S, S)`.
+            query: `query(images)`, `(B, D)`. If None, it is computed.
+            by_vote: Follow the published test protocol instead: select one set of prompts for the whole batch, by
+                majority vote. Collective then, see `pgp.methods.prompts.majority_vote`.
+        """
+
+    def forward(self, images: Tensor, query: Tensor | None = None) -> Tensor:
+        """Return the logits of the method's own head over all classes, `(B, C)`."""
+        logits: Tensor = self.head(self.features(images, query))
+        return logits
+
+    @torch.no_grad()
+    def prepare_batch(self, images: Tensor, task: Task) -> dict[str, Tensor]:
+        """Return what `loss` needs to know of the whole batch, by name, with one row for each image.
+
+        It is called once for each batch, before `loss` is called for parts of it. Collective: every process must call
+        it, for a choice of prompts by vote counts the votes of all.
+        """
+        return {"query": self.query(images)} if self.uses_query else {}
+
+    def batch_constants(self, task: Task) -> dict[str, Tensor]:
+        """Return tensors that all parts of a batch share, by name, with their graph. It is called once a step."""
+        return {}
+
+    @abc.abstractmethod
+    def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
+        """Return the training loss, a scalar: the mean over the images.
+
+        Args:
+            images: `(B, 3, S, S)`, a batch or a part of one.
+            labels: `(B,)`.
+            task: The task that the images belong to. The loss compares its classes only.
+            prepared: The rows of `prepare_batch` for these images, and the tensors of `shared`. If None, they are
+            computed.
+        """
+
+    def protected(self) -> dict[str, ProtectedParameter]:
+        """Return, by the name of a space, the parameters whose response to old inputs must not change.
+
+        The names and the parameter objects stay the same for the lifetime of the method.
+        """
+        return {}
+
+    def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
+        """Return, by the name of a space, the rows that enter its parameter when these images pass.
+
+        The keys are those of `protected`. Nothing of it has a graph.
+
+        Args:
+            images: `(B, 3, S, S)`.
+            query: `query(images)`, `(B, D)`. If None, it is computed.
+        """
+        return {}
+
+    def prompt_parameters(self) -> list[nn.Parameter]:
+        """Return all that learns but the head: prompts, prefixes, and the keys by which images choose them.
+
+        The optimizer gives them a learning rate of their own, which may fall to 0 after the first task.
+        """
+        head = {id(parameter) for parameter in self.head.parameters()}
+        return [parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in head]
+
+    def trainable_state_dict(self) -> dict[str, Tensor]:
+        """Return all that is learned, by name: the state without the frozen encoder."""
+        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
+
+    def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore a `trainable_state_dict`. Classes that joined after it was saved keep their current values.
+
+        Raises:
+            ValueError: If it belongs to another method or model, or to more classes.
+        """
+        own = self.trainable_state_dict()
+        for name in self.per_class_tensors:
+            rows, all_rows = state.get(name), own.get(name)
+            if rows is not None and all_rows is not None and rows.shape[1:] == all_rows.shape[1:]:
+                state = {**state, name: torch.cat([rows, all_rows[len(rows) :].to(rows)])}
+        wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+        if wrong or own.keys() != state.keys():
+            raise ValueError(f"expected a checkpoint of {type(self).__name__} with {sorted(own)}, got {sorted(state)}"
+                             f" (of another shape: {wrong}): it belongs to another model or run")  # fmt: skip
+        self.load_state_dict(state, strict=False)
+
+
+def linear_head(width: int, classes: int, generator: torch.Generator) -> nn.Linear:
+    """Return a linear classifier `(B, D) -> (B, C)` with small initial weights (std 0.02) and zero bias."""
+    head = nn.Linear(width, classes)
+    nn.init.trunc_normal_(head.weight, std=0.02, generator=generator)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def mask_logits(logits: Tensor, classes: Sequence[int]) -> Tensor:
+    """Return the logits `(B, C)` with -inf for every class that is not among `classes`.
+
+    >>> mask_logits(torch.tensor([[1.0, 2.0, 3.0]]), [0, 1])
+    tensor([[1., 2., -inf]])
+    """
+    allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    allowed[list(classes)] = True
+    return logits.masked_fill(~allowed, -torch.inf)

@@ -1,0 +1,53 @@
+"""The method's own head, trained task after task with the prompts: the published readout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pgp.readouts.base import Readout
+
+
+class MethodHead(Readout):
+    """Logits of the classifier that is trained with the prompts."""
+
+    @dataclass(frozen=True)
+    class Config(Readout.Config):
+        """It has no settings."""
+
+        tag = "head"
+
+        @property
+        def name(self) -> str:
+            """See `Readout.Config.name`."""
+            return "sequential"
+
+        def build(self, head: nn.Module, classes: int, seed: int) -> MethodHead:
+            """Return a readout that calls `head`."""
+            return MethodHead(head)
+
+    name = "sequential"
+    needs_fit = False
+
+    def __init__(self, head: nn.Module) -> None:
+        self.head = head
+
+    def observe(self, features: Tensor, labels: Tensor) -> None:
+        """Do nothing: the head is trained already."""
+
+    def end_task(self) -> None:
+        """Do nothing: the head is trained already."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return `head(features)`, `(B, C)`."""
+        logits: Tensor = self.head(features)
+        return logits
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return nothing: the head belongs to the method."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Do nothing: the head belongs to the method."""

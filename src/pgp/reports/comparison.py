@@ -1,0 +1,212 @@
+"""Evidence from runs with the same seeds: paired differences to controls, and accuracy against forgetting."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from pgp.evaluation import metrics
+from pgp.reports import figures, tables
+from pgp.reports.tables import ResultRow
+from pgp.runs.run import Run
+from pgp.system.escaping import plot_text
+
+STATISTICS = {name: tables.STATISTICS[name] for name in ("average_accuracy", "forgetting")}
+
+
+HEAD = ("run", "readout", "seeds", *STATISTICS.values())
+
+
+NOTE = (
+    "In percent, mean ± standard deviation over seeds. Rows that begin with `minus` are differences of runs with the"
+    " same seed, mean ± standard error of that mean.\n"
+)
+
+
+MARKS = "sD^vP*Xh"
+
+
+"""Markers of controls in the figure, one after the other."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """What is compared: finished runs of one configuration, by seed."""
+
+    label: str
+    runs: Mapping[int, Run]
+    controls: Mapping[str, Entry] = field(default_factory=dict)
+    """What it is to be compared with, by name; nothing for what is only compared with."""
+
+
+class PairedDifference(NamedTuple):
+    """Mean difference over the seeds that both have, and its standard error, None for a single seed."""
+
+    seeds: int
+    mean: float
+    error: float | None
+
+
+def paired(one: Mapping[int, float], other: Mapping[int, float]) -> PairedDifference | None:
+    """`one` less `other`, both by seed; None where they have no seed in common.
+
+    >>> difference = paired({0: 0.5, 1: 0.7, 2: 0.9}, {0: 0.4, 1: 0.4, 3: 0.1})
+    >>> difference.seeds, round(difference.mean, 4), round(difference.error, 4)
+    (2, 0.2, 0.1)
+    """
+    differences = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+    if not differences:
+        return None
+    n = len(differences)
+    return PairedDifference(
+        n, statistics.mean(differences), statistics.stdev(differences) / math.sqrt(n) if n > 1 else None
+    )
+
+
+def frontier(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of (forgetting, accuracy) than which none is better in both, from the least forgetting to the most.
+
+    >>> frontier([(0.3, 0.8), (0.1, 0.5), (0.2, 0.4), (0.2, 0.7), (0.4, 0.8)])
+    [(0.1, 0.5), (0.2, 0.7), (0.3, 0.8)]
+    """
+    out: list[tuple[float, float]] = []
+    for x, y in sorted(places, key=lambda place: (place[0], -place[1])):
+        if not out or y > out[-1][1]:
+            out.append((x, y))
+    return out
+
+
+def table(members: Sequence[Entry]) -> list[tuple[str, ...]]:
+    """Rows under `HEAD`: each member and readout, and below it its differences to each of its controls."""
+    return [row for member in members for column in columns(member) for row in _rows(member, column)]
+
+
+def markdown(members: Sequence[Entry]) -> str:
+    """The table and what it means."""
+    return f"{tables.markdown_table(HEAD, table(members))}\n{NOTE}"
+
+
+def columns(member: Entry) -> list[str]:
+    """The readouts of its runs, the headline first."""
+    return list(next(iter(member.runs.values())).matrices()) if member.runs else []
+
+
+def _rows(member: Entry, column: str) -> Iterator[tuple[str, ...]]:
+    line = _result_row(member, column)
+    yield member.label, column, str(len(line.matrices)), *_cells(line)
+    for name, control in member.controls.items():
+        other = _fitting(control, column)
+        if other is None:
+            continue
+        cells, seeds = [], 0
+        for figure in STATISTICS:
+            difference = paired(_values(member, column, figure), _values(control, other, figure))
+            seeds = max(seeds, difference.seeds if difference else 0)
+            cells.append(_signed(difference) if difference else "")
+        if seeds:
+            yield f"minus {name}", column if other == column else f"{column}, {other}", str(seeds), *cells
+
+
+def _fitting(control: Entry, column: str) -> str | None:
+    """The readout of a control that stands beside `column`; where it has none of the name, the best it has."""
+    known = columns(control)
+    best = max(known, key=lambda name: _result_row(control, name).spread("average_accuracy")[0], default=None)
+    return column if column in known else best
+
+
+def _result_row(member: Entry, column: str) -> ResultRow:
+    matrices = [run.matrices()[column] for _, run in sorted(member.runs.items())]
+    return ResultRow(member.label, column, matrices, [], [])
+
+
+def _standard_error(line: ResultRow) -> bool:
+    """Whether all was learned as a single task, so that nothing could be forgotten."""
+    return all(metrics.tasks_learned(matrix) == 1 for matrix in line.matrices)
+
+
+def _values(member: Entry, column: str, figure: str) -> dict[int, float]:
+    """A function of `pgp.evaluation.metrics` by seed; nothing for the forgetting of what was learned at once."""
+    if figure == "forgetting" and _standard_error(_result_row(member, column)):
+        return {}
+    return {seed: getattr(metrics, figure)(run.matrices()[column]) for seed, run in member.runs.items()}
+
+
+def _cells(line: ResultRow) -> list[str]:
+    accuracy, forgotten = tables.format_row(line, STATISTICS)
+    return [accuracy, "" if _standard_error(line) else forgotten]
+
+
+def _signed(difference: PairedDifference) -> str:
+    error = "" if difference.error is None else f" ± {100 * difference.error:.2f}"
+    return f"{100 * difference.mean:+.2f}{error}"
+
+
+def draw_comparison(members: Sequence[Entry], path: Path) -> None:
+    """Accuracy against forgetting as a PNG, a panel for each readout: members with the deviation over seeds, their
+    controls in black, and the frontier of these, right of and below which a member is worse than a control.
+    """
+    members = [member for member in members if member.runs]
+    held = {control for member in members for control in member.controls.values()}
+    points = [member for member in members if member not in held] or members
+    controls = [member for member in members if member not in points]
+    shown = list(dict.fromkeys(column for member in points for column in columns(member)))
+    wide = 1 + 4.6 * len(shown)
+    abreast = max(1, int(wide / (0.6 + 0.055 * max(len(member.label) for member in members))))  # in the legend
+    figure = Figure(figsize=(wide, 5 + 0.17 * (2 + len(members) // abreast)), layout="constrained")
+    panels: Any = figure.subplots(1, len(shown), squeeze=False)
+    for axes, column in zip(panels.flat, shown, strict=True):
+        _panel(axes, column, points, controls)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=7, ncols=abreast)
+    figures.save_figure(figure, path)
+
+
+def _panel(axes: Any, column: str, points: Sequence[Entry], controls: Sequence[Entry]) -> None:
+    for number, member in enumerate(points):
+        if column in columns(member):
+            _point(
+                axes,
+                _result_row(member, column),
+                member.label,
+                color=f"C{number % 10}",
+                marker="od"[number // 10 % 2],
+                zorder=3,
+            )
+    places = []
+    for number, control in enumerate(controls):
+        other = _fitting(control, column)
+        if other is None:
+            continue
+        line = _result_row(control, other)
+        if _standard_error(line):
+            mean, _ = line.spread("average_accuracy")
+            axes.axhline(100 * mean, color="black", linestyle=":", linewidth=1, label=plot_text(control.label))
+            continue
+        mark = MARKS[number % len(MARKS)]
+        places.append(
+            _point(axes, line, control.label, color="black", marker=mark, markersize=5, markerfacecolor="white")
+        )
+    if best := frontier(places):
+        low, right = axes.get_ylim()[0], axes.get_xlim()[1]
+        xs = [best[0][0], *(x for x, _ in best), max(right, best[-1][0])]
+        ys = [low, *(y for _, y in best), best[-1][1]]
+        axes.step(xs, ys, where="post", color="black", linewidth=0.8, alpha=0.6, label="frontier of controls")
+        axes.set(xlim=(None, right), ylim=(low, None))
+    axes.set(xlabel="forgetting, %", ylabel="average accuracy, %", title=column)
+    axes.grid(alpha=0.3)
+
+
+def _point(axes: Any, line: ResultRow, label: str, **style: Any) -> tuple[float, float]:
+    """(forgetting, accuracy) in percent, as drawn with its deviations."""
+    (y, up), (x, wide) = line.spread("average_accuracy"), line.spread("forgetting")
+    axes.errorbar(
+        100 * x, 100 * y, xerr=100 * (wide or 0), yerr=100 * (up or 0), linestyle="", elinewidth=0.8, capsize=2,
+        label=plot_text(label), **style,
+    )  # fmt: skip
+    return 100 * x, 100 * y

@@ -1,0 +1,240 @@
+"""What the drift meter said over the course of runs, as a table and a figure; from run folders only."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.figure import Figure
+
+from pgp.reports.figures import marker, save_figure, whole_numbers
+from pgp.reports.tables import group_runs, markdown_table
+from pgp.runs.checkpoint import reading
+from pgp.runs.run import Run
+from pgp.system.escaping import plot_text
+
+NAMED = 48
+
+
+"""Protected spaces that are named beside a panel; of more, every second or third."""
+
+
+Event = dict[str, Any]
+
+
+"""What is logged when a task is closed."""
+
+
+class DriftHistory(NamedTuple):
+    """Runs that differ in nothing but their seed, task after task."""
+
+    label: str
+    runs: list[dict[int, Event]]
+    """Of each run, its events by task."""
+
+    @property
+    def end(self) -> int:
+        """The last task that any of the runs has closed."""
+        return max(task for events in self.runs for task in events)
+
+    @property
+    def finals(self) -> list[Event]:
+        """The event of that task, of the runs that have closed it."""
+        return [events[self.end] for events in self.runs if self.end in events]
+
+    def curve(self, figure: Callable[[Event], float | None]) -> dict[int, float]:
+        """By number of tasks learned, the mean of a figure over the runs; tasks where no run has it are left out."""
+        tasks = sorted({task for events in self.runs for task in events})
+        values = {task + 1: [figure(events[task]) for events in self.runs if task in events] for task in tasks}
+        known = {task: [value for value in those if value is not None] for task, those in values.items()}
+        return {task: statistics.mean(those) for task, those in known.items() if those}
+
+    def last(self, figure: Callable[[Event], float | None]) -> float | None:
+        """The same after the last task, None where no run has it."""
+        return self.curve(figure).get(self.end + 1)
+
+
+def drift_histories(runs: Sequence[Run]) -> list[DriftHistory]:
+    """One for each group of runs that measured drift."""
+    out = []
+    for label, members in group_runs(runs):
+        events = [_events(run) for run in members]
+        if any(events):
+            out.append(DriftHistory(label, [each for each in events if each]))
+    return out
+
+
+def _events(run: Run) -> dict[int, Event]:
+    """Return what was logged when the tasks of a run were closed, by task; nothing if it did not measure drift.
+
+    Raises:
+        RunError: If the log does not hold what pgp writes there.
+    """
+    events = {event["task"]: event for event in run.events("task") if "drift" in event}
+    if events:
+        with reading(run.log_file.path):  # every figure is looked at once, to tell which file is to blame
+            course = DriftHistory("", [events])
+            for figure in STATISTICS.values():
+                course.curve(figure)
+            for key in PARAMETERS:
+                _by_parameter(course, key)
+            _usage(course)
+    return events
+
+
+def _mean(values: Sequence[float | None] | Mapping[str, float | None]) -> float | None:
+    known = [v for v in (values.values() if isinstance(values, Mapping) else values) if v is not None]
+    return statistics.mean(known) if known else None
+
+
+def _responses(event: Event) -> float | None:
+    return _mean([_mean(changes) for changes in event["drift"]["responses"].values()])
+
+
+def _headline(figure: str) -> Callable[[Event], float | None]:
+    """A figure of the first readout, averaged over tasks where it is told for each."""
+
+    def of(event: Event) -> float | None:
+        value: Any = next(iter(event[figure].values()))
+        return _mean(value) if isinstance(value, list) else value
+
+    return of
+
+
+STATISTICS: dict[str, Callable[[Event], float | None]] = {
+    "features": lambda event: _mean(event["drift"]["features"]),
+    "logits": lambda event: _mean(event["drift"]["logits"]),
+    "protected responses": _responses,
+    "other prompts": lambda event: _mean(event["drift"].get("changed", [])),
+    "energy held": lambda event: _mean(event["drift"]["held"]),
+    "removed": lambda event: _mean(event["drift"]["removed"]),
+    "leak": lambda event: _mean(event["drift"]["leak"]),
+    "forgetting": _headline("forgetting"),
+    "forgetting, task known": _headline("forgetting_within"),
+    "task identified": _headline("identified"),
+}
+
+
+"""By heading, what is told of each closed task: changes since old tasks were closed, as a mean over those tasks (and
+over spaces); then what the projection did, as a mean over spaces; then accuracy by the first readout."""
+
+PARAMETERS = {
+    "rank": "rank of each protected space",
+    "held": "energy of old inputs that it holds, %",
+    "gradients": "gradients that lie in it, %",
+    "updates": "updates that lie in it, before projection, %",
+    "leak": "leak: a task's whole way that lies in it, %",
+}
+
+
+"""What is told of each protected space, see `pgp.analysis.drift`."""
+
+
+def markdown(table: Sequence[DriftHistory]) -> str:
+    """A table of all figures after the last task, in percent."""
+    rows = []
+    for course in table:
+        values = [course.last(figure) for figure in STATISTICS.values()]
+        rows.append([course.label, str(len(course.finals)), *("" if v is None else f"{100 * v:.2f}" for v in values)])
+    return markdown_table(["run", "seeds", *STATISTICS], rows)
+
+
+def draw_drift(table: Sequence[DriftHistory], path: Path) -> None:
+    """Every figure over tasks as a PNG, and each space and prompt after the last task; what nobody measured is left
+    out.
+    """
+    panels: list[Callable[[Any], None]] = []
+    changes = {heading: f"change of old {heading}, %" for heading in ("features", "logits", "protected responses")}
+    for heading, what in {**changes, "other prompts": "old images that choose other prompts, %"}.items():
+        if any(len(course.curve(STATISTICS[heading])) for course in table):
+            panels.append(_curves(table, {heading: "-"}, what))
+    forgetting = {"forgetting": "-", "forgetting, task known": "--"}
+    panels.append(_curves(table, forgetting, "forgetting, %; dashed: once the task is known"))
+    panels.append(_curves(table, {"task identified": "-"}, "images whose task is identified, %"))
+    for key, what in PARAMETERS.items():
+        if any(_by_parameter(course, key) for course in table):
+            panels.append(_draw_parameters(table, key, what))
+    if any(_usage(course) for course in table):
+        panels.append(_prompts(table))
+    wide = min(3, len(panels))
+    tall = -(-len(panels) // wide)
+    figure = Figure(figsize=(4.2 * wide, 3.1 * tall), layout="constrained")
+    axes: Any = figure.subplots(tall, wide, squeeze=False)
+    for number, axis in enumerate(axes.flat):
+        axis.axis("on" if number < len(panels) else "off")
+        if number < len(panels):
+            panels[number](axis)
+            axis.grid(alpha=0.3)
+            axis.set_ylim(bottom=0)
+    if len(table) > 1:
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=2)
+    save_figure(figure, path)
+
+
+def _curves(table: Sequence[DriftHistory], styles: Mapping[str, str], what: str) -> Callable[[Any], None]:
+    def onto(axes: Any) -> None:
+        for number, course in enumerate(table):
+            for place, (heading, style) in enumerate(styles.items()):
+                curve = course.curve(STATISTICS[heading])
+                label = plot_text(course.label) if place == 0 else None
+                heights = [100 * value for value in curve.values()]
+                style_of = {"marker": marker(len(curve)), "markersize": 3, "color": f"C{number}", "label": label}
+                axes.plot(list(curve), heights, style, **style_of)
+        axes.set(xlabel="tasks learned")
+        axes.set_title(what, fontsize=9)
+        whole_numbers(axes)
+
+    return onto
+
+
+def _draw_parameters(table: Sequence[DriftHistory], key: str, what: str) -> Callable[[Any], None]:
+    names = list(dict.fromkeys(space for course in table for space in _by_parameter(course, key)))
+
+    def onto(axes: Any) -> None:
+        for number, course in enumerate(table):
+            shares = _by_parameter(course, key)
+            heights = [shares.get(space, float("nan")) for space in names]
+            axes.plot(range(len(names)), heights, ".", color=f"C{number}", label=plot_text(course.label))
+        named = range(0, len(names), -(-len(names) // NAMED))
+        axes.set_xticks(named, [names[i] for i in named], rotation=90, fontsize=8 if len(names) <= 12 else 5)
+        axes.set_title(what, fontsize=9)
+        axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(0, None if key == "rank" else 103))
+
+    return onto
+
+
+def _prompts(table: Sequence[DriftHistory]) -> Callable[[Any], None]:
+    def onto(axes: Any) -> None:
+        for number, course in enumerate(table):
+            usage = _usage(course)
+            axes.plot(range(1, len(usage) + 1), [100 * share for share in usage], ".", color=f"C{number}")
+        axes.set_title("images that choose a prompt, %", fontsize=9)
+        axes.set(xlabel="prompt", ylim=(0, 103))
+        whole_numbers(axes)
+
+    return onto
+
+
+def _by_parameter(course: DriftHistory, key: str) -> dict[str, float]:
+    """By space, a rank, or a share in percent, after the last task: the mean over runs."""
+
+    def told(event: Event) -> dict[str, float | None]:
+        shares: dict[str, float | None] = event["ranks"] if key == "rank" else event["drift"].get(key, {})
+        return shares
+
+    means = {}
+    for space in dict.fromkeys(space for event in course.finals for space in told(event)):
+        mean = course.last(partial(lambda space, event: told(event).get(space), space))
+        if mean is not None:
+            means[space] = mean if key == "rank" else 100 * mean
+    return means
+
+
+def _usage(course: DriftHistory) -> list[float]:
+    """Share of images that choose each prompt after the last task, the mean over runs; empty where none is chosen."""
+    of_runs = [event["drift"].get("usage", []) for event in course.finals]
+    return [statistics.mean(shares) for shares in zip(*of_runs, strict=True)]

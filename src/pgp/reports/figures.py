@@ -1,0 +1,139 @@
+"""Figures of accuracy, and what all figures share."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from pgp.evaluation import metrics
+from pgp.reports.tables import ResultRow, _name
+from pgp.system import storage
+from pgp.system.escaping import plot_text, printable
+
+NUMBERED = 12
+
+
+"""Tasks up to which an accuracy matrix is drawn with numbers; more tasks have a colour bar."""
+
+
+DOTTED = 20
+
+
+"""Points up to which a curve has dots."""
+
+
+def draw_accuracy(table: Sequence[ResultRow], path: Path) -> None:
+    """Curves of the average accuracy over tasks, and each line's accuracy matrix (mean over seeds), as a PNG; and of
+    the accuracy along the stream, where a run is online.
+    """
+    matrices = [torch.stack(line.matrices).mean(0) for line in table]
+    wide = 2 if len(matrices) == 4 else min(3, len(matrices))
+    tall = -(-len(matrices) // wide)
+    online = any(line.online for line in table)
+    numbered = max(map(len, matrices)) <= NUMBERED
+    figure = Figure(figsize=(4.6 + 3.1 * wide, max(6.2 if online else 3.6, 3.1 * tall)), layout="constrained")
+    halves: Any = figure.subfigures(1, 2, width_ratios=(4.6, 3.1 * wide))
+    left, right = halves
+    columns: Any = left.subplots(1 + online, squeeze=False)
+    axes = columns[0, 0]
+    if online:
+        _draw_online(columns[1, 0], table)
+    for line in table:
+        curves = 100 * torch.tensor([metrics.accuracy_curve(matrix) for matrix in line.matrices])  # (seeds, t)
+        x, mean = range(1, curves.shape[1] + 1), curves.mean(0).numpy()
+        style = "-" if line.column == table[0].column else "--"
+        axes.plot(x, mean, style, marker=marker(len(x)), markersize=3, label=plot_text(_name(line, table)))
+        if len(curves) > 1:
+            deviation = curves.std(0).numpy()
+            axes.fill_between(x, mean - deviation, mean + deviation, alpha=0.15)
+    axes.set(xlabel="tasks learned", ylabel="average accuracy, %", ylim=(0, 102))
+    whole_numbers(axes)
+    axes.legend(fontsize=7, loc="lower left")
+    axes.grid(alpha=0.3)
+    grid: Any = right.subplots(tall, wide, squeeze=False)
+    for i, axis in enumerate(grid.flat):
+        axis.axis("on" if i < len(matrices) else "off")
+        if i < len(matrices):
+            image = _draw_matrix(axis, matrices[i], plot_text(_name(table[i], table)), table[i].tasks, numbered)
+    if not numbered:
+        right.colorbar(image, ax=list(grid.flat), label="accuracy, %", shrink=0.7)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, whole or not at all."""
+    content = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # it is drawn as a box
+        FigureCanvasAgg(figure).print_png(content)
+    storage.write(path, content.getvalue())
+
+
+def marker(points: int) -> str:
+    """Return the marker of a curve: a dot at each of its points, none if they would hide the line."""
+    return "o" if points <= DOTTED else ""
+
+
+def whole_numbers(axes: Any) -> None:
+    """Let only whole numbers stand at the x-axis, and no more than there is room for."""
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+
+
+def _draw_online(axes: Any, table: Sequence[ResultRow]) -> None:
+    """Accuracy along the stream, a curve for each run; the readouts of a run share it."""
+    known: list[list[dict[int, float]]] = []
+    for line in table:
+        if line.online in known:
+            continue
+        known.append(line.online)
+        for number, stream in enumerate(line.online):
+            label = plot_text(line.label) if number == 0 else None
+            axes.plot(list(stream), [100 * value for value in stream.values()], color=f"C{len(known) - 1}", label=label)
+    axes.set(xlabel="images that came", ylabel="accuracy along the stream, %", ylim=(0, 102))
+    axes.legend(fontsize=7, loc="lower left")
+    axes.grid(alpha=0.3)
+
+
+def _draw_matrix(axis: Any, matrix: Tensor, title: str, tasks: Sequence[str], numbered: bool) -> Any:
+    """Draw an accuracy matrix with or without numbers, and return its image."""
+    percent = 100 * matrix
+    image = axis.imshow(percent.numpy(), cmap="viridis", vmin=0, vmax=100)
+    for t, j in matrix.isfinite().nonzero().tolist() if numbered else []:
+        value = float(percent[t, j])
+        axis.text(
+            j, t, f"{value:.0f}", ha="center", va="center", fontsize=8 if len(matrix) <= 5 else 6,
+            color="white" if value < 60 else "black",
+        )  # fmt: skip
+    ticks = _ticks(len(matrix))
+    axis.set_xticks(ticks, [str(i + 1) for i in ticks], fontsize=7)
+    axis.set_yticks(ticks, [_shorten(tasks[i]) or str(i + 1) for i in ticks], fontsize=7)
+    axis.set_xlabel("accuracy on task, %" if numbered else "task", fontsize=8)
+    axis.set_ylabel("after task", fontsize=8)
+    axis.set_title(title, fontsize=8)
+    return image
+
+
+def _ticks(tasks: int) -> list[int]:
+    """Return the tasks that are named beside a matrix: all up to twelve, else so many that their names have room.
+
+    >>> _ticks(3), _ticks(100)
+    ([0, 1, 2], [0, 9, 19, 29, 39, 49, 59, 69, 79, 89, 99])
+    """
+    step = next(step for step in itertools.chain((1, 2, 5), itertools.count(10, 10)) if tasks <= 12 * step)
+    return [0] * (step > 2) + list(range(step - 1, tasks, step))
+
+
+def _shorten(name: str) -> str:
+    """Return the beginning of a task's name."""
+    name = printable(name)
+    return plot_text(name if len(name) <= 14 else f"{name[:13]}…")

@@ -1,0 +1,198 @@
+"""Tables and figures, from run folders only."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from pgp.evaluation import metrics
+from pgp.runs.checkpoint import reading
+from pgp.runs.run import Run
+from pgp.system.escaping import markdown_cell
+from pgp.system.storage import RunError
+
+
+class ResultRow(NamedTuple):
+    """Figures of one column (a readout) over the runs that differ in nothing but their seed."""
+
+    label: str
+    column: str
+    matrices: list[Tensor]
+    """Accuracy matrix `(T, T)` of each run."""
+    tasks: list[str]
+    """What the tasks are called, "" for nothing."""
+    online: list[dict[int, float]]
+    """Of each run, if it is online: accuracy over all images that had come, by their number; see
+    `pgp.evaluation.online`."""
+
+    def spread(self, figure: str) -> tuple[float, float | None]:
+        """Mean and standard deviation (None for a single run) of a function of `pgp.evaluation.metrics`, in [0, 1]."""
+        if figure == ONLINE:
+            values = [stream[max(stream)] for stream in self.online]
+        else:
+            values = [getattr(metrics, figure)(matrix) for matrix in self.matrices]
+        return mean(values), stdev(values) if len(values) > 1 else None
+
+
+STATISTICS = {
+    "average_accuracy": "average accuracy",
+    "forgetting": "forgetting",
+    "backward_transfer": "backward transfer",
+    "average_incremental_accuracy": "average incremental accuracy",
+}
+
+
+"""What a table shows: functions of `pgp.evaluation.metrics` and their headings."""
+
+
+ONLINE = "stream"
+
+
+def statistics(table: Sequence[ResultRow]) -> dict[str, str]:
+    """What `table` shows, with its headings: `FIGURES`, and the accuracy along the stream where a run is online."""
+    return STATISTICS | ({ONLINE: "stream accuracy"} if any(line.online for line in table) else {})
+
+
+def group_runs(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
+    """Runs that differ in nothing but their seed, by a label: in a few words, what sets them apart from the others."""
+    members: dict[str, list[Run]] = {}
+    trees: dict[str, dict[str, Any]] = {}
+    for run in {run.folder.resolve(): run for run in runs}.values():
+        tree = flatten(run.config.to_json())
+        key = repr(_without_paths(tree, run))
+        members.setdefault(key, []).append(run)
+        trees.setdefault(key, tree)
+    labels = _labels(_shorten_paths(list(trees.values())))
+    return [(label or own[0].config.name, own) for label, own in zip(labels, members.values(), strict=True)]
+
+
+def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
+    """One line per group of runs and per column.
+
+    Raises:
+        RunError: if the runs of a group have come to different tasks, so that their figures mean different things.
+    """
+    out = []
+    for label, members in group_runs(runs):
+        seeds = [run.config.seed for run in members]
+        if len(set(seeds)) < len(seeds):
+            raise RunError(f"expected runs of {label} with seeds of their own, got {sorted(seeds)}: a seed counts once")
+        matrices = [run.matrices() for run in members]
+        streams = [stream for run in members if (stream := _online_accuracy(run))]
+        for column in matrices[0]:
+            own = [m[column] for m in matrices if column in m]
+            if len({metrics.tasks_learned(matrix) for matrix in own}) > 1:
+                raise RunError(f"expected runs of {label} that have all come to the same task; finish them first, by"
+                               " pgp train --resume")  # fmt: skip
+            out.append(ResultRow(label, column, own, members[0].task_names(), streams))
+    return out
+
+
+def markdown(table: Sequence[ResultRow]) -> str:
+    """A table in percent, mean ± standard deviation over seeds."""
+    shown = statistics(table)
+    rows = [[line.label, line.column, str(len(line.matrices)), *format_row(line, shown)] for line in table]
+    return markdown_table(["run", "readout", "seeds", *shown.values()], rows)
+
+
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join("| " + " | ".join(map(markdown_cell, row)) + " |\n" for row in (head, ["---"] * len(head), *rows))
+
+
+def format_row(line: ResultRow, shown: Mapping[str, str] = STATISTICS) -> list[str]:
+    """The figures of a line, in percent; nothing for the stream of a run that is not online."""
+    out = []
+    for figure in shown:
+        if figure == ONLINE and not line.online:
+            out.append("")
+            continue
+        mean, deviation = line.spread(figure)
+        out.append(f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}"))
+    return out
+
+
+def _name(line: ResultRow, table: Sequence[ResultRow]) -> str:
+    """Label and column, as far as they tell lines apart."""
+    labels, columns = {one.label for one in table}, {one.column for one in table}
+    parts = [line.label] * (len(labels) > 1) + [line.column] * (len(columns) > 1)
+    return ", ".join(parts) or line.label
+
+
+def _online_accuracy(run: Run) -> dict[int, float]:
+    """Accuracy over all images that had come, by their number; nothing for a run that is not online."""
+    with reading(run.log_file.path):
+        looks = {int(event["images"]): float(event["accuracy"]) for event in run.events("stream")}
+    return dict(sorted(looks.items()))
+
+
+def _without_paths(tree: dict[str, Any], run: Run) -> dict[str, Any]:
+    """The settings `tree` of a run with what its data and tasks are known by in place of where they lie."""
+    known = {"data": run.data_fingerprint, "tasks of": None if tree["shuffle"] else run.classes()[1]}
+    return {key: value for key, value in tree.items() if not PLACE.fullmatch(key)} | known
+
+
+PLACE = re.compile(r"(dataset|added\.\d+)\.(root|file)")
+
+
+"""Settings that say where data lie."""
+
+
+def _shorten_paths(trees: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same settings, with places that differ named from the folder on that holds them all."""
+    out = [dict(tree) for tree in trees]
+    for key in filter(PLACE.fullmatch, dict.fromkeys(key for tree in trees for key in tree)):
+        placed = [tree for tree in out if tree.get(key)]
+        if len({tree[key] for tree in placed}) > 1:
+            with contextlib.suppress(ValueError):  # two drives share nothing
+                shared = os.path.commonpath([Path(tree[key]).parent for tree in placed])
+                for tree in placed:
+                    tree[key] = str(Path(tree[key]).relative_to(shared))
+    return out
+
+
+def flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    """A tree of JSON values by dotted path; leaves that cannot tell experiments apart are left out."""
+    if isinstance(tree, list):
+        tree = {str(i): item for i, item in enumerate(tree)}
+    if not isinstance(tree, dict):
+        return {path: tree}
+    out: dict[str, Any] = {}
+    for key, item in tree.items():
+        if path != "hardware" and (path or key not in ("seed", "keep_checkpoints")):
+            out |= flatten(item, f"{path}.{key}" if path else key)
+    return out
+
+
+def _labels(trees: Sequence[dict[str, Any]]) -> list[str]:
+    """What sets each tree apart from the others, in as few words as do: parts of another kind first, then settings."""
+    keys = dict.fromkeys(key for tree in trees for key in tree)
+    varying = [key for key in keys if len({repr(tree.get(key)) for tree in trees}) > 1]
+    telling = [key for key in varying if not key.startswith("readouts.")] or varying  # readouts have their columns
+    chosen = [key for key in telling if key.endswith(".tag")] or telling
+    words = [", ".join(filter(None, (_words(key, tree[key]) for key in chosen if key in tree))) for tree in trees]
+    for word in set(words):
+        alike = [i for i, own in enumerate(words) if own == word]
+        if 1 < len(alike) < len(trees):
+            for i, more in zip(alike, _labels([trees[i] for i in alike]), strict=True):
+                words[i] = ", ".join(filter(None, (word, more)))
+    return words
+
+
+def _words(key: str, value: Any) -> str:
+    """Return `projection none` for `projection.tag`, the name of a switch that is on, nothing for one that is off, and
+    else `key value`.
+    """
+    name = key.rpartition(".")[2]
+    if key.endswith(".tag"):
+        return f"{key.removesuffix('.tag')} {value}"
+    if isinstance(value, bool):
+        return name if value else ""
+    return f"{name} {value}"

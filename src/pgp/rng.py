@@ -1,0 +1,30 @@
+"""Random generators that depend on a seed and an address only, never on what was drawn before."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def make_generator(seed: int, *address: str | int) -> torch.Generator:
+    """A random generator for one purpose, named by its address, such as `(seed, "order", task, epoch)`.
+
+    Draws are addressed, not streamed: what one draw returns never depends on how many came before it, so a resumed run,
+    another number of workers and another number of processes all see the same data.
+
+    >>> one, same, other = (torch.rand(2, generator=make_generator(7, "init", n)) for n in (0, 0, 1))
+    >>> bool((one == same).all()), bool((one == other).all())
+    (True, False)
+    """
+    return torch.Generator().manual_seed(derive_seed(seed, *address))
+
+
+def derive_seed(seed: int, *address: str | int) -> int:
+    """A 63-bit seed for one address; see `generator`.
+
+    >>> derive_seed(7, "init") == derive_seed(7, "init") != derive_seed(8, "init")
+    True
+    """
+    digest = hashlib.blake2b(repr((seed, *address)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

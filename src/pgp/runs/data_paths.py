@@ -1,0 +1,67 @@
+"""Where the data of a run lie, and what to do if they were moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pgp.config import Config
+from pgp.datasets.own import relocate
+from pgp.runs.run import Run
+from pgp.system.paths import Place
+
+
+def resolve_paths(config: Config) -> Config:
+    """`config` as a run records it: with absolute paths, and domains told apart where the setting asks for them."""
+    dataset = config.dataset.with_domains() if config.setting == "dil" else config.dataset
+    files = {name: getattr(config, name) for name in ("class_order", "task_file")}
+    paths = {name: file.expanduser().absolute() for name, file in files.items() if file is not None}
+    added = tuple(more.with_absolute_paths() for more in config.added)
+    return replace(
+        config,
+        dataset=dataset.with_absolute_paths(),
+        backbone=config.backbone.with_absolute_paths(),
+        added=added,
+        **paths,
+    )
+
+
+FILES = ("class_order", "task_file")
+
+
+"""Settings that name files, which may lie beside the data."""
+
+
+def with_data_paths(config: Config, places: Sequence[Place]) -> Config:
+    """Return the configuration of a run whose data have moved, files that it names in their folder as well.
+
+    Args:
+        config: As the run records it.
+        places: Where its data sets lie now, in their order: the one that it began with, then each that was added.
+            Those that are left out lie where they did.
+
+    Raises:
+        ValueError: If there are more places than data sets.
+    """
+    known = (config.dataset, *config.added)
+    if len(places) > len(known):
+        raise ValueError(f"expected at most {len(known)} places by --data, one for each data set of the run in their"
+                         f" order, got {len(places)}")  # fmt: skip
+    dataset, *added = (*map(relocate, known, places), *known[len(places) :])
+    old, new = config.dataset.search_paths[:1], dataset.search_paths[:1]
+    files = {name: getattr(config, name) for name in FILES}
+    within = {name: file for name, file in files.items() if file and old and file.is_relative_to(old[0])}
+    paths = {name: new[0] / file.relative_to(old[0]) for name, file in within.items()}
+    return resolve_paths(replace(config, dataset=dataset, added=tuple(added), **paths))
+
+
+def record_data_paths(run: Run, config: Config) -> None:
+    """Record where the data lie by `config`, unless it is recorded. The process has to be writing to `run`."""
+
+    def change(known: Config) -> Config:
+        files = {name: getattr(config, name) for name in FILES}
+        return replace(known, dataset=config.dataset, added=config.added[: len(known.added)], **files)
+
+    known = [run.config_of(run.describe(name)) for name in (run.checkpoints.latest(), None)]
+    if any(change(one) != one for one in known):
+        run.change_config(change)

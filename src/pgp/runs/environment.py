@@ -1,0 +1,62 @@
+"""Where a run computes: versions, commit and hardware, for the record."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgp.system import platforms
+
+
+def describe_environment() -> dict[str, Any]:
+    """Versions, commit and hardware, for the record."""
+    packages = ("prompt-gradient-projection", "torch", "torchvision", "timm", "lightning-fabric", "numpy")
+    versions = {}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        **_processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": devices,
+        "commit": _commit(),
+        "versions": versions,
+    }
+
+
+BF16 = ("avx512_bf16", "amx_bf16", "bf16")
+
+
+"""Names, by the kernel, of instructions for products in bfloat16: with others, a seed gives other figures."""
+
+
+def _processor() -> dict[str, Any]:
+    """Its name, and what of it decides how products are rounded; clouds sell several processors under one name."""
+    told = platforms.cpu_facts()
+    flags = {*told.get("flags", "").split(), *told.get("Features", "").split()}
+    return {
+        "processor": told.get("model name") or platform.processor(),
+        "processor_model": " ".join(told[key] for key in ("cpu family", "model", "stepping") if key in told),
+        "vectors": " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in BF16 if name in flags)]),
+    }
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        here = Path(__file__).parent
+        return subprocess.run(
+            command, cwd=here, capture_output=True, encoding="utf-8", check=True, timeout=10
+        ).stdout.strip()
+    return None

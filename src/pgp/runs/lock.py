@@ -1,0 +1,77 @@
+"""One process at a time writes to a run; a second one is told which."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import filelock
+
+from pgp.system import platforms, storage
+from pgp.system.outputs import LOCK, WRITER
+from pgp.system.storage import RunError
+
+PATIENCE = 10.0
+
+
+"""Seconds to wait for the lock of a process that is dead: those that it started may not have noticed yet."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the right to write to a run folder, which has to exist. The system takes it back from a process that dies.
+
+    Raises:
+        RunError: If another process holds it.
+    """
+    path, writer = folder / LOCK, folder / WRITER
+    if storage.exists(path):
+        storage.require_file(path)  # a link would be followed; what is locked cannot be read on Windows
+    else:
+        storage.append(path, "")
+    lock = filelock.FileLock(path)
+    try:
+        _acquire(lock, folder)
+    except NotImplementedError:
+        warnings.warn(f"the file system of {folder} has no locks: see to it that no other process writes to this run",
+                      stacklevel=2)  # fmt: skip
+        yield
+        return
+    except OSError as error:
+        raise storage.write_error("write", path, error) from error
+    try:
+        owner = {"host": platforms.HOST, "process": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        storage.write(writer, json.dumps(owner))
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            writer.unlink()
+        lock.release()
+
+
+def _acquire(lock: filelock.BaseFileLock, folder: Path) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        host, process, since = _holder(folder / WRITER)
+        if host == platforms.HOST and process is not None and not platforms.is_alive(process):
+            with contextlib.suppress(filelock.Timeout):
+                lock.acquire(timeout=PATIENCE)
+                return
+        who = "another process" if process is None else f"process {process} on {host} since {since}"
+        raise RunError(f"{folder} is being written to by {who}: wait until it ends, or stop it; nothing was"
+                       " changed") from None  # fmt: skip
+
+
+def _holder(path: Path) -> tuple[str, int | None, str]:
+    """Return host and number of the process that holds the lock, and since when; None if it does not say so."""
+    with contextlib.suppress(RunError):
+        told = storage.read_json(path)
+        if isinstance(told, dict) and type(told.get("process")) is int:
+            return f"{told.get('host')!s:.40}", told["process"], f"{told.get('since')!s:.40}"
+    return "", None, ""

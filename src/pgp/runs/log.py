@@ -1,0 +1,96 @@
+"""The log of a run, `metrics.jsonl`: one event a line, only ever appended to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pgp.system import platforms, storage
+from pgp.system.storage import RunError
+
+Event = dict[str, Any]
+
+
+class EventLog:
+    """Events of a run, oldest first.
+
+    An event `resume_defaults` says where a run goes on; what was logged beyond that point is learned anew and logged
+    anew, and
+    counts no more.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.held: list[str] | None = None
+        """Lines of a task that is being added, which are not written before it is finished; None if none is."""
+
+    def append(self, event: str, **values: Any) -> None:
+        """Write one line, or hold it back."""
+        line = json.dumps({"event": event, **values}) + "\n"
+        if self.held is None:
+            storage.append(self.path, line)
+        else:
+            self.held.append(line)
+
+    def release(self) -> None:
+        """Write the lines that were held back."""
+        if self.held:
+            storage.append(self.path, "".join(self.held))
+        self.held = None
+
+    def events(self) -> list[Event]:
+        """Return the events that count; a line that a crash cut off is left out."""
+        found: list[Event] = []
+        for line in storage.read(self.path).splitlines() if storage.exists(self.path) else []:
+            event = _event(line)
+            if event is not None:
+                if event["event"] == "resumed":
+                    found = [one for one in found if not _beyond(one, event)]
+                found.append(event)
+        return found
+
+    def stamp(self) -> tuple[int, str]:
+        """Return the number of its bytes and their digest, once they are on the disk."""
+        if not storage.exists(self.path):
+            return 0, storage.digest(b"")
+        data = storage.read(self.path)
+        try:
+            platforms.sync_file(self.path)
+        except OSError as error:
+            raise storage.write_error("write", self.path, error) from error
+        return len(data), storage.digest(data)
+
+    def check(self, stamp: tuple[int, str]) -> bool:
+        """Return whether the log is there, and begins as it was when it was stamped.
+
+        Raises:
+            RunError: If it is there, but has been changed since.
+        """
+        size, digest = stamp
+        if not storage.exists(self.path):
+            return size == 0
+        if storage.digest(storage.read(self.path)[:size]) != digest:
+            raise RunError(f"{self.path} was changed or damaged after pgp wrote it: restore it, or move it away to do"
+                           " without it")  # fmt: skip
+        return True
+
+
+def _event(line: bytes) -> Event | None:
+    """Return the event on a line, None if there is none."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(line)
+        if isinstance(value, dict) and isinstance(value.get("event"), str):
+            return value
+    return None
+
+
+def _beyond(event: Event, resumed: Event) -> bool:
+    """Return whether an event tells of what was not there any more when the run was resumed."""
+    if event["event"] not in ("task", "train", "stream"):
+        return False
+    task, step, tasks, steps = (one.get(key, 0) for one in (event, resumed) for key in ("task", "step"))
+    if not all(type(value) is int for value in (task, step, tasks, steps)):
+        return False
+    return bool(task >= tasks if event["event"] == "task" else (task, step) > (tasks, steps))

@@ -1,0 +1,403 @@
+"""A run on disk: its configuration, log, accuracy matrices and checkpoints. Half-written files never count as whole."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import uuid
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pgp.config import Config
+from pgp.evaluation import metrics
+from pgp.runs import identity
+from pgp.runs.checkpoint import LATEST, CheckpointName, Checkpoints, Record
+from pgp.runs.environment import describe_environment
+from pgp.runs.identity import Identity
+from pgp.runs.lock import locked
+from pgp.runs.log import EventLog
+from pgp.system import platforms, storage
+from pgp.system.outputs import LOCK, MARKER, WRITER, is_empty, make_output
+from pgp.system.outputs import make_unique_folder as make_unique_folder
+from pgp.system.paths import Place, as_path
+from pgp.system.storage import RunError as RunError
+
+CONFIG, CLASSES, LOG, TABLE = "config.json", "classes.json", "metrics.jsonl", "accuracy.csv"
+
+
+class Run:
+    """A run folder.
+
+    `config.json`, `classes.json`, `environment.json`, `metrics.jsonl` (one event a line), `accuracy.csv` (the full
+    matrices) and `checkpoints/`, see `pgp.runs.checkpoint`. What a run is stands in each of its checkpoints:
+    `config.json`
+    and `classes.json` are for people, and for the time before the first one.
+    """
+
+    def __init__(self, folder: Place) -> None:
+        self.folder = as_path(folder, "a run folder")
+        self.checkpoints = Checkpoints(self.folder / "checkpoints")
+        self.log_file = EventLog(self.folder / LOG)
+        self._identity: Identity | None = None
+        """What the process that writes to the run knows it to be."""
+        self._adds = False
+        """Whether data join the run with its next finished task."""
+        self._is_writing = False
+
+    @classmethod
+    def create(cls, folder: Place, config: Config, classes: Mapping[str, Any] | None = None) -> Run:
+        """Return a new run in `folder`; see `start`."""
+        run = cls(folder)
+        run.start(config, classes or {})
+        return run
+
+    def start(self, config: Config, classes: Mapping[str, Any]) -> None:
+        """Make a new run, or start over one of the same configuration that has no checkpoint yet.
+
+        Args:
+            config: The resolved configuration.
+            classes: What to remember of the data; see `pgp.training.tasks.describe_data`.
+
+        Raises:
+            RunError: If anything else is in the folder, or it cannot be written.
+        """
+        identity = Identity(uuid.uuid4().hex, config.to_json(), dict(classes))
+        self.require_empty(self.folder, config)
+        begun = storage.exists(self.folder / CONFIG)
+        make_output(self.folder)
+        storage.make_folder(self.checkpoints.folder)
+        self._identity = identity
+        self._write_identity()
+        storage.write(self.folder / "environment.json", json.dumps(describe_environment(), indent=2))
+        if begun:
+            self.log("resumed", task=0, step=0)
+
+    @classmethod
+    def require_empty(cls, folder: Path, config: Config | None = None) -> None:
+        """Raise unless a new run can begin in `folder`: no run is ever overwritten.
+
+        Args:
+            folder: Missing or empty; or it holds a run that was stopped before its first checkpoint.
+            config: What such a run has to be; there must be none if None. Where it computes may differ.
+        """
+        if not storage.exists(folder):
+            return
+        if not folder.is_dir():
+            raise RunError(f"expected a folder or nothing at {folder}, got a file: name another --output")
+        if not (is_empty(folder) or cls(folder)._is_begun(config)):
+            raise RunError(f"{folder} is not empty and nothing in it will be overwritten: name another --output, or go"
+                           f" on with it by --resume {folder}")  # fmt: skip
+
+    def require_same_start(self, config: Config) -> None:
+        """Raise unless the run, which has no checkpoint, was stopped before it had one."""
+        if not self._is_begun(config):
+            raise RunError(f"{self.checkpoints.folder / LATEST} is missing, and nothing of this run will be"
+                           " overwritten: write the name of a checkpoint there, or begin another run")  # fmt: skip
+
+    def _is_begun(self, config: Config | None) -> bool:
+        """Return whether nothing is here but a run, `config`, that was stopped before it had learned anything."""
+        ours = {MARKER, LOCK, WRITER}
+        left = {path.name for path in self.folder.iterdir() if not platforms.UNFINISHED.fullmatch(path.name)} - ours
+        if CONFIG not in left:
+            return left <= {self.checkpoints.folder.name} and self.checkpoints.is_empty()
+        if TABLE in left or not self.checkpoints.is_begun():
+            return False
+        with contextlib.suppress(RunError):
+            there = self.config
+            wanted = config and replace(config, tasks=config.tasks or there.tasks, hardware=there.hardware)
+            return there == wanted
+        return False
+
+    @classmethod
+    def open(cls, folder: Place) -> Run:
+        """Return the run that lies in `folder`."""
+        run = cls(folder)
+        if not storage.exists(run.folder / CONFIG) and not storage.exists(run.checkpoints.folder / LATEST):
+            raise RunError(f"no run at {run.folder}: expected a folder with {CONFIG}, as pgp train writes it")
+        return run
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the one process that writes to the run, and delete what earlier ones left unfinished.
+
+        Raises:
+            RunError: If another process writes to it.
+        """
+        if self._is_writing:
+            yield
+            return
+        with locked(self.folder):
+            self._is_writing = True
+            try:
+                if not is_empty(self.folder):
+                    self._tidy()
+                yield
+            finally:
+                self._is_writing = False
+
+    def _tidy(self) -> None:
+        if self._finished() or storage.exists(self.folder / CONFIG):
+            self.describe()  # raises if the folder is not one of ours
+            self.checkpoints.tidy()
+        storage.remove_abandoned(self.folder)
+        storage.remove_abandoned(self.folder / "checkpoint")
+
+    def describe(self, name: CheckpointName | None = None) -> Identity:
+        """Return what the run was at a checkpoint; at that of the latest finished task, if None.
+
+        Raises:
+            RunError: If what tells it was changed, or belongs to another run.
+        """
+        files = {file: self._file(file) for file in (CONFIG, CLASSES)}
+        name = name or self._finished()
+        if name is None:
+            if (config := files[CONFIG]) is None:
+                raise RunError(f"no run at {self.folder}: {CONFIG} is missing, and no task is finished")
+            classes = files[CLASSES] or {}
+            classes.pop("run", None)
+            return Identity(config.pop("run", ""), config, classes)
+        record = self.checkpoints.record(name)
+        for file, tree in files.items():
+            if tree is not None and tree.get("run") != record.run:
+                raise RunError(f"{self.folder / file} belongs to another run than checkpoint {name}: put back that of"
+                               " this run, or remove it")  # fmt: skip
+        return Identity(record.run, record.config, record.classes)
+
+    def _file(self, file: str) -> dict[str, Any] | None:
+        """Return what one of the files for people says, None if it is not there."""
+        path = self.folder / file
+        if not storage.exists(path):
+            return None
+        with storage.advised("Nothing of it can change: restore it; or remove it, and pgp train --resume writes it anew"
+                             " from the latest checkpoint"):  # fmt: skip
+            return storage.read_sealed(path)
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        return self.config_of(self.describe())
+
+    def config_of(self, known: Identity) -> Config:
+        """Return the configuration of what the run was."""
+        try:
+            return Config.from_json(known.config)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+            raise RunError(f"{self.folder} does not describe a run of this pgp: {error}") from error
+
+    def change_config(self, change: Callable[[Config], Config]) -> None:
+        """Record a change that decides no result, such as of where the data lie. The process has to be `writing`."""
+        self.describe(self.checkpoints.latest())  # raises if it belongs to another run
+
+        def changed(record: Record) -> Record:
+            known = Identity(record.run, record.config, record.classes)
+            return replace(record, config=change(self.config_of(known)).to_json())
+
+        self.checkpoints.rewrite(changed)
+        known = self.describe()
+        self._identity = known._replace(config=change(self.config_of(known)).to_json())
+        self._write_identity()
+
+    def accept_config(self, name: CheckpointName | None) -> None:
+        """Go on as what the run was at a checkpoint; as what its files say, if None.
+
+        Raises:
+            RunError: If the log was changed since.
+        """
+        self._stamp_log()
+        self._identity = known = self.describe(name)
+        if name is not None and name.step is not None and len(known.classes["tasks"]) > len(self.classes()[1]):
+            self._adds = True
+            self.log_file.held = list(self.checkpoints.record(name).held)
+        elif name is not None:
+            self._write_identity()  # a crash may have come before
+
+    def add(self, config: Config, classes: Mapping[str, Any]) -> None:
+        """Let data join the run, with the next finished task; nothing is written before.
+
+        Args:
+            config: That of the run, with what was added.
+            classes: What to remember of all data.
+
+        Raises:
+            RunError: If the log was changed since the latest checkpoint.
+        """
+        self._stamp_log()
+        self._identity = self.describe()._replace(config=config.to_json(), classes=dict(classes))
+        self._adds = True
+        self.log_file.held = []
+
+    def _write_identity(self) -> None:
+        """Write `config.json` and `classes.json`, unless they are there."""
+        known = self._identity
+        assert known is not None
+        for file, tree, indent in ((CONFIG, known.config, 2), (CLASSES, known.classes, None)):
+            text = json.dumps(storage.sealed({**tree, "run": known.run}), indent=indent)
+            path = self.folder / file
+            if tree and not (storage.exists(path) and storage.read(path) == text.encode()):
+                storage.write(path, text)
+
+    def log(self, event: str, **values: Any) -> None:
+        """Append one line to metrics.jsonl."""
+        with self._going_on():
+            self.log_file.append(event, **values)
+
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """Return the logged events of one kind, oldest first; of kind `task`, those of finished tasks.
+
+        Raises:
+            RunError: If the log was changed since the latest checkpoint.
+        """
+        self._check_log()
+        done = self._finished()
+        found = [values for values in self.log_file.events() if values["event"] == event]
+        return [values for values in found if event != "task" or values.get("task") in range(done.task if done else 0)]
+
+    def _check_log(self) -> bool:
+        """Return whether metrics.jsonl is there if it has to be; warn if it is not.
+
+        Raises:
+            RunError: If it was changed since the latest checkpoint.
+        """
+        last = self.checkpoints.latest()
+        there = last is None or self.log_file.check(self.checkpoints.record(last).log)
+        if not there:
+            warnings.warn(f"{self.log_file.path} is missing: what it told of training is left out", stacklevel=3)
+        return there
+
+    def _stamp_log(self) -> None:
+        """Let a new log begin if somebody moved it away."""
+        if not self._check_log():
+            stamp = self.log_file.stamp()
+            self.checkpoints.rewrite(lambda record: replace(record, log=stamp))
+
+    def write_matrices(self, matrices: Mapping[str, Tensor]) -> None:
+        """Write `accuracy.csv` from the accuracy matrix `(T, T)` of each column; NaN entries are left out."""
+        with self._going_on():
+            storage.write(self.folder / TABLE, metrics.to_csv(matrices))
+
+    def _going_on(self, what: str = "") -> contextlib.AbstractContextManager[None]:
+        """Say of an error of the block how to go on after it."""
+        return storage.advised(f"Then go on with pgp train --resume {self.folder}", what)
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Return the accuracy matrices `(T, T)` by column, as the latest finished task left them."""
+        name, path = self._finished(), self.folder / TABLE
+        if name is None:
+            raise RunError(f"{self.folder} has no {TABLE} yet: no task of this run is finished")
+        if storage.exists(path):
+            text = storage.read(path)
+            if storage.digest(text) == self.checkpoints.record(name).accuracy:
+                return metrics.from_csv(text.decode(), len(self.classes()[1]))
+        matrices: dict[str, Tensor] = self.checkpoints.load(name, {"matrices"})["matrices"]  # a crash came before it
+        return matrices
+
+    def classes(self) -> tuple[list[str], list[list[int]]]:
+        """Return class names by label, and the labels of each task."""
+        known = self._classes()
+        return known["names"], known["tasks"]
+
+    def task_names(self) -> list[str]:
+        """Return what each task is called, "" for nothing."""
+        names: list[str] = self._classes()["task_names"]
+        return names
+
+    @property
+    def data_fingerprint(self) -> list[str]:
+        """What its data are known by, wherever they lie: those it began with, and each that was added."""
+        fingerprint: list[str] = self._classes()["fingerprint"]
+        return fingerprint
+
+    def _classes(self) -> dict[str, Any]:
+        return identity.checked(self.describe().classes, self.folder / CLASSES)
+
+    def check_data(
+        self,
+        classes: Mapping[str, Any],
+        *,
+        images: bool = True,
+        tasks: int | None = None,
+        known: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raise unless the data are what the run knows: classes and tasks and, if `images`, the images too.
+
+        Args:
+            classes: What there is to remember of all data; what was added and is not known yet comes last.
+            images: Whether to compare numbers of images and fingerprints.
+            tasks: How many of the tasks it knows to compare; all, if None.
+            known: What it knows; what its latest finished task knew, if None.
+        """
+        known = self._classes() if known is None else identity.checked(known, self.folder / CLASSES)
+        if told := identity.difference(known, classes, images=images, tasks=tasks):
+            raise RunError(f"expected the data that {self.folder} began with, but {told}: restore the data, or begin"
+                           " another run")  # fmt: skip
+
+    @staticmethod
+    def check_encoder(expected: str, got: str) -> None:
+        """Raise unless the encoder's fingerprint is the one that a checkpoint was learned on."""
+        if expected != got:
+            raise RunError(f"expected the encoder that this run was learned on, weights {expected}, got weights {got}:"
+                           " restore the old ones")  # fmt: skip
+
+    def save(self, name: CheckpointName | str, state: Mapping[str, Any]) -> None:
+        """Write a checkpoint in one atomic move, and make it the latest; an older step of a task is deleted.
+
+        Raises:
+            RunError: If the system refuses; the message says what the latest good state is.
+        """
+        name = CheckpointName.parse(name) if isinstance(name, str) else name
+        known = self._identity = self._identity or self.describe()
+        last = self.checkpoints.latest()
+        kept = f"the last good state is {self.checkpoints.folder / str(last)}" if last else "there is no earlier state"
+        with self._going_on(f"checkpoint {name} was not saved, {kept}: "):
+            if name.step is None:
+                self.log_file.release()
+            accuracy, stamp = storage.digest(metrics.to_csv(state.get("matrices", {}))), self.log_file.stamp()
+            record = Record(known.run, known.config, known.classes, accuracy, stamp, tuple(self.log_file.held or ()))
+            self.checkpoints.save(name, state, record)
+            if name.step is None and self._adds:
+                self._write_identity()
+                self._adds = False
+            if name.step is None and (newest := self.config_of(known).kept_checkpoints):
+                self.checkpoints.keep(newest)
+
+    def _finished(self) -> CheckpointName | None:
+        last = self.checkpoints.latest()
+        return last.finished if last else None
+
+    def latest_finished(self) -> CheckpointName:
+        """Return the name of the newest checkpoint at the end of a task.
+
+        Raises:
+            RunError: If no task is finished.
+        """
+        name = self._finished()
+        if name is None:
+            raise RunError(f"no task of {self.folder} is finished yet: go on with pgp train --resume {self.folder}")
+        return name
+
+    def latest_checkpoint(self) -> str | None:
+        """Return the name of the newest checkpoint, or None."""
+        last = self.checkpoints.latest()
+        return str(last) if last else None
+
+    def progress(self) -> tuple[int, int]:
+        """Return how many tasks are finished, and how many there are."""
+        name = self._finished()
+        return name.task if name else 0, len(self.classes()[1])
+
+    def load(self, name: CheckpointName | str | None = None, parts: Collection[str] | None = None) -> dict[str, Any]:
+        """Return the state of a checkpoint, the latest if None: all of it, or only `parts`.
+
+        Raises:
+            RunError: If it is damaged, or belongs to another run.
+        """
+        name = CheckpointName.parse(name) if isinstance(name, str) else name or self.checkpoints.latest()
+        if name is None:
+            raise RunError(f"{self.folder} has no checkpoint yet: pgp train --resume {self.folder} starts it anew")
+        self.describe(name)
+        return self.checkpoints.load(name, parts)

@@ -1,0 +1,299 @@
+"""A grid of runs that ends in evidence: which runs there have to be, and how each comes to be whole, once."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import filelock
+
+from pgp import train
+from pgp.baselines import matching_baselines
+from pgp.config import Config
+from pgp.evaluation import metrics
+from pgp.reports import comparison, tables
+from pgp.reports.comparison import Entry
+from pgp.runs.data_paths import resolve_paths
+from pgp.runs.run import Run
+from pgp.system import platforms, storage
+from pgp.system.outputs import make_output, make_unique_folder
+from pgp.system.storage import RunError
+
+FILE, TABLE, FIGURE = "sweep.json", "sweep.md", "sweep.png"
+
+
+FORMAT = 1
+
+
+"""Version of sweep.json."""
+
+
+LONGEST = 100
+
+
+"""Characters of a folder's name."""
+
+JobStatus = Literal["kept", "resumed", "trained", "busy"]
+
+
+"""How a run came to be whole: it was, it went on, it began; or another sweep is at it."""
+
+
+class Job(NamedTuple):
+    """One run that there has to be."""
+
+    name: str
+    seed: int
+    folder: Path
+    config: Config
+
+
+class JobResult(NamedTuple):
+    """What became of a job."""
+
+    status: JobStatus
+    seconds: float
+    accuracy: float
+    """Average accuracy of the headline, in [0, 1]."""
+
+
+@dataclass
+class GridPoint:
+    """A point of the grid or a control, of any seed."""
+
+    name: str
+    label: str
+    config: Config
+    controls: dict[str, str] = field(default_factory=dict)
+    """For a point: by control, the name of its entry."""
+
+
+class Sweep:
+    """A folder with a run for each entry and seed: `<output>/<entry>/seed-<k>`, and what the sweep is in sweep.json."""
+
+    def __init__(self, output: Path, base: Config) -> None:
+        self.output = output.expanduser().absolute()
+        self.base = _bare(base)
+        """The recipe with all overrides, before --over."""
+        self.entries: dict[str, GridPoint] = {}
+        """By name; all that were ever asked for in this folder, points before controls."""
+        self.seeds: list[int] = []
+
+    def plan(self, choices: Mapping[str, Config], seeds: Sequence[int], *, controls: bool = True) -> list[Job]:
+        """The runs that there have to be for points, by their labels, and for their controls; sweep.json knows them.
+
+        Raises:
+            RunError: if the folder holds something else, or runs with other settings under the same names.
+        """
+        make_output(self.output)
+        with filelock.FileLock(self.output / ".sweep.lock"):
+            self._read()
+            asked = [self._entry(label, config) for label, config in choices.items()]
+            points = list(dict.fromkeys(entry.name for entry in asked))
+            if controls:
+                for name in points:
+                    self._add_controls(self.entries[name])
+            names = dict.fromkeys([*points, *(c for name in points for c in self.entries[name].controls.values())])
+            self.seeds = sorted({*self.seeds, *seeds})
+            jobs = [self._job(self.entries[name], seed) for seed in seeds for name in (names if controls else points)]
+            for job in jobs:
+                check(job)
+            self._write()
+        return jobs
+
+    def members(self) -> list[Entry]:
+        """All entries with their finished runs, for comparison; points before controls that are no points."""
+        held: dict[str, dict[str, Entry]] = {name: {} for name in self.entries}
+        out = {}
+        for name, entry in self.entries.items():
+            jobs = [self._job(entry, seed) for seed in self.seeds]
+            out[name] = Entry(
+                entry.label, {job.seed: Run(job.folder) for job in jobs if finished_result(job)}, held[name]
+            )
+        for name, entry in self.entries.items():
+            held[name] |= {control: out[other] for control, other in entry.controls.items()}
+        points = [name for name, entry in self.entries.items() if entry.controls]
+        return [out[name] for name in dict.fromkeys([*points, *self.entries]) if out[name].runs]
+
+    def write_report(self) -> list[Entry]:
+        """What was compared; the table and the figure are left in the folder, where any run is finished."""
+        members = self.members()
+        if members:
+            storage.write(self.output / TABLE, comparison.markdown(members))
+            comparison.draw_comparison(members, self.output / FIGURE)
+        return members
+
+    def _job(self, entry: GridPoint, seed: int) -> Job:
+        folder = self.output / entry.name / f"seed-{seed}"
+        return Job(entry.name, seed, folder, replace(entry.config, seed=seed))
+
+    def _entry(self, label: str, config: Config) -> GridPoint:
+        """The entry of a configuration, a new one where there is none."""
+        config = _bare(config)
+        wanted = tables.flatten(config.to_json())
+        for entry in self.entries.values():
+            if tables.flatten(entry.config.to_json()) == wanted:
+                entry.config = replace(entry.config, hardware=config.hardware)  # where it goes on may be elsewhere
+                return entry
+        stem, number = platforms.safe_name(label, LONGEST, otherwise="point"), 1
+        name, taken = stem, {known.lower() for known in self.entries}  # some file systems do not tell case apart
+        while name.lower() in taken:
+            name, number = f"{stem}-{number + 1}", number + 1
+        self.entries[name] = GridPoint(name, label, config)
+        return self.entries[name]
+
+    def _add_controls(self, point: GridPoint) -> None:
+        common = {name: _bare(config) for name, config in matching_baselines(self.base).items()}
+        for name, config in matching_baselines(point.config).items():
+            config, shared = _bare(config), common.get(name)
+            point.controls[name] = self._entry(name if config == shared else f"{name}, {point.label}", config).name
+
+    def _read(self) -> None:
+        path = self.output / FILE
+        if not path.is_file():
+            strange = sorted(one.name for one in self.output.iterdir() if not one.name.startswith("."))
+            if strange:
+                raise RunError(f"expected a new or empty folder, or that of a sweep, got {self.output} with"
+                               f" {', '.join(strange[:3])}: name another --output")  # fmt: skip
+            return
+        try:
+            tree = json.loads(path.read_text(encoding="utf-8"))
+            if tree["format"] != FORMAT:
+                raise ValueError(f"format {tree['format']}")
+            base = Config.from_json(tree["base"])
+            entries = [
+                GridPoint(name, one["label"], Config.from_json(one["config"]), dict(one["controls"]))
+                for name, one in tree["entries"].items()
+            ]
+            seeds = [int(seed) for seed in tree["seeds"]]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise RunError(f"{path} does not describe a sweep of this pgp ({error}): name another --output") from error
+        if told := _difference(base, self.base):
+            raise RunError(f"{self.output} holds a sweep with other settings: expected {told} now. Give the settings of"
+                           " before, sweep over this one by --over, or name another --output")  # fmt: skip
+        self.entries, self.seeds = {entry.name: entry for entry in entries}, seeds
+
+    def _write(self) -> None:
+        entries = {
+            one.name: {"label": one.label, "controls": one.controls, "config": one.config.to_json()}
+            for one in self.entries.values()
+        }
+        tree = {"format": FORMAT, "base": self.base.to_json(), "seeds": self.seeds, "entries": entries}
+        storage.write(self.output / FILE, json.dumps(tree, indent=2))
+
+
+def check(job: Job) -> None:
+    """Raise if something else lies where the run of a job belongs."""
+    if not job.folder.exists():
+        return
+    if not job.folder.is_dir() or not ((job.folder / "config.json").is_file() or _is_begun(job.folder)):
+        raise RunError(f"expected a run of this sweep or nothing at {job.folder}, got something else: move it away")
+    if _is_begun(job.folder):
+        return
+    config = Run.open(job.folder).config
+    wanted = job.config if job.config.tasks is not None else replace(job.config, tasks=config.tasks)
+    seeds = f"seed {config.seed} there, {wanted.seed}" if config.seed != wanted.seed else ""
+    if told := _difference(config, wanted) or seeds:
+        raise RunError(f"the run at {job.folder} has other settings: expected {told} now. Nothing is overwritten: give"
+                       " the settings of before, or name another --output")  # fmt: skip
+
+
+def finished_result(job: Job) -> bool:
+    """Whether the run of a job is whole: its last checkpoint, and every accuracy."""
+    run = Run(job.folder)
+    name = run.latest_checkpoint()
+    if name is None or "-step-" in name or not (job.folder / "accuracy.csv").is_file():
+        return False
+    tasks = len(run.classes()[1])
+    return name == f"task-{tasks:02d}" and all(metrics.tasks_learned(m) == tasks for m in run.matrices().values())
+
+
+def run_job(job: Job, *, waits: bool = False) -> JobResult:
+    """See to it that the run of a job is whole. Only one process at a time does, on any machine that sees the folder.
+
+    Args:
+        job: what run, and where.
+        waits: whether to wait for another process that is at it; else the answer is `busy`.
+    """
+    started = time.perf_counter()
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(job.folder.parent / f".{job.folder.name}.lock")
+    try:
+        lock.acquire(timeout=-1 if waits else 0)
+    except filelock.Timeout:
+        return JobResult("busy", 0, 0)
+    try:
+        check(job)
+        how = _run_job(job)
+    finally:
+        lock.release()
+    headline = next(iter(Run(job.folder).matrices().values()))
+    return JobResult(how, time.perf_counter() - started, metrics.average_accuracy(headline))
+
+
+def _run_job(job: Job) -> JobStatus:
+    if finished_result(job):
+        return "kept"
+    if Run(job.folder).latest_checkpoint() is not None:
+        train.resume(job.folder, job.config.hardware)
+        return "resumed"
+    try:
+        Run.require_empty(job.folder, resolve_paths(job.config))
+    except RunError:  # it lost its checkpoints: what there is, is kept aside
+        platforms.move_folder(job.folder, make_unique_folder(job.folder.parent, f"{job.folder.name}-abandoned"))
+    train.train(job.config, job.folder)
+    return "trained"
+
+
+def _is_begun(folder: Path) -> bool:
+    """Whether nothing is in `folder` but what a run leaves that stopped while its folder was made."""
+    if (folder / "config.json").exists():
+        return False
+    left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    empty = not (folder / "checkpoints").is_dir() or not any((folder / "checkpoints").iterdir())
+    return left <= {"checkpoints", "environment.json"} and empty
+
+
+Results = Generator[tuple[Job, JobResult | Exception], None, None]
+
+
+"""Jobs as they end, with what became of them, or with what went wrong."""
+
+
+def run_all(jobs: Sequence[Job], spread: Callable[[Callable[[Job], JobResult], Sequence[Job]], Results]) -> Results:
+    """What became of each job: first all that are free, then those that other sweeps were at.
+
+    Args:
+        jobs: what there has to be.
+        spread: does some work on jobs; see `pgp.sweeps.pool`.
+    """
+    busy = []
+    with contextlib.closing(spread(run_job, jobs)) as outcomes:
+        for job, done in outcomes:
+            if isinstance(done, JobResult) and done.status == "busy":
+                busy.append(job)
+            else:
+                yield job, done
+    if busy:
+        with contextlib.closing(spread(functools.partial(run_job, waits=True), busy)) as outcomes:
+            yield from outcomes
+
+
+def _bare(config: Config) -> Config:
+    """A configuration as a run records it, of any seed."""
+    return replace(resolve_paths(config), seed=0)
+
+
+def _difference(one: Config, other: Config) -> str:
+    """In words, the first setting in which two configurations differ, wherever and with whatever seed they compute."""
+    was, now = tables.flatten(one.to_json()), tables.flatten(other.to_json())
+    for key in dict.fromkeys([*was, *now]):
+        if was.get(key) != now.get(key):
+            return f"{key} {was.get(key)}, as there, got {now.get(key)}"
+    return ""

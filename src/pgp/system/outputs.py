@@ -1,0 +1,70 @@
+"""Folders that pgp writes: a marker tells them from folders of images, so that no run learns its own figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from pgp.system import storage
+
+MARKER = ".pgp-output"
+
+
+"""Name of the file that marks a folder; whatever lies below such a folder is never read as data."""
+
+
+LOCK, WRITER = ".pgp-lock", ".pgp-writer.json"
+
+
+"""Names of the files by which one process at a time writes to a run; see `pgp.runs.lock`."""
+
+
+def make_output(folder: Path) -> None:
+    """Create `folder` with its parents, and mark it unless it holds something already.
+
+    Raises:
+        RunError: If the system refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not any(folder.iterdir()):
+            storage.write(folder / MARKER, "pgp wrote this folder and never reads it as images.\n")
+    except OSError as error:
+        raise storage.write_error("write", folder, error) from error
+
+
+def check_outside(folder: Path, data: Iterable[Path]) -> None:
+    """Raise if what is written to `folder` would lie among the images of `data`, in a class folder or the like."""
+    folder = folder.resolve()
+    for place in data:
+        above = [folder, *folder.parents]
+        if place.resolve() not in above[1:] or not folder.is_dir() or is_empty(folder):
+            continue
+        if not any((one / MARKER).exists() for one in above[: above.index(place.resolve())]):
+            raise ValueError(f"expected an output folder outside the images of {place}, got {folder}: its figures would"
+                             " be learned as images; name another --output")  # fmt: skip
+
+
+def is_empty(folder: Path) -> bool:
+    """Return whether `folder` holds nothing but the marker and what a lock leaves behind."""
+    return all(path.name in (MARKER, LOCK, WRITER) for path in folder.iterdir())
+
+
+def make_unique_folder(parent: Path, stem: str) -> Path:
+    """A new folder `parent/stem`, or `parent/stem-2`, … where that is taken; made here, so no other process gets it.
+
+    Raises:
+        RunError: if `parent` cannot be written.
+    """
+    make_output(parent)
+    number = 1
+    while True:
+        folder = parent / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise storage.write_error("write", folder, error) from error
+        else:
+            return folder

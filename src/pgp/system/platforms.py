@@ -1,0 +1,198 @@
+"""What differs between Linux, macOS and Windows; no other module of the package asks which system it runs on."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+WINDOWS: bool = sys.platform == "win32"
+
+
+PAUSES = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+"""Seconds between attempts to rename a file that another program holds open; only Windows refuses that."""
+
+
+RESERVED = frozenset(
+    {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
+)
+
+
+"""Names that Windows keeps for devices, in any case and with any suffix."""
+
+
+HOST = re.sub(r"[^\w-]", "-", socket.gethostname(), flags=re.ASCII)[:40]
+
+
+"""Name of this machine, as it stands in the names of unfinished files."""
+
+
+UNFINISHED = re.compile(r"\..+\.(?P<process>[0-9]{1,10})@(?P<host>[\w-]*)", re.DOTALL)
+
+
+DAY = 86400.0
+
+
+"""Seconds after which an unfinished file of another machine counts as abandoned."""
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path` to write to. The file then becomes `path`, whole and on the disk.
+
+    If the block raises, `path` stays as it was and what was written is deleted.
+    """
+    partial = unfinished_name(path)
+    try:
+        yield partial
+        sync_file(partial)
+        replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def unfinished_name(path: Path) -> Path:
+    """Return a path beside `path` for what this process has not finished yet; its name says whose it is."""
+    return path.with_name(f".{path.name}.{os.getpid()}@{HOST}")
+
+
+def is_abandoned(path: Path) -> bool:
+    """Return whether `path` is something `unfinished_name` that no living process can be at work on."""
+    found = UNFINISHED.fullmatch(path.name)
+    if found is None:
+        return False
+    if found["host"] == HOST and not WINDOWS:  # Windows cannot be asked without touching the process
+        return not is_alive(int(found["process"]))
+    return time.time() - path.lstat().st_mtime > DAY
+
+
+def is_alive(process: int) -> bool:
+    """Return whether a process of this machine runs; always true on Windows, where asking would disturb it."""
+    if WINDOWS:
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def replace(source: Path, target: Path) -> None:
+    """Rename a file to `target`, which it replaces in one step if it exists."""
+    _retried(lambda: source.replace(target))
+
+
+def move_folder(source: Path, target: Path) -> None:
+    """Rename a folder to `target`, which must not exist or be an empty folder.
+
+    Raises:
+        OSError: If `target` holds something, or the system refuses.
+    """
+    if WINDOWS and target.is_dir():
+        target.rmdir()  # Linux and macOS replace an empty folder in one step
+    _retried(lambda: source.rename(target))
+
+
+def _retried(move: Callable[[], object]) -> None:
+    """Call `move`, again for a while where an open file forbids it."""
+    for pause in PAUSES if WINDOWS else ():
+        with contextlib.suppress(PermissionError):
+            move()
+            return
+        time.sleep(pause)
+    move()
+
+
+def sync_file(path: Path) -> None:
+    """Wait until the content of a file is on the disk."""
+    with path.open("r+b") as file:  # Windows refuses to sync what is open for reading only
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk; Windows offers no way to ask for it."""
+    if WINDOWS:
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_all() -> None:
+    """Wait until everything written is on the disk, if the system can be asked for it."""
+    if hasattr(os, "sync"):
+        os.sync()
+
+
+def cpu_facts() -> dict[str, str]:
+    """Return what the system says of its first processor, by the kernel's names; nothing where it has no /proc."""
+    facts: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            facts.setdefault(key.strip(), value.strip())
+    return facts
+
+
+def cores() -> int:
+    """Return how many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1
+
+
+def quoted(path: Path) -> str:
+    """Return a path as a shell of this system takes it."""
+    return subprocess.list2cmdline([str(path)]) if WINDOWS else shlex.quote(str(path))
+
+
+def is_broken_pipe(error: Exception) -> bool:
+    """Return whether an error says that nobody reads a stream any more, for which Windows has no number of its own."""
+    if WINDOWS and isinstance(error, OSError) and error.errno == errno.EINVAL:
+        return error.filename is None  # or it is a name that Windows does not take
+    return isinstance(error, BrokenPipeError)
+
+
+def ending_signals() -> list[signal.Signals]:
+    """Return the signals, besides that of Ctrl-C, by which this system asks a program to end."""
+    return [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+
+
+def loader_start() -> str | None:
+    """Return how to start the processes that load images; None for the system's own way.
+
+    On Linux they are forked, so that they share decoded images, although Python 3.14 has another default. A program
+    that has chosen to spawn its processes keeps its choice.
+    """
+    return "fork" if sys.platform == "linux" and multiprocessing.get_start_method() != "spawn" else None
+
+
+def safe_name(text: str, longest: int = 100, otherwise: str = "unnamed") -> str:
+    """Return a short name for a file or folder that every file system takes.
+
+    >>> safe_name("projection.energy .9, space: union"), safe_name("Aux.txt"), safe_name("...", otherwise="point")
+    ('projection.energy-.9_space--union', '_Aux.txt', 'point')
+    """
+    name = re.sub(r"[^\w.+-]+", "-", text.replace(", ", "_").replace(" ", "-"), flags=re.ASCII).strip(".-") or otherwise
+    if name.partition(".")[0].lower() in RESERVED:
+        name = f"_{name}"
+    if len(name) > longest:
+        name = f"{name[: longest - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name

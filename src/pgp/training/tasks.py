@@ -1,0 +1,314 @@
+"""What comes when: the tasks of a run, from its settings and from what lies beside its data, and their images."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgp.config import Config
+from pgp.datasets.base import BadImageError, ConcatSplit, Dataset, DatasetConfig, Split, raise_in_order
+from pgp.datasets.loader import SampleKey, sequential_batches
+from pgp.datasets.text import lines_of, normalized, read_text
+from pgp.rng import make_generator
+from pgp.scenario import Groups, Scenario, Task, class_order, split_by_class, split_by_domain, split_by_group
+
+CLASS_ORDER_FILE, TASKS_FILE = "class_order.txt", "tasks.json"
+
+
+"""Files that are heeded where they lie beside the data: class names in the order of learning, one a line; and an object
+of task names, in the order of learning, each with a list of its class names (under dil, of its domains)."""
+
+
+DEFAULT_TASKS = 5
+
+
+"""Tasks at most, where neither the settings nor the data say how many; each has two classes at least."""
+
+
+def build_tasks(config: Config) -> tuple[Dataset, Scenario]:
+    """All data of a run and their tasks: those that it began with, and one more for each data set that was added."""
+    data = config.dataset.build()
+    scenario = build_scenario(config, data)
+    if config.joint:
+        scenario = scenario.joint()
+    for more in config.added:
+        data, scenario = _append_dataset(data, scenario, more, config)
+    return data, scenario
+
+
+def _append_dataset(data: Dataset, scenario: Scenario, more: DatasetConfig, config: Config) -> tuple[Dataset, Scenario]:
+    """The same and one task more; its classes are new, but in another domain."""
+    new, where = more.build(), ", ".join(map(str, more.search_paths))
+    known = [name for name in new.class_names if name in data.class_names]
+    if known and config.setting != "dil":
+        raise ValueError(f"expected new classes in {where}, got {known[:5]}, which this run has learned already: give"
+                         " them other names, or leave them out")  # fmt: skip
+    if config.setting == "dil":
+        for name in new.class_names:
+            _class_index(name, data.class_names, where, "class")
+    names = (*data.class_names, *(name for name in new.class_names if name not in known))
+    labels = torch.tensor([names.index(name) for name in new.class_names])
+    train, test = (labels[split.labels] for split in (new.train, new.test))
+    if not len(train) or not len(test):
+        raise ValueError(f"expected training and test images in {where}, got {len(train)} and {len(test)}")
+    task = Task(
+        len(scenario),
+        tuple(train.unique().tolist()),
+        torch.arange(len(train)) + len(data.train),
+        torch.arange(len(test)) + len(data.test),
+        normalized(more.search_paths[0].stem) if more.search_paths else "",
+    )
+    both = ConcatSplit(data.train, new.train, train), ConcatSplit(data.test, new.test, test)
+    notes, ignored = (*data.notes, *new.notes), (*data.ignored, *new.ignored)
+    data = data._replace(train=both[0], test=both[1], class_names=names, notes=notes, ignored=ignored)
+    return data, Scenario((*scenario.tasks, task))
+
+
+def build_scenario(config: Config, data: Dataset) -> Scenario:
+    """The tasks that `config` makes of `data`.
+
+    A file that the settings name outranks those that lie beside the data.
+
+    Raises:
+        ValueError: if two sources of equal rank decide the order, their number of tasks is not that of the settings, a
+            file does not name every class once, or a task has no images.
+    """
+    scenario = _by_domain(config, data) if config.setting == "dil" else _by_class(config, data)
+    for task in scenario.tasks:
+        if not len(task.train) or not len(task.test):
+            raise ValueError(f"expected training and test images in every task, got {len(task.train)} and"
+                             f" {len(task.test)} in {scenario.describe(task)} with classes {task.classes}")  # fmt: skip
+    _check_classes(data)
+    return scenario
+
+
+def check_readable(data: Dataset, scenario: Scenario, *, skip_bad: bool, learned: int = 0) -> None:
+    """Raise unless each class that is to be learned has a training image that can be read, and each task a test image.
+
+    It looks at the images of a class, and at the test images of a task, until it finds a good one, so it costs little.
+
+    Args:
+        data: All data of the run.
+        scenario: Its tasks.
+        skip_bad: Whether training goes on without images that cannot be read; else the first one is an error.
+        learned: Number of tasks that are learned already.
+
+    Raises:
+        BadImageError: Naming the first image that cannot be read, unless `skip_bad`.
+        ValueError: Naming the classes or the task without any image that can be read.
+    """
+    if learned == len(scenario):
+        return
+    for task in scenario.tasks[learned:]:
+        labels = data.train.labels[task.train]
+        if bad := [
+            label for label in task.classes if not _any_readable(data.train, task.train[labels == label], skip_bad)
+        ]:
+            names = [data.class_names[label] for label in bad]
+            raise ValueError(
+                f"expected training images of every class that can be read, got none of {names[:5]}, {len(names)} in"
+                f" all, in {scenario.describe(task)}: pgp data check lists them"
+            )
+    for task in scenario.tasks:
+        if not _any_readable(data.test, task.test, skip_bad):
+            raise ValueError(f"expected test images in every task that can be read, got none of {len(task.test)} in"
+                             f" {scenario.describe(task)}: pgp data check lists them")  # fmt: skip
+
+
+def _any_readable(split: Split, places: Tensor, skip_bad: bool) -> bool:
+    return any(_is_readable(split, place, skip_bad) for place in places.tolist())
+
+
+def _is_readable(split: Split, place: int, skip_bad: bool) -> bool:
+    try:
+        split.image(place)
+    except BadImageError as error:
+        if not skip_bad:
+            raise raise_in_order(error) from error
+        return False
+    return True
+
+
+def single_class_warning(scenario: Scenario) -> str | None:
+    """In words, which tasks have a single class, so that their loss, which compares classes of one task, is 0; None if
+    there are none.
+    """
+    alone = [scenario.describe(task) for task in scenario.tasks if len(task.classes) == 1]
+    if not alone:
+        return None
+    more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+    return (
+        f"a single class in {', '.join(alone[:3])}{more}: prompts and head learn nothing there, only readouts from"
+        " statistics (lda, logistic, ncm) do; give each task two classes at least"
+    )
+
+
+def _check_classes(data: Dataset) -> None:
+    """Raise if a class has nothing to learn from; warn if it cannot be tested."""
+    counts = [torch.bincount(split.labels, minlength=data.classes) for split in (data.train, data.test)]
+    missing = [[name for name, count in zip(data.class_names, each, strict=True) if not count] for each in counts]
+    if missing[0]:
+        raise ValueError(f"expected training images of every class, got none of {missing[0][:5]}, {len(missing[0])} in"
+                         " all: add some, or take the class out")  # fmt: skip
+    if missing[1]:
+        warnings.warn(f"no test images of {missing[1][:5]}: accuracy says nothing about them", stacklevel=2)
+
+
+def describe_data(data: Dataset, scenario: Scenario) -> dict[str, Any]:
+    """What a run remembers of its data, as JSON values: classes and tasks, to use them without the data; the number of
+    images in each task and a fingerprint of all labels, domains and file names of what was put together, to know it
+    again.
+    """
+    return {
+        "names": list(data.class_names),
+        "tasks": [list(task.classes) for task in scenario.tasks],
+        "task_names": [task.name for task in scenario.tasks],
+        "images": {part: [len(getattr(task, part)) for task in scenario.tasks] for part in ("train", "test")},
+        "fingerprint": [_digest(*both) for both in zip(data.train.sources(), data.test.sources(), strict=True)],
+    }
+
+
+def training_batches(config: Config, task: Task, world: int) -> list[list[SampleKey]]:
+    """The batches of all passes over a task: a new order each pass, drawn from the seed, the task and the pass; or the
+    order in which the data list the images.
+
+    A last batch with fewer images than there are processes is filled up with the first images of its pass.
+    """
+    plan = []
+    for number in range(config.num_passes):
+        draw = make_generator(config.seed, "order", task.index, number)
+        order = task.train
+        if config.order == "shuffled":
+            order = order[torch.randperm(len(order), generator=draw)]
+        passing = sequential_batches(order, config.batch_size, number)
+        passing[-1] += [SampleKey(i, number) for i in order[: max(0, world - len(passing[-1]))].tolist()]
+        plan += passing
+    return plan
+
+
+def _digest(*splits: Split) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for split in splits:
+        digest.update(split.labels.numpy().tobytes())
+        if split.domains is not None:
+            digest.update(split.domains.numpy().tobytes())
+        for name in split.names():
+            digest.update(normalized(name).encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _by_class(config: Config, data: Dataset) -> Scenario:
+    labels, names = (data.train.labels, data.test.labels), data.class_names
+    groups, source = _named_tasks(config, data, names)
+    order = config.class_order or (None if config.task_file else _file_beside(data, CLASS_ORDER_FILE))
+    if groups and order:
+        raise ValueError(f"{source} and {order} both decide the order of classes: leave one")
+    if (beside := source if groups else order) and config.shuffle:
+        raise ValueError(f"{beside} decides the order of classes, and so does shuffle: leave one")
+    if groups:
+        _check_count(config, len(groups), source)
+        return split_by_group(*labels, groups)
+    wanted = _read_order(order, names) if order else class_order(len(names), config.seed if config.shuffle else None)
+    return split_by_class(*labels, config.tasks or max(1, min(DEFAULT_TASKS, len(names) // 2)), wanted)
+
+
+def _by_domain(config: Config, data: Dataset) -> Scenario:
+    train, test, domains = data.train.domains, data.test.domains, data.domains
+    if train is None or test is None:
+        raise ValueError("expected data with domains for setting dil: folders DOMAIN/CLASS, a table with a column"
+                         " domain or task in every row, or a Hugging Face data set with --dataset.domain")  # fmt: skip
+    groups: Groups
+    if file := config.task_file or _file_beside(data, TASKS_FILE):
+        groups = _group_by_task(_read_tasks(file), domains, f"{file}", "domain")
+        if config.shuffle:
+            raise ValueError(f"{file} decides the order of domains, and so does shuffle: leave one")
+    else:
+        order = class_order(len(domains), config.seed if config.shuffle else None)
+        groups = [(domains[number], [number]) for number in order]
+    _check_count(config, len(groups), str(file or "dil with its domains"))
+    return split_by_domain(data.train.labels, train, test, groups)
+
+
+def _named_tasks(config: Config, data: Dataset, names: Sequence[str]) -> tuple[Groups, str]:
+    """Tasks by name, where anything names them, and what does."""
+    if config.class_order:
+        return [], ""
+    file = config.task_file or _file_beside(data, TASKS_FILE)
+    if file and data.tasks and not config.task_file:
+        raise ValueError(f"{file} and the data's own column of tasks both make tasks: leave one")
+    if file:
+        return _group_by_task(_read_tasks(file), names, str(file), "class"), str(file)
+    source = "the data's column of tasks"
+    return _group_by_task(data.tasks, names, source, "class") if data.tasks else [], source
+
+
+def _file_beside(data: Dataset, name: str) -> Path | None:
+    file = data.folder / name if data.folder else None
+    return file if file and os.path.lexists(file) else None
+
+
+def _check_count(config: Config, count: int, source: str) -> None:
+    if config.tasks not in (None, count):
+        raise ValueError(f"expected {count} tasks, as {source} has it, got tasks {config.tasks}: leave --tasks out, or"
+                         " say --tasks None; a run that goes on needs the file that it began with")  # fmt: skip
+
+
+def _read_order(file: Path, names: Sequence[str]) -> list[int]:
+    """Labels in the order in which the lines of `file` name their classes."""
+    lines = [normalized(line) for line in lines_of(read_text(file)) if line.strip()]
+    words = [line if line in names else line.strip() for line in lines]
+    return _require_each_once(words, names, str(file), "class")
+
+
+def _read_tasks(file: Path) -> list[tuple[str, list[str]]]:
+    """Name and members of each task in `file`."""
+    try:
+        pairs = json.loads(read_text(file), object_pairs_hook=list)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"expected JSON in {file}: {error}") from error
+    form = 'an object of task names with a list of names each, such as {"birds": ["crow", "owl"], "fish": ["eel"]}'
+    if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+        raise ValueError(f"expected {form}, got another value in {file}")
+    for name, members in pairs:
+        if not (isinstance(members, list) and members and all(isinstance(member, str) for member in members)):
+            raise ValueError(f"expected {form}, got {name!r} with {members!r:.80} in {file}")
+    pairs = [(normalized(name), [normalized(member) for member in members]) for name, members in pairs]
+    tasks = [name for name, _ in pairs]
+    if twice := sorted({name for name in tasks if tasks.count(name) > 1}):
+        raise ValueError(f"expected every task once in {file}, got {twice} again")
+    return pairs
+
+
+def _group_by_task(tasks: Sequence[tuple[str, Sequence[str]]], names: Sequence[str], source: str, kind: str) -> Groups:
+    """The tasks with numbers for the names of their members, of which each stands in one task."""
+    numbers = iter(_require_each_once([member for _, members in tasks for member in members], names, source, kind))
+    return [(name, [next(numbers) for _ in members]) for name, members in tasks]
+
+
+def _require_each_once(words: Sequence[str], names: Sequence[str], source: str, kind: str) -> list[int]:
+    """The place in `names` of each word; a clear error unless the words are the names, each once."""
+    places = [_class_index(word, names, source, kind) for word in words]
+    if twice := [name for name in names if words.count(name) > 1]:
+        more = "; where tasks share their classes, it is --setting dil that is wanted" if kind == "class" else ""
+        raise ValueError(f"expected every {kind} once in {source}, got {twice[:5]} again{more}")
+    if missing := [name for name in names if name not in words]:
+        raise ValueError(f"expected every {kind} in {source}, got none of {missing[:5]}, {len(missing)} in all")
+    return places
+
+
+def _class_index(word: str, names: Sequence[str], source: str, kind: str) -> int:
+    """The place of `word` in `names`, where it must be."""
+    if word not in names:
+        near = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
+        hint = f"perhaps you meant {near[0]!r}" if near else f"there are {list(names[:5])}"
+        raise ValueError(f"unknown {kind} {word!r} in {source}: {hint}")
+    return names.index(word)
