@@ -378,9 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("tune", "run", "table"))
     parser.add_argument("--data", choices=("emoji", "kanji"), default="emoji")
-    parser.add_argument(
-        "--part", type=emoji.share, default=(1, 1), help="which share of the runs, such as 1/2"
-    )
+    parser.add_argument("--part", type=emoji.share, default=(1, 1), help="which share of the runs, such as 1/2")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument(
         "--rows",

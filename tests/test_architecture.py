@@ -99,7 +99,7 @@ def test_folders_only_re_export():
 def test_one_module_prints_and_makes_all_text_safe():
     for path, tree in MODULES.items():
         calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "print"]
-    assert path == SOURCE / "cli" / "show.py" or not calls, path
+        assert path == SOURCE / "cli" / "show.py" or not calls, path
 
 
 def test_what_needs_every_process_says_so():
@@ -145,6 +145,7 @@ def test_public_names_are_those_of_the_stub():
         _ = pgp.Orthogona
 
 
+@pytest.mark.slow
 def test_optional_libraries_are_optional():
     code = "import sys; sys.modules['open_clip'] = None; import pgp.cli.main; pgp.cli.main.main(['list'])"
     assert "clip" in subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout

@@ -114,6 +114,7 @@ def test_a_component_of_ones_own_goes_through_json():
     assert Config.from_json(config.to_json()) == config
 
 
+@pytest.mark.slow
 def test_a_component_of_another_module_works_once_that_is_imported(tmp_path):
     module = (
         "from dataclasses import dataclass\nfrom pgp.projections.base import NoProjection\n"
@@ -164,7 +165,8 @@ def test_components_without_a_tag_or_with_that_of_another_are_refused(tmp_path):
 
     try:
         with pytest.raises(
-            ValueError, match=r"'released' in .*Thief.* and pgp\.projections\.released\.ReleasedBasis\.Config: rename one"
+            ValueError,
+            match=r"'released' in .*Thief.* and pgp\.projections\.released\.ReleasedBasis\.Config: rename one",
         ):
             tiny.config(projection=Thief()).to_json()
         with pytest.raises(ValueError, match="to have a tag of its own"):
@@ -206,7 +208,10 @@ def test_trees_that_do_not_fit():
         (lambda: Optimizer(lr=0), "optimizer.lr > 0"),
         (lambda: L2P.Config(top_k=11), "top_k of at most method.pool_size 10, got 11"),
         (lambda: L2P.Config(length=0), "length of at least 1"),
-        (lambda: replace(tiny.config().transforms, resize=16), r"transforms\.resize of at least transforms\.size 32, got 16"),
+        (
+            lambda: replace(tiny.config().transforms, resize=16),
+            r"transforms\.resize of at least transforms\.size 32, got 16",
+        ),
         (lambda: replace(tiny.config().transforms, scale=(0.9, 0.1)), r"transforms\.scale \(low, high\)"),
     ],
 )

@@ -512,7 +512,7 @@ def test_two_processes_learn_the_same(tmp_path, precision, selection):
         "from pgp.config import Hardware\n"
         "torch.set_num_threads(1)\n"
         "if __name__ == '__main__':\n"
-        "    hardware = Hardware('cpu', devices=int(sys.argv[1]), part=1)\n"
+        "    hardware = Hardware('cpu', devices=int(sys.argv[1]), micro_batch_size=1)\n"
         "    config = tiny.config(hardware=hardware, precision=sys.argv[3])\n"
         "    config = replace(config, method=replace(config.method, selection=sys.argv[4]))\n"
         "    train.train(config, Path(sys.argv[2]))\n"

@@ -129,7 +129,7 @@ def split_by_domain(train_labels: Tensor, train_domains: Tensor, test_domains: T
 
     >>> labels, domains = torch.tensor([0, 1, 0, 1, 0]), torch.tensor([0, 0, 1, 1, 2])
     >>> scenario = split_by_domain(labels, domains, domains, [("photos", [0]), ("art", [1, 2])])
-    >>> [(task.classes, task.train.tolist()) for task in scenario.tasks], scenario.seen(1)
+    >>> [(task.classes, task.train.tolist()) for task in scenario.tasks], scenario.seen_classes(1)
     ([((0, 1), [0, 1]), ((0, 1), [2, 3, 4])], (0, 1))
     """
     tasks = []

@@ -14,8 +14,10 @@ from pgp.system.paths import Place, as_path
 def dataset_from_path(place: Place) -> DatasetConfig:
     """The data set at `place`: a table of images, `hf:` and the name or path of a Hugging Face data set, or a folder.
 
-    >>> dataset_from_path("photos.csv").file.name, dataset_from_path("photos").root.name, dataset_from_path("hf:beans").name
-    ('photos.csv', 'photos', 'beans')
+    >>> dataset_from_path("photos.csv").file.name, dataset_from_path("photos").root.name
+    ('photos.csv', 'photos')
+    >>> dataset_from_path("hf:beans").name
+    'beans'
     """
     path = as_path(place, f"data, or {HUB}NAME")
     place = os.fspath(place)

@@ -11,31 +11,14 @@ import unicodedata
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from pgp.datasets.folder import Folder
 from pgp.datasets.scan import contents, images_below
 from pgp.predict import images_in
 from pgp.system.outputs import MARKER, make_output
+from photos import CLASSES, fill, tree
 
-CLASSES = ("cat", "dog")
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes, in any form and case; pipes and links")
-
-
-def fill(folder, count=3, name="{}.png"):
-    """Some images right in `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(count):
-        Image.new("RGB", (4, 4), (40 * number, 10, 200)).save(folder / name.format(number))
-    return folder
-
-
-def tree(root, *parts, classes=CLASSES, count=3):
-    """A folder with images in `<part>/<class>` for each of `parts`."""
-    for part in parts:
-        for name in classes:
-            fill(root / part / name, count)
-    return root
 
 
 def told(data):

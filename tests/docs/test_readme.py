@@ -7,6 +7,7 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 import tiny
@@ -15,7 +16,7 @@ from pgp.cli import main
 from pgp.methods.clip_prompt import CLIPPrompt
 from pgp.methods.dualprompt import DualPrompt
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def test_the_loop_of_ones_own_runs():
@@ -31,6 +32,7 @@ def test_the_loop_of_ones_own_runs():
     assert (moved @ basis).norm() < 1e-4 * moved.norm()
 
 
+@pytest.mark.slow
 def test_every_command_runs(tmp_path, monkeypatch, capsys):
     small = {"backbone": tiny.BACKBONE, "epochs": 1}
     for name, recipe in list(recipes.RECIPES.items()):

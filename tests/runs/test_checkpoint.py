@@ -13,31 +13,15 @@ import pytest
 import torch
 
 import tiny
+from checkpoints import CLASSES, contents, made, state
 from pgp.reports import tables
 from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.run import Run
-from pgp.runs.statetree import Piece
 from pgp.system import platforms, storage
 from pgp.system.storage import RunError
 
-CLASSES = tiny.classes("ab", [[0], [1]])
 FILES = ["config.json", "classes.json", "metrics.jsonl", "accuracy.csv", "checkpoints/latest",
          "checkpoints/task-01/state.json", "checkpoints/task-01/state.safetensors", "checkpoints/pieces/*"]  # fmt: skip
-
-
-def state(task=1):
-    """A state that remembers something of each task."""
-    pieces = {number: Piece(answers=torch.full((50,), float(number))) for number in range(task)}
-    matrix = torch.full((2, 2), 0.5, dtype=torch.float64)
-    return {"task": task, "step": 0, "rows": torch.arange(40.0) + task, "pieces": pieces, "matrices": {"lda": matrix}}
-
-
-def made(folder):
-    run = Run.create(folder, tiny.config(), CLASSES)
-    run.log("task", task=0, value=1.5)
-    run.save(CheckpointName(1), state())
-    run.write_matrices(state()["matrices"])
-    return run
 
 
 @pytest.fixture
@@ -51,10 +35,6 @@ def everything(run):
     rows = [loaded["rows"].tolist(), *(piece["answers"].tolist() for piece in loaded["pieces"].values())]
     figures = run.matrices()["lda"].tolist()
     return run.config, run.classes(), list(run.events("task")), run.latest_checkpoint(), rows, figures
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 HOSTILE = ["task-01-step-1/../../..", "/", "..", ".", "", "task-01/", "task-1", "task-00", "task-01-step-000000"]

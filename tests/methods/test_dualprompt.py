@@ -6,21 +6,14 @@ import torch
 
 import oracles
 import test_conformance as conformance
-from conftest import golden_vit, tiny_timm
-from pgp.backbones.vit import ViT
+from conftest import golden_vit
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.prompts import scatter_by_prompt
-from pgp.projections.base import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.released import ReleasedBasis
 from pgp.rng import make_generator
 from pgp.scenario import Task
-
-TASK = Task(1, (2, 3), torch.arange(4), torch.arange(4))
-
-
-def images(count, size=32, seed=1):
-    return torch.rand(count, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+from prompted import TASK, drift_of, few_tokens, images
 
 
 def build(vit=None, **settings):
@@ -28,48 +21,10 @@ def build(vit=None, **settings):
     return config.build(vit or golden_vit(), "abcdef", make_generator(0, "init")).double()
 
 
-def few_tokens(**arguments):
-    """A model with few tokens an image, so that few old images leave directions of every head free."""
-    torch.manual_seed(0)
-    return ViT(tiny_timm(img_size=16, **arguments)).double()
-
-
-def learn(method, projection, steps=25):
-    """A new task, by Adam; its losses."""
-    optimizer = torch.optim.Adam([p for p in method.parameters() if p.requires_grad], lr=0.05)
-    projection.attach(optimizer)
-    labels, losses = torch.arange(8) % 2 + 2, []
-    x = images(8, 16, seed=2) * 0.2 + images(4, 16, seed=3)[labels]
-    for _ in range(steps):
-        loss = method.loss(x, labels, TASK)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
-
-
 def drift(protect, config, **settings):
     """How far a new task moves features of old images, relatively, and how far its loss falls."""
     method = build(few_tokens(), general_length=12, expert_length=12, protect=protect, **settings)
     return drift_of(method, config)
-
-
-def drift_of(method, config):
-    """The same, of a method on a model with few tokens; two old images leave some directions of every space free."""
-    old = images(2, 16)
-    projection = (config or NoProjection.Config()).build(method.protected())
-    if config is not None:
-        for space, rows in method.activations(old).items():
-            projection.observe(space, rows)
-        projection.end_task()
-        assert all(projection.rank(name) < target.parameter.shape[target.axis]
-                   for name, target in method.protected().items())  # fmt: skip
-    before = method.features(old).detach()
-    with projection.constrain():
-        method.begin_task(TASK)
-    first, *_, last = learn(method, projection)
-    return float((method.features(old).detach() - before).norm() / before.norm()), first - last
 
 
 EVERYTHING = {"basis": "input", "energy": 1.0, "key_energy": 1.0}

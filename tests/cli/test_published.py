@@ -127,6 +127,7 @@ def test_runs_lie_in_the_output_folder_under_both_names(tmp_path, capsys):
     assert "no finished task of demo in" in fails(capsys, "demo", "--eval")
 
 
+@pytest.mark.slow
 def test_an_evaluation_finds_the_run_that_its_words_mean(tmp_path, capsys, monkeypatch):
     (tmp_path / "output-bert").mkdir()
     (tmp_path / "output-bert" / "config.json").write_text('{"model_type": "bert"}')  # another program's

@@ -140,6 +140,7 @@ def test_folders_of_domains(photos):
     assert run.config.dataset.domains
 
 
+@pytest.mark.slow
 def test_every_command_of_the_documentation_runs(monkeypatch):
     rows = ["path,label,split"]
     for name, color in COLORS.items():
@@ -151,7 +152,7 @@ def test_every_command_of_the_documentation_runs(monkeypatch):
     Path("photos.csv").write_text("\n".join(rows), encoding="utf-8")
     monkeypatch.setattr(hugging_face.HuggingFace, "build", lambda _: folder.Folder(Path("photos")).build())
     monkeypatch.setattr(hugging_face.HuggingFace, "fetch", lambda _: None)
-    text = (Path(__file__).parent.parent / "docs" / "own-data.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text()
     commands = [line.split("#")[0] for line in text.splitlines() if line.startswith("pgp ")]
     assert len(commands) == 5
     for number, command in enumerate(commands):

@@ -21,7 +21,7 @@ from pgp.methods.head_only import HeadOnly
 from pgp.rng import make_generator
 from pgp.scenario import split_by_class
 from pgp.training.tasks import check_readable
-from test_folders import fill, tree
+from photos import fill, tree
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
 

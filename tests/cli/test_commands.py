@@ -21,7 +21,7 @@ from pgp.methods.l2p import L2P
 from pgp.projections.base import NoProjection
 from pgp.runs.run import Run
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SETS = ("10cifar100", "20cifar100", "imr", "tinyimagenet", "cub200")
 PUBLISHED = "--model vit_base_patch16_224 --output_dir ./output"
 TINY = "--transforms.size 32 --transforms.resize 32 --eval-batch-size 64"
@@ -105,6 +105,7 @@ def published(data, folder, recipe, words, projected, passes, seed):
     assert out.count("yes") == tasks * len(run.matrices())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

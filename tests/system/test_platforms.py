@@ -12,11 +12,11 @@ import re
 import signal
 import sys
 
-import datasets as hub
 import pytest
 import torch
 from PIL import Image
 
+import datasets as hub
 import tiny
 from pgp.datasets.base import ArraySplit, ConcatSplit
 from pgp.datasets.files import FileSplit

@@ -9,7 +9,7 @@ from pgp.backbones.vit import ViT
 from pgp.methods.vpt import VPT
 from pgp.projections.orthogonal import Orthogonal
 from pgp.rng import make_generator
-from test_dualprompt import TASK, drift_of, few_tokens, images
+from prompted import TASK, drift_of, few_tokens, images
 
 
 def build(vit=None, **settings):

@@ -14,7 +14,7 @@ from pgp.cli import parse
 from pgp.cli.commands import AuditCommand, EvalCommand, PredictCommand, ReportCommand, SweepCommand
 from pgp.cli.main import COMMANDS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted(ROOT.glob("docs/**/*.md"))
 RUNS = {"eval": EvalCommand, "audit": AuditCommand, "predict": PredictCommand, "report": ReportCommand}
 PLACEHOLDERS = {"RECIPE", "RUN", "FOLDER", "..."}

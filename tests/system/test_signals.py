@@ -188,7 +188,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize(("sign", "to_all"), [(signal.SIGTERM, False), (signal.SIGINT, True), (signal.SIGTERM, True)])
 def test_several_processes_stop_together(tmp_path, sign, to_all):
     (tmp_path / "driver.py").write_text(DRIVER)
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     words = ["train", "demo", "--output", "run", "--accelerator", "cpu", "--devices", "2", "--workers", "1"]
     command = [sys.executable, "driver.py", *words]

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tiny
+from checkpoints import CLASSES, contents, made, state
 from pgp import train
 from pgp.cli import main
 from pgp.evaluation import metrics
@@ -23,7 +24,6 @@ from pgp.runs.lock import locked
 from pgp.runs.run import Run
 from pgp.system import platforms, storage
 from pgp.system.storage import RunError
-from test_checkpoint import CLASSES, contents, made, state
 from test_train import final, same
 
 HOLD = "import sys, time; from pathlib import Path; from pgp.runs.lock import locked\n"

@@ -27,7 +27,7 @@ from pgp.readouts.head import MethodHead
 from pgp.rng import make_generator
 from pgp.scenario import Task
 from pgp.training import session
-from test_l2p import change_of_first_block, roughen
+from prompted import change_of_first_block, roughen
 
 TASK = Task(0, (4, 1, 2), torch.arange(4), torch.arange(4))
 ARCHITECTURE = {

@@ -172,6 +172,7 @@ def modified(folder):
     return {path: path.stat().st_mtime_ns for path in folder.glob("*/seed-*/checkpoints/task-*/*")}
 
 
+@pytest.mark.slow
 def test_goes_on_after_a_kill_and_grows(monkeypatch, capsys):
     few = ["--no-controls", "--seeds", "3"]
     whole = swept(*ENERGIES, *few, "--output", "whole") and Path("whole")
@@ -355,7 +356,7 @@ if __name__ == "__main__":
 def as_a_process(folder, *words, **settings):
     script = folder / "driver.py"
     script.write_text(DRIVER)
-    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(script), "sweep", "demo", *words]
     return subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True, **settings)

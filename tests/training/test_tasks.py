@@ -479,7 +479,7 @@ def test_two_processes_see_one_stream(tmp_path):
         for devices in ("1", "2"):
             folder = tmp_path / f"{setting}{devices}"
             command = [sys.executable, str(script), devices, str(folder), setting]
-            here = str(Path(__file__).parent)
+            here = str(Path(__file__).parents[1])
             path = os.pathsep.join([here, os.environ.get("PYTHONPATH", "")])
             subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path}, timeout=300)
             runs.append(Run.open(folder))

@@ -66,6 +66,7 @@ def test_twin(tmp_path, capsys):
     assert kinds == {NoProjection.Config, Orthogonal.Config}
 
 
+@pytest.mark.slow
 def test_baselines(tmp_path, capsys):
     main.main(["train", "demo", "--baselines", "--output", "all"])
     out = capsys.readouterr().out
@@ -183,6 +184,7 @@ def test_flags_that_do_not_fit(capsys, words, message):
     assert message in " ".join(fails(capsys, "train", "demo", *words).split())
 
 
+@pytest.mark.slow
 def test_reports_average_over_seeds_and_nothing_else(tmp_path, capsys):
     energies = {"low": "0.5", "high": "0.9"}
     for name, energy in energies.items():

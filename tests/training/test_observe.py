@@ -29,7 +29,7 @@ from pgp import train
 from pgp.config import Hardware
 from pgp.datasets.synthetic import Synthetic
 from pgp.training.session import Learner
-from test_boundary import LINEAR
+from test_observe import LINEAR
 
 torch.set_num_threads(1)
 save = Learner.save
@@ -41,7 +41,7 @@ def stop(learner, run):
 
 if __name__ == "__main__":
     what, devices, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    hardware = Hardware("cpu", devices=devices, part=1)
+    hardware = Hardware("cpu", devices=devices, micro_batch_size=1)
     if what == "start":
         Learner.save = stop
         train.train(tiny.config(hardware=hardware, readouts=(LINEAR,), save_every_steps=4), folder)
@@ -58,7 +58,9 @@ def processes(tmp_path):
     (tmp_path / "several.py").write_text(SCRIPT)
 
     def run(what: str, devices: int, folder: Path) -> subprocess.CompletedProcess[str]:
-        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join(
+            [str(Path(__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+        )
         command = [sys.executable, str(tmp_path / "several.py"), what, str(devices), str(folder)]
         environment = {**os.environ, "PYTHONPATH": path}
         return subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True, check=False)
