@@ -53,7 +53,7 @@ from pgp.runs.environment import describe_environment
 from pgp.runs.run import Run
 from pgp.scenario import Task
 from pgp.train import train
-from pgp.training.session import Learner
+from pgp.training.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -177,14 +177,15 @@ def drift(run: Run) -> float:
 
     The norm of the change by the norm of the features, the mean over all tasks but the last.
     """
-    learner = Learner(Fabric(accelerator="cpu", devices=1), run.config, Progress(disable=True))
-    viewed = TransformedSplit(learner.data.test, run.config.transforms.test(), 0, ("test",), skip_bad=False)
-    tasks = learner.scenario.tasks[:-1]
+    session = Session(Fabric(accelerator="cpu", devices=1), run.config, Progress(disable=True))
+    state = session.new_state()
+    viewed = TransformedSplit(session.data.test, run.config.transforms.test(), 0, ("test",), skip_bad=False)
+    tasks = session.scenario.tasks[:-1]
 
     def features(task: Task, checkpoint: str) -> torch.Tensor:
-        learner.load_state_dict(run.load(checkpoint))
+        state.load_state_dict(run.load(checkpoint))
         (batch,) = batches(viewed, sequential_batches(task.test, len(task.test)), LoaderOptions())
-        return learner.method.features(batch.images)
+        return state.method.features(batch.images)
 
     if not tasks:
         return 0.0

@@ -229,10 +229,10 @@ def test_words_in_the_wrong_place_are_told_where_they_belong(capsys):
 def test_a_run_that_stopped_says_so(tmp_path, capsys, monkeypatch):
     evaluated = train.end_task
 
-    def stop(learner, task, *args, **kwargs):
+    def stop(session, state, task, *args, **kwargs):
         if task.index == 1:
             raise KeyboardInterrupt
-        evaluated(learner, task, *args, **kwargs)
+        evaluated(session, state, task, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "end_task", stop)
