@@ -239,7 +239,7 @@ def table(results: Path = RESULTS) -> str:
 
         def column(readout: str, figure: str, name: str = name, seeds: list[int] = seeds) -> str:
             found = [by[name, seed]["figures"] for seed in seeds]
-            only = next(iter(found[0])) if len(found[0]) == 1 and readout == "sequential" else readout
+            only = next(iter(found[0])) if len(found[0]) == 1 and readout == "head" else readout
             return spread([100 * figures[only][figure] for figures in found if only in figures])
 
         def paired(figure: str, name: str = name, seeds: list[int] = seeds) -> str:
@@ -247,7 +247,7 @@ def table(results: Path = RESULTS) -> str:
             if base == name:
                 return ""
             both = [seed for seed in seeds if (base, seed) in by]
-            own, twin = ([by[row, s]["figures"]["sequential"][figure] for s in both] for row in (name, base))
+            own, twin = ([by[row, s]["figures"]["head"][figure] for s in both] for row in (name, base))
             return spread([100 * (a - b) for a, b in zip(own, twin, strict=True)], sign="+")
 
         ranks = [by[name, seed]["ranks"] for seed in seeds]
@@ -258,8 +258,8 @@ def table(results: Path = RESULTS) -> str:
             name,
             " / ".join(f"{rank:.0f}" for rank in [statistics.mean(mean.values()), *keys]) if mean else "",
             str(len(seeds)),
-            column("sequential", "average_accuracy"),
-            column("sequential", "forgetting"),
+            column("head", "average_accuracy"),
+            column("head", "forgetting"),
             column("lda", "average_accuracy"),
             column("lda", "forgetting"),
             f"{statistics.mean(drifts):.2f}" if drifts else "",

@@ -116,7 +116,7 @@ def test_evaluates_what_checkpoints_remain(tmp_path):
 def test_learns(tmp_path):
     easy = tiny.config(epochs=8, dataset=Synthetic(noise=0.02), method=HeadOnly.Config())
     matrices = train.train(easy, tmp_path / "run").matrices()
-    assert float(matrices["sequential"].diagonal()[0]) > 0.8
+    assert float(matrices["head"].diagonal()[0]) > 0.8
     assert 0.8 < metrics.average_accuracy(matrices["lda"]) <= 1  # chance is 1 in 6
 
 
@@ -241,7 +241,7 @@ def test_online_makes_one_pass(tmp_path):
 def test_the_published_protocol_is_a_column_of_its_own(whole):
     row = last_rows(evaluate_checkpoints(whole, replace(whole.config, legacy_eval=True)))
     honest = last_rows(evaluate_checkpoints(whole, whole.config))
-    assert set(row) == {*honest, "sequential/legacy", "lda/legacy"}
+    assert set(row) == {*honest, "head/legacy", "lda/legacy"}
     for column, values in honest.items():
         assert torch.equal(row[column], values)
 
@@ -288,7 +288,7 @@ def test_a_test_image_is_queried_once_and_the_boundary_runs_no_prompted_transfor
 
 def test_uneven_tasks(tmp_path):
     run = train.train(tiny.config(tasks=4, epochs=1), tmp_path / "run")
-    assert metrics.tasks_learned(run.matrices()["sequential"]) == 4
+    assert metrics.tasks_learned(run.matrices()["head"]) == 4
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):

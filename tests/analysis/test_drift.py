@@ -257,10 +257,10 @@ def test_forgetting_stands_beside_what_is_left_once_the_task_is_known(tmp_path):
     events = list(run.events("task"))
     within = torch.full((3, 3), torch.nan, dtype=torch.float64)
     for event in events:
-        within[event["task"], : event["task"] + 1] = torch.tensor(event["within"]["sequential"], dtype=torch.float64)
+        within[event["task"], : event["task"] + 1] = torch.tensor(event["within"]["head"], dtype=torch.float64)
     expected = (within[:, :2].nan_to_num(nan=-math.inf).amax(0) - within[2, :2]).mean()
-    assert events[-1]["forgetting_within"]["sequential"] == pytest.approx(float(expected))
-    assert events[-1]["forgetting"]["sequential"] >= 0
+    assert events[-1]["forgetting_within"]["head"] == pytest.approx(float(expected))
+    assert events[-1]["forgetting"]["head"] >= 0
 
 
 @pytest.mark.looks_at_figures

@@ -248,7 +248,7 @@ def test_learns_asks_the_text_tower_once_a_task_and_resumes_bitwise(encoder, tmp
         torch.testing.assert_close(resumed.matrices()[column], matrix, rtol=0, atol=0, equal_nan=True)
     calls.clear()
     row = evaluate_checkpoints(resumed, resumed.config)
-    torch.testing.assert_close(row["sequential"][2], whole.matrices()["sequential"][2], rtol=0, atol=0)
+    torch.testing.assert_close(row["head"][2], whole.matrices()["head"][2], rtol=0, atol=0)
     assert not calls
 
 
@@ -287,10 +287,10 @@ def test_no_image_depends_on_its_batch_or_its_neighbours_tasks(encoder, tmp_path
         run = train.train(config(encoder, eval_batch_size=size, legacy_eval=True), tmp_path / str(size))
         rows.append(run.matrices())
     for matrices in rows:
-        torch.testing.assert_close(matrices["sequential"], rows[0]["sequential"], rtol=0, atol=0, equal_nan=True)
-        honest, published = (matrices[name].nan_to_num() for name in ("sequential", "sequential" + LEGACY))
+        torch.testing.assert_close(matrices["head"], rows[0]["head"], rtol=0, atol=0, equal_nan=True)
+        honest, published = (matrices[name].nan_to_num() for name in ("head", "head" + LEGACY))
         assert (published >= honest).all()
-    assert (rows[0]["sequential" + LEGACY].nan_to_num() > rows[0]["sequential"].nan_to_num()).any()
+    assert (rows[0]["head" + LEGACY].nan_to_num() > rows[0]["head"].nan_to_num()).any()
 
 
 def test_neighbours_in_a_batch_decide_nothing(encoder, tmp_path):
@@ -328,20 +328,20 @@ def test_zero_shot_learns_nothing(encoder, tmp_path):
 def test_mixed_precision_runs(encoder, tmp_path, method):
     mixed = config(encoder, method=method, precision="bf16-mixed", epochs=1, tasks=2)
     run = train.train(mixed, tmp_path / "run")
-    again = evaluate_checkpoints(run, run.config)["sequential"]
-    torch.testing.assert_close(again[1], run.matrices()["sequential"][1], rtol=0, atol=0)
+    again = evaluate_checkpoints(run, run.config)["head"]
+    torch.testing.assert_close(again[1], run.matrices()["head"][1], rtol=0, atol=0)
 
 
 def test_til_masks_to_the_task(encoder, tmp_path):
-    til = train.train(config(encoder, setting="til"), tmp_path / "til").matrices()["sequential"]
-    cil = train.train(config(encoder), tmp_path / "cil").matrices()["sequential"]
+    til = train.train(config(encoder, setting="til"), tmp_path / "til").matrices()["head"]
+    cil = train.train(config(encoder), tmp_path / "cil").matrices()["head"]
     assert (til.nan_to_num() >= cil.nan_to_num()).all()
     assert til[2].mean() > cil[2].mean()
 
 
 def test_l2p_runs_on_clip_too(encoder, tmp_path):
     run = train.train(config(encoder, method=L2P.Config(top_k=2)), tmp_path / "run")
-    assert run.matrices()["sequential"].diagonal().isfinite().all()
+    assert run.matrices()["head"].diagonal().isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -74,21 +74,21 @@ def test_baselines(tmp_path, capsys):
     assert runs.keys() == {"orthogonal", *BASELINES}
     assert out.count("run:    all/") == 8
     assert {name: list(run.matrices()) for name, run in runs.items()} == {
-        "orthogonal": ["sequential", "lda"],
-        **{name: ["sequential", "lda"] for name in ("sequential", "random", "slower", "frozen")},
-        "linear": ["sequential", "lda"],
+        "orthogonal": ["head", "lda"],
+        **{name: ["head", "lda"] for name in ("unprojected", "random", "reduced-lr", "frozen")},
+        "linear-probe": ["head", "lda"],
         "ncm": ["ncm"],
-        "joint": ["sequential", "lda"],
+        "joint": ["head", "lda"],
     }
     steps = {name: sum(1 for _ in run.events("train")) for name, run in runs.items()}
     assert steps["ncm"] == 0
-    assert steps["orthogonal"] == steps["linear"] == 3
+    assert steps["orthogonal"] == steps["linear-probe"] == 3
     assert runs["joint"].matrices()["lda"].shape == (1, 1)
-    assert float(runs["joint"].matrices()["lda"]) >= float(runs["sequential"].matrices()["lda"][-1].mean()) - 0.1
-    for name in ("linear", "joint"):
+    assert float(runs["joint"].matrices()["lda"]) >= float(runs["unprojected"].matrices()["lda"][-1].mean()) - 0.1
+    for name in ("linear-probe", "joint"):
         main.main(["train", "demo", "--method", name, "--output", name])
         assert Run.open(tmp_path / name).config == runs[name].config
-    main.main(["eval", "linear", "--every-task"])
+    main.main(["eval", "linear-probe", "--every-task"])
     assert capsys.readouterr().out.count("yes") == 6
 
 

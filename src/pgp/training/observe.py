@@ -96,7 +96,7 @@ def observe(
             if len(batch.indices):
                 num_images += len(batch.indices)
                 images, labels, indices = batch.to(fabric.device)
-                query = evaluator.query(state.method, images)
+                query = evaluator.query(state.method, images) if projection or readouts else None
                 if projection:
                     with fabric.autocast():
                         activations = state.method.activations(images, query)
