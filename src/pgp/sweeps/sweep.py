@@ -19,6 +19,7 @@ from pgp.config import Config
 from pgp.evaluation import metrics
 from pgp.reports import comparison, tables
 from pgp.reports.comparison import Entry
+from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.data_paths import resolve_paths
 from pgp.runs.run import Run
 from pgp.system import platforms, storage
@@ -211,7 +212,9 @@ def finished_result(job: Job) -> bool:
     if name is None or "-step-" in name or not (job.folder / "accuracy.csv").is_file():
         return False
     tasks = len(run.classes()[1])
-    return name == f"task-{tasks:02d}" and all(metrics.tasks_learned(m) == tasks for m in run.matrices().values())
+    return name == str(CheckpointName(tasks)) and all(
+        metrics.tasks_learned(m) == tasks for m in run.matrices().values()
+    )
 
 
 def run_job(job: Job, *, waits: bool = False) -> JobResult:
