@@ -173,11 +173,9 @@ def test_only_training_assigns_to_session_and_state():
         if room(path) == "training" or not any("pgp.training." in name for name in imports(tree)):
             continue
         for node in ast.walk(tree):
-            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            for target in targets if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign) else ():
-                for part in ast.walk(target):
-                    if isinstance(part, ast.Attribute) and ast.unparse(part.value) in ("session", "state"):
-                        wrong.append(f"{path}:{node.lineno} {ast.unparse(part)}")
+            stores = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            if stores and ast.unparse(node.value) in ("session", "state"):
+                wrong.append(f"{path}:{node.lineno} {ast.unparse(node)}")
     assert not wrong
 
 
