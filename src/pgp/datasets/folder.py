@@ -59,7 +59,7 @@ class Folder(DatasetConfig):
         return (self.root,)
 
     def build(self) -> Dataset:
-        """Classes and domains are the folders of `train`, or of `root`, in alphabetical order.
+        """Return the data set; classes and domains are the folders of `train`, or of `root`, in alphabetical order.
 
         Raises:
             ValueError: If it is not clear which folders are what, or a class has no training images.
@@ -104,7 +104,7 @@ class Folder(DatasetConfig):
         )
 
     def with_domains(self) -> Folder:
-        """The same with folders of domains."""
+        """Return the same with folders of domains."""
         return replace(self, domains=True)
 
 
@@ -188,7 +188,7 @@ def _read(folder: Path, domains: bool, ignored: Ignored, notes: Notes) -> Part:
 
 
 def _spoken(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
-    """What the classes of `folders` are called."""
+    """Return the class names of `folders`."""
     if not os.path.lexists(path):
         return folders
     names = {}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def tasks_learned(matrix: Tensor) -> int:
-    """Number of tasks learned so far: rows of `matrix (T, T)` that are filled in.
+    """Return the number of tasks learned so far: the rows of `matrix (T, T)` that are filled in.
 
     >>> tasks_learned(torch.tensor([[0.9, float("nan")], [float("nan"), float("nan")]]))
     1
@@ -91,7 +91,7 @@ def write_row(matrices: dict[str, Tensor], row: Mapping[str, Tensor], t: int, si
 
 
 def pad_matrix(matrix: Tensor, size: int) -> Tensor:
-    """The matrix of a run that more tasks joined, `(size, size)`, NaN for what they bring.
+    """Return the matrix `(size, size)` of a run to which tasks were added, NaN in their rows and columns.
 
     >>> pad_matrix(torch.tensor([[0.5]]), 2)
     tensor([[0.5000,    nan],
