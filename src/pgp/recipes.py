@@ -109,9 +109,7 @@ def published_basis(method: Method.Config) -> ReleasedBasis.Config:
 
 
 def demo() -> Config:
-    """Learn digits in 5 tasks of 2 classes by L2P-PGP, on a small encoder that pgp ships. Offline, minutes on a
-    laptop.
-    """
+    """Learn digits in 5 tasks of 2 classes by L2P-PGP, on a small encoder that pgp ships. Offline, minutes."""
     return Config(
         name="demo",
         dataset=Digits(),
@@ -214,9 +212,7 @@ def cub200_dualprompt_pgp() -> Config:
 
 
 def with_deep_prompts(recipe: Config) -> Config:
-    """Return `recipe` with the best configuration of docs/results.md: projected deep prompts, drift-compensated
-    statistics.
-    """
+    """Return `recipe` with the best configuration of docs/results.md: projected deep prompts, drift-compensated LDA."""
     return replace(
         recipe,
         method=VPT.Config(),
@@ -237,9 +233,7 @@ def cifar100_10_vpt_pgp() -> Config:
 
 
 def demo_clip() -> Config:
-    """Learn digits in 5 tasks of 2 classes by CLIP-PGP, on a small CLIP that pgp ships. Offline, minutes on a
-    laptop.
-    """
+    """Learn digits in 5 tasks of 2 classes by CLIP-PGP, on a small CLIP that pgp ships. Offline, minutes."""
     return replace(
         demo(),
         name="demo-clip",

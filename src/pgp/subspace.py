@@ -38,22 +38,22 @@ class ProtectedParameter(NamedTuple):
 
 
 class ProtectedInputs(NamedTuple):
-    """What met a protected parameter for a batch of images: inputs `(B, ..., N, D)` and, where they sat beside prompts
-    in one sequence, those prompts as they entered it, `(B, ..., L, D)`.
-    """
+    """What entered a protected parameter for a batch of images."""
 
     inputs: Tensor
+    """Rows `(B, ..., N, D)`."""
     prompts: Tensor | None = None
+    """The prompts as they entered the sequence of the inputs, `(B, ..., L, D)`, if the parameter is a prompt there."""
     head_maps: Tensor | None = None
-    """Maps `(H, d, D)` that never change: where given, inputs `(B, H, N, d)` stand for the rows that each head makes of
-    them, which all meet one parameter. Their moment is streamed `d` wide, a head at a time, and mapped at the end."""
+    """Constant maps `(H, d, D)`. With them, inputs are `(B, H, N, d)`: head h enters the parameter as its inputs times
+    its map. The second moment is accumulated with width `d` for each head, and mapped at the end of the task."""
 
     @property
     def expanded(self) -> Tensor:
-        """The inputs as they meet the parameter, `(B, ..., N, D)`, where they are mapped those of all heads."""
-        return (
-            self.inputs if self.head_maps is None else (self.inputs.to(self.head_maps) @ self.head_maps).flatten(1, 2)
-        )
+        """The inputs with their maps applied, those of all heads together, `(B, ..., N, D)`."""
+        if self.head_maps is None:
+            return self.inputs
+        return (self.inputs.to(self.head_maps) @ self.head_maps).flatten(1, 2)  # (B, H * N, D)
 
     def sketch_shape(self, size: int) -> tuple[int, ...]:
         """Return the shape of the weights of one image in a `sketch`: `(K, N)`, or `(H, K, N)` for rows with maps."""

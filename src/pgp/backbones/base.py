@@ -109,9 +109,7 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def make_prefix(self, layer: int, tokens: Tensor) -> Tensor:
-        """Return the keys and values `(2, H, L, D/H)` that the attention of block `layer` makes of normed tokens
-        `(L, D)`.
-        """
+        """Return the keys and values `(2, H, L, D/H)` of block `layer` for normed tokens `(L, D)`."""
 
     def embed_prompts(self, prompts: Tensor) -> Tensor:
         """Return prompts `(..., P, D)` as they enter the first block."""
@@ -119,9 +117,7 @@ class Backbone(nn.Module, abc.ABC):
         return placed
 
     def apply_norm(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens `(..., L, D)` behind the norm before the attention of block `layer`, and its divisor for
-        each, `(..., L)`.
-        """
+        """Return tokens `(..., L, D)` behind the norm of block `layer`, and the norm's divisors `(..., L)`."""
         norm = self.attention_norm(layer)
         tokens = tokens.to(norm.weight.dtype)
         return norm(tokens), norm_std(norm, tokens)

@@ -38,9 +38,7 @@ class CLIP(VisionLanguage):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
 
         def build(self, size: int) -> CLIP:
-            """Return the frozen encoders for images of `size` pixels a side; position embeddings are resampled to
-            fit.
-            """
+            """Return the frozen encoders for images of `size` pixels a side, with resampled position embeddings."""
             return CLIP(_create(self, size))
 
         def with_absolute_paths(self) -> CLIP.Config:

@@ -42,9 +42,7 @@ class ViT(Backbone):
             object.__setattr__(self, "weights", os.fspath(self.weights))  # a path, too, is taken for its name
 
         def build(self, size: int) -> ViT:
-            """Return the frozen encoder for images of `size` pixels a side; position embeddings are resampled to
-            fit.
-            """
+            """Return the frozen encoder for images of `size` pixels a side, with resampled position embeddings."""
             return ViT(_create(self, size))
 
         def with_absolute_paths(self) -> ViT.Config:
@@ -151,9 +149,7 @@ def _block(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None) -> Ten
 
 
 def _heads(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries `(B, H, num_tokens, D/H)` of the first tokens, and keys and values of the prefix and all
-    tokens.
-    """
+    """Return queries `(B, H, num_tokens, D/H)`, and keys and values of the prefix and all tokens."""
     attn, x = block.attn, block.norm1(x)
     D = attn.qkv.in_features
     weight, bias = attn.qkv.weight, attn.qkv.bias

@@ -25,8 +25,9 @@ LOST = re.compile("closed by peer|reset by peer|gloo|NCCL")
 
 
 def exit_status(work: Callable[[], None]) -> None:
-    """Do the work of a command, and end the process with one line for an error and the status that `pgp --help`
-    lists.
+    """Do the work of a command, and end the process with the exit status that `pgp --help` lists.
+
+    An error is one line.
     """
     _prepare_streams()
     try:

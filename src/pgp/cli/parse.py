@@ -206,8 +206,9 @@ def to_flags(choice: Mapping[str, str]) -> list[str]:
 
 
 def label_choices(choices: Sequence[Mapping[str, str]], configs: Sequence[Config], recipe: str) -> dict[str, Config]:
-    """Return the points by label: the shortest path of each setting that is unique, and its value. Equal points
-    count once.
+    """Return the points by label; equal points count once.
+
+    A label has the shortest unique path of each setting, and its value.
     """
     paths = list(choices[0]) if choices else []
     short = {path: path.rpartition(".")[2] for path in paths}

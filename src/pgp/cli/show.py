@@ -219,8 +219,9 @@ def _show_last(run: Run, matrices: Mapping[str, Tensor], t: int) -> None:
 
 
 def _show_history(run: Run, matrices: Mapping[str, Tensor], measured: Sequence[int]) -> None:
-    """Print a row for each readout and each of the tasks `measured`: the accuracy on every task if that fits the width,
-    else on the first, the last and the worst.
+    """Print a row for each readout and each of the tasks `measured`.
+
+    A row has the accuracy on every task if that fits the width, else on the first, the last and the worst.
     """
     agrees = _agreement(run, matrices)
     names, last = ("readout", "after"), measured[-1] + 1

@@ -88,9 +88,7 @@ class ImageCache:
         return self._store.budget if self._store else 0
 
     def get_or_decode(self, index: int, decode: Callable[[], Tensor]) -> Tensor:
-        """Return image number `index`, `(3, H, W)` uint8, and decode it only if it is not cached. Do not write to
-        it.
-        """
+        """Return image number `index`, `(3, H, W)` uint8, from the cache or decoded. Do not write to it."""
         if self._store is None:
             return decode()
         with self._store.lock:

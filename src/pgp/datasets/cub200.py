@@ -33,9 +33,7 @@ class CUB200(DownloadableDataset):
     expected: ClassVar[DatasetSize | None] = DatasetSize(5_994, 5_794, 200)
 
     def read(self) -> Dataset:
-        """Return 5,994 training and 5,794 test images by the official split, labels in the order of the species'
-        numbers.
-        """
+        """Return 5,994 training and 5,794 test images by the official split, labels by the species' numbers."""
         folder = self.folder()
         if (folder / "images").is_dir():
             return _indexed(folder)

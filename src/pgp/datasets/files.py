@@ -27,8 +27,9 @@ class FileSplit(Split):
 
     @classmethod
     def of(cls, folder: Path, names: Sequence[str], domains: Sequence[str] = ()) -> FileSplit:
-        """Return all images below `folder/<name>`, in alphabetical order, labelled by the position of the name in
-        `names`.
+        """Return all images below `folder/<name>`, in alphabetical order.
+
+        An image is labelled by the position of its name in `names`.
 
         With domains, the images are below `folder/<domain>/<name>`.
         """

@@ -25,8 +25,10 @@ KNOWN = (NAMES, "class_order.txt", "tasks.json")
 
 @dataclass(frozen=True)
 class Folder(DatasetConfig):
-    """Images in `root/train/<class>/*` and `root/test/<class>/*`, read in place; or in `root/<class>/*`, some of each
-    for the test. The part for the test may be called `val`, `valid`, `validation` or `eval`, too, in any case.
+    """Images in `root/train/<class>/*` and `root/test/<class>/*`, or in `root/<class>/*`.
+
+    They are read in place. Without a test folder, some images of each class are held out for the test. The test folder
+    may be called `val`, `valid`, `validation` or `eval`, too, in any case.
 
     With domains the folders of a class lie in those of their domain: `root/train/<domain>/<class>/*` and
     `root/test/<domain>/<class>/*`, or `root/<domain>/<class>/*`.

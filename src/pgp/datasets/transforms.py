@@ -48,9 +48,7 @@ class Transforms:
             raise ValueError(f"expected transforms.std above 0, got {self.std}")
 
     def train(self) -> v2.Transform:
-        """Return the training transform: a random crop of the image `(3, H, W)` uint8, perhaps flipped, `(3, S, S)`
-        float.
-        """
+        """Return the training transform: a random crop of `(3, H, W)` uint8, perhaps flipped, `(3, S, S)` float."""
         crop = v2.RandomResizedCrop(self.size, self.scale, self.ratio, antialias=True)
         return v2.Compose([crop, v2.RandomHorizontalFlip(self.flip), *self._to_float()])
 

@@ -40,9 +40,7 @@ class DriftHistory(NamedTuple):
         return [events[self.end] for events in self.runs if self.end in events]
 
     def curve(self, figure: Callable[[Event], float | None]) -> dict[int, float]:
-        """Return by number of learned tasks the mean of a statistic over the runs, without tasks that no run
-        measured.
-        """
+        """Return by number of learned tasks the mean of a statistic over the runs that measured it."""
         tasks = sorted({task for events in self.runs for task in events})
         values = {task + 1: [figure(events[task]) for events in self.runs if task in events] for task in tasks}
         known = {task: [value for value in those if value is not None] for task, those in values.items()}
@@ -228,8 +226,9 @@ def _by_parameter(course: DriftHistory, key: str) -> dict[str, float]:
 
 
 def _usage(course: DriftHistory) -> list[float]:
-    """Return the share of images that select each prompt after the last task, the mean over runs; empty without
-    selection.
+    """Return the share of images that select each prompt after the last task, the mean over runs.
+
+    It is empty without selection.
     """
     of_runs = [event["drift"].get("usage", []) for event in course.finals]
     return [statistics.mean(shares) for shares in zip(*of_runs, strict=True)]

@@ -33,8 +33,9 @@ class ResultRow(NamedTuple):
     `pgp.evaluation.online`."""
 
     def spread(self, figure: str) -> tuple[float, float | None]:
-        """Return mean and standard deviation (None for a single run) of a function of `pgp.evaluation.metrics`, in
-        [0, 1].
+        """Return mean and standard deviation over runs of a function of `pgp.evaluation.metrics`, in [0, 1].
+
+        The deviation of a single run is None.
         """
         if figure == ONLINE:
             values = [stream[max(stream)] for stream in self.online]
@@ -59,9 +60,7 @@ def statistics(table: Sequence[ResultRow]) -> dict[str, str]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """Return the runs that differ in nothing but their seed by a label, which says in a few words what sets them
-    apart.
-    """
+    """Return the runs that differ in nothing but their seed, by a label that tells the groups apart."""
     members: dict[str, list[Run]] = {}
     trees: dict[str, dict[str, Any]] = {}
     for run in {run.folder.resolve(): run for run in runs}.values():
@@ -170,9 +169,7 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def _labels(trees: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what sets each tree apart from the others, in few words: components of another kind first, then
-    settings.
-    """
+    """Return what sets each tree apart from the others: components of another kind first, then settings."""
     keys = dict.fromkeys(key for tree in trees for key in tree)
     varying = [key for key in keys if len({repr(tree.get(key)) for tree in trees}) > 1]
     telling = [key for key in varying if not key.startswith("readouts.")] or varying  # readouts have their columns
@@ -187,8 +184,10 @@ def _labels(trees: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _words(key: str, value: Any) -> str:
-    """Return `projection none` for `projection.tag`, the name of a switch that is on, nothing for one that is off, and
-    else `key value`.
+    """Return a setting in words.
+
+    It is `projection none` for `projection.tag`, the name of a switch that is on, "" for one that is off, and else `key
+    value`.
     """
     name = key.rpartition(".")[2]
     if key.endswith(".tag"):

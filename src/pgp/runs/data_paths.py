@@ -12,9 +12,7 @@ from pgp.system.paths import Place
 
 
 def resolve_paths(config: Config) -> Config:
-    """Return `config` as a run records it: with absolute paths, and with domains told apart if the setting needs
-    them.
-    """
+    """Return `config` as a run records it: with absolute paths, and with domains told apart if needed."""
     dataset = config.dataset.with_domains() if config.setting == "dil" else config.dataset
     files = {name: getattr(config, name) for name in ("class_order", "task_file")}
     paths = {name: file.expanduser().absolute() for name, file in files.items() if file is not None}
