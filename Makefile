@@ -25,6 +25,7 @@ check: $(STAMP)  ## everything CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs src tests benchmarks scripts
 	$(BIN)/python -m pytest -q -n auto
 	$(BIN)/python scripts/check_wheel.py
 
