@@ -49,7 +49,8 @@ from pgp.subspace import ProtectedParameter
 from pgp.system import platforms
 from pgp.train import train_step
 from pgp.training.observe import observe
-from pgp.training.session import Learner
+from pgp.training.session import Session
+from pgp.training.state import TrainState
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "cost.jsonl"
@@ -132,21 +133,22 @@ def train(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], 
             optimizer.zero_grad()
 
         return plain
-    learner = new_learner(kind, precision, scale)
-    adam = learner.config.optimizer.build(learner.method, scale.batch)
-    half_projection(learner.method.protected()).attach(adam)
-    ready = learner.fabric.setup_optimizers(adam)
-    return lambda: train_step(learner, ready, Batch(batch, labels, labels), TASK, scale.batch)
+    session, state = untrained(kind, precision, scale)
+    adam = session.config.optimizer.build(state.method, scale.batch)
+    half_projection(state.method.protected()).attach(adam)
+    ready = session.fabric.setup_optimizers(adam)
+    return lambda: train_step(session, state, ready, Batch(batch, labels, labels), TASK, scale.batch)
 
 
-def new_learner(kind: str, precision: Precision, scale: Scale) -> Learner:
+def untrained(kind: str, precision: Precision, scale: Scale) -> tuple[Session, TrainState]:
     """Return the published recipe for CIFAR-100, on noise."""
     recipe = recipes.RECIPES[f"10cifar100_{kind}_pgp"]()
     data = Synthetic(classes=CLASSES, per_class=8)
     config = replace(recipe, dataset=data, backbone=scale.encoder, batch_size=scale.batch)
     config = replace(config, transforms=Transforms(size=scale.size, resize=scale.size * 256 // 224))
     config = replace(config, hardware=Hardware("cpu"), precision=precision)
-    return Learner(Fabric(accelerator="cpu", devices=1, precision=precision), config, Progress(disable=True))
+    session = Session(Fabric(accelerator="cpu", devices=1, precision=precision), config, Progress(disable=True))
+    return session, session.new_state()
 
 
 def half_projection(protected: dict[str, ProtectedParameter]) -> Orthogonal:
@@ -170,7 +172,7 @@ def evaluation(kind: str, precision: Precision, scale: Scale = FULL) -> Callable
         def act() -> None:
             baseline.head(baseline.features(batch)[0])
     else:
-        model = new_learner(kind, precision, scale).method
+        model = untrained(kind, precision, scale)[1].method
         with torch.no_grad(), autocast(precision):
             query = model.query(batch)
 
@@ -186,19 +188,19 @@ def evaluation(kind: str, precision: Precision, scale: Scale = FULL) -> Callable
 
 def boundary(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], Any]:
     """Return what follows a task: observe its images and grow the bases. The baseline is one query pass over them."""
-    learner = new_learner("l2p" if kind == "query" else kind, precision, scale)
+    session, state = untrained("l2p" if kind == "query" else kind, precision, scale)
     task = replace(TASK, train=torch.arange(scale.observed))
 
     def looking_back() -> None:
-        projection = Orthogonal(learner.method.protected())
-        observe(learner, task, projection, [])
+        projection = Orthogonal(state.method.protected())
+        observe(session, state, task, projection, [])
         projection.end_task()
 
     def query() -> None:
         with torch.no_grad(), autocast(precision):
-            viewed, plan = learner.viewed("test", "observed", task), sequential_batches(task.train, scale.batch)
+            viewed, plan = session.transformed("test", "observed", task), sequential_batches(task.train, scale.batch)
             for batch in batches(viewed, plan, LoaderOptions()):
-                learner.method.query(batch.images)
+                state.method.query(batch.images)
 
     return query if kind == "query" else looking_back
 

@@ -53,7 +53,7 @@ from pgp.runs.environment import describe_environment
 from pgp.runs.run import Run
 from pgp.scenario import Task
 from pgp.train import train
-from pgp.training.session import Learner
+from pgp.training.session import Session
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -177,14 +177,15 @@ def drift(run: Run) -> float:
 
     The norm of the change by the norm of the features, the mean over all tasks but the last.
     """
-    learner = Learner(Fabric(accelerator="cpu", devices=1), run.config, Progress(disable=True))
-    viewed = TransformedSplit(learner.data.test, run.config.transforms.test(), 0, ("test",), skip_bad=False)
-    tasks = learner.scenario.tasks[:-1]
+    session = Session(Fabric(accelerator="cpu", devices=1), run.config, Progress(disable=True))
+    state = session.new_state()
+    viewed = TransformedSplit(session.data.test, run.config.transforms.test(), 0, ("test",), skip_bad=False)
+    tasks = session.scenario.tasks[:-1]
 
     def features(task: Task, checkpoint: str) -> torch.Tensor:
-        learner.load_state_dict(run.load(checkpoint))
+        state.load_state_dict(run.load(checkpoint))
         (batch,) = batches(viewed, sequential_batches(task.test, len(task.test)), LoaderOptions())
-        return learner.method.features(batch.images)
+        return state.method.features(batch.images)
 
     if not tasks:
         return 0.0
@@ -238,7 +239,7 @@ def table(results: Path = RESULTS) -> str:
 
         def column(readout: str, figure: str, name: str = name, seeds: list[int] = seeds) -> str:
             found = [by[name, seed]["figures"] for seed in seeds]
-            only = next(iter(found[0])) if len(found[0]) == 1 and readout == "sequential" else readout
+            only = next(iter(found[0])) if len(found[0]) == 1 and readout == "head" else readout
             return spread([100 * figures[only][figure] for figures in found if only in figures])
 
         def paired(figure: str, name: str = name, seeds: list[int] = seeds) -> str:
@@ -246,7 +247,7 @@ def table(results: Path = RESULTS) -> str:
             if base == name:
                 return ""
             both = [seed for seed in seeds if (base, seed) in by]
-            own, twin = ([by[row, s]["figures"]["sequential"][figure] for s in both] for row in (name, base))
+            own, twin = ([by[row, s]["figures"]["head"][figure] for s in both] for row in (name, base))
             return spread([100 * (a - b) for a, b in zip(own, twin, strict=True)], sign="+")
 
         ranks = [by[name, seed]["ranks"] for seed in seeds]
@@ -257,8 +258,8 @@ def table(results: Path = RESULTS) -> str:
             name,
             " / ".join(f"{rank:.0f}" for rank in [statistics.mean(mean.values()), *keys]) if mean else "",
             str(len(seeds)),
-            column("sequential", "average_accuracy"),
-            column("sequential", "forgetting"),
+            column("head", "average_accuracy"),
+            column("head", "forgetting"),
             column("lda", "average_accuracy"),
             column("lda", "forgetting"),
             f"{statistics.mean(drifts):.2f}" if drifts else "",

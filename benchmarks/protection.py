@@ -247,10 +247,10 @@ def accuracies(lines: Lines) -> str:
         readouts = [emoji.spread(values(own, readout.name, "average_accuracy")) for readout in READOUTS]
         bound = emoji.spread([100 * line["oracle"]["lda"][0] for line in own.values()])
         stale = f"{statistics.mean(line['oracle']['lda'][1] for line in own.values()):.2f}"
-        lost = [emoji.spread(values(own, column, "forgetting")) for column in ("sequential", "lda+linear")]
+        lost = [emoji.spread(values(own, column, "forgetting")) for column in ("head", "lda+linear")]
         cells.append([name, str(len(own)), *readouts, bound, stale, *lost])
     head = ["row", "seeds", *(readout.name for readout in READOUTS), "oracle", "staleness"]
-    return markdown_table([*head, "sequential, forgetting", "lda+linear, forgetting"], cells)
+    return markdown_table([*head, "head, forgetting", "lda+linear, forgetting"], cells)
 
 
 def own_heads(lines: Lines) -> str:
@@ -261,7 +261,7 @@ def own_heads(lines: Lines) -> str:
         [
             name,
             *(
-                less(own, lines.get(other, {}), "sequential", "sequential", figure)
+                less(own, lines.get(other, {}), "head", "head", figure)
                 for other in (*others, random_of(name))
                 for figure in ("average_accuracy", "forgetting")
             ),
@@ -329,7 +329,7 @@ def drifts(lines: Lines) -> str:
     for name, own in lines.items():
         course = DriftHistory(name, [{0: line} for line in own.values()])
         told = [course.last(figure) for heading, figure in STATISTICS.items() if heading in DRIFT]
-        within = statistics.mean(line["forgetting_within"]["sequential"] for line in own.values())
+        within = statistics.mean(line["forgetting_within"]["head"] for line in own.values())
         cells.append([name, *("" if value is None else f"{100 * value:.1f}" for value in (*told, within))])
     return markdown_table(["row", *DRIFT, "own head, forgetting, task known"], cells)
 

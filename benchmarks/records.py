@@ -7,11 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+RENAMED = {"sequential": "head"}
+
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file; none if there is no file."""
+    """Yield the lines of a file; none if there is no file.
+
+    The column `head` was called `sequential` until November 2026.
+    """
     if path.is_file():
-        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        for line in path.read_text(encoding="utf-8").splitlines():
+            yield json.loads(line, object_hook=lambda tree: {RENAMED.get(key, key): tree[key] for key in tree})
 
 
 def append(path: Path, line: dict[str, Any]) -> None:

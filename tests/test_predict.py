@@ -42,7 +42,7 @@ def run(photos, tmp_path_factory):
     return train.train(tiny.config(dataset=Folder(photos), epochs=1), folder)
 
 
-@pytest.mark.parametrize("readout", ["sequential", "lda"])
+@pytest.mark.parametrize("readout", ["head", "lda"])
 @pytest.mark.parametrize("size", [1, 5, 100])
 def test_the_same_answers_as_evaluation(run, photos, readout, size):
     predictor, right = Predictor(run, readout), []
@@ -78,7 +78,7 @@ def test_needs_no_data_and_knows_only_what_was_learned(run, photos, tmp_path):
     (copy / "checkpoints" / "latest").write_text("task-02")
     predictor = Predictor(copy)
     assert predictor.classes == tuple(f"Größe {i}" for i in range(4))
-    with pytest.raises(ValueError, match=r"a readout of this run, one of sequential, lda, got 'ldaa'"):
+    with pytest.raises(ValueError, match=r"a readout of this run, one of head, lda, got 'ldaa'"):
         Predictor(copy, "ldaa")
     (copy / "classes.json").unlink()  # which is for people
     assert Predictor(copy).classes == predictor.classes
@@ -165,7 +165,7 @@ def test_every_kind_of_run(photos, tmp_path, change):
     run = train.train(tiny.config(dataset=Folder(photos), epochs=1, tasks=2, **change), tmp_path / "run")
     paths = images_in([photos / "test"])
     right = [found.names[0] == path.parent.name for path, found in Predictor(run).predict_paths(paths, batch_size=7)]
-    assert np.mean(right) == pytest.approx(float(run.matrices()["sequential"][1].mean()))
+    assert np.mean(right) == pytest.approx(float(run.matrices()["head"][1].mean()))
 
 
 def test_on_the_command_line(run, photos, tmp_path, capsys):

@@ -78,7 +78,7 @@ def test_tags_never_change(shelf):
 
 def test_components_are_named_by_their_tags():
     tree = tiny.config().to_json()
-    assert tree["version"] == 1
+    assert tree["version"] == 2
     assert (tree["dataset"]["tag"], tree["backbone"]["tag"], tree["method"]["tag"]) == ("synthetic", "vit", "l2p")
     assert tree["projection"] == {"tag": "orthogonal", **asdict(tiny.config().projection)}
     assert [one["tag"] for one in tree["readouts"]] == ["head", "lda"]
@@ -90,14 +90,14 @@ def test_recipes_call_components_by_their_tags():
         assert all(part.tag == name for name, part in shelf.items())
 
 
-@pytest.mark.parametrize(("version", "got"), [(None, "none"), (0, "none"), (2, "2"), ("1", "1")])
+@pytest.mark.parametrize(("version", "got"), [(None, "none"), (0, "none"), (1, "1"), (3, "3"), ("2", "2")])
 def test_another_version_is_refused(tmp_path, version, got):
     run = Run.create(tmp_path / "run", tiny.config())
     tree = {key: value for key, value in tiny.config().to_json().items() if key != "version"}
     tree |= {} if version is None else {"version": version}
     (run.folder / "config.json").write_text(json.dumps(storage.sealed(tree)))
     with pytest.raises(
-        RunError, match=rf"does not describe .*: expected a configuration of version 1, got {got}: only"
+        RunError, match=rf"does not describe .*: expected a configuration of version 2, got {got}: only"
     ):
         _ = run.config
 
@@ -251,7 +251,7 @@ def test_later_tasks_may_have_a_learning_rate_of_their_own_for_prompts():
 
 
 def test_slower_and_frozen_are_learning_rates_without_projection():
-    for name, scale in (("slower", 0.1), ("frozen", 0.0)):
+    for name, scale in (("reduced-lr", 0.1), ("frozen", 0.0)):
         config = tiny.config(method=tiny.DUALPROMPT)
         expected = replace(config.optimizer, later_prompt_lr_scale=scale)
         assert BASELINES[name](config) == replace(config, projection=NoProjection.Config(), optimizer=expected)

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 
 import tiny
 from pgp import baselines, progress, train
+from pgp.analysis.checkpoints import evaluate_checkpoints
 from pgp.cli import main
 from pgp.config import Hardware, Optimizer
 from pgp.datasets.base import BadImageError
-from pgp.datasets.loader import TransformedSplit, batches, sequential_batches
+from pgp.datasets.loader import batches, sequential_batches
 from pgp.datasets.synthetic import Synthetic
 from pgp.evaluation import metrics
 from pgp.evaluation.accuracy import Evaluator
@@ -31,8 +32,8 @@ from pgp.readouts.head import MethodHead
 from pgp.runs.run import Run
 from pgp.runs.statetree import pieces_in
 from pgp.system.storage import RunError
-from pgp.training import observe, session
-from pgp.training.session import accelerator_name
+from pgp.training import observe
+from pgp.training.session import Session, accelerator_name, build_fabric
 from pgp.training.tasks import build_scenario, training_batches
 
 
@@ -59,10 +60,11 @@ def whole(tmp_path_factory):
     return train.train(tiny.config(), tmp_path_factory.mktemp("whole") / "run")
 
 
-def learner_of(run, config=None):
-    learner = session.Learner(session.build_fabric(config or run.config), config or run.config, progress.no_progress())
-    learner.load_state_dict(run.load())
-    return learner
+def opened(run, config=None):
+    session = Session(build_fabric(config or run.config), config or run.config, progress.no_progress())
+    state = session.new_state()
+    state.load_state_dict(run.load())
+    return session, state
 
 
 def test_leaves_a_whole_run_folder(whole):
@@ -105,7 +107,7 @@ def test_evaluates_what_checkpoints_remain(tmp_path):
     run = train.train(tiny.config(epochs=1, keep_checkpoints="2"), tmp_path / "run")
     assert train.resume(run.folder).latest_checkpoint() == "task-03"
     with pytest.warns(UserWarning, match="has checkpoints of 2 of 3 finished tasks, and is evaluated after tasks 2, 3"):
-        matrices = train.evaluate_checkpoints(run, run.config, every_task=True)
+        matrices = evaluate_checkpoints(run, run.config, every_task=True)
     known = run.matrices()["lda"]
     assert matrices["lda"][0].isnan().all()
     torch.testing.assert_close(matrices["lda"][1:], known[1:], rtol=0, atol=0, equal_nan=True)
@@ -114,17 +116,17 @@ def test_evaluates_what_checkpoints_remain(tmp_path):
 def test_learns(tmp_path):
     easy = tiny.config(epochs=8, dataset=Synthetic(noise=0.02), method=HeadOnly.Config())
     matrices = train.train(easy, tmp_path / "run").matrices()
-    assert float(matrices["sequential"].diagonal()[0]) > 0.8
+    assert float(matrices["head"].diagonal()[0]) > 0.8
     assert 0.8 < metrics.average_accuracy(matrices["lda"]) <= 1  # chance is 1 in 6
 
 
 def test_resumes_after_a_task_bitwise(whole, tmp_path, monkeypatch):
     end_task = train.end_task
 
-    def crash(learner, task, run, seconds):
+    def crash(session, state, task):
         if task.index == 2:
             raise KeyboardInterrupt
-        end_task(learner, task, run, seconds)
+        end_task(session, state, task)
 
     monkeypatch.setattr(train, "end_task", crash)
     with pytest.raises(KeyboardInterrupt):
@@ -203,15 +205,15 @@ def test_no_energy_is_the_unprojected_twin_bitwise(tmp_path):
 def test_predictions_at_batch_1_equal_those_at_batch_64_image_by_image(whole):
     predicted = {}
     for size in (1, 64):
-        learner = learner_of(whole, replace(whole.config, eval_batch_size=size))
-        task, rows = learner.scenario.tasks[1], []
-        viewed = TransformedSplit(learner.data.test, learner.config.transforms.test(), 0, ("test",), skip_bad=False)
-        order = torch.arange(len(learner.data.test))
+        session, state = opened(whole, replace(whole.config, eval_batch_size=size))
+        task, rows = session.scenario.tasks[1], []
+        split, order = session.evaluator.test_split(), torch.arange(len(session.data.test))
         with torch.no_grad():
-            for batch in batches(viewed, sequential_batches(order, size), learner.evaluation.loader_options):
-                evaluation, method = learner.evaluation, learner.method
-                seen = evaluation.features(method, batch.images, batch.indices)
-                logits = dict(evaluation.logits(method, learner.readouts, batch.images, seen, task, 2))
+            for batch in batches(split, sequential_batches(order, size), session.evaluator.loader_options):
+                evaluation, method = session.evaluator, state.method
+                query = evaluation.query(method, batch.images, batch.indices)
+                seen = evaluation.features(method, batch.images, batch.indices, query)
+                logits = dict(evaluation.logits(method, state.readouts, batch.images, seen, task, 2))
                 rows.append(torch.stack([value.argmax(1) for value in logits.values()], dim=1))
         predicted[size] = torch.cat(rows)
     assert len(predicted[1].unique()) > 1
@@ -223,8 +225,8 @@ def last_rows(matrices):
 
 
 def test_task_incremental_masks_to_the_task(whole, tmp_path):
-    til = last_rows(train.evaluate_checkpoints(whole, replace(whole.config, setting="til")))
-    cil = last_rows(train.evaluate_checkpoints(whole, whole.config))
+    til = last_rows(evaluate_checkpoints(whole, replace(whole.config, setting="til")))
+    cil = last_rows(evaluate_checkpoints(whole, whole.config))
     assert all((til[column] >= cil[column]).all() for column in cil)
     assert (til["lda"] > cil["lda"]).any()
     for column, row in cil.items():
@@ -237,9 +239,9 @@ def test_online_makes_one_pass(tmp_path):
 
 
 def test_the_published_protocol_is_a_column_of_its_own(whole):
-    row = last_rows(train.evaluate_checkpoints(whole, replace(whole.config, legacy_eval=True)))
-    honest = last_rows(train.evaluate_checkpoints(whole, whole.config))
-    assert set(row) == {*honest, "sequential/legacy", "lda/legacy"}
+    row = last_rows(evaluate_checkpoints(whole, replace(whole.config, legacy_eval=True)))
+    honest = last_rows(evaluate_checkpoints(whole, whole.config))
+    assert set(row) == {*honest, "head/legacy", "lda/legacy"}
     for column, values in honest.items():
         assert torch.equal(row[column], values)
 
@@ -254,17 +256,17 @@ def test_a_test_image_is_queried_once_and_the_boundary_runs_no_prompted_transfor
         inside.pop()
         return out
 
-    def spied_observe(learner, *arguments):
+    def spied_observe(session, state, *arguments):
         inside.append("boundary")
-        forward = learner.method.backbone.forward
+        forward = state.method.backbone.forward
 
         def spied(images, prompts=None, *rest, **named):
             prompted.append(prompts is not None)
             return forward(images, prompts, *rest, **named)
 
-        monkeypatch.setattr(learner.method.backbone, "forward", spied)
-        out = observed(learner, *arguments)
-        monkeypatch.setattr(learner.method.backbone, "forward", forward)
+        monkeypatch.setattr(state.method.backbone, "forward", spied)
+        out = observed(session, state, *arguments)
+        monkeypatch.setattr(state.method.backbone, "forward", forward)
         inside.pop()
         return out
 
@@ -286,7 +288,7 @@ def test_a_test_image_is_queried_once_and_the_boundary_runs_no_prompted_transfor
 
 def test_uneven_tasks(tmp_path):
     run = train.train(tiny.config(tasks=4, epochs=1), tmp_path / "run")
-    assert metrics.tasks_learned(run.matrices()["sequential"]) == 4
+    assert metrics.tasks_learned(run.matrices()["head"]) == 4
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
@@ -329,12 +331,12 @@ def test_an_infinite_gradient_of_the_last_step_stops_the_run_before_it_is_made(t
 
 
 def test_weights_that_are_not_finite_are_never_saved(whole):
-    learner = learner_of(whole)
-    learner.saved = whole.folder / "checkpoints" / "task-03"
-    learner.method.head.weight.data[0, 0] = torch.nan
+    session, state = opened(whole)
+    session.saved = whole.folder / "checkpoints" / "task-03"
+    state.method.head.weight.data[0, 0] = torch.nan
     with pytest.raises(RunError, match=r"head\.weight are not finite any more.*last good state is .*task-03$"):
-        learner.save(whole)
-    assert learner_of(whole).method.head.weight.isfinite().all()
+        session.save(state)
+    assert opened(whole)[1].method.head.weight.isfinite().all()
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -416,7 +418,7 @@ def test_released_runs_on_fewer_images_than_it_wants(tmp_path):
     )  # 24 images, width 48
     *_, last = run.events("task")
     assert 0 < last["ranks"]["prompts"] < 20
-    with pytest.raises(ValueError, match="collects after a task"):
+    with pytest.raises(ValueError, match="observes images after a task"):
         train.train(tiny.config(projection=ReleasedBasis.Config(), save_every_steps=2), tmp_path / "other")
 
 
@@ -458,7 +460,7 @@ def test_mixed_precision_runs(tmp_path):
 
 def test_bf16_runs_are_evaluated_as_they_were(tmp_path):
     run = train.train(tiny.config(precision="bf16-mixed", epochs=1), tmp_path / "run")
-    for column, row in last_rows(train.evaluate_checkpoints(run, run.config)).items():
+    for column, row in last_rows(evaluate_checkpoints(run, run.config)).items():
         torch.testing.assert_close(row, run.matrices()[column][2], rtol=0, atol=0)
 
 
@@ -475,10 +477,10 @@ def test_a_run_inside_a_task_is_evaluated_at_the_last_whole_task(whole, tmp_path
     run = train.train(tiny.config(), tmp_path / "run")
     run.save("task-03-step-000002", {**run.load("task-02"), "step": 2, "optimizer": None})
     assert run.progress() == (2, 3)
-    again = train.evaluate_checkpoints(run, run.config)["lda"]
+    again = evaluate_checkpoints(run, run.config)["lda"]
     torch.testing.assert_close(again[1, :2], whole.matrices()["lda"][1, :2], rtol=0, atol=0)
     assert again[[0, 2]].isnan().all()
-    every = train.evaluate_checkpoints(run, run.config, every_task=True)["lda"]
+    every = evaluate_checkpoints(run, run.config, every_task=True)["lda"]
     torch.testing.assert_close(every[:2], whole.matrices()["lda"][:2], rtol=0, atol=0, equal_nan=True)
 
 
@@ -496,7 +498,7 @@ def test_resuming_says_where(tmp_path):
 def test_another_encoder_is_refused(whole, tmp_path):
     other = replace(tiny.BACKBONE, arguments={**tiny.BACKBONE.arguments, "mlp_ratio": 2})
     with pytest.raises(RunError, match="expected the encoder that this run was learned on"):
-        learner_of(whole, replace(whole.config, backbone=other))
+        opened(whole, replace(whole.config, backbone=other))
 
 
 @pytest.mark.slow

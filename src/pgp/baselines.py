@@ -59,11 +59,11 @@ def joint(config: Config) -> Config:
 
 
 BASELINES: dict[str, Callable[[Config], Config]] = {
-    "sequential": unprojected,
+    "unprojected": unprojected,
     "random": random,
-    "slower": reduced_lr,
+    "reduced-lr": reduced_lr,
     "frozen": frozen,
-    "linear": linear_probe,
+    "linear-probe": linear_probe,
     "ncm": ncm,
     "joint": joint,
 }

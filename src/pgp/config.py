@@ -29,7 +29,7 @@ from pgp.system.paths import as_path
 
 COMPONENTS: tuple[type, ...] = (DatasetConfig, Backbone.Config, Method.Config, Projection.Config, Readout.Config)
 """Where things multiply: in JSON, a value of one of these types carries the tag of its class."""
-VERSION = 1
+VERSION = 2
 """Format of the JSON of a configuration; no other is read."""
 
 
@@ -248,7 +248,7 @@ class Config:
         version = tree.pop("version", None)
         if version != VERSION:
             raise ValueError(f"expected a configuration of version {VERSION}, got {version or 'none'}: only the version"
-                             " of pgp that made it can use it")  # fmt: skip
+                             " of pgp that made it can use it; start a new run")  # fmt: skip
         try:
             return _converter().structure(tree, Config)
         except cattrs.BaseValidationError as error:

@@ -1,71 +1,54 @@
-"""Learning a stream of tasks: for each, fit it, then close it. Start reading here, from `train` downwards."""
+"""Learning a stream of tasks: train -> fit -> fit_task -> train_step -> end_task. Read this first.
+
+A `Session` (pgp.training.session) is everything that training needs: devices, data, the run folder, the log. A
+`TrainState` (pgp.training.state) is exactly what a checkpoint holds: method, projection, readouts, optimizer, matrices.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import math
-import time
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from pgp import distributed
 from pgp.config import Config, Hardware
 from pgp.datasets.base import DatasetConfig
 from pgp.datasets.loader import Batch, SampleKey, batches
-from pgp.datasets.own import dataset_from_path
-from pgp.evaluation import metrics
-from pgp.progress import no_progress, print_line, track
-from pgp.runs.checkpoint import CheckpointName
-from pgp.runs.data_paths import record_data_paths, resolve_paths, with_data_paths
 from pgp.runs.run import Run
 from pgp.scenario import Task
 from pgp.system.paths import Place
-from pgp.system.storage import RunError
+from pgp.training import start
+from pgp.training.health import StepHealth, check_finite
 from pgp.training.observe import fit_readout, observe_after_training, observe_before_training
-from pgp.training.session import Learner, build_fabric, load_latest
-from pgp.training.start import begin, go_on, is_begun
-from pgp.training.stop import is_asked_to_stop, stop_after, stop_within, stoppable
-from pgp.training.tasks import check_readable, training_batches
+from pgp.training.session import Session
+from pgp.training.state import TrainState
+from pgp.training.stop import is_asked_to_stop, stop_after, stop_within
+from pgp.training.tasks import training_batches
 
 
 def train(config: Config, output: Place | None = None, progress: Progress | None = None) -> Run:
     """Learn all tasks of `config`, and leave the run in `output`.
 
     Args:
-        config: what to do; `pgp.recipes` has complete ones.
-        output: run folder: new or empty, or with a run of the same configuration that was stopped before its first
-            checkpoint, which is started over. A free folder below `runs/`, if None.
-        progress: where to draw progress bars; nowhere, where None.
+        config: What to do; `pgp.recipes` has complete configurations.
+        output: Run folder: new or empty, or with a run of the same configuration that was stopped before its first
+            checkpoint, which is started over. If None, a new folder in `runs/`.
+        progress: Where to draw progress bars. If None, nowhere.
 
     Returns:
         The finished run.
 
     Raises:
-        ValueError: if the configuration cannot be carried out.
-        RunError: if `output` holds something else or another process writes to it, the loss stops being a number, or
-            the disk is full.
-        Interrupted: If a signal asks for it, such as Ctrl-C; where training stands is saved.
+        ValueError: If the configuration cannot be carried out.
+        RunError: If `output` holds something else or another process writes to it, if the loss is not finite, or if the
+            disk is full.
+        Interrupted: If a signal asks for it, such as Ctrl-C. The state is saved first.
     """
-    if not isinstance(config, Config):
-        raise TypeError(f"expected a Config, such as pgp.RECIPES['demo'](), got {type(config).__name__}")
-    run = None if output is None else Run(output)
-    with contextlib.ExitStack() as held:
-        if run and not distributed.is_child_process():  # before other processes start, which would all fail
-            Run.require_empty(run.folder, resolve_paths(config))
-            if run.folder.is_dir():
-                held.enter_context(run.writing())
-        fabric = build_fabric(config)
-        fabric.launch()
-        learner = Learner(fabric, config, progress if progress and fabric.is_global_zero else no_progress())
-        check_readable(learner.data, learner.scenario, skip_bad=config.on_bad_image == "skip", learned=0)
-        return fit(learner, begin(learner, run, learner.config, held))
+    with start.start(config, output, progress) as (session, state):
+        return fit(session, state)
 
 
 def resume(
@@ -78,199 +61,161 @@ def resume(
     drop: bool = False,
     data: Sequence[Place] = (),
 ) -> Run:
-    """Go on with the run in `folder` from its latest checkpoint; on the same CPU the result is bitwise the same.
+    """Resume the run in `folder` from its latest checkpoint. On the same CPU the result is bitwise the same.
 
     Args:
-        folder: run folder.
-        hardware: replaces what the run was started with.
-        progress: where to draw progress bars; nowhere, where None.
-        add: data to learn as one more task, or where they lie, once all tasks so far are closed. The run stays as it
-            is until that task is finished.
-        on_bad_image: replaces what the run was started with; nothing else of it can change.
-        drop: go on from the latest finished task, without what was begun of the next one.
-        data: Where the data of the run lie now, if they have moved; see `pgp.runs.data_paths.with_data_paths`.
+        folder: Run folder.
+        hardware: Replaces the hardware that the run was started with.
+        progress: Where to draw progress bars. If None, nowhere.
+        add: Data to learn as one more task, or their path, once all tasks so far are finished. The run stays as it is
+            until that task is finished.
+        on_bad_image: Replaces the run's own setting. No other setting can change.
+        drop: Resume from the latest finished task, and drop what was begun of the next one.
+        data: Where the data of the run are now, if they were moved; see `pgp.runs.data_paths.with_data_paths`.
+
+    Returns:
+        The finished run.
 
     Raises:
-        ValueError: if `add` does not fit.
-        RunError: if the run cannot go on: its data are others, tasks before `add` are not closed, or another process
-            writes to it.
+        ValueError: If `add` does not fit.
+        RunError: If the run cannot go on: its data have changed, tasks before `add` are not finished, or another
+            process writes to it.
+        Interrupted: If a signal asks for it, such as Ctrl-C. The state is saved first.
     """
-    run = Run.open(folder)
-    if not (add is None or isinstance(add, DatasetConfig)):
-        add = dataset_from_path(add)
-    began = run.config
-
-    def here(config: Config) -> Config:
-        return replace(config, hardware=hardware or began.hardware, on_bad_image=on_bad_image or began.on_bad_image)
-
-    with contextlib.ExitStack() as held:
-        if not distributed.is_child_process():
-            held.enter_context(run.writing())
-            if drop:
-                run.checkpoints.drop_step()
-        fabric = build_fabric(here(began))
-        fabric.launch()
-        fabric.barrier()  # nobody looks for checkpoints before the folder is tidy
-        name = run.checkpoints.latest()
-        config, new = (
-            with_data_paths(run.config_of(run.describe(name)), data),
-            add.with_absolute_paths() if add else None,
-        )
-        if new and not is_begun(run, name, config, new):
-            config = replace(config, added=(*config.added, new))
-        learner = Learner(fabric, here(config), progress if progress and fabric.is_global_zero else no_progress())
-        learned = name.finished.task if name and name.finished else 0
-        skip_bad = learner.config.on_bad_image == "skip"
-        check_readable(learner.data, learner.scenario, skip_bad=skip_bad, learned=learned)
-        if name is None:
-            run.require_same_start(began)
-            if data and learner.fabric.is_global_zero:
-                run.check_data(learner.description)
-                record_data_paths(run, config)
-            return fit(learner, begin(learner, run, config, held))
-        go_on(learner, run, name, new)
-        return fit(learner, run)
+    with start.resume(folder, hardware, progress, add, on_bad_image, drop=drop, data=data) as (session, state):
+        return fit(session, state)
 
 
-def evaluate_checkpoints(
-    run: Run, config: Config, progress: Progress | None = None, *, every_task: bool = False
-) -> dict[str, Tensor]:
-    """Accuracy matrices `(T, T)` by column, measured anew on one device; NaN where nothing was measured.
-
-    Args:
-        run: a run with at least one finished task.
-        config: the run's own, with other evaluation settings.
-        progress: where to draw progress bars; nowhere, where None.
-        every_task: measure after each finished task whose checkpoint is there; after the latest only, if False.
-    """
-    learner, last = load_latest(run, config, progress or no_progress())
-    names = run.checkpoints.finished() if every_task else [CheckpointName(last)]
-    if every_task and len(names) < last:
-        kept = ", ".join(str(name.task) for name in names)
-        warnings.warn(f"{run.folder} has checkpoints of {len(names)} of {last} finished tasks, and is evaluated after"
-                      f" tasks {kept}; see --keep-checkpoints of pgp train", stacklevel=2)  # fmt: skip
-    matrices: dict[str, Tensor] = {}
-    for name in names:
-        if every_task:
-            learner.load(run, name)
-        row = learner.evaluation.evaluate(learner.method, learner.readouts, name.task - 1, learner.progress)
-        metrics.write_row(matrices, row.accuracy, name.task - 1, len(learner.scenario))
-    return matrices
+def fit(session: Session, state: TrainState) -> Run:
+    """Learn the remaining tasks, one after the other."""
+    for task in session.remaining(state):
+        with session.timed("train"):
+            fit_task(session, state, task)
+        end_task(session, state, task)
+        if is_asked_to_stop(session, together=True):
+            stop_after(session, state, task)
+    return session.run
 
 
-def fit(learner: Learner, run: Run) -> Run:
-    """Task after task, fit it and close it."""
-    with stoppable(learner, run):
-        for task in learner.scenario.tasks[learner.task :]:
-            started = time.perf_counter()
-            fit_task(learner, task, run)
-            trained = time.perf_counter()
-            end_task(learner, task, run, seconds={"train": trained - started})
-            if is_asked_to_stop(learner, together=True):
-                stop_after(learner, task, run)
-    return run
-
-
-def fit_task(learner: Learner, task: Task, run: Run) -> None:
+def fit_task(session: Session, state: TrainState, task: Task) -> None:
     """Train on one task, from the step at which the run stands."""
-    config, method, projection = learner.config, learner.method, learner.projection
-    if learner.step == 0:
-        if learner.meter:
-            learner.meter.start_task()
-        observe_before_training(learner, task)
-        with projection.constrain(), learner.fabric.autocast():
-            method.begin_task(task)
-        if is_asked_to_stop(learner, together=True):
-            stop_within(learner, task, run)
-    plan = training_batches(config, task, learner.fabric.world_size)
-    ahead = predict_before_training(learner, task, plan[learner.step :]) if learner.stream else itertools.repeat(None)
-    if not any(parameter.requires_grad for parameter in method.parameters()):
-        if learner.stream:
-            learner.step = sum(1 for _ in ahead)
-            learner.log_stream(run, task)
-            learner.step = 0
+    config = session.config
+    if state.step == 0:
+        begin_task(session, state, task)
+    plan = training_batches(config, task, session.fabric.world_size)
+    remaining = plan[state.step :]
+    predictions = predict_before_training(session, state, task, remaining)
+    if not state.is_trainable:
+        _predict_only(session, state, task, predictions)
         return
     settings = config.optimizer.for_task(task.index)
-    plain = settings.build(method, config.batch_size)
-    if learner.restored:
-        plain.load_state_dict(learner.restored)
-    handles = [learner.meter.attach(plain)] if learner.meter else []
-    handles.append(projection.attach(plain))
-    optimizer: Any = learner.fabric.setup_optimizers(plain)
-    learner.optimizer, learner.restored = optimizer, None
+    plain = settings.build(state.method, config.batch_size)
+    state.restore_optimizer(plain)
+    handles = [state.meter.attach(plain)] if state.meter else []
+    handles.append(state.projection.attach(plain))  # every step is projected from here on
+    optimizer: Any = session.fabric.setup_optimizers(plain)
+    state.start_training(optimizer)
 
-    stream = batches(learner.viewed("train", "view", task), plan[learner.step :], learner.evaluation.loader_options)
-    stream = track(learner.progress, stream, len(plan) - learner.step, f"{learner.scenario.describe(task)}, training")
-    healths: dict[int, Tensor] = {}
-    for batch, _ in zip(stream, ahead, strict=False):  # a batch is predicted before it is learned
+    health = StepHealth(session, task)
+    for batch, _ in zip(session.training_stream(task, remaining), predictions, strict=False):
         if len(batch.indices):
-            settings.set_rate(optimizer, learner.step, len(plan), config.batch_size)
-            whole = len(plan[learner.step]) if learner.fabric.world_size > 1 else len(batch.indices)  # none skipped
-            healths[learner.step] = train_step(learner, optimizer, batch, task, whole)
-        learner.step += 1
-        last, saves = learner.step == len(plan), config.save_every_steps
-        saving = bool(saves) and learner.step % saves == 0 and not last
-        looking = saving or last or learner.step % config.log_every_steps == 0
-        stopping = is_asked_to_stop(learner, together=looking)
-        if healths and (looking or stopping):
-            _log_losses(learner, task, run, healths)  # stops before a broken state is saved
-            learner.log_stream(run, task)
-            healths = {}
-        if stopping:
-            stop_within(learner, task, run)
-        if saving:
-            learner.save(run)
+            settings.set_rate(optimizer, state.step, len(plan), config.batch_size)
+            # one process skips images that cannot be read; several have to agree on the size of a batch
+            global_batch_size = len(plan[state.step]) if session.fabric.world_size > 1 else len(batch.indices)
+            health.add(state.step, train_step(session, state, optimizer, batch, task, global_batch_size))
+        state.count_step()
+        is_last = state.step == len(plan)
+        saves = not is_last and bool(config.save_every_steps) and state.step % config.save_every_steps == 0
+        logs = saves or is_last or state.step % config.log_every_steps == 0
+        stops = is_asked_to_stop(session, together=logs)
+        if health and (logs or stops):
+            health.log(state.step)  # raises before a broken state is saved
+            session.log_online(state, task)
+        if stops:
+            stop_within(session, state, task)
+        if saves:
+            session.save(state)
     for handle in handles:
         handle.remove()
-    learner.step, learner.optimizer = 0, None
+    state.finish_training()
+
+
+def begin_task(session: Session, state: TrainState, task: Task) -> None:
+    """Prepare for training on a task: measure, observe its images if that comes first, initialise its prompts."""
+    if state.meter:
+        state.meter.start_task()
+    observe_before_training(session, state, task)
+    with state.projection.constrain(), session.fabric.autocast():
+        state.method.begin_task(task)
+    if is_asked_to_stop(session, together=True):
+        stop_within(session, state, task)
 
 
 @torch.no_grad()
-def predict_before_training(learner: Learner, task: Task, plan: Sequence[Sequence[SampleKey]]) -> Iterator[None]:
-    """Predict the images of one batch of `plan` after the other, in their test view, each when it is asked for."""
-    assert learner.stream is not None
-    fabric, seen = learner.fabric, learner.scenario.seen_classes(task.index)
-    coming = batches(learner.viewed("test", "arriving", task), plan, learner.evaluation.loader_options)
-    left = len(task.train) - learner.step * learner.config.batch_size  # what is above fills a last batch up
-    for batch, addresses in zip(coming, plan, strict=True):
+def predict_before_training(
+    session: Session, state: TrainState, task: Task, plan: Sequence[Sequence[SampleKey]]
+) -> Iterator[None]:
+    """Predict the images of one batch of `plan` after the other, each when it is asked for, in an online run.
+
+    In other runs, nothing is predicted.
+    """
+    if state.online is None:
+        yield from itertools.repeat(None, len(plan))
+        return
+    fabric, seen_classes = session.fabric, session.scenario.seen_classes(task.index)
+    stream = batches(session.transformed("test", "arriving", task), plan, session.evaluator.loader_options)
+    left = len(task.train) - state.step * session.config.batch_size  # more images than these fill the last batch up
+    for batch, keys in zip(stream, plan, strict=True):
         images, labels, _ = batch.to(fabric.device)
-        own = len(range(fabric.global_rank, min(left, len(addresses)), fabric.world_size))
-        left -= len(addresses)
+        own = len(range(fabric.global_rank, min(left, len(keys)), fabric.world_size))
+        left -= len(keys)
         if own and len(images):
             with fabric.autocast():
-                learner.stream.predict(learner.method, images[:own], labels[:own], task, seen)
+                state.online.predict(state.method, images[:own], labels[:own], task, seen_classes)
         yield
 
 
-def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, global_batch_size: int) -> Tensor:
+def _predict_only(session: Session, state: TrainState, task: Task, predictions: Iterator[None]) -> None:
+    """Predict the images of a task with a method that does not learn, in an online run."""
+    if state.online:
+        for _ in predictions:
+            state.count_step()
+        session.log_online(state, task)
+        state.finish_training()
+
+
+def train_step(
+    session: Session, state: TrainState, optimizer: Any, batch: Batch, task: Task, global_batch_size: int
+) -> Tensor:
     """Make one step on this process's share of a batch of `global_batch_size` images.
 
     Returns:
         The loss and the norm of the gradients before clipping, `(2,)`, left on the device.
 
     Raises:
-        RunError: On a CPU, if either is not finite; nothing is changed then. On a GPU, where looking at them would wait
+        RunError: On a CPU, if either is not finite; nothing is changed then. On a GPU, where reading them would wait
             for the device, `check_finite` is called whenever losses are logged and before anything is saved.
     """
-    fabric, model, clip = learner.fabric, learner.model, learner.config.optimizer.clip
+    fabric, method, model, clip = session.fabric, state.method, session.model, session.config.optimizer.clip
     images, labels, _ = batch.to(fabric.device)
     with fabric.autocast():
-        prepared = learner.method.prepare_batch(images, task)
-    parts = torch.arange(len(images), device=images.device).split(learner.part or len(images))
+        prepared = method.prepare_batch(images, task)
+    micro_batches = torch.arange(len(images), device=images.device).split(session.micro_batch_size or len(images))
+    shares_constants = len(micro_batches) > 1 and fabric.world_size == 1
     with fabric.autocast():
-        shared = learner.method.batch_constants(task) if len(parts) > 1 and fabric.world_size == 1 else {}
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in shared.items()}
+        constants = method.batch_constants(task) if shares_constants else {}
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in constants.items()}
     total = torch.zeros((), device=images.device)
-    for number, part in enumerate(parts, 1):  # activations of one part at a time
-        with fabric.no_backward_sync(model, enabled=number < len(parts)):
-            rows = {name: tensor[part] for name, tensor in prepared.items()} | leaves
-            weight = len(part) * fabric.world_size / global_batch_size
-            with fabric.autocast():  # Fabric itself casts for other methods than forward on several devices only
-                loss = model.loss(images[part], labels[part], task, rows) * weight
+    for number, rows in enumerate(micro_batches, 1):  # activations of one micro-batch at a time
+        with fabric.no_backward_sync(model, enabled=number < len(micro_batches)):
+            inputs = {name: tensor[rows] for name, tensor in prepared.items()} | leaves
+            weight = len(rows) * fabric.world_size / global_batch_size
+            with fabric.autocast():  # Fabric casts in forward only, if there are several devices
+                loss = model.loss(images[rows], labels[rows], task, inputs) * weight
             fabric.backward(loss)
         total += loss.detach()
     for name, leaf in leaves.items():
-        shared[name].backward(leaf.grad)
+        constants[name].backward(leaf.grad)
     if clip:
         norm = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
         assert norm is not None
@@ -278,70 +223,31 @@ def train_step(learner: Learner, optimizer: Any, batch: Batch, task: Task, globa
         norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
     health = torch.stack([total, norm.to(total)])
     if health.device.type == "cpu":
-        check_finite(learner, task, {learner.step: health})
+        check_finite(session, task, {state.step: health})
     optimizer.step()  # the projection's hooks run in here
     optimizer.zero_grad()
     return health
 
 
-def end_task(learner: Learner, task: Task, run: Run, seconds: dict[str, float]) -> None:
-    """Learn from a finished task what to protect, evaluate on all tasks so far, and save."""
-    method, readouts = learner.method, learner.readouts
-    with learner.fabric.autocast():
+def end_task(session: Session, state: TrainState, task: Task) -> None:
+    """Learn what to protect of a trained task, fit the readouts, evaluate all tasks so far, and save."""
+    method, meter = state.method, state.meter
+    with session.fabric.autocast():
         method.end_task(task)
-    started = time.perf_counter()
-    meter = learner.meter
-    stats = meter.projection_stats() if meter else {}
-    observe_after_training(learner, task)
-    ranks = learner.projection.end_task()
-    kept = {readout.name: fit_readout(readout) for readout in readouts if readout.needs_fit}
-    observed = time.perf_counter()
-    row = learner.evaluation.evaluate(method, readouts, task.index, learner.progress, meter.watch if meter else None)
-    metrics.write_row(learner.matrices, row.accuracy, task.index, len(learner.scenario))
-    metrics.write_row(learner.within_task, row.within_task, task.index, len(learner.scenario))
-    evaluated = time.perf_counter()
-    moved = {"drift": meter.end_task(method, task, learner.progress) | stats} if meter else {}
-    learner.task = task.index + 1
-    seconds |= {"boundary": observed - started, "evaluation": evaluated - observed}
-    seconds |= {"drift": time.perf_counter() - evaluated} if moved else {}
-    averages = {column: metrics.average_accuracy(matrix) for column, matrix in learner.matrices.items()}
-    streamed = {"stream_accuracy": learner.stream.accuracy(task)} if learner.stream else {}
-    measured = {"within": row.within_task, "identified": row.task_id_accuracy}
-    figures = {figure: {column: each.tolist() for column, each in of.items()} for figure, of in measured.items()}
-    about: dict[str, Any] = {"seconds": seconds, "ranks": ranks, "readouts": kept, "average_accuracy": averages}
-    for figure, matrices in (("forgetting", learner.matrices), ("forgetting_within", learner.within_task)):
-        about[figure] = {column: metrics.forgetting(matrix) for column, matrix in matrices.items()}
-    learner.log(run, "task", task=task.index, **about, **figures, **moved, **streamed)  # a kill from here on loses none
-    learner.save(run)
-    if learner.fabric.is_global_zero:
-        run.write_matrices(learner.matrices)
-    spoken = ", ".join(f"{100 * average:.1f} % ({column})" for column, average in averages.items())
-    spoken += "".join(f"; along the stream {100 * accuracy:.1f} %" for accuracy in streamed.values())
-    print_line(learner.progress, f"{learner.scenario.describe(task)}: average accuracy {spoken}")
-
-
-def check_finite(learner: Learner, task: Task, healths: dict[int, Tensor]) -> Tensor:
-    """Return the losses and gradient norms of some steps, `(n, 2)` on the CPU, averaged over processes.
-
-    Collective: every process must call it.
-
-    Raises:
-        RunError: In every process, if one is not finite in any; the message names the step.
-    """
-    means = learner.fabric.all_reduce(torch.stack(list(healths.values())), reduce_op="mean")
-    assert isinstance(means, Tensor)
-    means = means.cpu()
-    for step, values in zip(healths, means, strict=True):
-        for what, value in zip(("loss", "norm of the gradients"), values.tolist(), strict=True):
-            if not math.isfinite(value):
-                raise RunError(
-                    f"the {what} is {value} at step {step} of task {task.index + 1}: start a new run with a lower"
-                    f" --optimizer.lr. {learner.last_good_state()}"
-                )
-    return means
-
-
-def _log_losses(learner: Learner, task: Task, run: Run, healths: dict[int, Tensor]) -> None:
-    """Log the mean loss and gradient norm since the last look."""
-    loss, norm = check_finite(learner, task, healths).mean(0).tolist()
-    learner.log(run, "train", task=task.index, step=learner.step, loss=loss, gradient_norm=norm)
+    with session.timed("boundary"):
+        stats = meter.projection_stats() if meter else {}  # before the projection learns from this task
+        observe_after_training(session, state, task)
+        ranks = state.projection.end_task()
+        fitted = {readout.name: fit_readout(readout) for readout in state.readouts if readout.needs_fit}
+    with session.timed("evaluation"):
+        watch = meter.watch if meter else None
+        row = session.evaluator.evaluate(method, state.readouts, task.index, session.progress, watch)
+    drift = None
+    if meter:
+        with session.timed("drift"):
+            drift = meter.end_task(method, task, session.progress) | stats
+    state.finish_task(task, row)
+    session.log_task(state, task, row, ranks=ranks, readouts=fitted, drift=drift)  # before the state: a kill loses none
+    session.save(state)
+    session.write_accuracy(state)
+    session.print_accuracy(state, task)

@@ -35,7 +35,7 @@ def found(findings, *key):
 def test_the_honest_figure_is_the_runs_own_and_the_vote_that_of_its_legacy_column(run):
     findings = audit.audit_run(run, QUIET, sizes=(1, 32))
     matrices = run.matrices()
-    for column in ("sequential", "lda"):
+    for column in ("head", "lda"):
         (honest,) = [f for f in findings if f.honest and f.column == column]
         assert honest.accuracy == pytest.approx(metrics.average_accuracy(matrices[column]), abs=1e-12)
         legacy = metrics.average_accuracy(matrices[f"{column}/legacy"])  # batches of 32 images, over all classes
@@ -47,7 +47,7 @@ def test_the_honest_figure_is_the_runs_own_and_the_vote_that_of_its_legacy_colum
 
 def test_the_label_cut_flatters(run):
     findings = audit.audit_run(run, QUIET, sizes=())
-    for column in ("sequential", "lda"):
+    for column in ("head", "lda"):
         assert found(findings, column, "image", None, "cut") >= found(findings, column, "image", None, "seen")
 
 
@@ -92,8 +92,8 @@ def test_the_command(run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     main.main(["audit", str(run.folder), "--batch-sizes", "4", "--oracle"])
     said = capsys.readouterr().out
-    (honest,) = [f for f in audit.audit_run(run, QUIET, ()) if f.honest and f.column == "sequential"]
-    assert f"sequential: {100 * honest.accuracy:.2f} % is real; leaks add up to" in said
+    (honest,) = [f for f in audit.audit_run(run, QUIET, ()) if f.honest and f.column == "head"]
+    assert f"head: {100 * honest.accuracy:.2f} % is real; leaks add up to" in said
     assert "a vote of 4" in said
     assert "staleness" in said
     with pytest.raises(SystemExit):

@@ -25,7 +25,7 @@ from pgp.projections.released import ReleasedBasis
 from pgp.readouts.head import MethodHead
 from pgp.reports import drift
 from pgp.subspace import ProtectedInputs, ProtectedParameter
-from test_train import learner_of
+from test_train import opened
 
 EVERYTHING = Orthogonal.Config("input", 1.0, 1.0, "update")
 
@@ -69,12 +69,12 @@ def test_figures_do_not_depend_on_how_many_images_are_seen_together(tmp_path, me
     run = train.train(tiny.config(method=method), tmp_path / "run")
     figures = []
     for size in (1, 3, None):
-        learner = learner_of(run)
-        learner.meter.micro_batch_size = size or 32
-        task = learner.scenario.tasks[2]
-        learner.evaluation.evaluate(learner.method, [], 2, learner.progress, learner.meter.watch)
-        figures.append(learner.meter.end_task(learner.method, task, learner.progress))
-        sketch = learner.meter.references[2]["sketch"]
+        session, state = opened(run)
+        state.meter.micro_batch_size = size or 32
+        task = session.scenario.tasks[2]
+        session.evaluator.evaluate(state.method, [], 2, session.progress, state.meter.watch)
+        figures.append(state.meter.end_task(state.method, task, session.progress))
+        sketch = state.meter.references[2]["sketch"]
         figures[-1]["sketch"] = {space: rows.flatten().tolist() for space, rows in sketch.items()}
     for other in figures[1:]:
         for what in ("held", "sketch"):
@@ -88,29 +88,29 @@ def test_the_jump_at_the_begin_of_a_task_is_no_update(tmp_path):
     for on in ("gradient", "update"):
         projection = Orthogonal.Config("input", 0.5, 0.5, on)
         run = train.train(tiny.config(method=tiny.DUALPROMPT, projection=projection, drift_images=4), tmp_path / on)
-        learner = learner_of(run)
-        learner.meter.start_task()
-        with learner.projection.constrain():
-            learner.method.begin_task(learner.scenario.tasks[1])
-        updates[on] = learner.meter.energies
+        session, state = opened(run)
+        state.meter.start_task()
+        with state.projection.constrain():
+            state.method.begin_task(session.scenario.tasks[1])
+        updates[on] = state.meter.energies
     assert updates == {"gradient": {}, "update": {}}
 
 
 def test_it_costs_one_pass_over_a_sample_of_the_new_task(tmp_path, monkeypatch):
     """Line 21: images of earlier tasks are seen by evaluation anyway, so the cost does not grow with the tasks."""
-    learner = learner_of(train.train(tiny.config(), tmp_path / "run"))
+    session, state = opened(train.train(tiny.config(), tmp_path / "run"))
     passes = []
-    monkeypatch.setattr(type(learner.method), "features", lambda *_, **__: pytest.fail("a pass of its own"))
-    activations = type(learner.method).activations
+    monkeypatch.setattr(type(state.method), "features", lambda *_, **__: pytest.fail("a pass of its own"))
+    activations = type(state.method).activations
     monkeypatch.setattr(
-        type(learner.method), "activations", lambda *args: passes.append(len(args[1])) or activations(*args)
+        type(state.method), "activations", lambda *args: passes.append(len(args[1])) or activations(*args)
     )
-    watched = FeatureBatch(torch.arange(len(learner.data.test)), torch.randn(len(learner.data.test), 48), None)
-    for task in learner.scenario.tasks:
-        learner.meter.watch(task, watched)
-    monkeypatch.setattr(type(learner.method), "selected_prompts", lambda *_: None)
-    learner.meter.end_task(learner.method, learner.scenario.tasks[2], learner.progress)
-    assert sum(passes) == len(learner.meter.sample(learner.scenario.tasks[2]))
+    watched = FeatureBatch(torch.arange(len(session.data.test)), torch.randn(len(session.data.test), 48), None)
+    for task in session.scenario.tasks:
+        state.meter.watch(task, watched)
+    monkeypatch.setattr(type(state.method), "selected_prompts", lambda *_: None)
+    state.meter.end_task(state.method, session.scenario.tasks[2], session.progress)
+    assert sum(passes) == len(state.meter.sample(session.scenario.tasks[2]))
 
 
 @pytest.mark.parametrize(
@@ -151,28 +151,28 @@ def test_leak_and_removed_tell_gradients_from_updates(tmp_path):
 
 def test_leak_is_the_share_of_the_way_in_the_protected_subspace(tmp_path):
     run = train.train(tiny.config(), tmp_path / "run")
-    learner = learner_of(run)
+    _, state = opened(run)
     before, after = (run.load(f"task-0{n}") for n in (1, 2))
     way = after["method"]["pool.prompts"].double() - before["method"]["pool.prompts"].double()
     basis = before["projection"]["prompts"]
     _, event, _ = run.events("task")
     assert event["drift"]["leak"]["prompts"] == pytest.approx(float((way @ basis).norm() / way.norm()) ** 2, rel=1e-6)
-    assert learner.meter.params_at_task_start == {}
+    assert state.meter.params_at_task_start == {}
 
 
 def test_features_and_logits_are_compared_with_those_of_then(tmp_path):
     run = train.train(tiny.config(drift_images=5), tmp_path / "run")
-    learner = learner_of(run)
-    task = learner.scenario.tasks[0]
+    session, state = opened(run)
+    task = session.scenario.tasks[0]
     places = torch.linspace(0, len(task.test) - 1, 5).long()
     view = run.config.transforms.test()
-    images = torch.stack([view(learner.data.test.image(int(task.test[place]))) for place in places])
+    images = torch.stack([view(session.data.test.image(int(task.test[place]))) for place in places])
     answers = []
     for name in ("task-01", "task-03"):
-        learner.load_state_dict(run.load(name))
+        state.load_state_dict(run.load(name))
         with torch.no_grad():
-            features = learner.method.features(images)
-            logits = learner.method.head(features)[:, list(task.classes)]
+            features = state.method.features(images)
+            logits = state.method.head(features)[:, list(task.classes)]
             answers.append((features, logits - logits.mean(1, keepdim=True)))
     *_, event = run.events("task")
     for i, what in enumerate(("features", "logits")):
@@ -217,14 +217,14 @@ def test_two_spaces_of_one_parameter_are_both_measured_before_either_is_taken_ou
 
 def test_choices_that_change_and_prompts_that_are_used(tmp_path):
     run = train.train(tiny.config(method=L2P.Config(pool_size=4, top_k=1)), tmp_path / "run")
-    learner = learner_of(run)
+    session, state = opened(run)
     *_, event = run.events("task")
     assert len(event["drift"]["usage"]) == 4
     assert sum(event["drift"]["usage"]) == pytest.approx(1)
-    key = learner.method.pool.learned_key.detach()
-    learner.method.pool.learned_key.data = -key  # the last choice is now the first
-    learner.evaluation.evaluate(learner.method, learner.readouts, 2, learner.progress, learner.meter.watch)
-    moved = learner.meter.end_task(learner.method, learner.scenario.tasks[2], learner.progress)
+    key = state.method.pool.learned_key.detach()
+    state.method.pool.learned_key.data = -key  # the last choice is now the first
+    session.evaluator.evaluate(state.method, state.readouts, 2, session.progress, state.meter.watch)
+    moved = state.meter.end_task(state.method, session.scenario.tasks[2], session.progress)
     assert moved["changed"] == [1.0, 1.0]
     assert event["drift"]["changed"] != moved["changed"]
 
@@ -257,10 +257,10 @@ def test_forgetting_stands_beside_what_is_left_once_the_task_is_known(tmp_path):
     events = list(run.events("task"))
     within = torch.full((3, 3), torch.nan, dtype=torch.float64)
     for event in events:
-        within[event["task"], : event["task"] + 1] = torch.tensor(event["within"]["sequential"], dtype=torch.float64)
+        within[event["task"], : event["task"] + 1] = torch.tensor(event["within"]["head"], dtype=torch.float64)
     expected = (within[:, :2].nan_to_num(nan=-math.inf).amax(0) - within[2, :2]).mean()
-    assert events[-1]["forgetting_within"]["sequential"] == pytest.approx(float(expected))
-    assert events[-1]["forgetting"]["sequential"] >= 0
+    assert events[-1]["forgetting_within"]["head"] == pytest.approx(float(expected))
+    assert events[-1]["forgetting"]["head"] >= 0
 
 
 @pytest.mark.looks_at_figures

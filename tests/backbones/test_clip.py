@@ -12,6 +12,7 @@ import test_conformance as conformance
 import tiny
 from conftest import CIFAR_NAMES, golden_clip, golden_vit
 from pgp import progress, train
+from pgp.analysis.checkpoints import evaluate_checkpoints
 from pgp.backbones import clip as clip_file
 from pgp.backbones.base import insert_prompts
 from pgp.backbones.clip import CLIP
@@ -26,7 +27,7 @@ from pgp.projections.base import NoProjection
 from pgp.readouts.head import MethodHead
 from pgp.rng import make_generator
 from pgp.scenario import Task
-from pgp.training import session
+from pgp.training.session import Session, build_fabric
 from prompted import change_of_first_block, roughen
 
 TASK = Task(0, (4, 1, 2), torch.arange(4), torch.arange(4))
@@ -224,11 +225,11 @@ def test_learns_asks_the_text_tower_once_a_task_and_resumes_bitwise(encoder, tmp
 
     end_task = train.end_task
 
-    def watched(learner, task, run, seconds):
+    def watched(session, state, task):
         inside.append("closing")
-        end_task(learner, task, run, seconds)
+        end_task(session, state, task)
         inside.pop()
-        if task.index == 1 and "crash" in str(run.folder):
+        if task.index == 1 and "crash" in str(session.run.folder):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(CLIP, "encode_text", counted)
@@ -246,8 +247,8 @@ def test_learns_asks_the_text_tower_once_a_task_and_resumes_bitwise(encoder, tmp
     for column, matrix in whole.matrices().items():
         torch.testing.assert_close(resumed.matrices()[column], matrix, rtol=0, atol=0, equal_nan=True)
     calls.clear()
-    row = train.evaluate_checkpoints(resumed, resumed.config)
-    torch.testing.assert_close(row["sequential"][2], whole.matrices()["sequential"][2], rtol=0, atol=0)
+    row = evaluate_checkpoints(resumed, resumed.config)
+    torch.testing.assert_close(row["head"][2], whole.matrices()["head"][2], rtol=0, atol=0)
     assert not calls
 
 
@@ -286,25 +287,26 @@ def test_no_image_depends_on_its_batch_or_its_neighbours_tasks(encoder, tmp_path
         run = train.train(config(encoder, eval_batch_size=size, legacy_eval=True), tmp_path / str(size))
         rows.append(run.matrices())
     for matrices in rows:
-        torch.testing.assert_close(matrices["sequential"], rows[0]["sequential"], rtol=0, atol=0, equal_nan=True)
-        honest, published = (matrices[name].nan_to_num() for name in ("sequential", "sequential" + LEGACY))
+        torch.testing.assert_close(matrices["head"], rows[0]["head"], rtol=0, atol=0, equal_nan=True)
+        honest, published = (matrices[name].nan_to_num() for name in ("head", "head" + LEGACY))
         assert (published >= honest).all()
-    assert (rows[0]["sequential" + LEGACY].nan_to_num() > rows[0]["sequential"].nan_to_num()).any()
+    assert (rows[0]["head" + LEGACY].nan_to_num() > rows[0]["head"].nan_to_num()).any()
 
 
 def test_neighbours_in_a_batch_decide_nothing(encoder, tmp_path):
     run = train.train(config(encoder, epochs=1), tmp_path / "run")
-    learner = session.Learner(session.build_fabric(run.config), run.config, progress.no_progress())
-    learner.load_state_dict(run.load())
-    tests = torch.arange(len(learner.data.test))
-    viewed = TransformedSplit(learner.data.test, run.config.transforms.test(), 0, ("test",), skip_bad=False)
+    session = Session(build_fabric(run.config), run.config, progress.no_progress())
+    state = session.new_state()
+    state.load_state_dict(run.load())
+    tests = torch.arange(len(session.data.test))
+    viewed = TransformedSplit(session.data.test, run.config.transforms.test(), 0, ("test",), skip_bad=False)
     (batch,) = batches(viewed, sequential_batches(tests, 1000), LoaderOptions())
     order = tests[torch.randperm(len(tests), generator=make_generator(0, "mixed"))]
     with torch.no_grad():
-        mixed = learner.method(batch.images[order])
-        for task in learner.scenario.tasks:
+        mixed = state.method(batch.images[order])
+        for task in session.scenario.tasks:
             own = torch.isin(order, task.test)
-            alone = learner.method(batch.images[order[own]])
+            alone = state.method(batch.images[order[own]])
             torch.testing.assert_close(alone, mixed[own], rtol=0, atol=1e-5)
             assert torch.equal(alone.argmax(1), mixed[own].argmax(1))
 
@@ -326,20 +328,20 @@ def test_zero_shot_learns_nothing(encoder, tmp_path):
 def test_mixed_precision_runs(encoder, tmp_path, method):
     mixed = config(encoder, method=method, precision="bf16-mixed", epochs=1, tasks=2)
     run = train.train(mixed, tmp_path / "run")
-    again = train.evaluate_checkpoints(run, run.config)["sequential"]
-    torch.testing.assert_close(again[1], run.matrices()["sequential"][1], rtol=0, atol=0)
+    again = evaluate_checkpoints(run, run.config)["head"]
+    torch.testing.assert_close(again[1], run.matrices()["head"][1], rtol=0, atol=0)
 
 
 def test_til_masks_to_the_task(encoder, tmp_path):
-    til = train.train(config(encoder, setting="til"), tmp_path / "til").matrices()["sequential"]
-    cil = train.train(config(encoder), tmp_path / "cil").matrices()["sequential"]
+    til = train.train(config(encoder, setting="til"), tmp_path / "til").matrices()["head"]
+    cil = train.train(config(encoder), tmp_path / "cil").matrices()["head"]
     assert (til.nan_to_num() >= cil.nan_to_num()).all()
     assert til[2].mean() > cil[2].mean()
 
 
 def test_l2p_runs_on_clip_too(encoder, tmp_path):
     run = train.train(config(encoder, method=L2P.Config(top_k=2)), tmp_path / "run")
-    assert run.matrices()["sequential"].diagonal().isfinite().all()
+    assert run.matrices()["head"].diagonal().isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from archives import make_cifar100, make_cub200, make_imagenet_r, make_tiny_imagenet
+from pgp.cli import main
 from pgp.methods.clip_prompt import CLIPPrompt
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.l2p import L2P
@@ -122,3 +123,24 @@ def test_main_as_a_process(data, tmp_path, command):
 @pytest.mark.parametrize("command", list(commands()), ids=lambda command: command[0] + command[1][len(PUBLISHED) :])
 def test_published_commands(data, tmp_path, command):
     published(data, tmp_path, *command)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["demo", "--part", "4"], "unknown flag --part: it is called --micro-batch-size now"),
+        (["demo", "--projection.on", "update"], "unknown flag --projection.on: it is called --projection.apply-to now"),
+        (["demo", "--projection.space=union"], "unknown flag --projection.space: it is called --projection.basis now"),
+        (["demo", "--no-projection.hold-norms"], "it is called --projection.preserve-key-norms now"),
+        (["demo", "--views.size", "32"], "unknown flag --views.size: it is called --transforms.size now"),
+        (["demo", "--method.reads", "token"], "it is called --method.head-type now"),
+        (["demo", "--arrival", "listed"], "unknown flag --arrival: it is called --order now"),
+        (["demo", "--method", "slower"], "unknown method 'slower': it is called 'reduced-lr' now"),
+        (["demo", "--readouts", "lda", "sequential"], "unknown readout 'sequential': it is called 'head' now"),
+        (["--resume", "nowhere", "--part", "4"], "unknown flag --part: it is called --micro-batch-size now"),
+    ],
+)
+def test_an_old_spelling_is_answered_with_the_new_one(words, told, capsys):
+    with pytest.raises(SystemExit):
+        main.main(["train", *words])
+    assert told in capsys.readouterr().err

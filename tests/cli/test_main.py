@@ -74,21 +74,21 @@ def test_baselines(tmp_path, capsys):
     assert runs.keys() == {"orthogonal", *BASELINES}
     assert out.count("run:    all/") == 8
     assert {name: list(run.matrices()) for name, run in runs.items()} == {
-        "orthogonal": ["sequential", "lda"],
-        **{name: ["sequential", "lda"] for name in ("sequential", "random", "slower", "frozen")},
-        "linear": ["sequential", "lda"],
+        "orthogonal": ["head", "lda"],
+        **{name: ["head", "lda"] for name in ("unprojected", "random", "reduced-lr", "frozen")},
+        "linear-probe": ["head", "lda"],
         "ncm": ["ncm"],
-        "joint": ["sequential", "lda"],
+        "joint": ["head", "lda"],
     }
     steps = {name: sum(1 for _ in run.events("train")) for name, run in runs.items()}
     assert steps["ncm"] == 0
-    assert steps["orthogonal"] == steps["linear"] == 3
+    assert steps["orthogonal"] == steps["linear-probe"] == 3
     assert runs["joint"].matrices()["lda"].shape == (1, 1)
-    assert float(runs["joint"].matrices()["lda"]) >= float(runs["sequential"].matrices()["lda"][-1].mean()) - 0.1
-    for name in ("linear", "joint"):
+    assert float(runs["joint"].matrices()["lda"]) >= float(runs["unprojected"].matrices()["lda"][-1].mean()) - 0.1
+    for name in ("linear-probe", "joint"):
         main.main(["train", "demo", "--method", name, "--output", name])
         assert Run.open(tmp_path / name).config == runs[name].config
-    main.main(["eval", "linear", "--every-task"])
+    main.main(["eval", "linear-probe", "--every-task"])
     assert capsys.readouterr().out.count("yes") == 6
 
 
@@ -229,10 +229,10 @@ def test_words_in_the_wrong_place_are_told_where_they_belong(capsys):
 def test_a_run_that_stopped_says_so(tmp_path, capsys, monkeypatch):
     evaluated = train.end_task
 
-    def stop(learner, task, *args, **kwargs):
+    def stop(session, state, task, *args, **kwargs):
         if task.index == 1:
             raise KeyboardInterrupt
-        evaluated(learner, task, *args, **kwargs)
+        evaluated(session, state, task, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "end_task", stop)

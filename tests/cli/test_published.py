@@ -48,7 +48,7 @@ def fails(capsys, *words):
         ("--device cuda --device cpu", "--accelerator gpu --accelerator cpu"),
         ("--num_workers 4 --no-pin-mem --pin-mem", "--workers 4 --no-pin-memory --pin-memory"),
         ("--imagenet-r-split random:3", "--dataset.split random:3"),
-        ("--readouts lda sequential --method.top-k=3", "--readouts lda sequential --method.top-k=3"),
+        ("--readouts lda head --method.top-k=3", "--readouts lda head --method.top-k=3"),
     ],
 )
 def test_flags_in_words_of_ours(words, ours):
@@ -183,7 +183,7 @@ def test_data_can_have_moved_for_an_evaluation(tmp_path, capsys, monkeypatch):
             path = tmp_path / "here" / label / f"{'i' * (1 + number)}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
-    words = ["photos", "--readouts", "sequential"]
+    words = ["photos", "--readouts", "head"]
     main.published_main([*words, "--data_path", "here"])
     (tmp_path / "here").rename(tmp_path / "there")
     assert "no data folder" in fails(capsys, *words, "--eval")

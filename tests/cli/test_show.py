@@ -16,7 +16,7 @@ from pgp.reports import drift, figures, tables
 from pgp.runs.run import Run
 from pgp.system import platforms
 
-READOUTS = ("sequential", "lda", "lda+query+linear", "logistic+query+linear", "ncm", "ncm+query")
+READOUTS = ("head", "lda", "lda+query+linear", "logistic+query+linear", "ncm", "ncm+query")
 
 
 def long_run(folder, tasks, readouts=READOUTS[:3], spaces=0):

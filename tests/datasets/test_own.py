@@ -158,5 +158,5 @@ def test_every_command_of_the_documentation_runs(monkeypatch):
     for number, command in enumerate(commands):
         words = shlex.split(command)[1:]
         words += ["--tasks", "3"] if "5" in words else []  # there are three classes
-        main.main([*words, "--readouts", "sequential", "--output", f"run{number}"])
+        main.main([*words, "--readouts", "head", "--output", f"run{number}"])
     assert [Run.open(Path(f"run{number}")).config.tasks for number in range(5)] == [3, 1, 1, 2, 1]

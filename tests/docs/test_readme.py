@@ -56,7 +56,7 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
     for command in commands:
         words = shlex.split(command)[1:]
         if "own" in words:
-            words += ["--readouts", "sequential"]  # LDA needs more than one picture of a class
+            words += ["--readouts", "head"]  # LDA needs more than one picture of a class
         if "sweep" in words:
             words += ["--seeds", "1", "--workers", "1", "--no-controls"]
         main.main(words)

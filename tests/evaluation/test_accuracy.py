@@ -15,14 +15,14 @@ def runs(tmp_path_factory) -> dict[str, Run]:
     return {setting: train.train(tiny.config(setting=setting), folder / setting) for setting in ("cil", "til")}
 
 
-@pytest.mark.parametrize("column", ["sequential", "lda"])
+@pytest.mark.parametrize("column", ["head", "lda"])
 def test_what_is_left_once_the_task_is_known_is_what_a_run_that_knows_it_reads(runs, column):
     known = runs["til"].matrices()[column]
     for t, event in enumerate(runs["cil"].events("task")):
         assert event["within"][column] == pytest.approx(known[t, : t + 1].tolist(), abs=1e-12)
 
 
-@pytest.mark.parametrize("column", ["sequential", "lda"])
+@pytest.mark.parametrize("column", ["head", "lda"])
 def test_who_is_right_has_found_the_task(runs, column):
     own = runs["cil"].matrices()[column]
     for t, event in enumerate(runs["cil"].events("task")):

@@ -10,6 +10,7 @@ from torch import nn
 import tiny
 from pgp import train
 from pgp.analysis.audit import audit_run
+from pgp.analysis.checkpoints import evaluate_checkpoints
 from pgp.backbones.base import Backbone
 from pgp.datasets.synthetic import Synthetic
 from pgp.methods.vpt import VPT
@@ -221,7 +222,7 @@ def test_a_run_reads_queries_at_every_place_alike(tmp_path, method):
     run = train.train(config, tmp_path)
     kept = run.matrices()["lda+query+linear"]
     assert run.load()["readouts"]["lda+query+linear"]["sums"].shape == (6, 2 * 48)
-    torch.testing.assert_close(train.evaluate_checkpoints(run, run.config)["lda+query+linear"][2], kept[2])
+    torch.testing.assert_close(evaluate_checkpoints(run, run.config)["lda+query+linear"][2], kept[2])
     (honest,) = (f for f in audit_run(run, Progress(disable=True), ()) if f.honest and f.column == "lda+query+linear")
     assert honest.accuracy == pytest.approx(float(kept[2].mean()))
     data, names = run.config.dataset.build(), run.classes()[0]

@@ -113,7 +113,7 @@ def test_names_and_controls(tmp_path):
     plan, jobs = planned(tmp_path, ["projection.energy=.9,0.5,0.90", "projection.basis=sum,union"])
     names = {job.name for job in jobs}
     points = {f"energy-{energy}_basis-{space}" for energy in (0.9, 0.5) for space in ("sum", "union")}
-    shared = {"sequential", "slower", "frozen", "linear", "ncm", "joint"}  # one of each for all points
+    shared = {"unprojected", "reduced-lr", "frozen", "linear-probe", "ncm", "joint"}  # one of each for all points
     assert names == points | shared | {"random"} | {f"random_{point}" for point in points - {"energy-0.9_basis-sum"}}
     assert len(jobs) == 2 * len(names)
     assert {job.folder for job in jobs} == {tmp_path / "out" / name / f"seed-{k}" for name in names for k in (0, 1)}
@@ -142,7 +142,7 @@ def test_released_has_no_random_twin(tmp_path):
     point = tiny.config(projection=ReleasedBasis.Config())
     plan = sweep.Sweep(tmp_path / "out", tiny.config())
     plan.plan({"released": point}, [0])
-    assert {"sequential", "slower", "frozen"} <= plan.entries["released"].controls.keys()
+    assert {"unprojected", "reduced-lr", "frozen"} <= plan.entries["released"].controls.keys()
     assert "random" not in plan.entries["released"].controls
 
 
@@ -158,12 +158,12 @@ def test_names_are_safe_and_unique(tmp_path):
 def test_parts_and_points_that_are_controls(capsys):
     folder = swept("--over", "projection=orthogonal,none", "--seeds", "1")
     entries = json.loads((folder / "sweep.json").read_text())["entries"]
-    assert entries["projection-orthogonal"]["controls"]["sequential"] == "projection-none"
+    assert entries["projection-orthogonal"]["controls"]["unprojected"] == "projection-none"
     assert "random" not in entries["projection-none"]["controls"]
-    assert "sequential" not in entries
+    assert "unprojected" not in entries
     assert Run.open(folder / "projection-none" / "seed-0").config.projection == NoProjection.Config()
     out = capsys.readouterr().out
-    assert "minus sequential" in out
+    assert "minus unprojected" in out
     assert "figure: sweeps/demo/sweep.png" in out
     assert (folder / "sweep.png").stat().st_size > 1_000
 
@@ -203,8 +203,8 @@ def test_goes_on_after_a_kill_and_grows(monkeypatch, capsys):
     assert "6 of 6 runs" not in (told := capsys.readouterr().err)
     assert told.count(": trained in") == 6
     table = (Path("sweeps/demo") / "sweep.md").read_text()
-    assert "| energy 0.5 | sequential | 5 |" in table
-    assert "| energy 0.99 | sequential | 2 |" in table
+    assert "| energy 0.5 | head | 5 |" in table
+    assert "| energy 0.99 | head | 2 |" in table
 
 
 def test_other_settings_are_refused(capsys):
@@ -252,8 +252,8 @@ def test_one_failing_run_stops_no_other(monkeypatch, capsys):
         in told
     )
     table = Path("sweeps/demo/sweep.md").read_text()
-    assert "| energy 0.5 | sequential | 2 |" in table
-    assert "| energy 0.9 | sequential | 3 |" in table
+    assert "| energy 0.5 | head | 2 |" in table
+    assert "| energy 0.9 | head | 3 |" in table
 
 
 def test_no_run_is_run_twice(tmp_path):
@@ -275,9 +275,9 @@ def test_no_run_is_run_twice(tmp_path):
 
 def test_a_control_without_the_readout_is_read_by_its_best(tmp_path):
     (run,) = made(tmp_path, "control", {0: [[0.5]]}).values()
-    run.save("task-02", {"matrices": {"sequential": torch.tensor([[0.5]]), "lda": torch.tensor([[0.7]])}})
-    control = comparison.Entry("linear", {0: run})
-    assert comparison._fitting(control, "sequential") == "sequential"
+    run.save("task-02", {"matrices": {"head": torch.tensor([[0.5]]), "lda": torch.tensor([[0.7]])}})
+    control = comparison.Entry("linear-probe", {0: run})
+    assert comparison._fitting(control, "head") == "head"
     assert comparison._fitting(control, "lda+query+linear") == "lda"
     assert comparison._fitting(comparison.Entry("none", {}), "lda") is None
 
@@ -288,7 +288,7 @@ def made(tmp_path, name, matrices):
     for seed, matrix in matrices.items():
         classes = tiny.classes(map(str, range(len(matrix))), [[t] for t in range(len(matrix))])
         run = Run.create(tmp_path / name / str(seed), tiny.config(seed=seed), classes)
-        run.save(f"task-{len(matrix):02d}", {"matrices": {"sequential": torch.tensor(matrix, dtype=torch.float64)}})
+        run.save(f"task-{len(matrix):02d}", {"matrices": {"head": torch.tensor(matrix, dtype=torch.float64)}})
         runs[seed] = run
     return runs
 
@@ -299,7 +299,7 @@ def test_the_table_is_paired_by_seed(tmp_path):
     own = {0: [[0.9, nan], [0.7, 0.8]], 1: [[0.8, nan], [0.6, 0.9]], 2: [[1.0, nan], [0.8, 0.6]]}
     twin = {0: [[0.9, nan], [0.5, 0.8]], 1: [[0.9, nan], [0.6, 0.8]], 3: [[0.9, nan], [0.1, 0.1]]}
     controls = {
-        "sequential": comparison.Entry("sequential", made(tmp_path, "twin", twin)),
+        "unprojected": comparison.Entry("unprojected", made(tmp_path, "twin", twin)),
         "joint": comparison.Entry("joint", made(tmp_path, "joint", {0: [[0.95]], 1: [[0.97]]})),
         "missing": comparison.Entry("missing", {}),
     }
@@ -307,17 +307,17 @@ def test_the_table_is_paired_by_seed(tmp_path):
     rows = comparison.table([point, *controls.values()])
     accuracy = [0.75, 0.75, 0.7]
     mean, deviation = 100 * statistics.mean(accuracy), 100 * statistics.stdev(accuracy)
-    assert rows[0] == ("energy 0.9", "sequential", "3", f"{mean:.2f} ± {deviation:.2f}", "20.00 ± 0.00")
+    assert rows[0] == ("energy 0.9", "head", "3", f"{mean:.2f} ± {deviation:.2f}", "20.00 ± 0.00")
     # accuracy: .75 - .65, .75 - .70; forgetting: .2 - .4, .2 - .3; the error of two is half of their difference
-    assert rows[1] == ("minus sequential", "sequential", "2", "+7.50 ± 2.50", "-15.00 ± 5.00")
-    assert rows[2] == ("minus joint", "sequential", "2", "-21.00 ± 1.00", "")
-    assert rows[3][:3] == ("sequential", "sequential", "3")
-    assert rows[4] == ("joint", "sequential", "2", "96.00 ± 1.41", "")
+    assert rows[1] == ("minus unprojected", "head", "2", "+7.50 ± 2.50", "-15.00 ± 5.00")
+    assert rows[2] == ("minus joint", "head", "2", "-21.00 ± 1.00", "")
+    assert rows[3][:3] == ("unprojected", "head", "3")
+    assert rows[4] == ("joint", "head", "2", "96.00 ± 1.41", "")
     assert len(rows) == 5
-    assert "| minus sequential | sequential | 2 | +7.50 ± 2.50 |" in comparison.markdown([point])
+    assert "| minus unprojected | head | 2 | +7.50 ± 2.50 |" in comparison.markdown([point])
     comparison.draw_comparison([point, *controls.values()], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
-    assert metrics.average_accuracy(point.runs[0].matrices()["sequential"]) == pytest.approx(0.75)
+    assert metrics.average_accuracy(point.runs[0].matrices()["head"]) == pytest.approx(0.75)
 
 
 def test_workers_in_this_process_report_errors():

@@ -25,6 +25,7 @@ from pgp.projections.base import NoProjection
 from pgp.runs.run import Run
 from pgp.system.paths import as_path
 from pgp.system.storage import RunError
+from pgp.training import start
 
 
 @pytest.mark.parametrize("kind", [CIFAR100, CUB200, FashionMNIST, Folder, ImageNetR, Manifest, TinyImageNet])
@@ -91,8 +92,8 @@ def test_what_names_no_run_is_told_in_a_line(use, kind, message, tmp_path, monke
 
 def test_data_that_are_added_are_named_by_paths_or_texts(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(train, "build_fabric", lambda config: seen.append(config) or pytest.skip("never trained"))
-    monkeypatch.setattr(train, "dataset_from_path", lambda place: seen.append(place) or Folder(place))
+    monkeypatch.setattr(start, "build_fabric", lambda config: seen.append(config) or pytest.skip("never trained"))
+    monkeypatch.setattr(start, "dataset_from_path", lambda place: seen.append(place) or Folder(place))
     config = tiny.config(epochs=1, tasks=2, method=HeadOnly.Config(), projection=NoProjection.Config())
     Run.create(tmp_path / "run", config)
     with pytest.raises(pytest.skip.Exception):

@@ -13,6 +13,7 @@ from PIL import Image
 
 import tiny
 from pgp import recipes, train
+from pgp.analysis.checkpoints import evaluate_checkpoints
 from pgp.cli import main
 from pgp.datasets.base import BadImageError
 from pgp.datasets.folder import Folder
@@ -125,7 +126,7 @@ def test_more_than_once_and_over_a_crash_bitwise(run, tmp_path, monkeypatch):
         torch.testing.assert_close(resumed.matrices()[column], matrix, rtol=0, atol=0, equal_nan=True)
     one, other = (r.load()["method"] for r in (whole, resumed))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    every = train.evaluate_checkpoints(resumed, resumed.config, every_task=True)
+    every = evaluate_checkpoints(resumed, resumed.config, every_task=True)
     torch.testing.assert_close(every["lda"], whole.matrices()["lda"], rtol=0, atol=0, equal_nan=True)
 
 

@@ -17,7 +17,8 @@ from pgp.config import Hardware
 from pgp.datasets.base import BadImageError
 from pgp.readouts.lda import LDA
 from pgp.runs.run import Run
-from pgp.training import observe, session
+from pgp.training import observe
+from pgp.training.session import Session, build_fabric
 from test_train import final
 
 LINEAR = LDA.Config(query=True, compensate="linear")
@@ -28,22 +29,22 @@ from pathlib import Path
 from pgp import train
 from pgp.config import Hardware
 from pgp.datasets.synthetic import Synthetic
-from pgp.training.session import Learner
+from pgp.training.session import Session, build_fabric
 from test_observe import LINEAR
 
 torch.set_num_threads(1)
-save = Learner.save
+save = Session.save
 
-def stop(learner, run):
-    save(learner, run)
-    if learner.task == 1 and learner.step:
+def stop(session, state):
+    save(session, state)
+    if state.task == 1 and state.step:
         sys.exit()
 
 if __name__ == "__main__":
     what, devices, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     hardware = Hardware("cpu", devices=devices, micro_batch_size=1)
     if what == "start":
-        Learner.save = stop
+        Session.save = stop
         train.train(tiny.config(hardware=hardware, readouts=(LINEAR,), save_every_steps=4), folder)
     elif what == "resume":
         train.resume(folder, hardware)
@@ -105,8 +106,9 @@ def test_who_has_seen_nothing_is_told_why():
 
 def test_images_that_can_be_read_only_once_tell_nothing_about_movement(tmp_path):
     config = tiny.config(readouts=(LINEAR,), on_bad_image="skip")
-    learner = session.Learner(session.build_fabric(config), config, progress.no_progress())
-    task, split = learner.scenario.tasks[1], learner.data.train
+    session = Session(build_fabric(config), config, progress.no_progress())
+    state = session.new_state()
+    task, split = session.scenario.tasks[1], session.data.train
     lost, found = task.train[0], task.train[-1]
     read, told, broken = split.image, [], [int(found)]
 
@@ -116,14 +118,14 @@ def test_images_that_can_be_read_only_once_tell_nothing_about_movement(tmp_path)
         return read(index)
 
     split.image = image
-    (readout,) = learner.readouts
+    (readout,) = state.readouts
     readout.compensate = lambda before, after: told.append((before, after))
     with pytest.warns(UserWarning, match="skipped"):
-        observe.observe_before_training(learner, task)
-    assert len(learner.before["indices"]) == len(task.train) - 1
+        observe.observe_before_training(session, state, task)
+    assert len(state.features_before["indices"]) == len(task.train) - 1
     broken[:] = [int(lost)]
     with pytest.warns(UserWarning, match="skipped"):
-        observe.observe_after_training(learner, task)
+        observe.observe_after_training(session, state, task)
     ((before, after),) = told
     assert len(before) == len(task.train) - 2
     torch.testing.assert_close(before, after)  # nothing was learned in between, so that each stands beside itself

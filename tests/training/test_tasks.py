@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import tiny
 from conftest import golden_clip
 from pgp import progress, train
+from pgp.analysis.checkpoints import evaluate_checkpoints
 from pgp.backbones.base import Backbone
 from pgp.backbones.clip import CLIP
 from pgp.cli import main
@@ -35,8 +36,7 @@ from pgp.reports import figures, tables
 from pgp.runs.data_paths import resolve_paths
 from pgp.runs.run import Run
 from pgp.system.storage import RunError
-from pgp.training import session
-from pgp.training.session import Learner
+from pgp.training.session import Session, build_fabric
 from pgp.training.tasks import build_scenario, describe_data, single_class_warning
 
 DOMAINS = Synthetic(classes=3, per_class=8, domains=3, noise=0.05)
@@ -334,12 +334,13 @@ def test_every_method_learns_domain_after_domain(tmp_path, monkeypatch, method):
 
 def test_clip_knows_a_class_by_the_context_of_the_last_domain_that_showed_it(tmp_path):
     run = train.train(of("clip", dataset=DOMAINS, setting="dil"), tmp_path / "run")
-    learner = Learner(session.build_fabric(run.config), run.config, progress.no_progress())
-    learner.load_state_dict(run.load())
-    last = learner.scenario.tasks[2]
+    session = Session(build_fabric(run.config), run.config, progress.no_progress())
+    state = session.new_state()
+    state.load_state_dict(run.load())
+    last = session.scenario.tasks[2]
     with torch.no_grad():
-        expected = torch.nn.functional.normalize(learner.method.text_features(last), dim=-1)
-    torch.testing.assert_close(learner.method.head.text[list(last.classes)], expected)
+        expected = torch.nn.functional.normalize(state.method.text_features(last), dim=-1)
+    torch.testing.assert_close(state.method.head.text[list(last.classes)], expected)
 
 
 def streamed(config, folder):
@@ -359,7 +360,7 @@ def test_what_comes_is_predicted_before_it_is_learned(tmp_path, monkeypatch, met
 
     def step(*arguments, **named):
         assert len(learned) == len(asked) - 1
-        learned.append(arguments[2].labels)
+        learned.append(arguments[3].labels)
         return train_step(*arguments, **named)
 
     monkeypatch.setattr(OnlineAccuracy, "predict", spied)
@@ -384,14 +385,14 @@ def test_the_stream_is_what_the_head_would_have_said(tmp_path, monkeypatch):
     config = of("clip", dataset=TWO, setting="oil", tasks=2, log_every_steps=1)
     right, train_step = [], train.train_step
 
-    def step(learner, optimizer, batch, task, share):
-        learner.method.end_task(task)
-        view = learner.config.transforms.test()
+    def step(session, state, optimizer, batch, task, share):
+        state.method.end_task(task)
+        view = session.config.transforms.test()
         for i, label in zip(batch.indices.tolist(), batch.labels.tolist(), strict=True):
             with torch.no_grad():
-                logits = learner.method(view(learner.data.train.image(i))[None])[0, : 2 * task.index + 2]
+                logits = state.method(view(session.data.train.image(i))[None])[0, : 2 * task.index + 2]
             right.append(int(logits.argmax()) == label)
-        return train_step(learner, optimizer, batch, task, share)
+        return train_step(session, state, optimizer, batch, task, share)
 
     monkeypatch.setattr(train, "train_step", step)
     _, looks = streamed(config, tmp_path / "run")
@@ -423,9 +424,9 @@ def test_an_online_run_resumes_bitwise(tmp_path, monkeypatch, method):
 def test_images_come_as_listed(tmp_path, monkeypatch):
     came, train_step = [], train.train_step
 
-    def step(learner, optimizer, batch, task, share):
+    def step(session, state, optimizer, batch, task, share):
         came.extend(batch.indices.tolist())
-        return train_step(learner, optimizer, batch, task, share)
+        return train_step(session, state, optimizer, batch, task, share)
 
     monkeypatch.setattr(train, "train_step", step)
     config = of("head-only", dataset=TWO, setting="oil", tasks=2, order="listed", epochs=3)
@@ -515,10 +516,10 @@ def test_a_run_knows_its_data_again(photos, tmp_path):
     with pytest.raises(RunError, match=f"{began} labels or names of images differ"):
         train.resume(run.folder)
     with pytest.warns(UserWarning, match="evaluated on other images"):
-        assert train.evaluate_checkpoints(run, run.config)  # the same classes
+        assert evaluate_checkpoints(run, run.config)  # the same classes
     spare.with_name("00.png").rename(spare)
     (photos / "class_order.txt").write_text("bee\nant\ncat\ndog\neel\n")
-    for again in (lambda: train.resume(run.folder), lambda: train.evaluate_checkpoints(run, run.config)):
+    for again in (lambda: train.resume(run.folder), lambda: evaluate_checkpoints(run, run.config)):
         with pytest.raises(RunError, match=rf"{began} classes in each task differ \(0 before, 1 now\)"):
             again()
     (photos / "class_order.txt").unlink()

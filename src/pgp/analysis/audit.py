@@ -13,7 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from pgp.config import Config
-from pgp.datasets.loader import TransformedSplit, batches, sequential_batches
+from pgp.datasets.loader import batches, sequential_batches
 from pgp.evaluation.accuracy import FeatureBatch
 from pgp.methods.base import mask_logits
 from pgp.progress import track
@@ -22,19 +22,17 @@ from pgp.readouts.statistics import StatisticsReadout
 from pgp.runs.run import Run
 from pgp.scenario import Task
 from pgp.training.observe import observe
-from pgp.training.session import Learner, load_latest
+from pgp.training.session import Session
+from pgp.training.start import load_latest
+from pgp.training.state import TrainState
 
 BATCHES = (1, 8, 128)
-
-
 SCOPES = {
     "seen": "classes seen so far",
     "all": "all classes, seen or not",
     "cut": "classes up to the task of the batch, whose label it is told",
 }
-
-
-"""Over what classes an image is scored. `cut` lets the label in."""
+"""The classes among which an image is scored. `cut` leaks the task."""
 
 
 class Finding(NamedTuple):
@@ -60,26 +58,26 @@ class Finding(NamedTuple):
 def audit_run(
     run: Run, progress: Progress, sizes: Sequence[int] = BATCHES, config: Config | None = None
 ) -> list[Finding]:
-    """The latest finished checkpoint of `run`, measured on all tasks that it has learned, by every protocol.
+    """Measure the latest finished checkpoint of `run` on all tasks that it has learned, by every protocol.
 
     Args:
-        run: a run with at least one finished task.
-        progress: where to draw progress bars.
-        sizes: of test batches that vote for their prompts, where a method chooses any.
-        config: The run's own, perhaps with another place of its data; as it is recorded, if None.
+        run: A run with at least one finished task.
+        progress: Where to draw progress bars.
+        sizes: Sizes of test batches that vote on their prompts, if the method selects prompts.
+        config: The run's own, perhaps with another path of its data. If None, it is as recorded.
 
     Raises:
-        RunError: if no task is finished, or the data are others.
+        RunError: If no task is finished, or the data have changed.
     """
-    learner, last = _load_finished(run, progress, config or run.config)
-    tasks = learner.scenario.tasks[:last]
+    session, state = _load_finished(run, progress, config or run.config)
+    last = state.task
     out = []
-    for size in (None, *(sizes if learner.method.uses_query else ())):  # where nothing is chosen, nothing is voted on
+    for size in (None, *(sizes if state.method.uses_query else ())):  # a method that selects no prompts has no votes
         hits: dict[tuple[str, str], Tensor] = {}
         counts = torch.zeros(last, dtype=torch.float64)  # of images that can be read
-        for task, seen, labels in _features(learner, tasks, size):
+        for task, features, labels in _features(session, state, size):
             counts[task.index] += len(labels)
-            for column, scope, logits in _predict(learner, seen, task, last):
+            for column, scope, logits in _logits(session, state, features, task):
                 right = hits.setdefault((column, scope), torch.zeros_like(counts))
                 right[task.index] += float((logits.argmax(1) == labels).sum())
         choice = "image" if size is None else "vote"
@@ -92,26 +90,27 @@ def audit_run(
 
 @torch.no_grad()
 def oracle(run: Run, progress: Progress, config: Config | None = None) -> dict[str, tuple[float, float]]:
-    """What readouts from statistics would read if none were stale: fitted, after the last task, to the training images
-    of all tasks as the final model sees them. Not to be had without old images; a bound.
+    """Fit fresh statistics to the training images of all tasks, as the final model sees them: an upper bound.
+
+    It needs the old images, which a run does not have.
 
     Returns:
-        By the name of a readout: average accuracy, in [0, 1]; and how far the means that the run kept of old classes
-        lie from the true ones, relative to the spread of the true ones, after what compensation made up for.
+        By the name of a readout: average accuracy with fresh statistics, in [0, 1]; and the `staleness` of the class
+        means that the run kept.
     """
-    learner, last = _load_finished(run, progress, config or run.config)
-    kept = {one.name: one for one in learner.readouts if isinstance(one, StatisticsReadout)}
+    session, state = _load_finished(run, progress, config or run.config)
+    kept = {readout.name: readout for readout in state.readouts if isinstance(readout, StatisticsReadout)}
     fresh: list[Readout] = []
-    for one in learner.config.readouts:
-        if one.name in kept:
-            plain = replace(one, compensate="none") if isinstance(one, StatisticsReadout.Config) else one
-            fresh.append(plain.build(learner.method.head, learner.data.classes, learner.config.seed))
-            fresh[-1].name = one.name
-    for task in learner.scenario.tasks[:last]:
-        observe(learner, task, None, fresh)
+    for setting in session.config.readouts:
+        if setting.name in kept:
+            plain = replace(setting, compensate="none") if isinstance(setting, StatisticsReadout.Config) else setting
+            fresh.append(plain.build(state.method.head, session.data.classes, session.config.seed))
+            fresh[-1].name = setting.name
+    for task in session.scenario.tasks[: state.task]:
+        observe(session, state, task, None, fresh)
     for readout in fresh:
         readout.end_task()
-    row = learner.evaluation.evaluate(learner.method, fresh, last - 1, progress)
+    row = session.evaluator.evaluate(state.method, fresh, state.task - 1, progress)
     out = {}
     for readout in fresh:
         assert isinstance(readout, StatisticsReadout)
@@ -131,43 +130,45 @@ def to_json(findings: Sequence[Finding], bounds: Mapping[str, tuple[float, float
 
 
 def staleness(kept: StatisticsReadout, true: StatisticsReadout) -> float:
-    """How far class means are from the true ones: the norm of the difference by that of the true means about their
-    centre; NaN for a single class, which has nothing to be far by.
+    """Return how far class means are from the true ones, relative to the spread of the true ones.
+
+    It is the norm of the difference, divided by the norm of the true means about their centre; NaN for a single class.
     """
     means, truth = kept.means[true.seen].cpu(), true.means[true.seen].cpu()
     return float((means - truth).norm() / (truth - truth.mean(0)).norm()) if len(truth) > 1 else math.nan
 
 
-def _load_finished(run: Run, progress: Progress, config: Config) -> tuple[Learner, int]:
-    """The run as its latest finished task left it, wherever this machine computes."""
+def _load_finished(run: Run, progress: Progress, config: Config) -> tuple[Session, TrainState]:
+    """Return the run as its latest finished task left it, on the accelerator of this machine."""
     hardware = replace(config.hardware, accelerator="auto")
     return load_latest(run, replace(config, hardware=hardware, legacy_eval=False), progress)
 
 
-def _features(learner: Learner, tasks: Sequence[Task], size: int | None) -> Iterator[tuple[Task, FeatureBatch, Tensor]]:
-    """Features with queries, and labels of test batches of one task each; by vote of `size` images, where given."""
-    config, evaluation = learner.config, learner.evaluation
-    plan = [(task, part) for task in tasks for part in sequential_batches(task.test, size or config.eval_batch_size)]
-    viewed = TransformedSplit(learner.data.test, config.transforms.test(), 0, ("test",), config.on_bad_image == "skip")
-    stream = batches(viewed, [part for _, part in plan], evaluation.loader_options)
+def _features(session: Session, state: TrainState, size: int | None) -> Iterator[tuple[Task, FeatureBatch, Tensor]]:
+    """Yield the features and labels of test batches, each of one task; if `size`, that many images vote on prompts."""
+    evaluator, tasks = session.evaluator, session.scenario.tasks[: state.task]
+    batch_size = size or session.config.eval_batch_size
+    plan = [(task, keys) for task in tasks for keys in sequential_batches(task.test, batch_size)]
+    stream = batches(evaluator.test_split(), [keys for _, keys in plan], evaluator.loader_options)
     what = "each image by itself" if size is None else f"a vote of {size} images"
-    stream = track(learner.progress, stream, len(plan), f"evaluating {what}")
+    stream = track(session.progress, stream, len(plan), f"evaluating {what}")
     for (task, _), batch in zip(plan, stream, strict=True):
         if len(batch.indices):
-            images = batch.images.to(learner.fabric.device)
-            seen = evaluation.features(learner.method, images, batch.indices, by_vote=size is not None)
-            yield task, seen, batch.labels.to(images.device)
+            images = batch.images.to(session.fabric.device)
+            query = evaluator.query(state.method, images, batch.indices)
+            features = evaluator.features(state.method, images, batch.indices, query, by_vote=size is not None)
+            yield task, features, batch.labels.to(images.device)
 
 
-def _predict(learner: Learner, seen: FeatureBatch, task: Task, last: int) -> Iterator[tuple[str, str, Tensor]]:
-    """Readout, scope and logits `(B, C)`; a task-incremental run is told the task anyway."""
-    til = learner.config.setting == "til"
-    for readout in learner.readouts:
-        logits = readout.logits(readout.select_features(seen.features, seen.queries))
+def _logits(session: Session, state: TrainState, batch: FeatureBatch, task: Task) -> Iterator[tuple[str, str, Tensor]]:
+    """Yield readout, scope and logits `(B, C)`. A task-incremental run knows the task in every scope."""
+    scenario, is_til = session.scenario, session.config.setting == "til"
+    for readout in state.readouts:
+        logits = readout.logits(readout.select_features(batch.features, batch.queries))
         scopes = {
-            "seen": task.classes if til else learner.scenario.seen_classes(last - 1),
-            "all": range(learner.data.classes),
-            "cut": learner.scenario.seen_classes(task.index),
+            "seen": task.classes if is_til else scenario.seen_classes(state.task - 1),
+            "all": range(session.data.classes),
+            "cut": scenario.seen_classes(task.index),
         }
         for scope, classes in scopes.items():
             yield readout.name, scope, mask_logits(logits, classes)

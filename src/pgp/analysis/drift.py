@@ -14,7 +14,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
+from pgp.datasets.loader import LoaderOptions, batches, sequential_batches
 from pgp.distributed import all_gather_object
 from pgp.evaluation.accuracy import Evaluator, FeatureBatch
 from pgp.methods.base import Method
@@ -203,10 +203,9 @@ class DriftMeter:
         config, evaluation = self.config, self.evaluation
         fabric, title = evaluation.fabric, evaluation.scenario.describe(task)
         plan = sequential_batches(self.sample(task), self.micro_batch_size)
-        viewed = TransformedSplit(
-            evaluation.data.test, config.transforms.test(), 0, ("test",), config.on_bad_image == "skip"
-        )
-        stream = batches(viewed, plan, LoaderOptions(on_bad_image=config.on_bad_image))  # every process sees them all
+        stream = batches(
+            evaluation.test_split(), plan, LoaderOptions(on_bad_image=config.on_bad_image)
+        )  # every process sees them all
         sketch: dict[str, Tensor] = {}
         for batch in track(progress, stream, len(plan), f"measuring drift on {title}"):
             if not len(batch.indices):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from pgp import __version__, distributed, train
-from pgp.analysis import audit
+from pgp.analysis import audit, checkpoints
 from pgp.baselines import matching_baselines, unprojected
 from pgp.cli import catalogue, parse, published, show
 from pgp.cli.commands import (
@@ -178,7 +178,7 @@ def _published_eval(words: list[str]) -> None:
     asked = command.config if command.pgp else unprojected(command.config)
     run, config = published.find_latest_run(asked, words[1:], (command.output or PUBLISHED_OUTPUT).absolute())
     with show.progress() as bars:
-        matrices = train.evaluate_checkpoints(run, config, bars, every_task=True)
+        matrices = checkpoints.evaluate_checkpoints(run, config, bars, every_task=True)
     show.show_evaluation(run, matrices)
 
 
@@ -195,7 +195,7 @@ def eval_command(words: list[str]) -> None:
         eval_batch_size=size,
     )
     with show.progress() as bars:
-        matrices = train.evaluate_checkpoints(run, config, bars, every_task=command.every_task)
+        matrices = checkpoints.evaluate_checkpoints(run, config, bars, every_task=command.every_task)
     show.show_evaluation(run, matrices)
 
 

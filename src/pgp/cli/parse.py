@@ -18,6 +18,7 @@ from pgp import recipes
 from pgp.baselines import BASELINES, unprojected
 from pgp.cli import published, show
 from pgp.cli.commands import ResumeCommand, TrainCommand
+from pgp.cli.renamed import refuse_old_spellings
 from pgp.config import Config, Hardware
 from pgp.datasets.own import dataset_from_path
 from pgp.projections.base import NoProjection
@@ -55,6 +56,7 @@ def train_command(words: list[str], program: str) -> TrainCommand:
     if not words or words[0].startswith("-"):
         raise ValueError(f"expected a recipe, one of {', '.join(recipes.RECIPES)}; or --resume RUN")
     recipe = lookup(recipes.RECIPES, words[0], "recipe", "pgp list")
+    refuse_old_spellings(words[1:])
     if len(words) > 1 and not words[1].startswith("-"):
         raise ValueError(f"expected flags behind {words[0]}, got {words[1]}: images are named by --data {words[1]}")
     if flag_values(words, "--add"):
@@ -69,7 +71,7 @@ def train_command(words: list[str], program: str) -> TrainCommand:
         default=TrainCommand(config),
     )
     if command.twin and command.baselines:
-        raise ValueError("expected --twin or --baselines, got both: the baselines hold the twin, as sequential")
+        raise ValueError("expected --twin or --baselines, got both: the baselines include the twin, as unprojected")
     if command.twin and (not command.pgp or isinstance(command.config.projection, NoProjection.Config)):
         raise ValueError("expected a projection beside --twin: a run without one has no other twin than itself")
     return command
@@ -86,6 +88,7 @@ def resume_defaults(words: list[str]) -> ResumeCommand:
 
 def check_resumable(words: list[str]) -> None:
     """Raise if a flag stands beside --resume that can only be given when a run begins."""
+    refuse_old_spellings(words)
     known = {field.name.replace("_", "-") for kind in (ResumeCommand, Hardware) for field in fields(kind)}
     for word in words:
         name = word.partition("=")[0].removeprefix("--").replace("_", "-")
@@ -106,10 +109,12 @@ def lookup(table: dict[str, Callable[..., Any]], name: str, what: str, where: st
 
 def _choose_components(config: Config, words: list[str]) -> Config:
     """`config` with the parts that flags like `--projection none` name, so that the flags of those parts are known."""
-    if gone := [name for name in flag_values(words, "--projection") if name in ("slower", "frozen")]:
-        raise ValueError(f"expected a projection behind --projection, got {gone[0]}: slower and frozen prompts are a"
-                         f" learning rate, --optimizer.later-prompt-lr-scale 0.1 or 0, or a baseline, --method"
-                         f" {gone[0]}")  # fmt: skip
+    for name in flag_values(words, "--projection"):
+        if name in ("slower", "reduced-lr", "frozen"):
+            baseline = "frozen" if name == "frozen" else "reduced-lr"
+            raise ValueError(f"expected a projection behind --projection, got {name}: slower and frozen prompts are a"
+                             " learning rate, --optimizer.later-prompt-lr-scale 0.1 or 0, or a baseline, --method"
+                             f" {baseline}")  # fmt: skip
     for name in flag_values(words, "--method"):
         if name in BASELINES:
             config = BASELINES[name](config)

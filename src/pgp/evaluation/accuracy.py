@@ -37,24 +37,30 @@ class FeatureBatch(NamedTuple):
     queries: Tensor | None
     """`(B, Q)`, if the method or a readout needs them."""
 
+    def cpu(self) -> FeatureBatch:
+        """Return the same batch on the CPU."""
+        queries = None if self.queries is None else self.queries.cpu()
+        return FeatureBatch(self.indices, self.features.cpu(), queries)
+
 
 class TaskAccuracies(NamedTuple):
-    """What one evaluation says of each task up to t, `(t + 1)` by column."""
+    """What one evaluation measures of each task up to t, `(t + 1)` by column."""
 
     accuracy: dict[str, Tensor]
+    """Accuracy among all classes that an image may have."""
     within_task: dict[str, Tensor]
-    """Accuracy among the classes of the image's own task: what is left of it once the task is known."""
+    """Accuracy among the classes of the image's own task."""
     task_id_accuracy: dict[str, Tensor]
-    """Share of images that are given a class of their own task. Forgetting that comes with it, and not with `within`,
-    is competition between tasks in the classifier."""
+    """Share of images whose predicted class belongs to their own task. Forgetting that shows here and not in
+    `within_task` is competition between tasks in the classifier."""
 
 
 class Evaluator:
-    """Evaluates a method on a data set again and again as it learns; queries of test images are computed once."""
+    """Evaluates a method on a data set again and again as it learns. Queries of test images are computed once."""
 
     def __init__(self, fabric: Fabric, config: Config, data: Dataset, scenario: Scenario) -> None:
         self.fabric, self.config, self.data, self.scenario = fabric, config, data, scenario
-        self._queries: dict[int, Tensor] = {}  # by test image, (D)
+        self._queries: dict[int, Tensor] = {}  # by test image, (D,)
 
     @torch.no_grad()
     def evaluate(
@@ -65,87 +71,102 @@ class Evaluator:
         progress: Progress,
         watch: Callable[[Task, FeatureBatch], None] | None = None,
     ) -> TaskAccuracies:
-        """Evaluate each task up to t, by column: one per readout, and its legacy twin if the configuration asks for it.
+        """Evaluate each task up to task t.
 
-        `watch` is given the features of every batch.
+        Collective: every process must call it.
+
+        Args:
+            method: What computes the features.
+            readouts: Each makes a column, and another for the published protocol if the configuration asks for it.
+            t: Number of the last task that was learned, from 0.
+            progress: Where to draw progress bars.
+            watch: Called with the features of every batch.
+
+        Raises:
+            ValueError: If a task has no test image that can be read.
         """
         tasks = self.scenario.tasks[: t + 1]
+        columns = self._columns(readouts)
         hits = TaskAccuracies(
-            *({c: torch.zeros(t + 1, dtype=torch.float64) for c in self._columns(readouts)} for _ in range(3))
+            *({column: torch.zeros(t + 1, dtype=torch.float64) for column in columns} for _ in range(3))
         )
         counts = torch.zeros(t + 1, dtype=torch.float64)
         plan = [(task, batch) for task in tasks for batch in sequential_batches(task.test, self.config.eval_batch_size)]
-        viewed = TransformedSplit(
-            self.data.test, self.config.transforms.test(), 0, ("test",), self.config.on_bad_image == "skip"
-        )
-        stream = batches(viewed, [batch for _, batch in plan], self.loader_options)
+        stream = batches(self.test_split(), [batch for _, batch in plan], self.loader_options)
         stream = track(progress, stream, len(plan), f"evaluating on {t + 1} of {len(self.scenario)} tasks")
         for (task, _), batch in zip(plan, stream, strict=True):
-            if len(batch.indices):
-                counts[task.index] += len(batch.indices)
-                images = batch.images.to(self.fabric.device)
-                seen = self.features(method, images, batch.indices)
-                if watch:
-                    watch(task, seen)
-                for column, logits in self.logits(method, readouts, images, seen, task, t):
-                    predicted, among_own = logits.argmax(1).cpu(), mask_logits(logits, task.classes).argmax(1).cpu()
-                    hits.accuracy[column][task.index] += (predicted == batch.labels).sum()
-                    hits.within_task[column][task.index] += (among_own == batch.labels).sum()
-                    hits.task_id_accuracy[column][task.index] += torch.isin(predicted, torch.tensor(task.classes)).sum()
+            if not len(batch.indices):
+                continue
+            counts[task.index] += len(batch.indices)
+            images, own_classes = batch.images.to(self.fabric.device), torch.tensor(task.classes)
+            features = self.features(method, images, batch.indices, self.query(method, images, batch.indices))
+            if watch:
+                watch(task, features)
+            for column, logits in self.logits(method, readouts, images, features, task, t):
+                predicted = logits.argmax(1).cpu()
+                within_task = mask_logits(logits, task.classes).argmax(1).cpu()
+                hits.accuracy[column][task.index] += (predicted == batch.labels).sum()
+                hits.within_task[column][task.index] += (within_task == batch.labels).sum()
+                hits.task_id_accuracy[column][task.index] += torch.isin(predicted, own_classes).sum()
         counts = self._sum(counts)
         if not bool((counts > 0).all()):
-            raise ValueError(
-                f"expected test images in every task, got none in {(counts == 0).nonzero().flatten().tolist()}"
-            )
-        return TaskAccuracies(*({column: self._sum(found) / counts for column, found in each.items()} for each in hits))
+            empty = (counts == 0).nonzero().flatten().tolist()
+            raise ValueError(f"expected test images in every task, got none in {empty}")
+        return TaskAccuracies(*({column: self._sum(count) / counts for column, count in kind.items()} for kind in hits))
 
-    def features(self, method: Method, images: Tensor, indices: Tensor, *, by_vote: bool = False) -> FeatureBatch:
-        """Return what the model makes of test images, whose queries are computed once."""
-        query = self.query(method, images, indices)
+    def test_split(self) -> TransformedSplit:
+        """Return the test images as every evaluation sees them."""
+        skip_bad = self.config.on_bad_image == "skip"
+        return TransformedSplit(self.data.test, self.config.transforms.test(), 0, ("test",), skip_bad)
+
+    def query(self, method: Method, images: Tensor, indices: Tensor | None = None) -> Tensor | None:
+        """Return the queries `(B, D)` of images; None if neither the method nor a readout uses them.
+
+        Args:
+            method: What computes them.
+            images: `(B, 3, S, S)`.
+            indices: For test images, where they are in their split, `(B,)`: their queries are cached.
+        """
+        if not (method.uses_query or any(readout.uses_query for readout in self.config.readouts)):
+            return None
+        keys = [] if indices is None else indices.tolist()
+        if not keys or not all(key in self._queries for key in keys):
+            with self.fabric.autocast():
+                query = method.query(images).float()
+            if not keys:
+                return query
+            self._queries.update(zip(keys, query.cpu(), strict=True))
+        return torch.stack([self._queries[key] for key in keys]).to(images.device)
+
+    def features(
+        self, method: Method, images: Tensor, indices: Tensor, query: Tensor | None, *, by_vote: bool = False
+    ) -> FeatureBatch:
+        """Return the features `(B, D)` of images `(B, 3, S, S)` with their queries, from `query`.
+
+        If `by_vote`, the prompts are selected by the published protocol, see `Method.features`.
+        """
         with self.fabric.autocast():
             features = method.features(images, query, by_vote=by_vote).float()
         return FeatureBatch(indices, features, query)
 
     def logits(
-        self, method: Method, readouts: Sequence[Readout], images: Tensor, seen: FeatureBatch, task: Task, t: int
+        self, method: Method, readouts: Sequence[Readout], images: Tensor, batch: FeatureBatch, task: Task, t: int
     ) -> Iterator[tuple[str, Tensor]]:
-        """Yield masked logits `(B, C)`, column by column, of test images of `task` after learning task t."""
+        """Yield the masked logits `(B, C)` of each column, for test images of `task` after task t was learned."""
         allowed = task.classes if self.config.setting == "til" else self.scenario.seen_classes(t)
-        legacy = self.config.legacy_eval
-        voted = self.features(method, images, seen.indices, by_vote=True) if legacy else None
+        voted = None
+        if self.config.legacy_eval:
+            voted = self.features(method, images, batch.indices, batch.queries, by_vote=True)
         for readout in readouts:
-            yield (
-                readout.name,
-                mask_logits(readout.logits(readout.select_features(seen.features, seen.queries)), allowed),
-            )
+            logits = readout.logits(readout.select_features(batch.features, batch.queries))
+            yield readout.name, mask_logits(logits, allowed)
             if voted is not None:
                 logits = readout.logits(readout.select_features(voted.features, voted.queries))
-                yield readout.name + LEGACY, mask_logits(logits, self._published(method, task))
-
-    def _published(self, method: Method, task: Task) -> Sequence[int]:
-        """What the published evaluation scores a batch of `task` over."""
-        if self.config.setting == "til":
-            return task.classes
-        return range(self.data.classes) if method.legacy_scope == "all" else self.scenario.seen_classes(task.index)
-
-    def query(self, method: Method, images: Tensor, indices: Tensor | None = None) -> Tensor | None:
-        """Queries `(B, D)` of images, from memory where they are known by their `indices` in the test split; None where
-        neither the method nor a readout asks for them.
-        """
-        if not (method.uses_query or any(readout.uses_query for readout in self.config.readouts)):
-            return None
-        if indices is None:
-            with self.fabric.autocast():
-                return method.query(images).float()
-        keys: list[int] = indices.tolist()
-        if not all(key in self._queries for key in keys):
-            with self.fabric.autocast():
-                self._queries.update(zip(keys, method.query(images).float().cpu(), strict=True))
-        return torch.stack([self._queries[key] for key in keys]).to(images.device)
+                yield readout.name + LEGACY, mask_logits(logits, self._legacy_classes(method, task))
 
     @property
     def loader_options(self) -> LoaderOptions:
-        """How this process loads its share."""
+        """How this process loads its share of the images."""
         hardware = self.config.hardware
         return LoaderOptions(
             hardware.workers,
@@ -154,6 +175,12 @@ class Evaluator:
             self.fabric.world_size,
             hardware.pin_memory,
         )
+
+    def _legacy_classes(self, method: Method, task: Task) -> Sequence[int]:
+        """Return the classes among which the published evaluation scores images of `task`."""
+        if self.config.setting == "til":
+            return task.classes
+        return range(self.data.classes) if method.legacy_scope == "all" else self.scenario.seen_classes(task.index)
 
     def _columns(self, readouts: Sequence[Readout]) -> list[str]:
         names = [readout.name for readout in readouts]

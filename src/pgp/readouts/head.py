@@ -22,13 +22,13 @@ class MethodHead(Readout):
         @property
         def name(self) -> str:
             """See `Readout.Config.name`."""
-            return "sequential"
+            return "head"
 
         def build(self, head: nn.Module, classes: int, seed: int) -> MethodHead:
             """Return a readout that calls `head`."""
             return MethodHead(head)
 
-    name = "sequential"
+    name = "head"
     needs_fit = False
 
     def __init__(self, head: nn.Module) -> None:

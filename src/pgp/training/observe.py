@@ -1,9 +1,10 @@
-"""What is learned of a task's images around its training: what to protect, and what to remember of its classes."""
+"""Run a task's images through the model before or after training: for the projection, and for the readouts."""
 
 from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,44 +17,41 @@ from pgp.progress import track
 from pgp.projections.base import ObservationSpec, Projection
 from pgp.readouts.base import Readout
 from pgp.scenario import Task
-from pgp.training.session import Learner
+from pgp.training.session import Session
+from pgp.training.state import TrainState
 
 
-def observe_before_training(learner: Learner, task: Task) -> None:
-    """Run a task's images through the model before training, if the projection or a readout needs it.
-
-    Collective: every process must call it.
-    """
-    if _observes_at(learner, "before"):
-        observe(learner, task, learner.projection, [])
-    if task.index and any(readout.needs_drift for readout in learner.readouts):
-        kept = _gather_features(observe(learner, task, None, [], keep=True))
-        learner.before = {"indices": kept.indices, "features": kept.features}
-
-
-def observe_after_training(learner: Learner, task: Task) -> None:
-    """Show a task's images to the projection and to readouts after training.
+def observe_before_training(session: Session, state: TrainState, task: Task) -> None:
+    """Run the task's images through the model before training, if the projection or a readout needs it.
 
     Collective: every process must call it.
     """
-    projection = learner.projection
-    readouts = [readout for readout in learner.readouts if readout.needs_fit]
-    observes, keep = _observes_at(learner, "after"), learner.before is not None
-    if (
-        observes and projection.observation == ObservationSpec()
-    ):  # it wants the views that readouts want: one pass serves both
-        kept = observe(learner, task, projection, readouts, keep)
+    if _observes_at(state.projection, "before"):
+        observe(session, state, task, state.projection, [])
+    if task.index and any(readout.needs_drift for readout in state.readouts):
+        state.keep_features(_gather_features(observe(session, state, task, None, [], keep=True)))
+
+
+def observe_after_training(session: Session, state: TrainState, task: Task) -> None:
+    """Run the task's images through the model after training, for the projection and the readouts.
+
+    Collective: every process must call it.
+    """
+    projection = state.projection
+    readouts = [readout for readout in state.readouts if readout.needs_fit]
+    observes, keep = _observes_at(projection, "after"), state.features_before is not None
+    if observes and projection.observation == ObservationSpec():  # readouts want the same images: one pass serves both
+        kept = observe(session, state, task, projection, readouts, keep)
     else:
         if observes:
-            observe(learner, task, projection, [])
-        kept = observe(learner, task, None, readouts, keep) if readouts else []
-    if learner.before is not None:
-        before, after = _align_by_index(learner.before, _gather_features(kept))
+            observe(session, state, task, projection, [])
+        kept = observe(session, state, task, None, readouts, keep) if readouts else []
+    if state.features_before is not None:
+        before, after = _align_by_index(state.features_before, _gather_features(kept))
         for readout in readouts:
-            readout.compensate(
-                readout.select_features(before, after.queries), readout.select_features(after.features, after.queries)
-            )
-        learner.before = None
+            old = readout.select_features(before, after.queries)
+            readout.compensate(old, readout.select_features(after.features, after.queries))
+        state.features_before = None
 
 
 def fit_readout(readout: Readout) -> dict[str, Any]:
@@ -69,45 +67,50 @@ def fit_readout(readout: Readout) -> dict[str, Any]:
 
 @torch.no_grad()
 def observe(
-    learner: Learner, task: Task, projection: Projection | None, readouts: list[Readout], keep: bool = False
+    session: Session,
+    state: TrainState,
+    task: Task,
+    projection: Projection | None,
+    readouts: Sequence[Readout],
+    keep: bool = False,
 ) -> list[FeatureBatch]:
     """Show the images of a task to a projection, to readouts, or to both in one pass.
 
     Collective: every process must call it.
 
     Returns:
-        The batches of this process, if the caller wants to `keep` them.
+        The features of this process's images, batch by batch, if `keep`.
 
     Raises:
-        ValueError: If a process has no image to look at: none is readable, or they are fewer than processes.
+        ValueError: If a process has no image to observe: none is readable, or they are fewer than processes.
     """
-    method, fabric, config = learner.method, learner.fabric, learner.config
-    collect = (projection.observation if projection else None) or ObservationSpec()
-    viewed = learner.viewed(collect.view, "observed", task)
+    fabric, evaluator = session.fabric, session.evaluator
+    spec = (projection.observation if projection else None) or ObservationSpec()
+    split = session.transformed(spec.view, "observed", task)
+    batch_size = (session.micro_batch_size or session.config.eval_batch_size) * fabric.world_size
     kept: list[FeatureBatch] = []
-    for number in itertools.count() if collect.repeat else range(1):
-        plan = sequential_batches(task.train, (learner.part or config.eval_batch_size) * fabric.world_size, number)
-        seen = 0
-        stream = batches(viewed, plan, learner.evaluation.loader_options)
-        for batch in track(learner.progress, stream, len(plan), f"{learner.scenario.describe(task)}, looking at it"):
+    for epoch in itertools.count() if spec.repeat else range(1):
+        plan, num_images = sequential_batches(task.train, batch_size, epoch), 0
+        stream = batches(split, plan, evaluator.loader_options)
+        for batch in track(session.progress, stream, len(plan), f"{session.scenario.describe(task)}, looking at it"):
             if len(batch.indices):
-                seen += len(batch.indices)
+                num_images += len(batch.indices)
                 images, labels, indices = batch.to(fabric.device)
-                with fabric.autocast():
-                    query = learner.evaluation.query(method, images) if projection or readouts else None
-                    rows = method.activations(images, query) if projection else {}
-                    features = method.features(images, query).float() if readouts or keep else None
-                for space, met in rows.items():
-                    assert projection is not None
-                    projection.observe(space, met)
-                for readout in readouts:
-                    assert features is not None
-                    readout.observe(readout.select_features(features, query), labels)
-                if keep and features is not None:
-                    kept.append(FeatureBatch(indices, features.cpu(), None if query is None else query.cpu()))
-            if collect.repeat and projection and projection.has_enough():
+                query = evaluator.query(state.method, images) if projection or readouts else None
+                if projection:
+                    with fabric.autocast():
+                        activations = state.method.activations(images, query)
+                    for space, inputs in activations.items():
+                        projection.observe(space, inputs)
+                if readouts or keep:
+                    features = evaluator.features(state.method, images, indices, query)
+                    for readout in readouts:
+                        readout.observe(readout.select_features(features.features, query), labels)
+                    if keep:
+                        kept.append(features.cpu())
+            if spec.repeat and projection and projection.has_enough():
                 return kept
-        _check_seen(all_gather_object(seen), task)
+        _check_seen(all_gather_object(num_images), task)
     return kept
 
 
@@ -137,14 +140,16 @@ def _gather_features(kept: list[FeatureBatch]) -> FeatureBatch:
 
 def _align_by_index(before: dict[str, Tensor], after: FeatureBatch) -> tuple[Tensor, FeatureBatch]:
     """Return features `(n, D)` before, and all that is known after, of the images that could be read both times."""
-    was, now = (torch.isin(*pair) for pair in ((before["indices"], after.indices), (after.indices, before["indices"])))
-    if not bool(was.any()):
+    common_before = torch.isin(before["indices"], after.indices)
+    common_after = torch.isin(after.indices, before["indices"])
+    if not bool(common_before.any()):
         raise ValueError("expected images of this task that can be read before and after its training, got none")
-    queries = None if after.queries is None else after.queries[now]
-    return before["features"][was], FeatureBatch(after.indices[now], after.features[now], queries)
+    queries = None if after.queries is None else after.queries[common_after]
+    features = FeatureBatch(after.indices[common_after], after.features[common_after], queries)
+    return before["features"][common_before], features
 
 
-def _observes_at(learner: Learner, when: str) -> bool:
-    """Return whether the projection wants to see the images of a task before, or after, it is trained."""
-    collect = learner.projection.observation
-    return collect is not None and collect.when == when and bool(learner.projection.protected)
+def _observes_at(projection: Projection, when: str) -> bool:
+    """Return whether `projection` observes the images of a task `before`, or `after`, its training."""
+    spec = projection.observation
+    return spec is not None and spec.when == when and bool(projection.protected)

@@ -14,82 +14,87 @@ from pgp.scenario import Task
 from pgp.system import platforms
 from pgp.system.signals import Interrupted, describe, handled_by
 from pgp.system.storage import RunError
-from pgp.training.session import Learner
+from pgp.training.session import Session
+from pgp.training.state import TrainState
 
 
 @contextlib.contextmanager
-def stoppable(learner: Learner, run: Run) -> Iterator[None]:
-    """Within the block, `learner.stop` takes the first signal; whatever ends training for a signal says how to go on.
+def stoppable(session: Session) -> Iterator[None]:
+    """Let `session.stop` take the first signal within the block; the error that ends training says how to go on.
 
     Raises:
         Interrupted: If a second signal comes, or what else the first one reached cannot go on.
     """
-    with handled_by(learner.stop):
+    with handled_by(session.stop):
         try:
             yield
         except Interrupted as error:
-            raise error if error.message else _lost(run, error.number) from None
+            raise error if error.message else _lost(session.run, error.number) from None
         except KeyboardInterrupt:
-            raise _lost(run, signal.SIGINT) from None
+            raise _lost(session.run, signal.SIGINT) from None
         except RuntimeError as error:
-            if learner.stop.number is None or isinstance(error, RunError):
+            if session.stop.number is None or isinstance(error, RunError):
                 raise
-            raise _lost(run, learner.stop.number) from error  # processes beside this one ended by the same signal
+            raise _lost(session.run, session.stop.number) from error  # other processes ended by the same signal
 
 
-def is_asked_to_stop(learner: Learner, *, together: bool) -> bool:
-    """Return whether a signal asked any process of the run to stop. Collective, if `together`.
+def is_asked_to_stop(session: Session, *, together: bool) -> bool:
+    """Return whether a signal asked any process of the run to stop.
+
+    Collective, if `together`: every process must call it.
 
     Args:
-        learner: The run.
-        together: Whether all processes ask at this step. Several processes agree only there, for it makes them wait
-            for each other.
+        session: The session.
+        together: Whether all processes ask at this step. Several processes agree only then, because it makes them
+            wait for each other.
     """
-    asked = learner.stop.number is not None
-    if learner.fabric.world_size == 1:
+    asked = session.stop.number is not None
+    if session.fabric.world_size == 1:
         return asked
     if not together:
         return False
-    total = learner.fabric.all_reduce(torch.tensor(float(asked)), reduce_op="sum")
+    total = session.fabric.all_reduce(torch.tensor(float(asked)), reduce_op="sum")
     assert isinstance(total, Tensor)
     return bool(total > 0)
 
 
-def stop_within(learner: Learner, task: Task, run: Run) -> None:
-    """Save where training stands inside a task, unless the projection forbids it, and end.
+def stop_within(session: Session, state: TrainState, task: Task) -> None:
+    """Save inside a task, unless the projection forbids it, and end.
 
     Raises:
         Interrupted: Always.
     """
-    title = learner.scenario.describe(task)
-    collect = learner.projection.observation
-    if learner.step == 0:
-        told = f"nothing of {title} is learned yet"
-    elif collect and collect.when == "before":
-        told = f"this projection cannot be saved inside a task, so that {title} begins anew"
+    title = session.scenario.describe(task)
+    observation = state.projection.observation
+    if state.step == 0:
+        outcome = f"nothing of {title} is learned yet"
+    elif observation and observation.when == "before":
+        outcome = f"this projection cannot be saved inside a task, so that {title} begins anew"
     else:
-        learner.save(run)
-        told = f"step {learner.step} of {title} is saved"
-    raise _agreed(learner, run, told)
+        session.save(state)
+        outcome = f"step {state.step} of {title} is saved"
+    raise _stopped(session, state, outcome)
 
 
-def stop_after(learner: Learner, task: Task, run: Run) -> None:
+def stop_after(session: Session, state: TrainState, task: Task) -> None:
     """End after a task, which is saved.
 
     Raises:
         Interrupted: Always.
     """
-    raise _agreed(learner, run, f"{learner.scenario.describe(task)} is saved")
+    raise _stopped(session, state, f"{session.scenario.describe(task)} is saved")
 
 
-def _agreed(learner: Learner, run: Run, told: str) -> Interrupted:
-    number = learner.stop.number or signal.SIGTERM  # another process was asked
-    finished = learner.task == len(learner.scenario)
-    left = f"the run at {run.folder} is finished" if finished else _how_to_go_on(run)
-    return Interrupted(number, f"{describe(number)}: {told}; {left}", agreed=True)
+def _stopped(session: Session, state: TrainState, outcome: str) -> Interrupted:
+    """Return the error of a run that all processes agreed to stop."""
+    number = session.stop.number or signal.SIGTERM  # another process was asked
+    folder = session.run.folder
+    next_step = _how_to_go_on(session.run) if session.remaining(state) else f"the run at {folder} is finished"
+    return Interrupted(number, f"{describe(number)}: {outcome}; {next_step}", agreed=True)
 
 
 def _lost(run: Run, number: int) -> Interrupted:
+    """Return the error of a run that stopped at once."""
     last = run.latest_checkpoint()
     since = f"what was learned since {run.checkpoints.folder / last} is lost" if last else "nothing is saved yet"
     return Interrupted(number, f"{describe(number)}: {since}; {_how_to_go_on(run)}")

@@ -1,0 +1,158 @@
+"""Exactly what a checkpoint holds: what has learned, what it has measured, and how far it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgp.analysis.drift import DriftMeter
+from pgp.evaluation import metrics
+from pgp.evaluation.accuracy import FeatureBatch, TaskAccuracies
+from pgp.evaluation.online import OnlineAccuracy
+from pgp.methods.base import Method
+from pgp.projections.base import Projection
+from pgp.readouts.base import Readout
+from pgp.runs.run import Run
+from pgp.scenario import Task
+from pgp.subspace import float64_device
+
+
+class TrainState:
+    """What learns and how far it has come; its `state_dict` is a checkpoint.
+
+    Only `pgp.training` assigns to its members.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        projection: Projection,
+        readouts: Sequence[Readout],
+        *,
+        fingerprint: str,
+        num_tasks: int,
+        device: torch.device,
+        meter: DriftMeter | None = None,
+        online: OnlineAccuracy | None = None,
+    ) -> None:
+        """Begin with no task learned.
+
+        Args:
+            method: What learns.
+            projection: What keeps its steps orthogonal to old tasks.
+            readouts: How features become logits at test.
+            fingerprint: Hash of the frozen encoder's weights. A checkpoint of another encoder is refused.
+            num_tasks: Number of tasks of the run, T.
+            device: Where the method computes.
+            meter: What measures drift, if anything does.
+            online: What counts predictions before training, in an online run.
+        """
+        self.method, self.projection, self.readouts = method, projection, list(readouts)
+        self.meter, self.online = meter, online
+        self.fingerprint, self.num_tasks, self.device = fingerprint, num_tasks, device
+        self.matrices: dict[str, Tensor] = {}
+        """Accuracy matrices `(T, T)` by column."""
+        self.within_task: dict[str, Tensor] = {}
+        """Matrices like `matrices`, of the accuracy among the classes of an image's own task."""
+        self.task, self.step = 0, 0
+        """Where learning goes on: this many tasks are finished, and this many steps of the next are done."""
+        self.optimizer: Any = None
+        """The current task's, while it is being trained."""
+        self.optimizer_state: dict[str, Any] | None = None
+        """State of the optimizer, if a checkpoint was made inside a task."""
+        self.features_before: dict[str, Tensor] | None = None
+        """`indices` and `features` of the current task's images before its training, if a readout needs them."""
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether any parameter learns."""
+        return any(parameter.requires_grad for parameter in self.method.parameters())
+
+    def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Load what a checkpoint inside the current task knew of the optimizer, if it was made there."""
+        if self.optimizer_state:
+            optimizer.load_state_dict(self.optimizer_state)
+            self.optimizer_state = None
+
+    def start_training(self, optimizer: Any) -> None:
+        """Save `optimizer`, as Fabric returned it, with every checkpoint inside the current task."""
+        self.optimizer = optimizer
+
+    def count_step(self) -> None:
+        """Count one step of the current task."""
+        self.step += 1
+
+    def finish_training(self) -> None:
+        """Forget the optimizer and the steps of a task whose training has ended."""
+        self.step, self.optimizer = 0, None
+
+    def keep_features(self, batch: FeatureBatch) -> None:
+        """Keep the features of the current task's images until its training has changed them."""
+        self.features_before = {"indices": batch.indices, "features": batch.features}
+
+    def finish_task(self, task: Task, row: TaskAccuracies) -> None:
+        """Count `task` as finished, with the accuracies of all tasks up to it."""
+        metrics.write_row(self.matrices, row.accuracy, task.index, self.num_tasks)
+        metrics.write_row(self.within_task, row.within_task, task.index, self.num_tasks)
+        self.task = task.index + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all of it as a tree of tensors, numbers and texts."""
+        state = {
+            "backbone": self.fingerprint,
+            "task": self.task,
+            "step": self.step,
+            "method": self.method.trainable_state_dict(),
+            "projection": self.projection.state_dict(),
+            "readouts": {readout.name: readout.state_dict() for readout in self.readouts},
+            "matrices": self.matrices,
+            "within": self.within_task,
+            "optimizer": self.optimizer.state_dict() if self.step else None,
+        }
+        if self.features_before is not None:
+            state["before"] = self.features_before
+        if self.meter:
+            state["drift"] = self.meter.state_dict()
+        if self.online:
+            state["stream"] = self.online.state_dict()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore a `state_dict`, which may be of fewer tasks, the first ones.
+
+        Raises:
+            ValueError: If something is missing, or does not fit this run.
+            RunError: If it was learned on another encoder.
+        """
+        if missing := self.state_dict().keys() - state.keys():
+            raise ValueError(f"expected {sorted(missing)} in it")
+        Run.check_encoder(state["backbone"], self.fingerprint)
+        task, step = state["task"], state["step"]
+        if not (type(task) is type(step) is int and 0 <= task <= self.num_tasks and step >= 0):
+            raise ValueError(f"expected up to {self.num_tasks} finished tasks and a step of the next, got {task!r} and"
+                             f" {step!r}")  # fmt: skip
+        self.task, self.step = task, step
+        self.matrices = self._padded(state["matrices"])
+        self.within_task = self._padded(state["within"])
+        self.method.load_trainable_state_dict(state["method"])
+        self.projection.load_state_dict(state["projection"])
+        device = float64_device(self.device)
+        for readout in self.readouts:
+            tensors = state["readouts"][readout.name]
+            readout.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()})
+        if self.meter:
+            self.meter.load_state_dict(state["drift"])
+        if self.online:
+            self.online.load_state_dict(state["stream"])
+        self.optimizer_state, self.features_before = state["optimizer"], state.get("before")
+
+    def non_finite(self) -> list[str]:
+        """Return the names of learned tensors that have values which are not finite."""
+        return [name for name, value in self.method.trainable_state_dict().items() if not bool(value.isfinite().all())]
+
+    def _padded(self, matrices: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the matrices with NaN for tasks that were added since."""
+        return {column: metrics.pad_matrix(matrix, self.num_tasks) for column, matrix in matrices.items()}
