@@ -117,6 +117,13 @@ def tiny_recipes(monkeypatch, tmp_path):
     Image.new("RGB", (40, 40)).save(tmp_path / "photo.jpg")
 
 
+def expanded(word):
+    """What a shell makes of a word."""
+    if "*" not in word:
+        return [word]
+    return sorted(str(path) for path in Path().glob(word) if not path.name.startswith("."))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUN_PAGES)
 def test_every_command_of_a_page_runs(name, tiny_recipes, capsys):
@@ -124,9 +131,7 @@ def test_every_command_of_a_page_runs(name, tiny_recipes, capsys):
     found = [words for words in (shlex.split(line, comments=True) for line in lines(page)) if words[0] == "pgp"]
     assert len(found) == RUN_PAGES[name]
     for words in found:
-        words = [
-            part for word in words[1:] for part in (sorted(map(str, Path().glob(word))) if "*" in word else [word])
-        ]
+        words = [part for word in words[1:] for part in expanded(word)]
         if words[:2] == ["train", "own"]:
             words += ["--readouts", "head"]  # LDA needs more than one picture of a class
         if "sweep" in words:
