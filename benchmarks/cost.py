@@ -254,7 +254,10 @@ def remember(act: str, kind: str, precision: Precision, scale: Scale) -> float:
 
 
 def peak_of_this_process() -> float:
-    """Return the peak resident memory in GB. (`getrusage` would report the parent's peak where that was higher.)"""
+    """Return the peak resident memory in GB.
+
+    `getrusage` would report the parent's peak if that was higher.
+    """
     status = Path("/proc/self/status")
     if not status.is_file():
         sys.exit("expected Linux, which reports the peak memory of a process in /proc/self/status; leave --memory out")

@@ -37,7 +37,7 @@ import rehearsal
 from pgp.backbones.vit import ViT
 from pgp.config import Config, Optimizer
 from pgp.datasets.folder import Folder
-from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
+from pgp.datasets.loader import LoaderOptions, batches, sequential_batches
 from pgp.datasets.transforms import Transforms
 from pgp.evaluation import metrics
 from pgp.methods.base import Method
@@ -49,6 +49,7 @@ from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.released import ReleasedBasis
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA, NCM
+from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.environment import describe_environment
 from pgp.runs.run import Run
 from pgp.scenario import Task
@@ -179,18 +180,18 @@ def drift(run: Run) -> float:
     """
     session = Session(Fabric(accelerator="cpu", devices=1), run.config, Progress(disable=True))
     state = session.new_state()
-    viewed = TransformedSplit(session.data.test, run.config.transforms.test(), 0, ("test",), skip_bad=False)
+    split = session.evaluator.test_split()
     tasks = session.scenario.tasks[:-1]
 
-    def features(task: Task, checkpoint: str) -> torch.Tensor:
+    def features(task: Task, checkpoint: CheckpointName) -> torch.Tensor:
         state.load_state_dict(run.load(checkpoint))
-        (batch,) = batches(viewed, sequential_batches(task.test, len(task.test)), LoaderOptions())
+        (batch,) = batches(split, sequential_batches(task.test, len(task.test)), LoaderOptions())
         return state.method.features(batch.images)
 
     if not tasks:
         return 0.0
-    final = f"task-{len(tasks) + 1:02d}"
-    pairs = [(features(task, f"task-{task.index + 1:02d}"), features(task, final)) for task in tasks]
+    final = CheckpointName(len(tasks) + 1)
+    pairs = [(features(task, CheckpointName(task.index + 1)), features(task, final)) for task in tasks]
     return statistics.mean(float((after - before).norm() / before.norm()) for before, after in pairs)
 
 

@@ -1,5 +1,6 @@
-"""Build the wheel, unpack it as an installer does, and import every module of it, without the source tree or its
-extras.
+"""Build the wheel, unpack it as an installer does, and import every module of it.
+
+Neither the source tree nor the extras are there.
 
 python scripts/check_wheel.py           # needs the packages build and setuptools
 python scripts/check_wheel.py --tiny    # prove the check itself on a wheel of one module, without building

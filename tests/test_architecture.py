@@ -165,3 +165,28 @@ def test_text_files_are_opened_with_their_encoding():
             if call.func.attr == "open" and (not call.args or set("".join(map(str, modes))) & set("rwa")):
                 binary = any("b" in str(mode) for mode in modes) or of in {"member", "Image", "Run", "os"}
                 assert named or binary, f"{path}:{call.lineno}"
+
+
+def test_only_training_assigns_to_session_and_state():
+    wrong = []
+    for path, tree in MODULES.items():
+        if room(path) == "training" or not any("pgp.training." in name for name in imports(tree)):
+            continue
+        for node in ast.walk(tree):
+            stores = isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+            if stores and ast.unparse(node.value) in ("session", "state"):
+                wrong.append(f"{path}:{node.lineno} {ast.unparse(node)}")
+    assert not wrong
+
+
+def test_what_a_checkpoint_holds_is_the_training_state():
+    """The names of a checkpoint are made in one place, and parsed there."""
+    for path, tree in MODULES.items():
+        strings = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and type(node.value) is str]
+        inside = path == SOURCE / "runs" / "checkpoint.py"
+        assert inside or not [text for text in strings if text == "task-" or text.startswith("task-0")], path
+
+
+def test_test_images_are_transformed_in_one_place():
+    places = [path for path in MODULES if '("test",)' in path.read_text()]
+    assert places == [SOURCE / "evaluation" / "accuracy.py"]

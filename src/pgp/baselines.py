@@ -15,12 +15,12 @@ from pgp.readouts.lda import LDA, NCM
 
 
 def unprojected(config: Config) -> Config:
-    """The recipe's prompts without projection, as --no-pgp."""
+    """Learn the recipe's prompts without projection, as --no-pgp."""
     return replace(config, projection=NoProjection.Config())
 
 
 def random(config: Config) -> Config:
-    """The recipe's prompts kept out of random directions, as many as its projection would protect.
+    """Project the recipe's updates out of random directions, as many as its projection would protect.
 
     Of a projection other than `orthogonal`, no ranks are known: as many as `orthogonal` would protect by its defaults.
     """
@@ -30,12 +30,12 @@ def random(config: Config) -> Config:
 
 
 def reduced_lr(config: Config) -> Config:
-    """The recipe's prompts at a tenth of the learning rate after the first task, without projection."""
+    """Learn the recipe's prompts at a tenth of the learning rate after the first task, without projection."""
     return _later_prompt_lr_scale(config, 0.1)
 
 
 def frozen(config: Config) -> Config:
-    """The recipe's prompts as the first task leaves them, without projection; the head goes on."""
+    """Freeze the recipe's prompts after the first task, without projection; the head learns on."""
     return _later_prompt_lr_scale(config, 0.0)
 
 
@@ -44,17 +44,17 @@ def _later_prompt_lr_scale(config: Config, scale: float) -> Config:
 
 
 def linear_probe(config: Config) -> Config:
-    """No prompts: a linear head on frozen features, and LDA of them."""
+    """Learn a linear head on frozen features, and LDA of them, without prompts."""
     return replace(unprojected(config), method=HeadOnly.Config(), readouts=(MethodHead.Config(), LDA.Config()))
 
 
 def ncm(config: Config) -> Config:
-    """No prompts, and nothing learns: the nearest class mean of frozen features."""
+    """Classify frozen features by the nearest class mean; nothing is trained."""
     return replace(unprojected(config), method=HeadOnly.Config(learns=False), readouts=(NCM.Config(),))
 
 
 def joint(config: Config) -> Config:
-    """The recipe's prompts on the images of all tasks at once, without projection: the upper bound."""
+    """Learn the recipe's prompts on the images of all tasks at once, without projection: an upper bound."""
     return replace(unprojected(config), joint=True)
 
 
@@ -71,7 +71,10 @@ BASELINES: dict[str, Callable[[Config], Config]] = {
 
 
 def matching_baselines(config: Config) -> dict[str, Config]:
-    """By name, what `config` is compared with: baselines that differ; random directions where they can be counted."""
+    """Return by name what `config` is compared with.
+
+    A baseline that equals `config` is left out, and `random` if the number of its directions is unknown.
+    """
     counted = type(config.projection) is Orthogonal.Config
     made = {name: baseline(config) for name, baseline in BASELINES.items() if counted or name != "random"}
     return {name: other for name, other in made.items() if other != config}

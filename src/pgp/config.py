@@ -94,7 +94,7 @@ class Optimizer:
             group["lr"] = self.rate(step, steps, batch_size) * group["share"]
 
     def rate(self, step: int, steps: int, batch_size: int) -> float:
-        """Learning rate at `step` of `steps`."""
+        """Return the learning rate at `step` of `steps`."""
         full = self.lr * batch_size / 256
         return full if self.schedule == "constant" else full * (1 + math.cos(math.pi * step / steps)) / 2
 

@@ -76,7 +76,7 @@ class Predictor:
 
     @torch.no_grad()
     def probabilities(self, images: Sequence[Place | Tensor]) -> Tensor:
-        """`(B, len(classes))` in [0, 1], in the order of `classes`.
+        """Return the probability of each class `(B, len(classes))`, in the order of `classes`.
 
         Args:
             images: paths of image files, or images `(3, H, W)` uint8.
@@ -101,7 +101,7 @@ class Predictor:
         return logits.softmax(-1).cpu()
 
     def __call__(self, images: Sequence[Place | Tensor], top: int = 1) -> list[Prediction]:
-        """The `top` likeliest classes of each image; see `probabilities`."""
+        """Return the `top` most probable classes of each image; see `probabilities`."""
         if top < 1:
             raise ValueError(f"expected top of at least 1, got {top}")
         found = self.probabilities(images).topk(min(top, len(self.classes)), dim=-1)
@@ -113,7 +113,7 @@ class Predictor:
     def predict_paths(
         self, paths: Sequence[Place], top: int = 1, batch_size: int = 32
     ) -> Iterator[tuple[Path, Prediction | BadImageError]]:
-        """Each path in turn with what is on it, or with why it cannot be read."""
+        """Yield each path with its prediction, or with the error if it cannot be read."""
         if isinstance(paths, str | os.PathLike):
             raise TypeError(f"expected a list of paths, got one: [{str(paths)!r}] would be a list")
         if batch_size < 1:
@@ -155,7 +155,7 @@ def _device(name: str) -> torch.device:
 
 
 def images_in(places: Iterable[Place], told: list[Ignored] | None = None) -> list[Path]:
-    """The files among `places`, and all images in the folders among them at any depth, alphabetically; each path once.
+    """Return the files among `places`, and all images at any depth of the folders among them, each path once.
 
     Args:
         places: Files and folders.

@@ -89,8 +89,6 @@ BACKBONES: dict[str, Backbone.Config] = {
         arguments={"patch_size": 8, "embed_dim": 128, "depth": 6, "num_heads": 4},
     ),
 }
-
-
 CHOICES: dict[str, dict[str, Any]] = {
     "method": METHODS,
     "projection": PROJECTIONS,
@@ -102,7 +100,7 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 
 def published_basis(method: Method.Config) -> ReleasedBasis.Config:
-    """The published code's basis with the constants that it has for `method`."""
+    """Return the published code's projection with the constants that it has for `method`."""
     if isinstance(method, DualPrompt.Config):
         return ReleasedBasis.Config(components=50, when="after")
     if isinstance(method, CLIPPrompt.Config):
@@ -111,7 +109,7 @@ def published_basis(method: Method.Config) -> ReleasedBasis.Config:
 
 
 def demo() -> Config:
-    """Digits in 5 tasks of 2 classes by L2P-PGP, on a small encoder that pgp ships. Offline, minutes on a laptop."""
+    """Learn digits in 5 tasks of 2 classes by L2P-PGP, on a small encoder that pgp ships. Offline, minutes."""
     return Config(
         name="demo",
         dataset=Digits(),
@@ -165,7 +163,7 @@ def cub200_l2p_pgp() -> Config:
 
 
 def demo_dualprompt() -> Config:
-    """Digits in 5 tasks of 2 classes by DualPrompt-PGP, on a small encoder that pgp ships. Offline, minutes."""
+    """Learn digits in 5 tasks of 2 classes by DualPrompt-PGP, on a small encoder that pgp ships. Offline, minutes."""
     return replace(demo(), name="demo-dualprompt", method=DualPrompt.Config())
 
 
@@ -214,7 +212,7 @@ def cub200_dualprompt_pgp() -> Config:
 
 
 def with_deep_prompts(recipe: Config) -> Config:
-    """`recipe` by what docs/results.md found good: deep prompts, projected, read by statistics that move along."""
+    """Return `recipe` with the best configuration of docs/results.md: projected deep prompts, drift-compensated LDA."""
     return replace(
         recipe,
         method=VPT.Config(),
@@ -225,7 +223,7 @@ def with_deep_prompts(recipe: Config) -> Config:
 
 
 def demo_vpt() -> Config:
-    """Digits in 5 tasks of 2 classes by deep prompts under projection, on a small encoder that pgp ships. Offline."""
+    """Learn digits in 5 tasks of 2 classes by projected deep prompts, on a small encoder that pgp ships. Offline."""
     return replace(with_deep_prompts(demo()), name="demo-vpt")
 
 
@@ -235,7 +233,7 @@ def cifar100_10_vpt_pgp() -> Config:
 
 
 def demo_clip() -> Config:
-    """Digits in 5 tasks of 2 classes by CLIP-PGP, on a small CLIP that pgp ships. Offline, minutes on a laptop."""
+    """Learn digits in 5 tasks of 2 classes by CLIP-PGP, on a small CLIP that pgp ships. Offline, minutes."""
     return replace(
         demo(),
         name="demo-clip",
@@ -264,7 +262,7 @@ def cifar100_10_clip_pgp() -> Config:
 
 
 def own() -> Config:
-    """Your own images: pgp train own --data ./photos --tasks 5. Deep prompts projected, on ViT-B/16 (in21k)."""
+    """Learn your own images: pgp train own --data ./photos --tasks 5. Projected deep prompts, on ViT-B/16 (in21k)."""
     return with_deep_prompts(
         replace(
             cifar100_10_l2p_pgp(), name="own", dataset=Folder(), transforms=Transforms(scale=(0.4, 1.0)), tasks=None

@@ -8,7 +8,7 @@ import torch
 
 
 def make_generator(seed: int, *address: str | int) -> torch.Generator:
-    """A random generator for one purpose, named by its address, such as `(seed, "order", task, epoch)`.
+    """Return a random generator for one purpose, named by its address, such as `(seed, "order", task, epoch)`.
 
     Draws are addressed, not streamed: what one draw returns never depends on how many came before it, so a resumed run,
     another number of workers and another number of processes all see the same data.
@@ -21,7 +21,7 @@ def make_generator(seed: int, *address: str | int) -> torch.Generator:
 
 
 def derive_seed(seed: int, *address: str | int) -> int:
-    """A 63-bit seed for one address; see `generator`.
+    """Return a 63-bit seed for one address; see `make_generator`.
 
     >>> derive_seed(7, "init") == derive_seed(7, "init") != derive_seed(8, "init")
     True

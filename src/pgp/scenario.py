@@ -12,15 +12,9 @@ from torch import Tensor
 from pgp.rng import make_generator
 
 Setting = Literal["cil", "til", "dil", "oil"]
-
-
 """What a task brings, and what is known at test: `cil` new classes, nothing; `til` new classes, each image's task;
 `dil` the same classes in a new domain, nothing; `oil` new classes, nothing, and training sees each image once."""
-
-
 Groups = Sequence[tuple[str, Sequence[int]]]
-
-
 """What each task is called ("" for nothing) and what it brings, in the order of learning."""
 
 
@@ -50,22 +44,22 @@ class Scenario:
         return len(self.tasks)
 
     def joint(self) -> Scenario:
-        """One task that holds all of these."""
+        """Return a scenario with one task that holds all of these."""
         classes = self.seen_classes(len(self) - 1)
         train, test = (torch.cat([getattr(task, part) for task in self.tasks]) for part in ("train", "test"))
         return Scenario((Task(0, classes, train, test),))
 
     def seen_classes(self, t: int) -> tuple[int, ...]:
-        """Labels of tasks 0 to t, each once, in the order of their learning."""
+        """Return the labels of tasks 0 to t, each once, in the order of their learning."""
         return tuple(dict.fromkeys(label for task in self.tasks[: t + 1] for label in task.classes))
 
     def describe(self, task: Task) -> str:
-        """How a task is spoken of: `task 2 of 5 (birds)`."""
+        """Return the name of a task for messages, such as `task 2 of 5 (birds)`."""
         return f"task {task.index + 1} of {len(self)}" + (f" ({task.name})" if task.name else "")
 
 
 def class_order(classes: int, seed: int | None) -> list[int]:
-    """Labels 0 to classes - 1 in natural order, or shuffled by `seed`.
+    """Return labels 0 to classes - 1 in natural order, or shuffled by `seed`.
 
     >>> class_order(4, seed=None)
     [0, 1, 2, 3]
@@ -79,7 +73,7 @@ def class_order(classes: int, seed: int | None) -> list[int]:
 
 
 def split_by_class(train_labels: Tensor, test_labels: Tensor, tasks: int, order: Sequence[int]) -> Scenario:
-    """A scenario in which each task brings new classes.
+    """Return a scenario in which each task brings new classes.
 
     Args:
         train_labels: label of every training image `(n,)`.
@@ -103,7 +97,7 @@ def split_by_class(train_labels: Tensor, test_labels: Tensor, tasks: int, order:
 
 
 def split_by_group(train_labels: Tensor, test_labels: Tensor, groups: Groups) -> Scenario:
-    """A scenario in which each task brings the classes that its group lists; sizes may differ.
+    """Return a scenario in which each task brings the classes that its group lists; sizes may differ.
 
     >>> labels = torch.tensor([0, 1, 2, 0, 1, 2])
     >>> scenario = split_by_group(labels, labels, [("birds", [2]), ("fish", [0, 1])])
@@ -119,7 +113,7 @@ def split_by_group(train_labels: Tensor, test_labels: Tensor, groups: Groups) ->
 
 
 def split_by_domain(train_labels: Tensor, train_domains: Tensor, test_domains: Tensor, groups: Groups) -> Scenario:
-    """A scenario in which each task brings the domains that its group lists, with all classes that they show.
+    """Return a scenario in which each task brings the domains that its group lists, with all classes in them.
 
     Args:
         train_labels: label of every training image `(n,)`; a task's classes are those of its training images.
@@ -141,7 +135,7 @@ def split_by_domain(train_labels: Tensor, train_domains: Tensor, test_domains: T
 
 
 def stratified_holdout(strata: Tensor, share: float, seed: int) -> Tensor:
-    """Which images are kept for the test, bool `(n,)`: `share` of each stratum, one image at least and never all.
+    """Return which images are held out for the test, bool `(n,)`: `share` of each stratum, at least one and never all.
 
     Args:
         strata: what each image is, `(n,)`, such as its label; at least 2 images of each.

@@ -38,22 +38,22 @@ class ProtectedParameter(NamedTuple):
 
 
 class ProtectedInputs(NamedTuple):
-    """What met a protected parameter for a batch of images: inputs `(B, ..., N, D)` and, where they sat beside prompts
-    in one sequence, those prompts as they entered it, `(B, ..., L, D)`.
-    """
+    """What entered a protected parameter for a batch of images."""
 
     inputs: Tensor
+    """Rows `(B, ..., N, D)`."""
     prompts: Tensor | None = None
+    """The prompts as they entered the sequence of the inputs, `(B, ..., L, D)`, if the parameter is a prompt there."""
     head_maps: Tensor | None = None
-    """Maps `(H, d, D)` that never change: where given, inputs `(B, H, N, d)` stand for the rows that each head makes of
-    them, which all meet one parameter. Their moment is streamed `d` wide, a head at a time, and mapped at the end."""
+    """Constant maps `(H, d, D)`. With them, inputs are `(B, H, N, d)`: head h enters the parameter as its inputs times
+    its map. The second moment is accumulated with width `d` for each head, and mapped at the end of the task."""
 
     @property
     def expanded(self) -> Tensor:
-        """The inputs as they meet the parameter, `(B, ..., N, D)`, where they are mapped those of all heads."""
-        return (
-            self.inputs if self.head_maps is None else (self.inputs.to(self.head_maps) @ self.head_maps).flatten(1, 2)
-        )
+        """The inputs with their maps applied, those of all heads together, `(B, ..., N, D)`."""
+        if self.head_maps is None:
+            return self.inputs
+        return (self.inputs.to(self.head_maps) @ self.head_maps).flatten(1, 2)  # (B, H * N, D)
 
     def sketch_shape(self, size: int) -> tuple[int, ...]:
         """Return the shape of the weights of one image in a `sketch`: `(K, N)`, or `(H, K, N)` for rows with maps."""
@@ -79,7 +79,7 @@ class ProtectedInputs(NamedTuple):
 
 
 def flatten_images(rows: Tensor) -> Tensor:
-    """Rows of all images together: `(B, ..., N, D)` -> `(..., B * N, D)`."""
+    """Join the rows of all images: `(B, ..., N, D)` -> `(..., B * N, D)`."""
     return torch.movedim(rows, 0, -3).flatten(-3, -2)
 
 
@@ -144,7 +144,7 @@ class SecondMoment:
 
 
 def second_moment_of_sums(inputs: SecondMoment, prompts: SecondMoment) -> Tensor:
-    """Second moment `(..., D, D)` of all sums x + p of an input row x and a prompt row p.
+    """Return the second moment `(..., D, D)` of all sums x + p of an input row x and a prompt row p.
 
     `C_x + C_p + m_x m_p^T + m_p m_x^T`, with second moments C and means m: no sum is ever formed, so it streams, and
     it has none of the sign ambiguity of adding two sets of principal components.
@@ -160,7 +160,7 @@ def second_moment_of_sums(inputs: SecondMoment, prompts: SecondMoment) -> Tensor
 
 
 def leading_basis(second: Tensor, energy: float) -> Tensor:
-    """Orthonormal columns `(..., D, r)`: the fewest leading directions that hold `energy` of the trace of `second`.
+    """Return the fewest leading directions that hold `energy` of the trace of `second`, as columns `(..., D, r)`.
 
     Args:
         second: symmetric positive semi-definite `(..., D, D)`.
@@ -177,7 +177,7 @@ def leading_basis(second: Tensor, energy: float) -> Tensor:
 
 
 def extend_basis(basis: Tensor, second: Tensor, energy: float) -> Tensor:
-    """`basis` and the fewest new directions with which it holds `energy` of the trace of `second`.
+    """Extend `basis` by the fewest directions with which it holds `energy` of the trace of `second`.
 
     The rule of GPM (Saha et al., ICLR 2021, section 4): remove from the second moment what the basis already holds, and
     add leading eigenvectors of the rest until the share is reached.
@@ -216,7 +216,7 @@ def extend_basis(basis: Tensor, second: Tensor, energy: float) -> Tensor:
 
 
 def project_out(tensor: Tensor, basis: Tensor) -> Tensor:
-    """`tensor - tensor U U^T` `(..., n, D)`: what is left of each row outside the span of `basis` `(..., D, r)`.
+    """Return `tensor - tensor U U^T` `(..., n, D)`: each row without its part in the span of `basis` `(..., D, r)`.
 
     >>> project_out(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
     tensor([[0., 4.]])
@@ -225,7 +225,7 @@ def project_out(tensor: Tensor, basis: Tensor) -> Tensor:
 
 
 def mean_rank(basis: Tensor) -> float:
-    """Mean number of columns over the leading axes; padding does not count.
+    """Return the mean number of columns over the leading axes; padding does not count.
 
     >>> mean_rank(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]]))
     1.5
@@ -234,7 +234,10 @@ def mean_rank(basis: Tensor) -> float:
 
 
 def _zeros_last(basis: Tensor) -> Tensor:
-    """Where ranks differ between leading axes, zero columns pad; keep them behind the others and drop common ones."""
+    """Move zero columns behind the others, and drop those that are zero on all leading axes.
+
+    Ranks may differ between leading axes; zero columns pad.
+    """
     if basis.dim() == 2 or basis.shape[-1] == 0:
         return basis
     empty = ~(basis != 0).any(-2)  # (..., r)

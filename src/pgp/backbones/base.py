@@ -48,7 +48,7 @@ class Backbone(nn.Module, abc.ABC):
 
         @abc.abstractmethod
         def build(self, size: int) -> Backbone:
-            """The backbone for images of `size` pixels a side."""
+            """Return the backbone for images of `size` pixels a side."""
 
         def with_absolute_paths(self) -> Backbone.Config:
             """Return the same with absolute paths of files; what a run records, for it may go on from elsewhere."""
@@ -56,23 +56,22 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tensor:
-        """Tokens of `images (B, 3, S, S)` as they enter the first block, `(B, N, D)`."""
+        """Return the tokens of `images (B, 3, S, S)` as they enter the first block, `(B, N, D)`."""
 
     @abc.abstractmethod
     def add_position(self, prompts: Tensor) -> Tensor:
-        """Prompts `(..., P, D)` that are to join the tokens before the first block, with the position embedding that
-        they are given.
-        """
+        """Add the position embedding of prompts to prompts `(..., P, D)` that enter before the first block."""
 
     @abc.abstractmethod
     def attention_norm(self, layer: int | None) -> Any:
-        """The norm before the attention of block `layer`; for None, the one before the first block, an identity where
-        there is none.
+        """Return the norm before the attention of block `layer`.
+
+        If `layer` is None, return the norm before the first block, an identity if there is none.
         """
 
     @abc.abstractmethod
     def key_weights(self, layer: int) -> Tensor:
-        """The weights `W_k (H, D/H, D)` of the keys of each head of block `layer`.
+        """Return the weights `W_k (H, D/H, D)` of the keys of each head of block `layer`.
 
         Raises:
             ValueError: for attention whose scores are not linear in its keys.
@@ -86,7 +85,7 @@ class Backbone(nn.Module, abc.ABC):
         prefixes: Mapping[int, Tensor] | None = None,
         num_tokens: int | None = None,
     ) -> Tensor:
-        """Final normalised tokens: CLS, then the prompts, the latest first, then the image's other tokens.
+        """Return the final normalised tokens: CLS, then the prompts, the latest first, then the image's other tokens.
 
         Args:
             images: `(B, 3, S, S)`.
@@ -106,35 +105,36 @@ class Backbone(nn.Module, abc.ABC):
         prompts: Mapping[int, Tensor] | None = None,
         prefixes: Mapping[int, Tensor] | None = None,
     ) -> dict[int, Trace]:
-        """What the blocks of `layers` see in a pass with these prompts and prefixes; nothing above them is computed."""
+        """Return what the blocks of `layers` compute in a pass with these prompts and prefixes. No later block runs."""
 
     @abc.abstractmethod
     def make_prefix(self, layer: int, tokens: Tensor) -> Tensor:
-        """Keys and values `(2, H, L, D/H)` that the attention of block `layer` makes of normed tokens `(L, D)`."""
+        """Return the keys and values `(2, H, L, D/H)` of block `layer` for normed tokens `(L, D)`."""
 
     def embed_prompts(self, prompts: Tensor) -> Tensor:
-        """Prompts `(..., P, D)` as they enter the first block."""
+        """Return prompts `(..., P, D)` as they enter the first block."""
         placed: Tensor = self.attention_norm(None)(self.add_position(prompts))
         return placed
 
     def apply_norm(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens `(..., L, D)` behind the norm before the attention of block `layer`, and the deviation `(..., L)` by
-        which it divides each.
-        """
+        """Return tokens `(..., L, D)` behind the norm of block `layer`, and the norm's divisors `(..., L)`."""
         norm = self.attention_norm(layer)
         tokens = tokens.to(norm.weight.dtype)
         return norm(tokens), norm_std(norm, tokens)
 
     def norm_scale(self, prompts: Tensor) -> Tensor:
-        """By how much the norms between prompts `(..., P, D)` and the attention of the first block divide each
-        altogether, `(..., P)`.
+        """Return the product of the divisors of all norms before the attention of the first block, `(..., P)`.
+
+        The prompts `(..., P, D)` are not embedded yet.
         """
         first = norm_std(self.attention_norm(None), self.add_position(prompts))
         return first * self.apply_norm(0, self.embed_prompts(prompts))[1]
 
     def affinity_maps(self, layer: int, *, moves: Literal["prompt", "token", "normed"]) -> Tensor:
-        """Maps `(H, D/H, D)` of what head h of block `layer` asks with, q, to the direction in which a token has to
-        move to change its score: `q W_k`, back through norms, whose deviations are taken for constants.
+        """Return the maps `(H, D/H, D)` from queries to the directions in which a token changes their attention scores.
+
+        For head h of block `layer` this is `q W_k`, pulled back through the norms, whose divisors are taken as
+        constants.
 
         Args:
             layer: number of the block.
@@ -148,7 +148,7 @@ class Backbone(nn.Module, abc.ABC):
         return pull_back(self.attention_norm(None), maps) if moves == "prompt" else maps
 
     def encode(self, images: Tensor) -> Tensor:
-        """Final CLS token of the plain pass, `(B, D)`: the query by which prompts are chosen."""
+        """Return the final CLS token of a pass without prompts, `(B, D)`: the query by which prompts are selected."""
         with torch.no_grad():
             tokens: Tensor = self(images, num_tokens=1)
             return tokens[:, 0]
@@ -196,30 +196,33 @@ class VisionLanguage(Backbone):
 
     @abc.abstractmethod
     def project(self, tokens: Tensor) -> Tensor:
-        """Image features `(..., E)` of final tokens `(..., D)`, of no particular length."""
+        """Return image features `(..., E)` of final tokens `(..., D)`, not normalised."""
 
     @abc.abstractmethod
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token numbers `(n, T)`: a start token, the text, an end token with the largest number, zeros."""
+        """Return token numbers `(n, T)`: a start token, the text, an end token with the largest number, zeros."""
 
     @abc.abstractmethod
     def embed_text(self, tokens: Tensor) -> Tensor:
-        """Embedded tokens `(n, T, W)`, without position embedding."""
+        """Return embedded tokens `(n, T, W)`, without position embedding."""
 
     @abc.abstractmethod
     def encode_text(self, embedded: Tensor, tokens: Tensor) -> Tensor:
-        """Text features `(n, E)` of embedded tokens, read where `tokens` end; of no particular length."""
+        """Return text features `(n, E)` of embedded tokens, read where `tokens` end, not normalised."""
 
 
 def check_image_size(images: Tensor, height: int, width: int) -> Tensor:
-    """`images`, which are `(B, 3, height, width)`, as the encoder expects them."""
+    """Return `images`, which must be `(B, 3, height, width)`.
+
+    Raises:     ValueError: If they are not.
+    """
     if images.dim() != 4 or images.shape[1:] != (3, height, width):
         raise ValueError(f"expected images (B, 3, {height}, {width}), got {tuple(images.shape)}")
     return images
 
 
 def insert_prompts(tokens: Tensor, prompts: Tensor | None) -> Tensor:
-    """Tokens `(B, N, D)` with prompts `(B, P, D)` behind CLS, `(B, N + P, D)`."""
+    """Insert prompts `(B, P, D)` behind CLS into tokens `(B, N, D)`, and return `(B, N + P, D)`."""
     if prompts is None:
         return tokens
     if prompts.dim() != 3 or prompts.shape[::2] != tokens.shape[::2]:
@@ -228,5 +231,5 @@ def insert_prompts(tokens: Tensor, prompts: Tensor | None) -> Tensor:
 
 
 def drop_prompts(rows: Tensor, count: int) -> Tensor:
-    """Of rows `(B, H, N + count, ...)` of tokens that `count` prompts have joined, those of the tokens."""
+    """Return the rows of the tokens, without those of the `count` prompts behind CLS, from `(B, H, N + count, ...)`."""
     return torch.cat([rows[:, :, :1], rows[:, :, 1 + count :]], dim=2) if count else rows

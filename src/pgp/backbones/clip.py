@@ -38,7 +38,7 @@ class CLIP(VisionLanguage):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
 
         def build(self, size: int) -> CLIP:
-            """The frozen encoders, for images of `size` pixels a side; position embeddings are resampled to fit."""
+            """Return the frozen encoders for images of `size` pixels a side, with resampled position embeddings."""
             return CLIP(_create(self, size))
 
         def with_absolute_paths(self) -> CLIP.Config:
@@ -71,7 +71,7 @@ class CLIP(VisionLanguage):
         return tokens
 
     def positioned(self, images: Tensor) -> Tensor:
-        """CLS and patches with their position embeddings, before the first norm, `(B, N, D)`."""
+        """Return CLS and patches with their position embeddings, before the first norm, `(B, N, D)`."""
         visual = self.model.visual
         patches = visual.conv1(check_image_size(images, *visual.image_size)).flatten(2).mT  # (B, N - 1, D)
         cls = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
@@ -79,7 +79,7 @@ class CLIP(VisionLanguage):
         return positioned
 
     def add_position(self, prompts: Tensor) -> Tensor:
-        """Prompts as they are, without position embedding, as in the published CLIP-PGP."""
+        """Return the prompts as they are, without position embedding, as in the published CLIP-PGP."""
         return prompts
 
     def attention_norm(self, layer: int | None) -> Any:
@@ -165,7 +165,7 @@ class CLIP(VisionLanguage):
 
 
 def _queries_and_keys(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of all heads of a block, `(B, H, N, D/H)` each."""
+    """Return the queries and the keys of all heads of a block, `(B, H, N, D/H)` each."""
     attn, D = _linear(block.attn), x.shape[-1]
     bias = attn.in_proj_bias
     both = F.linear(block.ln_1(x), attn.in_proj_weight[: 2 * D], None if bias is None else bias[: 2 * D])
@@ -174,7 +174,10 @@ def _queries_and_keys(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _linear(attn: Any) -> Any:
-    """`attn`, if its scores are plain products of queries and keys."""
+    """Return `attn`.
+
+    Raises:     ValueError: If its scores are not plain products of queries and keys.
+    """
     if getattr(attn, "scaled_cosine", False) or not isinstance(getattr(attn, "ln_k", nn.Identity()), nn.Identity):
         raise ValueError("expected a model that does not norm its keys for --method.protect affinity, got one that"
                          " does: choose another model, or --method.protect tokens")  # fmt: skip
@@ -182,7 +185,10 @@ def _linear(attn: Any) -> Any:
 
 
 def _plain(model: Any) -> Any:
-    """`model`, if its towers are what this file understands."""
+    """Return `model`.
+
+    Raises:     ValueError: If this file does not know its towers.
+    """
     visual: Any = getattr(model, "visual", None)
     text: Any = getattr(model, "text", model)
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
@@ -245,7 +251,7 @@ _VOCABULARY = 49408
 
 
 def _open_clip() -> Any:
-    """The library, which is an optional extra."""
+    """Import the library, which is an optional extra."""
     try:
         import open_clip
     except ImportError as error:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def norm_std(norm: Any, tokens: Tensor) -> Tensor:
-    """What `norm` divides each of `tokens (..., D)` by, `(...)`."""
+    """Return the divisor of `norm` for each of `tokens (..., D)`, `(...)`."""
     if isinstance(norm, nn.Identity):
         return torch.ones_like(tokens[..., 0])
     centred = isinstance(norm, nn.LayerNorm)
@@ -19,8 +19,7 @@ def norm_std(norm: Any, tokens: Tensor) -> Tensor:
 
 
 def pull_back(norm: Any, maps: Tensor) -> Tensor:
-    """Maps `(..., D)` from what comes out of `norm`, as maps from what goes in; the deviation that it divides by is
-    left out.
+    """Pull maps `(..., D)` from the output of `norm` back to its input, up to the divisor.
 
     Raises:
         ValueError: for a norm that is no LayerNorm.

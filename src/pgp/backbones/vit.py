@@ -42,7 +42,7 @@ class ViT(Backbone):
             object.__setattr__(self, "weights", os.fspath(self.weights))  # a path, too, is taken for its name
 
         def build(self, size: int) -> ViT:
-            """The frozen encoder for images of `size` pixels a side; position embeddings are resampled to fit."""
+            """Return the frozen encoder for images of `size` pixels a side, with resampled position embeddings."""
             return ViT(_create(self, size))
 
         def with_absolute_paths(self) -> ViT.Config:
@@ -61,7 +61,7 @@ class ViT(Backbone):
         self.heads = int(model.blocks[0].attn.num_heads)
 
     def patches(self, images: Tensor) -> Tensor:
-        """Patch tokens without position embedding or CLS, `(B, N', D)`."""
+        """Return patch tokens without position embedding and CLS, `(B, N', D)`."""
         tokens: Tensor = self.vit.patch_embed(check_image_size(images, *self.vit.patch_embed.img_size))
         return tokens
 
@@ -71,7 +71,7 @@ class ViT(Backbone):
         return tokens
 
     def add_position(self, prompts: Tensor) -> Tensor:
-        """Prompts with the position embedding of CLS, as in the published L2P."""
+        """Add the position embedding of CLS to prompts, as in the published L2P."""
         if self.vit.pos_embed is not None and not self.vit.no_embed_class:
             prompts = prompts + self.vit.pos_embed[0, :1]
         return prompts
@@ -144,12 +144,12 @@ class ViT(Backbone):
 
 
 def _block(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None) -> Tensor:
-    """A timm block for its first `read` tokens only, with a prefix in its attention where there is one."""
+    """Run a timm block for its first `num_tokens` tokens only, with a prefix in its attention if there is one."""
     return _attend(block, x[:, :num_tokens], *_heads(block, x, num_tokens, prefix))
 
 
 def _heads(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries `(B, H, read, D/H)` of the first `read` tokens; keys and values of the prefix and all tokens."""
+    """Return queries `(B, H, num_tokens, D/H)`, and keys and values of the prefix and all tokens."""
     attn, x = block.attn, block.norm1(x)
     D = attn.qkv.in_features
     weight, bias = attn.qkv.weight, attn.qkv.bias
@@ -168,7 +168,7 @@ def _heads(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None) -> tup
 
 
 def _keys_and_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values `(B, H, N, D/H)` of normed tokens `(B, N, D)`."""
+    """Return keys and values `(B, H, N, D/H)` of normed tokens `(B, N, D)`."""
     weight, bias, D = attn.qkv.weight, attn.qkv.bias, attn.qkv.in_features
     kv = F.linear(x, weight[D:], None if bias is None else bias[D:])
     k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, H, N, D/H)
@@ -176,7 +176,7 @@ def _keys_and_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _attend(block: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What a block makes of `x (B, read, D)` with these queries, keys and values, `(B, read, D)`."""
+    """Return the output of a block for `x (B, num_tokens, D)` with these queries, keys and values."""
     attn = block.attn
     heads = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)  # (B, H, read, D/H)
     x = x + block.ls1(attn.proj(heads.transpose(1, 2).flatten(2)))
@@ -185,13 +185,16 @@ def _attend(block: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _prompt_attention(attn: Any, q: Tensor, k: Tensor) -> Tensor:
-    """Attention weights `(B, H, N, L + N)`."""
+    """Return attention weights `(B, H, N, L + N)`."""
     scores: Tensor = q @ k.mT * attn.scale
     return scores.softmax(-1)
 
 
 def _plain(model: Any) -> Any:
-    """`model`, if it is a vision transformer that this file understands."""
+    """Return `model`.
+
+    Raises:     ValueError: If this file does not know its architecture.
+    """
     name = type(model).__name__
     if type(model) is not VisionTransformer:
         raise ValueError(f"expected a plain timm VisionTransformer, got {name}: choose a vit_*, deit_* or *dinov2* tag")

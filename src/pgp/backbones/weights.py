@@ -21,11 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _CONTAINERS = ("model", "state_dict", "teacher")
-
-
 """Keys under which published checkpoints hide their weights."""
-
-
 _STARTS = {
     b"version https://git-lfs": "a pointer of Git LFS: git lfs pull fetches the file itself",
     b"\x89PNG": "a picture (PNG)",
@@ -39,14 +35,8 @@ _STARTS = {
     b"\x1f\x8b": "a compressed file (gzip): unpack it",
     b"\x89HDF": "an HDF5 file: convert its weights to .safetensors",
 }
-
-
 """What files begin with that are given as weights by mistake."""
-
-
 _LARGEST_DESCRIPTION = 1 << 20
-
-
 """Bytes of the largest description of a model that is read."""
 
 
@@ -55,7 +45,7 @@ class WeightsError(ValueError):
 
 
 def packaged_weights(name: str) -> Path:
-    """The path of a file: `package:NAME` is one that pgp ships, any other name a path of the user's."""
+    """Return the path of a file: `package:NAME` is one that pgp ships, any other name a path of the user's."""
     if name.startswith("package:"):
         return Path(str(resources.files("pgp") / "weights" / name.removeprefix("package:")))
     return Path(name).expanduser()
@@ -67,7 +57,7 @@ def resolve_weights(name: str) -> str:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The float32 tensors of a checkpoint, by name.
+    """Return the float32 tensors of a checkpoint, by name.
 
     Raises:
         WeightsError: if there is none at `path`, or it holds code, is damaged or is something else.
@@ -95,7 +85,7 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> Any:
-    """The description of a model in a JSON file.
+    """Return the description of a model in a JSON file.
 
     Raises:
         WeightsError: if there is none at `path`, or it cannot be read.
@@ -146,7 +136,7 @@ def reading(path: Path, what: str = "checkpoint") -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error of a library says, in one line."""
+    """Return the first line of an error's message."""
     return str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__
 
 

@@ -32,7 +32,7 @@ assert set(SETTINGS) == set(get_args(Setting))
 
 
 def print_catalogue() -> RenderableType:
-    """All of it, ready to print."""
+    """Return the catalogue as text."""
     return Group(*_sections())
 
 
@@ -59,7 +59,7 @@ def _needs(config: Config) -> list[str]:
 
 
 def _encoder(backbone: Backbone.Config) -> str:
-    """Its name, and where its weights come from."""
+    """Return the name of an encoder, and where its weights come from."""
     model, weights = (str(getattr(backbone, name, "")) for name in ("model", "weights"))
     if weights.startswith("package:"):
         return f"{weights.removeprefix('package:')}, which pgp ships"
@@ -69,7 +69,7 @@ def _encoder(backbone: Backbone.Config) -> str:
 
 
 def _location(dataset: DatasetConfig) -> str:
-    """Where a data set is looked for, whether it is there, and what is fetched otherwise."""
+    """Return where a data set is looked for, whether it is there, and what would be downloaded."""
     if isinstance(dataset, HuggingFace):
         return "on the hub, or at the path that --dataset.name gives"
     if not dataset.search_paths:
@@ -96,7 +96,7 @@ def _indented(what: RenderableType) -> Padding:
 
 
 def _summary(thing: object) -> str:
-    """The first sentences of a docstring, up to a blank line or a list, on one line."""
+    """Return the first sentences of a docstring on one line, up to a blank line or a list."""
     paragraph = (inspect.getdoc(thing) or "").partition("\n\n")[0]
     return " ".join(paragraph.split())
 

@@ -14,8 +14,6 @@ from pgp.baselines import BASELINES
 from pgp.config import Config, Hardware
 
 Choice = tyro.conf.arg
-
-
 """Short for an argument whose name is not that of its field."""
 
 
@@ -134,10 +132,11 @@ class ReportCommand:
 
 @dataclass(frozen=True)
 class SweepCommand:
-    """Run a recipe at every point of a grid and, under the same budget and seeds, its controls; ends in a table of
-    paired differences, sweep.md, and a figure of accuracy against forgetting, sweep.png. The same call again goes on
-    where the last one stopped; more seeds or values let the sweep grow. All settings of pgp train RECIPE can be given,
-    too, for every run alike; there, --num-workers sets what loads images.
+    """Run a recipe at every point of a grid and, under the same budget and seeds, its controls.
+
+    It ends in a table of paired differences, sweep.md, and a figure of accuracy against forgetting, sweep.png. The same
+    call again continues where the last one stopped; more seeds or values let the sweep grow. All settings of pgp train
+    RECIPE can be given, too, for all runs; --num-workers sets the processes that load images.
     """
 
     over: tyro.conf.UseAppendAction[tuple[str, ...]] = ()

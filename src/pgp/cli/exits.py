@@ -21,13 +21,14 @@ from pgp.system import escaping, platforms, signals
 from pgp.system.storage import RunError
 
 LOST = re.compile("closed by peer|reset by peer|gloo|NCCL")
-
-
 """What errors of torch say where another process of a run ended."""
 
 
 def exit_status(work: Callable[[], None]) -> None:
-    """Do the work of a command; whatever ends it, ends in one line and with the status that `pgp --help` tells."""
+    """Do the work of a command, and end the process with the exit status that `pgp --help` lists.
+
+    An error is one line.
+    """
     _prepare_streams()
     try:
         with warnings.catch_warnings(), signals.handled_by(signals.end_at_once):
@@ -85,7 +86,7 @@ def _leave_quietly() -> NoReturn:
 
 
 def _explained(error: Exception) -> tuple[str, int]:
-    """What to tell a user of an error, and the status to end with."""
+    """Return the line for a user's error, and the exit status."""
     message = str(error) or type(error).__name__
     if isinstance(error, RuntimeError) and distributed.is_distributed() and LOST.search(message):
         return "another process of this run ended, which this one waited for: what it said stands above", 2

@@ -59,22 +59,14 @@ usage: pgp COMMAND ...
 Results go to standard output, bars and notes to standard error. The exit status is 0; 2 if something has to be put
 right, which one line names; 70 for a fault of pgp itself; 128 and the signal's number after Ctrl-C, SIGTERM or SIGHUP,
 such as 130; 141 if whatever reads the output went away. PGP_DEBUG=1 shows where in the code an error comes from."""
-
-
 PUBLISHED_USAGE = """\
 usage: python main.py RECIPE [--model NAME] [--output_dir DIR] [--data-path DIR] [--epochs N] [--seed N] [--no_pgp] ...
        python main.py RECIPE --eval
 
 The published command line: the flags that its printed commands use, and all of pgp train. python main.py RECIPE --help
 lists them."""
-
-
 HELP = {"-h", "--help"}
-
-
 PUBLISHED_OUTPUT = Path("output")
-
-
 """Where the published command line leaves its run."""
 
 
@@ -91,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def published_main(argv: Sequence[str] | None = None) -> None:
-    """`python main.py RECIPE …`: as `main`, with the words, the folder and the file names of the published code."""
+    """Run `python main.py RECIPE …`: as `main`, with the flags, the folder and the file names of the published code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in HELP:
         exit_status(lambda: show.show_lines(*PUBLISHED_USAGE.splitlines()))
@@ -104,7 +96,7 @@ def published_main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_command(words: list[str]) -> None:
-    """`pgp train …`."""
+    """Run `pgp train …`."""
     if any(word == "--resume" or word.startswith("--resume=") for word in words):
         asked = not HELP.isdisjoint(words)
         parse.check_resumable(words)
@@ -124,7 +116,7 @@ def train_command(words: list[str]) -> None:
 
 
 def _train_command(words: list[str], program: str) -> TrainCommand:
-    """As `parsing.train_command`, and says what a published flag means where it says less than it means."""
+    """Parse as `pgp.cli.parse.train_command`, and note what a published flag does not change."""
     command = parse.train_command(words, program)
     if note := published.explain_model_flag(words[1:], command.config):
         show.print_note(note)
@@ -132,7 +124,7 @@ def _train_command(words: list[str], program: str) -> TrainCommand:
 
 
 def _trained(command: TrainCommand) -> list[Run]:
-    """The finished run, and its twin or baselines."""
+    """Return the finished run, and its twin or baselines."""
     own = command.config if command.pgp else unprojected(command.config)
     configs = {type(own.projection).__module__.rpartition(".")[2]: own}  # by the folder's name, if there are several
     if command.twin:
@@ -153,7 +145,7 @@ def _trained(command: TrainCommand) -> list[Run]:
 
 
 def _published_train(words: list[str]) -> None:
-    """`python main.py RECIPE …`: trains into `--output_dir`, or into the next free folder beside it."""
+    """Run `python main.py RECIPE …`: train into `--output_dir`, or into a new folder beside it."""
     command = _train_command(words, "python main.py")
     folder = (command.output or PUBLISHED_OUTPUT).absolute()
     own = command.config if command.pgp else unprojected(command.config)
@@ -173,7 +165,7 @@ def _published_train(words: list[str]) -> None:
 
 
 def _published_eval(words: list[str]) -> None:
-    """`python main.py RECIPE --eval`: the newest run of the recipe in `--output_dir`, after each of its tasks."""
+    """Run `python main.py RECIPE --eval`: evaluate the newest run of the recipe in `--output_dir`, after each task."""
     command = _train_command(words, "python main.py")
     asked = command.config if command.pgp else unprojected(command.config)
     run, config = published.find_latest_run(asked, words[1:], (command.output or PUBLISHED_OUTPUT).absolute())
@@ -183,7 +175,7 @@ def _published_eval(words: list[str]) -> None:
 
 
 def eval_command(words: list[str]) -> None:
-    """`pgp eval RUN`."""
+    """Run `pgp eval RUN`."""
     command = parse.parse(EvalCommand, words, "pgp eval")
     run = Run.open(command.run)
     hardware = replace(run.config.hardware, accelerator="auto", devices=1)
@@ -200,7 +192,7 @@ def eval_command(words: list[str]) -> None:
 
 
 def audit_command(words: list[str]) -> None:
-    """`pgp audit RUN`."""
+    """Run `pgp audit RUN`."""
     command = parse.parse(AuditCommand, words, "pgp audit")
     if not command.batch_sizes or min(command.batch_sizes) < 1:
         raise ValueError(f"expected --batch-sizes of at least 1, got {command.batch_sizes}")
@@ -217,7 +209,7 @@ def audit_command(words: list[str]) -> None:
 
 
 def predict_command(words: list[str]) -> None:
-    """`pgp predict RUN image …`."""
+    """Run `pgp predict RUN image …`."""
     command = parse.parse(PredictCommand, words, "pgp predict")
     if not command.images:
         raise ValueError("expected image files or folders, got none: pgp predict RUN photo.jpg folder/")
@@ -247,7 +239,7 @@ def predict_command(words: list[str]) -> None:
 
 
 def report_command(words: list[str]) -> None:
-    """`pgp report RUN …`."""
+    """Run `pgp report RUN …`."""
     command = parse.parse(ReportCommand, words, "pgp report")
     if not command.runs:
         raise ValueError("expected run folders, got none: pgp report RUN …")
@@ -259,12 +251,12 @@ def report_command(words: list[str]) -> None:
 
 
 def _places(config: Config) -> list[Path]:
-    """Where all data of a run lie."""
+    """Return the paths of all data of a run."""
     return [place for data in (config.dataset, *config.added) for place in data.search_paths]
 
 
 def sweep_command(words: list[str]) -> None:
-    """`pgp sweep RECIPE …`."""
+    """Run `pgp sweep RECIPE …`."""
     first = [] if not words or words[0].startswith("-") else [words[0]]
     command, others = parse.parse_known(SweepCommand, words[len(first) :], "pgp sweep RECIPE")
     base = parse.parse_point([*first, *others])
@@ -288,7 +280,7 @@ def sweep_command(words: list[str]) -> None:
 
 
 def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[str]:
-    """What went wrong, a line for each run that failed; every other run is there when this returns."""
+    """Run all jobs, and return a line for each that failed."""
     left = [job for job in jobs if not sweep.finished_result(job)]
     if len(left) < len(jobs):
         show.print_note(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
@@ -306,14 +298,14 @@ def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[s
 
 
 def list_command(words: list[str]) -> None:
-    """`pgp list`."""
+    """Run `pgp list`."""
     if words:
         raise ValueError(f"pgp list takes no arguments, got {' '.join(words)}")
     show.show_rich(catalogue.print_catalogue())
 
 
 def data_command(words: list[str]) -> None:
-    """`pgp data get RECIPE …` and `pgp data check RECIPE …`; data flags are those of pgp train."""
+    """Run `pgp data get RECIPE …` or `pgp data check RECIPE …`; the data flags are those of pgp train."""
     actions: dict[str, Callable[[Config], None]] = {"get": _get, "check": _check}
     if not words or words[0].startswith("-"):
         raise ValueError("expected pgp data get RECIPE or pgp data check RECIPE")
@@ -331,7 +323,7 @@ def _get(config: Config) -> None:
 
 
 def _check(config: Config) -> None:
-    """Raises unless the data are whole and make the tasks that the recipe wants."""
+    """Check that the data are complete and make the tasks of the recipe."""
     config = resolve_paths(config)
     data = config.dataset.read()
     with show.progress() as bars:

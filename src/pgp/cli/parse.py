@@ -52,7 +52,7 @@ def _safe_complaints() -> Iterator[None]:
 
 
 def train_command(words: list[str], program: str) -> TrainCommand:
-    """What `RECIPE --flags` asks for."""
+    """Parse `RECIPE --flags`."""
     if not words or words[0].startswith("-"):
         raise ValueError(f"expected a recipe, one of {', '.join(recipes.RECIPES)}; or --resume RUN")
     recipe = lookup(recipes.RECIPES, words[0], "recipe", "pgp list")
@@ -78,7 +78,7 @@ def train_command(words: list[str], program: str) -> TrainCommand:
 
 
 def resume_defaults(words: list[str]) -> ResumeCommand:
-    """The run that `--resume` names, with its own settings."""
+    """Return the run that `--resume` names, with its own settings."""
     folders = flag_values(words, "--resume")
     if not folders:
         raise ValueError("expected a run folder behind --resume, such as runs/own-seed42")
@@ -99,7 +99,10 @@ def check_resumable(words: list[str]) -> None:
 
 
 def lookup(table: dict[str, Callable[..., Any]], name: str, what: str, where: str) -> Callable[..., Any]:
-    """What `table` holds under `name`; raises with the nearest name that it has, where it has none."""
+    """Return the entry of `table` for `name`.
+
+    Raises:     ValueError: If there is none; it suggests the nearest name.
+    """
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
         hint = f"perhaps you meant {near[0]!r}; " if near else ""
@@ -108,7 +111,10 @@ def lookup(table: dict[str, Callable[..., Any]], name: str, what: str, where: st
 
 
 def _choose_components(config: Config, words: list[str]) -> Config:
-    """`config` with the parts that flags like `--projection none` name, so that the flags of those parts are known."""
+    """Return `config` with the components that flags such as `--projection none` name.
+
+    Their own flags are known only after that.
+    """
     for name in flag_values(words, "--projection"):
         if name in ("slower", "reduced-lr", "frozen"):
             baseline = "frozen" if name == "frozen" else "reduced-lr"
@@ -131,7 +137,7 @@ def _choose_components(config: Config, words: list[str]) -> Config:
 
 
 def flag_values(words: list[str], wanted: str) -> list[str]:
-    """What stands behind `wanted`, as `--data a b` or `--data=a`."""
+    """Return the values of the flag `wanted`, given as `--data a b` or as `--data=a`."""
     out: list[str] = []
     taking = False
     for word in words:
@@ -146,7 +152,7 @@ def flag_values(words: list[str], wanted: str) -> list[str]:
 
 
 def parse_point(words: list[str]) -> Config:
-    """The configuration of one point of a grid."""
+    """Return the configuration of one point of a grid."""
     command = train_command(words, "pgp sweep")
     if command.twin or command.baselines or command.output or flag_values(words, "--seed"):
         raise ValueError("expected pgp sweep without --twin, --baselines and --seed: controls are there by default, and"
@@ -158,7 +164,7 @@ def parse_point(words: list[str]) -> Config:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The seeds that `--seeds` means: so many from 0, or a list.
+    """Return the seeds that `--seeds` names: a number of seeds from 0, or a list.
 
     >>> parse_seeds("3"), parse_seeds("3,7")
     ([0, 1, 2], [3, 7])
@@ -170,7 +176,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def parse_grid(over: Sequence[str]) -> list[dict[str, str]]:
-    """Every choice of one value for each `PATH=v1,v2,…`: values by path.
+    """Return every combination of one value for each `PATH=v1,v2,…`, as values by path.
 
     >>> parse_grid(["a=1,2", "b=x"])
     [{'a': '1', 'b': 'x'}, {'a': '2', 'b': 'x'}]
@@ -190,7 +196,7 @@ def parse_grid(over: Sequence[str]) -> list[dict[str, str]]:
 
 
 def to_flags(choice: Mapping[str, str]) -> list[str]:
-    """The flags of `pgp train` that make a choice; a true or false one is a switch."""
+    """Return the flags of `pgp train` for a combination of values."""
     words = []
     for path, value in choice.items():
         front, dot, last = path.rpartition(".")
@@ -200,7 +206,10 @@ def to_flags(choice: Mapping[str, str]) -> list[str]:
 
 
 def label_choices(choices: Sequence[Mapping[str, str]], configs: Sequence[Config], recipe: str) -> dict[str, Config]:
-    """Points by label: each setting by as much of its path as tells it apart, and its value; equal points once."""
+    """Return the points by label; equal points count once.
+
+    A label has the shortest unique path of each setting, and its value.
+    """
     paths = list(choices[0]) if choices else []
     short = {path: path.rpartition(".")[2] for path in paths}
     names = {path: last if list(short.values()).count(last) == 1 else path for path, last in short.items()}
@@ -213,7 +222,7 @@ def label_choices(choices: Sequence[Mapping[str, str]], configs: Sequence[Config
 
 
 def _value(config: Config, path: str, text: str) -> Any:
-    """What a path leads to, where that is a plain value: .9 and 0.90 are the same; else as it was written."""
+    """Return the value at a path of a configuration, if it is a plain one (.9 equals 0.90), else the text."""
     place: Any = config
     for part in path.split("."):
         place = place[int(part)] if part.isdecimal() else getattr(place, part, None)

@@ -36,11 +36,7 @@ RENAMED = {
     "num-workers": "workers",
     "output-dir": "output",
 }
-
-
 """Published flag, with hyphens: ours."""
-
-
 METHOD_FLAGS: dict[type, dict[str, str]] = {
     L2P.Config: {"size": "pool-size", "length": "length", "top-k": "top-k", "pull-constraint-coeff": "pull"},
     DualPrompt.Config: {
@@ -51,22 +47,14 @@ METHOD_FLAGS: dict[type, dict[str, str]] = {
     },
     CLIPPrompt.Config: {"length": "image-prompt"},
 }
-
-
 """By method: published flag, and what it sets of `--method`."""
-
-
 SWITCHES = {
     "pgp": ("--pgp", "--no-pgp"),
     "task-inc": ("--setting til", "--setting cil"),
     "shuffle": ("--shuffle", "--no-shuffle"),
     "pin-mem": ("--pin-memory", "--no-pin-memory"),
 }
-
-
 """Published flag: ours where it is true, and where it is false."""
-
-
 MODELS: dict[type, dict[str, tuple[str, ...]]] = {
     ViT.Config: {"vit_base_patch16_224": ("--backbone.model", "vit_base_patch16_224.orig_in21k")},
     CLIP.Config: {
@@ -74,13 +62,11 @@ MODELS: dict[type, dict[str, tuple[str, ...]]] = {
         "ViT-B/16": ("--backbone.model", "ViT-B-16-quickgelu", "--backbone.weights", "openai"),
     },
 }
-
-
 """By encoder: what a published `--model` means."""
 
 
 def translate_flags(words: Sequence[str], config: Config) -> list[str]:
-    """`words` with every published flag in ours; all else stays as it is.
+    """Return `words` with every published flag translated; all other words stay.
 
     Args:
         words: arguments behind the recipe's name.
@@ -110,7 +96,7 @@ def translate_flags(words: Sequence[str], config: Config) -> list[str]:
 
 
 def explain_model_flag(words: Sequence[str], config: Config) -> str | None:
-    """What `--model` among `words` means, where it says less than it means."""
+    """Return a sentence on what `--model` among `words` does not set, if that is so."""
     for _, name, value in _pairs(words):
         if name == "model" and value in MODELS.get(type(config.backbone), {}):
             return f"--model {value} is {' '.join(_model(value, config)[1::2])}, the published weights"
@@ -118,7 +104,7 @@ def explain_model_flag(words: Sequence[str], config: Config) -> str | None:
 
 
 def find_latest_run(asked: Config, words: Sequence[str], folder: Path) -> tuple[Run, Config]:
-    """The run of a recipe that was written last, of those that all flags given fit, and how to evaluate it.
+    """Return the newest run of a recipe that fits all flags given, and how to evaluate it.
 
     Args:
         asked: the recipe's configuration under all flags.
@@ -171,14 +157,14 @@ def _runs_of(recipe: str, folders: Iterable[Path]) -> tuple[list[Run], list[RunE
 
 
 def _other(asked: Config, trained: Config, given: set[str]) -> list[str]:
-    """The flags among `given` that ask for another training than `trained`."""
+    """Return the flags among `given` that ask for another training than `trained`."""
     free = {"eval-batch-size", "legacy-eval", "dataset.root"}
     names = {"projection" if name in ("pgp", "no-pgp") else name for name in given - free}
     return sorted(name for name in names if _lookup_path(asked, name) != _lookup_path(trained, name))
 
 
 def _lookup_path(config: Config, name: str) -> Any:
-    """The setting that a flag is about, such as `optimizer.lr`; None for flags that are about none."""
+    """Return the path of the setting that a flag changes, such as `optimizer.lr`, or None."""
     place: Any = config
     for part in name.replace("-", "_").split("."):
         place = place[int(part)] if part.isdecimal() else getattr(place, part, None)
@@ -202,7 +188,7 @@ def export_checkpoints(run: Run) -> list[Path]:
 
 
 def _pairs(words: Sequence[str]) -> Iterator[tuple[list[str], str, str | None]]:
-    """Word by word: what stands there, its flag without hyphens in front, and the one value behind that, or None.
+    """Yield for each word the word, its flag without hyphens, and the one value behind it, or None.
 
     A word that is no flag and no such value has the flag "".
     """

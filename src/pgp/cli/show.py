@@ -36,20 +36,10 @@ from pgp.system.storage import RunError
 from pgp.training.tasks import single_class_warning
 
 NARROW = 80
-
-
 """Columns of a terminal in which results have to be readable."""
-
-
 UNLIMITED = 100_000
-
-
 """Columns of what is no terminal: nothing is wrapped there."""
-
-
 GAP = 2
-
-
 """Columns between two columns of a table."""
 
 
@@ -62,7 +52,7 @@ class _Errors(Console):
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether a standard stream is there, and a terminal."""
+    """Return whether a standard stream exists and is a terminal."""
     return stream is not None and stream.isatty()
 
 
@@ -93,7 +83,7 @@ def show_rich(renderable: RenderableType) -> None:
 
 
 def _console() -> Console:
-    """Standard output as rich sees it."""
+    """Return rich's console for standard output."""
     width = None if is_terminal(sys.stdout) else UNLIMITED
     return Console(width=width, markup=False, emoji=False, highlight=False)
 
@@ -179,7 +169,7 @@ def show_report(runs: Sequence[Run], folder: Path | None = None) -> None:
 
 
 def follow_results(outcomes: sweep.Results, total: int) -> list[str]:
-    """A line for each of `total` runs that failed; one is printed for each run that ends, under a bar over all."""
+    """Print a line for each run that ends, under a bar over all, and return a line for each that failed."""
     failures = []
     with progress(memory=1e9) as bars, closing(outcomes):
         bar = bars.add_task("runs", total=total)
@@ -229,8 +219,9 @@ def _show_last(run: Run, matrices: Mapping[str, Tensor], t: int) -> None:
 
 
 def _show_history(run: Run, matrices: Mapping[str, Tensor], measured: Sequence[int]) -> None:
-    """Print a row for each readout and each of the tasks `measured`: the accuracy on every task if that fits the width,
-    else on the first, the last and the worst.
+    """Print a row for each readout and each of the tasks `measured`.
+
+    A row has the accuracy on every task if that fits the width, else on the first, the last and the worst.
     """
     agrees = _agreement(run, matrices)
     names, last = ("readout", "after"), measured[-1] + 1
@@ -255,7 +246,7 @@ def _percent(share: float | Tensor) -> str:
 
 
 def _agreement(run: Run, matrices: Mapping[str, Tensor]) -> dict[tuple[str, int], str]:
-    """By readout and task: whether the accuracies are those that `run` stores; "" if it does not store them."""
+    """Return by readout and task whether the accuracies equal those in `run`, or "" if it has none."""
     stored, out = run.matrices(), {}
     for column, matrix in matrices.items():
         close = ((stored.get(column, matrix) - matrix).abs() < 1e-9).logical_or(torch.ones_like(matrix).tril() == 0)
@@ -346,7 +337,7 @@ def _show_table(title: str, names: Sequence[str], figures: Sequence[str], rows: 
 def _column_widths(
     names: Sequence[str], figures: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> tuple[list[int], list[int]]:
-    """Columns of a terminal for each name and each figure, with the gap behind; headings of figures break at spaces."""
+    """Return the width of each column in characters, with the gap behind it. Headings break at spaces."""
     cells = [
         max((cell_len(printable(row[place])) for row in rows), default=0) for place in range(len(names) + len(figures))
     ]

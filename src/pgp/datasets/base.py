@@ -37,18 +37,18 @@ class Split(abc.ABC):
 
     @abc.abstractmethod
     def image(self, index: int) -> Tensor:
-        """Image number `index`, `(3, H, W)` uint8.
+        """Return image number `index`, `(3, H, W)` uint8.
 
         Raises:
             BadImageError: if its file cannot be read.
         """
 
     def names(self) -> Iterable[str]:
-        """What its images are called, in their order; nothing where they have no names."""
+        """Return the names of the images, in their order; none if they have no names."""
         return ()
 
     def sources(self) -> tuple[Split, ...]:
-        """The splits that it was joined from; itself, if it was not."""
+        """Return the splits that it was joined from, or itself."""
         return (self,)
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class ConcatSplit(Split):
     """Splits one after the other, under labels that they share."""
 
     def __init__(self, first: Split, second: Split, labels: Tensor) -> None:
-        """`labels` are those of `second` among all classes."""
+        """Join two splits; `labels` are those of `second` among all classes."""
         self.first, self.second = first, second
         self.labels = torch.cat([first.labels, labels])
 
@@ -143,17 +143,17 @@ class DatasetConfig(abc.ABC):
 
     @abc.abstractmethod
     def build(self) -> Dataset:
-        """The data set, downloaded first where it is missing and can be had."""
+        """Return the data set, downloaded first if it is missing and can be downloaded."""
 
     def fetch(self, progress: Progress | None = None) -> None:  # noqa: B027 (most sets have nothing to fetch)
-        """Nothing; what `read` needs is now on this disk, downloaded and unpacked where it was missing.
+        """Download and unpack what `read` needs, if it is missing.
 
         Args:
             progress: where to draw bars, in bytes; on the error stream, where None.
         """
 
     def read(self) -> Dataset:
-        """The data set as it lies on this disk; nothing is downloaded."""
+        """Return the data set as it is on this disk, without a download."""
         return self.build()
 
     @property
@@ -162,7 +162,10 @@ class DatasetConfig(abc.ABC):
         return ()
 
     def with_absolute_paths(self) -> DatasetConfig:
-        """The same with absolute paths: what a run records, for it may go on from another working folder."""
+        """Return the same with absolute paths.
+
+        A run records these, because it may be resumed from another working folder.
+        """
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         paths = {name: value.expanduser().absolute() for name, value in values.items() if isinstance(value, Path)}
         return replace(self, **paths)
@@ -179,12 +182,15 @@ class DatasetConfig(abc.ABC):
         raise ValueError(f"expected no --data for data that need no files, got {place}")
 
     def with_domains(self) -> DatasetConfig:
-        """The same with its domains told apart, if that takes another setting."""
+        """Return the same with its domains told apart, if that needs another setting."""
         return self
 
 
 def require_folder(folder: Path) -> Path:
-    """`folder`, made absolute; a clear error if it is not there."""
+    """Return `folder` as an absolute path.
+
+    Raises:     ValueError: If there is no such folder.
+    """
     folder = folder.expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"expected a folder of images, got {folder.absolute()}, which is none: name another, by"

@@ -14,20 +14,10 @@ from pgp.datasets.free_memory import free_memory
 from pgp.distributed import world_size
 
 SHARE = 0.2
-
-
 """How much of the free memory the images of all splits and all processes together may take."""
-
-
 CHECK_EVERY = 1 << 24
-
-
 """Bytes of images after which a store looks again at how much memory is free."""
-
-
 processes = 1
-
-
 """How many processes that do not train together share this machine, such as those of a sweep."""
 
 
@@ -98,7 +88,7 @@ class ImageCache:
         return self._store.budget if self._store else 0
 
     def get_or_decode(self, index: int, decode: Callable[[], Tensor]) -> Tensor:
-        """Image number `index`, `(3, H, W)` uint8; decoded only if it is not here. It is not to be written to."""
+        """Return image number `index`, `(3, H, W)` uint8, from the cache or decoded. Do not write to it."""
         if self._store is None:
             return decode()
         with self._store.lock:

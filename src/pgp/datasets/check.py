@@ -35,7 +35,7 @@ class IntegrityReport(NamedTuple):
         return self.expected in (None, self.found) and not self.without and not self.bad
 
     def lines(self) -> list[str]:
-        """The same in words, one finding a line."""
+        """Return the report as text, one finding a line."""
         found = self.found
         lines = [f"{found.train:,} training and {found.test:,} test images of {found.classes:,} classes"]
         if self.expected not in (None, found):
@@ -50,7 +50,7 @@ class IntegrityReport(NamedTuple):
 def check_images(
     config: DatasetConfig, progress: Progress | None = None, data: Dataset | None = None
 ) -> IntegrityReport:
-    """What there is of a data set on this disk, after every image file of it was decoded; nothing is downloaded.
+    """Decode every image file of a data set on this disk, and report what is missing or unreadable.
 
     Args:
         config: the data set.
@@ -92,7 +92,7 @@ def _images(data: Dataset) -> Iterator[_Place]:
 
 
 def _problem(place: _Place) -> tuple[_Place, str | None]:
-    """An image, and what is wrong with it; None if nothing is."""
+    """Return an image and what is wrong with it, or None if it can be read."""
     split, index = place
     try:
         if isinstance(split, FileSplit):

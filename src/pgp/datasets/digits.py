@@ -17,7 +17,7 @@ class Digits(DatasetConfig):
     tag = "digits"
 
     def build(self) -> Dataset:
-        """1,437 training and 360 test images, the same every time."""
+        """Return 1,437 training and 360 test images, always the same."""
         from sklearn.datasets import load_digits  # here, for scikit-learn takes 70 MB that other data need not pay
 
         bunch = load_digits()

@@ -38,7 +38,7 @@ class FashionMNIST(DatasetConfig):
     """Folder with the files, or where a download goes."""
 
     def build(self) -> Dataset:
-        """60,000 training and 10,000 test images."""
+        """Return 60,000 training and 10,000 test images."""
         self.fetch()
         return self.read()
 
@@ -94,7 +94,7 @@ def _file(folder: Path, name: str) -> Path | None:
 
 
 def _read(folder: Path, name: str) -> Tensor:
-    """The unsigned bytes of an idx file: a magic number that tells the number of axes, their lengths, the data."""
+    """Return the unsigned bytes of an idx file: a magic number with the number of axes, their lengths, the data."""
     path = _file(folder, name)
     if path is None:
         raise ValueError(f"expected {name} or {name}.gz in {folder}, got neither")

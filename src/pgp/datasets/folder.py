@@ -25,8 +25,10 @@ KNOWN = (NAMES, "class_order.txt", "tasks.json")
 
 @dataclass(frozen=True)
 class Folder(DatasetConfig):
-    """Images in `root/train/<class>/*` and `root/test/<class>/*`, read in place; or in `root/<class>/*`, some of each
-    for the test. The part for the test may be called `val`, `valid`, `validation` or `eval`, too, in any case.
+    """Images in `root/train/<class>/*` and `root/test/<class>/*`, or in `root/<class>/*`.
+
+    They are read in place. Without a test folder, some images of each class are held out for the test. The test folder
+    may be called `val`, `valid`, `validation` or `eval`, too, in any case.
 
     With domains the folders of a class lie in those of their domain: `root/train/<domain>/<class>/*` and
     `root/test/<domain>/<class>/*`, or `root/<domain>/<class>/*`.
@@ -59,7 +61,7 @@ class Folder(DatasetConfig):
         return (self.root,)
 
     def build(self) -> Dataset:
-        """Classes and domains are the folders of `train`, or of `root`, in alphabetical order.
+        """Return the data set; classes and domains are the folders of `train`, or of `root`, in alphabetical order.
 
         Raises:
             ValueError: If it is not clear which folders are what, or a class has no training images.
@@ -104,7 +106,7 @@ class Folder(DatasetConfig):
         )
 
     def with_domains(self) -> Folder:
-        """The same with folders of domains."""
+        """Return the same with folders of domains."""
         return replace(self, domains=True)
 
 
@@ -188,7 +190,7 @@ def _read(folder: Path, domains: bool, ignored: Ignored, notes: Notes) -> Part:
 
 
 def _spoken(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
-    """What the classes of `folders` are called."""
+    """Return the class names of `folders`."""
     if not os.path.lexists(path):
         return folders
     names = {}

@@ -11,7 +11,7 @@ from pgp.scenario import stratified_holdout
 
 
 def holdout_mask(split: Split, share: float, seed: int, where: Callable[[int], str]) -> Tensor:
-    """Which images of `split` are kept for the test, bool `(n,)`: `share` of each class, in each domain.
+    """Return which images of `split` are held out for the test, bool `(n,)`: `share` of each class, in each domain.
 
     Raises:
         ValueError: if a class has a single image, which `where` describes by its place.
@@ -34,7 +34,7 @@ def check_share(share: float) -> None:
 
 
 def natural_order(words: Iterable[str]) -> tuple[str, ...]:
-    """Each word once: by number where all are whole numbers, else in the order of their first appearance.
+    """Return each word once: by number if all are whole numbers, else in the order of their first appearance.
 
     >>> natural_order(["10", "9", "10"]), natural_order(["dog", "cat", "dog"])
     (('9', '10'), ('dog', 'cat'))

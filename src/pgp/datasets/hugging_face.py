@@ -56,7 +56,11 @@ class HuggingFace(DatasetConfig):
         _load(self.name, self.subset)
 
     def build(self) -> Dataset:
-        """Classes come as its ClassLabel says, by number where they are whole numbers, else as they first appear."""
+        """Return the data set.
+
+        Classes are in the order of its ClassLabel, by number if they are whole numbers, else in the order of
+        appearance.
+        """
         parts = _load(self.name, self.subset)
         train = parts.get("train", next(iter(parts.values())))
         columns = self._columns(train.features)
@@ -82,7 +86,7 @@ class HuggingFace(DatasetConfig):
         return replace(self, name=place.removeprefix(HUB))
 
     def _columns(self, features: Mapping[str, Any]) -> dict[str, str]:
-        """Which column is what."""
+        """Return the columns of images, labels and domains."""
         chosen = {"image": self.image, "label": self.label, "domain": self.domain}
         for role, column in chosen.items():
             if column is not None and column not in features:
@@ -118,14 +122,14 @@ class HubSplit(Split):
         return read_image(called, cell["bytes"]) if cell.get("bytes") is not None else read_image(Path(cell["path"]))
 
     def at(self, chosen: Tensor) -> HubSplit:
-        """The rows that `chosen`, bool `(n,)`, chooses."""
+        """Return the split with the rows for which `chosen`, bool `(n,)`, is true."""
         rows = self.rows.select(chosen.nonzero().flatten().tolist())
         domains = None if self.domains is None else self.domains[chosen]
         return HubSplit(self.name, rows, self.column, self.labels[chosen], domains)
 
 
 def _load(name: str, subset: str | None) -> dict[str, Any]:
-    """The parts of a data set by name."""
+    """Return the parts of a data set by name."""
     try:
         import datasets
     except ImportError as error:
@@ -152,7 +156,7 @@ def _load(name: str, subset: str | None) -> dict[str, Any]:
 
 
 def _coded(parts: list[Any], column: str) -> tuple[tuple[str, ...], list[Tensor]]:
-    """What the values of a column are called, and the number of each row's, for each part."""
+    """Return the names of the values of a column, and the number of each row's value, for each part."""
     values = [list(part[column]) for part in parts]
     kind = parts[0].features[column]
     if hasattr(kind, "names"):

@@ -48,7 +48,7 @@ class ImageNetR(DownloadableDataset):
             )
 
     def read(self) -> Dataset:
-        """24,000 training and 6,000 test images, labels in the order of the WordNet ids."""
+        """Return 24,000 training and 6,000 test images, labels in the order of the WordNet ids."""
         folder = self.folder()
         train, test = self._parts(folder)
         named = _names()
@@ -65,7 +65,7 @@ class ImageNetR(DownloadableDataset):
         return Dataset(splits[0], splits[1], tuple(named[wnid] for wnid in wnids))
 
     def _parts(self, folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-        """Training and test files by `<wnid>/<file>`."""
+        """Return the training and the test files, as `<wnid>/<file>`."""
         train, test = _files(folder / "train"), _files(folder / "test")
         if self.split == "folders":
             if both := sorted(set(train) & set(test)):
@@ -92,6 +92,6 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _names() -> dict[str, str]:
-    """What the classes are called, by WordNet id."""
+    """Return the class names by WordNet id."""
     lines = (LISTS / "imagenet_r_classnames.txt").read_text(encoding="utf-8").splitlines()
     return {wnid: name.replace("_", " ") for wnid, name in (line.split(maxsplit=1) for line in lines)}

@@ -28,7 +28,7 @@ class Batch(NamedTuple):
     """Where they are in their split, `(B,)`."""
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device; indices stay."""
+        """Return the batch with images and labels on another device."""
         return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.indices)
 
 
@@ -48,7 +48,7 @@ class TransformedSplit(torch.utils.data.Dataset[tuple[Tensor, int, int] | None])
         self.split, self.transform, self.seed, self.purpose, self.skip_bad = split, view, seed, purpose, skip_bad
 
     def __getitem__(self, address: SampleKey) -> tuple[Tensor, int, int] | None:
-        """Image, label and index; None for a bad image that is to be skipped."""
+        """Return image, label and index; None for an image that cannot be read and is to be skipped."""
         try:
             image = self.split.image(address.image)
         except BadImageError as error:
@@ -75,7 +75,7 @@ class LoaderOptions(NamedTuple):
 
 
 def batches(data: TransformedSplit, plan: Sequence[Sequence[SampleKey]], loading: LoaderOptions) -> Iterator[Batch]:
-    """The planned batches in order, each process its own share; an empty share is a batch of no images."""
+    """Yield the planned batches in order, in each process its own share. An empty share is a batch without images."""
     share = [list(batch[loading.rank :: loading.world_size]) for batch in plan]
     workers = min(loading.workers, len(share))
     loader = DataLoader(
@@ -105,7 +105,7 @@ def _let_training_decide(_: int) -> None:
 
 
 def sequential_batches(indices: Tensor, batch_size: int, epoch: int = 0) -> list[list[SampleKey]]:
-    """A plan that visits `indices` as they come.
+    """Return the keys of `indices` in their order, batch by batch.
 
     >>> sequential_batches(torch.tensor([4, 5, 6]), batch_size=2)[1]
     [SampleKey(image=6, epoch=0)]

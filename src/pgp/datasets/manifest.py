@@ -51,7 +51,7 @@ class Manifest(DatasetConfig):
         return (self.file,)
 
     def build(self) -> Dataset:
-        """The images in the order of the table."""
+        """Return the data set, with the images in the order of the table."""
         file = self.file.expanduser().absolute()
         if not os.path.lexists(file):
             raise ValueError(f"no table of images at {file}: name another, by --data, --dataset.file or --add")
@@ -90,14 +90,14 @@ _REQUIRED, _OPTIONAL, _PARTS = ("path", "label"), ("split", "task", "domain"), (
 
 
 def _numbered(words: list[str]) -> tuple[tuple[str, ...], list[int]]:
-    """Each word once, and the number of each in that order."""
+    """Return each word once, and its number in that order."""
     once = natural_order(words)
     place = {word: number for number, word in enumerate(once)}
     return once, [place[word] for word in words]
 
 
 def _rows(file: Path) -> Iterator[Row]:
-    """The rows of the table at `file`, each of them complete."""
+    """Return the rows of the table at `file`, each of them complete."""
     text = read_text(file, "the table of images")
     count = 0
     full: tuple[str, ...] = ()  # of split and domain, what the first row fills
@@ -173,7 +173,10 @@ def _check_columns(file: Path, line: int, columns: Iterable[str]) -> None:
 
 
 def _existing(file: Path, rows: list[Row]) -> list[Path]:
-    """The paths of all rows, absolute; a clear error if an image is missing, no file, or listed twice."""
+    """Return the absolute paths of all rows.
+
+    Raises:     ValueError: If an image is missing, is no file, or is listed twice.
+    """
     lines: dict[str, Row] = {}
     missing: list[str] = []
     strange: list[str] = []
@@ -193,7 +196,7 @@ def _existing(file: Path, rows: list[Row]) -> list[Path]:
 
 
 def _found(folder: Path, path: str) -> str:
-    """Where `path` lies below `folder`, in whichever Unicode form its name is written on the disk."""
+    """Return the path of `path` below `folder`, in the Unicode form in which the disk has its name."""
     place = os.path.normpath(folder / path)
     if path.isascii() or os.path.lexists(place):
         return place

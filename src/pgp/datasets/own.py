@@ -12,7 +12,7 @@ from pgp.system.paths import Place, as_path
 
 
 def dataset_from_path(place: Place) -> DatasetConfig:
-    """The data set at `place`: a table of images, `hf:` and the name or path of a Hugging Face data set, or a folder.
+    """Return the data set at `place`: a table of images, `hf:` and a Hugging Face data set, or a folder.
 
     >>> dataset_from_path("photos.csv").file.name, dataset_from_path("photos").root.name
     ('photos.csv', 'photos')

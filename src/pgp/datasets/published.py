@@ -45,7 +45,7 @@ class DownloadableDataset(DatasetConfig):
         """See `DatasetConfig.read`."""
 
     def folder(self) -> Path:
-        """Where the data set lies.
+        """Return the folder of the data set.
 
         Raises:
             ValueError: if it is not on this disk.
@@ -60,27 +60,29 @@ class DownloadableDataset(DatasetConfig):
 
 
 def labelled(pairs: Iterable[tuple[Path, int]]) -> FileSplit:
-    """Images with their labels, in an order that no layout changes: by label, then by file name."""
+    """Return images with their labels, sorted by label and then by file name, whatever the layout."""
     ordered = sorted(pairs, key=lambda pair: (pair[1], pair[0].name))
     return FileSplit([path for path, _ in ordered], [label for _, label in ordered])
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Image files right in `folder`, by name; none where it is no folder."""
+    """Return the image files directly in `folder`, by name; none if it is no folder."""
     if not folder.is_dir():
         return []
     return contents(folder).images
 
 
 def folders_in(folder: Path, fits: Callable[[str], object]) -> list[str]:
-    """Names of the folders in `folder` that fit, sorted; none where it is no folder."""
+    """Return the names of the folders in `folder` that fit, sorted; none if it is no folder."""
     if not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and fits(path.name))
 
 
 def require_files(paths: Iterable[Path], index: Path) -> list[Path]:
-    """The files `paths`, which `index` names.
+    """Return `paths`, which `index` names.
+
+    Raises:     ValueError: If a file is missing.
 
     Raises:
         ValueError: if some are not there; it names the first.

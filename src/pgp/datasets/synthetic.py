@@ -29,7 +29,7 @@ class Synthetic(DatasetConfig):
     """Domains, for --setting dil; each tints all its images in its own way, and has `per_class` of every class."""
 
     def build(self) -> Dataset:
-        """The same images for the same settings."""
+        """Return the data set, the same for the same settings."""
         patterns = torch.rand(self.classes, 3, 4, 4, generator=make_generator(self.seed, "patterns"))
         patterns = F.interpolate(patterns, self.size, mode="bicubic").clamp(0, 1)
         names = tuple(f"pattern {label}" for label in range(self.classes))

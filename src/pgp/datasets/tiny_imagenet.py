@@ -37,7 +37,7 @@ class TinyImageNet(DownloadableDataset):
     expected: ClassVar[DatasetSize | None] = DatasetSize(100_000, 10_000, 200)
 
     def read(self) -> Dataset:
-        """100,000 training and 10,000 test images, labels in the order of the WordNet ids."""
+        """Return 100,000 training and 10,000 test images, labels in the order of the WordNet ids."""
         folder = self.folder()
         wnids = folders_in(folder / "train", WNID)
         train = [(path, label) for label, wnid in enumerate(wnids) for path in _of_class(folder / "train" / wnid)]
@@ -70,7 +70,7 @@ def _of_class(folder: Path) -> list[Path]:
 
 
 def _names(words: Path, wnids: list[str]) -> tuple[str, ...]:
-    """The first synonym of each class; its WordNet id where words.txt is not there."""
+    """Return the first synonym of each class; its WordNet id if there is no words.txt."""
     if not words.is_file():
         warnings.warn(f"no {words}: classes are called by their WordNet ids", stacklevel=2)
         return tuple(wnids)

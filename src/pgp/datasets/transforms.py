@@ -48,12 +48,12 @@ class Transforms:
             raise ValueError(f"expected transforms.std above 0, got {self.std}")
 
     def train(self) -> v2.Transform:
-        """A random crop of the image `(3, H, W)` uint8, perhaps flipped, `(3, S, S)` float."""
+        """Return the training transform: a random crop of `(3, H, W)` uint8, perhaps flipped, `(3, S, S)` float."""
         crop = v2.RandomResizedCrop(self.size, self.scale, self.ratio, antialias=True)
         return v2.Compose([crop, v2.RandomHorizontalFlip(self.flip), *self._to_float()])
 
     def test(self) -> v2.Transform:
-        """The image's centre, `(3, S, S)` float."""
+        """Return the test transform: the centre of the image `(3, H, W)` uint8, `(3, S, S)` float."""
         resize = v2.Resize(self.resize or int(self.size * 256 / 224), InterpolationMode.BICUBIC, antialias=True)
         return v2.Compose([v2.Lambda(_without_ends), resize, v2.CenterCrop(self.size), *self._to_float()])
 

@@ -22,8 +22,6 @@ from pgp.readouts.base import Readout
 from pgp.scenario import Scenario, Task
 
 LEGACY = "/legacy"
-
-
 """Suffix of columns that follow the published protocol."""
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def tasks_learned(matrix: Tensor) -> int:
-    """Number of tasks learned so far: rows of `matrix (T, T)` that are filled in.
+    """Return the number of tasks learned so far: the rows of `matrix (T, T)` that are filled in.
 
     >>> tasks_learned(torch.tensor([[0.9, float("nan")], [float("nan"), float("nan")]]))
     1
@@ -25,7 +25,7 @@ def tasks_learned(matrix: Tensor) -> int:
 
 
 def average_accuracy(matrix: Tensor) -> float:
-    """Mean accuracy over the tasks learned so far, after the last of them; tasks weigh the same.
+    """Return the mean accuracy over the tasks learned so far, after the last of them. All tasks weigh the same.
 
     >>> round(average_accuracy(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     0.75
@@ -35,7 +35,9 @@ def average_accuracy(matrix: Tensor) -> float:
 
 
 def forgetting(matrix: Tensor) -> float:
-    """Mean over all tasks but the last of the best accuracy ever reached, less the final one; 0 for a single task.
+    """Return the mean drop from the best accuracy of a task to its final one, over all tasks but the last.
+
+    It is 0 for a single task.
 
     >>> round(forgetting(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     0.2
@@ -48,7 +50,9 @@ def forgetting(matrix: Tensor) -> float:
 
 
 def backward_transfer(matrix: Tensor) -> float:
-    """Mean over all tasks but the last of the final accuracy less the one just after learning it; negative: forgetting.
+    """Return the mean change of a task's accuracy from just after its training to the end, over all tasks but the last.
+
+    Negative values are forgetting.
 
     >>> round(backward_transfer(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     -0.2
@@ -60,7 +64,7 @@ def backward_transfer(matrix: Tensor) -> float:
 
 
 def average_incremental_accuracy(matrix: Tensor) -> float:
-    """Mean over learning stages of the average accuracy at each.
+    """Return the mean of the average accuracies after each task.
 
     >>> round(average_incremental_accuracy(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     0.825
@@ -69,7 +73,7 @@ def average_incremental_accuracy(matrix: Tensor) -> float:
 
 
 def accuracy_curve(matrix: Tensor) -> list[float]:
-    """Average accuracy after each learned task.
+    """Return the average accuracy after each learned task.
 
     >>> [round(value, 2) for value in accuracy_curve(torch.tensor([[0.9, float("nan")], [0.7, 0.8]]))]
     [0.9, 0.75]
@@ -91,7 +95,7 @@ def write_row(matrices: dict[str, Tensor], row: Mapping[str, Tensor], t: int, si
 
 
 def pad_matrix(matrix: Tensor, size: int) -> Tensor:
-    """The matrix of a run that more tasks joined, `(size, size)`, NaN for what they bring.
+    """Return the matrix `(size, size)` of a run to which tasks were added, NaN in their rows and columns.
 
     >>> pad_matrix(torch.tensor([[0.5]]), 2)
     tensor([[0.5000,    nan],

@@ -49,11 +49,11 @@ class OnlineAccuracy:
         return {"images": int(total[1]), "accuracy": _rate(total), "recent": _rate(since)}
 
     def accuracy(self, task: Task) -> float:
-        """Accuracy over the images of one task, as they came."""
+        """Return the accuracy over the images of one task, as they came."""
         return _rate(self.counts[task.index])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The counts, after a `look`."""
+        """Return the counts, after a `summarize`."""
         return {"counts": self.counts}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -17,14 +17,8 @@ from pgp.runs.run import Run
 from pgp.system.escaping import plot_text
 
 NAMED = 48
-
-
 """Protected spaces that are named beside a panel; of more, every second or third."""
-
-
 Event = dict[str, Any]
-
-
 """What is logged when a task is closed."""
 
 
@@ -46,19 +40,19 @@ class DriftHistory(NamedTuple):
         return [events[self.end] for events in self.runs if self.end in events]
 
     def curve(self, figure: Callable[[Event], float | None]) -> dict[int, float]:
-        """By number of tasks learned, the mean of a figure over the runs; tasks where no run has it are left out."""
+        """Return by number of learned tasks the mean of a statistic over the runs that measured it."""
         tasks = sorted({task for events in self.runs for task in events})
         values = {task + 1: [figure(events[task]) for events in self.runs if task in events] for task in tasks}
         known = {task: [value for value in those if value is not None] for task, those in values.items()}
         return {task: statistics.mean(those) for task, those in known.items() if those}
 
     def last(self, figure: Callable[[Event], float | None]) -> float | None:
-        """The same after the last task, None where no run has it."""
+        """Return the statistic after the last task, or None if no run measured it."""
         return self.curve(figure).get(self.end + 1)
 
 
 def drift_histories(runs: Sequence[Run]) -> list[DriftHistory]:
-    """One for each group of runs that measured drift."""
+    """Return a history for each group of runs that measured drift."""
     out = []
     for label, members in group_runs(runs):
         events = [_events(run) for run in members]
@@ -95,7 +89,7 @@ def _responses(event: Event) -> float | None:
 
 
 def _headline(figure: str) -> Callable[[Event], float | None]:
-    """A figure of the first readout, averaged over tasks where it is told for each."""
+    """Return a statistic of the first readout, averaged over tasks if there is one for each."""
 
     def of(event: Event) -> float | None:
         value: Any = next(iter(event[figure].values()))
@@ -116,8 +110,6 @@ STATISTICS: dict[str, Callable[[Event], float | None]] = {
     "forgetting, task known": _headline("forgetting_within"),
     "task identified": _headline("identified"),
 }
-
-
 """By heading, what is told of each closed task: changes since old tasks were closed, as a mean over those tasks (and
 over spaces); then what the projection did, as a mean over spaces; then accuracy by the first readout."""
 
@@ -128,13 +120,11 @@ PARAMETERS = {
     "updates": "updates that lie in it, before projection, %",
     "leak": "leak: a task's whole way that lies in it, %",
 }
-
-
 """What is told of each protected space, see `pgp.analysis.drift`."""
 
 
 def markdown(table: Sequence[DriftHistory]) -> str:
-    """A table of all figures after the last task, in percent."""
+    """Return a table of all statistics after the last task, in percent."""
     rows = []
     for course in table:
         values = [course.last(figure) for figure in STATISTICS.values()]
@@ -143,8 +133,9 @@ def markdown(table: Sequence[DriftHistory]) -> str:
 
 
 def draw_drift(table: Sequence[DriftHistory], path: Path) -> None:
-    """Every figure over tasks as a PNG, and each space and prompt after the last task; what nobody measured is left
-    out.
+    """Draw every statistic over tasks as a PNG, and each protected parameter and prompt after the last task.
+
+    Statistics that no run measured are left out.
     """
     panels: list[Callable[[Any], None]] = []
     changes = {heading: f"change of old {heading}, %" for heading in ("features", "logits", "protected responses")}
@@ -220,7 +211,7 @@ def _prompts(table: Sequence[DriftHistory]) -> Callable[[Any], None]:
 
 
 def _by_parameter(course: DriftHistory, key: str) -> dict[str, float]:
-    """By space, a rank, or a share in percent, after the last task: the mean over runs."""
+    """Return a rank, or a share in percent, of each protected parameter after the last task: the mean over runs."""
 
     def told(event: Event) -> dict[str, float | None]:
         shares: dict[str, float | None] = event["ranks"] if key == "rank" else event["drift"].get(key, {})
@@ -235,6 +226,9 @@ def _by_parameter(course: DriftHistory, key: str) -> dict[str, float]:
 
 
 def _usage(course: DriftHistory) -> list[float]:
-    """Share of images that choose each prompt after the last task, the mean over runs; empty where none is chosen."""
+    """Return the share of images that select each prompt after the last task, the mean over runs.
+
+    It is empty without selection.
+    """
     of_runs = [event["drift"].get("usage", []) for event in course.finals]
     return [statistics.mean(shares) for shares in zip(*of_runs, strict=True)]

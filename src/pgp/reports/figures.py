@@ -21,20 +21,15 @@ from pgp.system import storage
 from pgp.system.escaping import plot_text, printable
 
 NUMBERED = 12
-
-
 """Tasks up to which an accuracy matrix is drawn with numbers; more tasks have a colour bar."""
-
-
 DOTTED = 20
-
-
 """Points up to which a curve has dots."""
 
 
 def draw_accuracy(table: Sequence[ResultRow], path: Path) -> None:
-    """Curves of the average accuracy over tasks, and each line's accuracy matrix (mean over seeds), as a PNG; and of
-    the accuracy along the stream, where a run is online.
+    """Draw the average accuracy over tasks and each accuracy matrix (mean over seeds) as a PNG.
+
+    For online runs, draw the accuracy of predictions before training as well.
     """
     matrices = [torch.stack(line.matrices).mean(0) for line in table]
     wide = 2 if len(matrices) == 4 else min(3, len(matrices))
@@ -90,7 +85,7 @@ def whole_numbers(axes: Any) -> None:
 
 
 def _draw_online(axes: Any, table: Sequence[ResultRow]) -> None:
-    """Accuracy along the stream, a curve for each run; the readouts of a run share it."""
+    """Draw the accuracy of predictions before training, a curve for each run; the readouts of a run share it."""
     known: list[list[dict[int, float]]] = []
     for line in table:
         if line.online in known:

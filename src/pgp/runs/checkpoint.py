@@ -23,20 +23,10 @@ from pgp.system import platforms, storage
 from pgp.system.storage import RunError
 
 FORMAT = 2
-
-
 """Version of the checkpoint format."""
-
-
 NAME = re.compile(r"task-([0-9]{2,9})(?:-step-([0-9]{6,12}))?")
-
-
 REPLACED = re.compile(NAME.pattern + r"-replaced(?:-[0-9]+)?")
-
-
 PIECE = re.compile(r"([0-9a-f]{64})\.safetensors")
-
-
 STATE, RECORD, LATEST, PIECES = "state.safetensors", "state.json", "latest", "pieces"
 
 

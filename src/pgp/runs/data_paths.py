@@ -12,7 +12,7 @@ from pgp.system.paths import Place
 
 
 def resolve_paths(config: Config) -> Config:
-    """`config` as a run records it: with absolute paths, and domains told apart where the setting asks for them."""
+    """Return `config` as a run records it: with absolute paths, and with domains told apart if needed."""
     dataset = config.dataset.with_domains() if config.setting == "dil" else config.dataset
     files = {name: getattr(config, name) for name in ("class_order", "task_file")}
     paths = {name: file.expanduser().absolute() for name, file in files.items() if file is not None}
@@ -27,8 +27,6 @@ def resolve_paths(config: Config) -> Config:
 
 
 FILES = ("class_order", "task_file")
-
-
 """Settings that name files, which may lie beside the data."""
 
 

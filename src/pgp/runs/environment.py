@@ -16,7 +16,7 @@ from pgp.system import platforms
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, commit and hardware, for the record."""
+    """Return versions, commit and hardware, for the record."""
     packages = ("prompt-gradient-projection", "torch", "torchvision", "timm", "lightning-fabric", "numpy")
     versions = {}
     for package in packages:
@@ -36,13 +36,14 @@ def describe_environment() -> dict[str, Any]:
 
 
 BF16 = ("avx512_bf16", "amx_bf16", "bf16")
-
-
 """Names, by the kernel, of instructions for products in bfloat16: with others, a seed gives other figures."""
 
 
 def _processor() -> dict[str, Any]:
-    """Its name, and what of it decides how products are rounded; clouds sell several processors under one name."""
+    """Return the processor's name, and what of it decides how products are rounded.
+
+    Clouds sell several processors under one name.
+    """
     told = platforms.cpu_facts()
     flags = {*told.get("flags", "").split(), *told.get("Features", "").split()}
     return {

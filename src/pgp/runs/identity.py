@@ -15,11 +15,7 @@ PARTS = {
     "images": "number of images in each task",
     "fingerprint": "labels or names of images",
 }
-
-
 """What is remembered, see `pgp.training.tasks.describe_data`, and what it is called."""
-
-
 KINDS = {"names": list, "tasks": list, "task_names": list, "images": dict, "fingerprint": list}
 
 
@@ -74,7 +70,7 @@ def difference(known: Mapping[str, Any], classes: Mapping[str, Any], *, images: 
 
 
 def _first(classes: Mapping[str, Any], tasks: int | None) -> dict[str, Any]:
-    """The same of the first tasks only, where those behind them were added."""
+    """Return the part of the description that belongs to the first tasks, if later ones were added."""
     more = len(classes["tasks"]) - (len(classes["tasks"]) if tasks is None else tasks)
     if more <= 0:
         return dict(classes)
@@ -89,7 +85,7 @@ def _first(classes: Mapping[str, Any], tasks: int | None) -> dict[str, Any]:
 
 
 def _differing(one: Any, other: Any) -> tuple[Any, Any]:
-    """The first values in which two JSON values differ."""
+    """Return the first values in which two JSON values differ."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return next(_differing(one[key], other[key]) for key in one if one[key] != other[key])
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):

@@ -123,7 +123,7 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Be the one process that writes to the run, and delete what earlier ones left unfinished.
+        """Hold the lock of the run within the block, and delete what earlier processes left unfinished.
 
         Raises:
             RunError: If another process writes to it.
@@ -203,7 +203,7 @@ class Run:
         self._write_identity()
 
     def accept_config(self, name: CheckpointName | None) -> None:
-        """Go on as what the run was at a checkpoint; as what its files say, if None.
+        """Continue as the run was at checkpoint `name`; if None, as its files say.
 
         Raises:
             RunError: If the log was changed since.

@@ -21,14 +21,8 @@ from pgp.system.signals import Interrupted
 from pgp.system.storage import RunError
 
 Job = TypeVar("Job")
-
-
 Result = TypeVar("Result")
-
-
 Pairs = Generator[tuple[Job, Result | Exception], None, None]
-
-
 """Each job as it ends, with its result, or with why it has none."""
 
 
@@ -37,7 +31,7 @@ class DiedError(RuntimeError):
 
 
 def run_local(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, gpus: int = 0) -> Pairs[Job, Result]:
-    """Every job with its result, in the order in which they end.
+    """Yield every job with its result, in the order in which they end.
 
     Args:
         work: what to do with a job; has to be found by its name in a module, for other processes import it.
@@ -61,7 +55,7 @@ def run_local(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, 
 def run_on_ray(
     work: Callable[[Job], Result], jobs: Sequence[Job], address: str, gpu: bool = False
 ) -> Pairs[Job, Result]:
-    """Every job with its result, in the order in which they end: each a task of the Ray cluster at `address`.
+    """Yield every job with its result, in the order in which they end; each is a task of the Ray cluster at `address`.
 
     Args:
         work: as for `run_local`.
@@ -105,7 +99,7 @@ def run_on_ray(
 def _run_pool(
     work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, gpus: int, suspects: list[Job]
 ) -> Pairs[Job, Result]:
-    """Every job with its result; those that were running when a process died go to `suspects` instead."""
+    """Yield every job with its result; those that were running when a process died go to `suspects` instead."""
     left = list(reversed(jobs))
     while left:
         ours = set(multiprocessing.active_children())
@@ -149,13 +143,13 @@ def _follow() -> None:
 
 
 def _visible_gpus(gpus: int) -> list[str]:
-    """Names of the GPUs to share."""
+    """Return the names of the GPUs to share."""
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return named[:gpus] or [str(number) for number in range(gpus)]
 
 
 def _run_guarded(work: Callable[[Job], Result], job: Job) -> Result | Exception:
-    """The result, or the error: whatever goes wrong with one job, the others go on."""
+    """Return the result of a job, or its error, so that the others go on."""
     try:
         return work(job)
     except Interrupted as error:

@@ -19,6 +19,7 @@ from pgp.config import Config
 from pgp.evaluation import metrics
 from pgp.reports import comparison, tables
 from pgp.reports.comparison import Entry
+from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.data_paths import resolve_paths
 from pgp.runs.run import Run
 from pgp.system import platforms, storage
@@ -26,22 +27,12 @@ from pgp.system.outputs import make_output, make_unique_folder
 from pgp.system.storage import RunError
 
 FILE, TABLE, FIGURE = "sweep.json", "sweep.md", "sweep.png"
-
-
 FORMAT = 1
-
-
 """Version of sweep.json."""
-
-
 LONGEST = 100
-
-
 """Characters of a folder's name."""
 
 JobStatus = Literal["kept", "resumed", "trained", "busy"]
-
-
 """How a run came to be whole: it was, it went on, it began; or another sweep is at it."""
 
 
@@ -86,7 +77,7 @@ class Sweep:
         self.seeds: list[int] = []
 
     def plan(self, choices: Mapping[str, Config], seeds: Sequence[int], *, controls: bool = True) -> list[Job]:
-        """The runs that there have to be for points, by their labels, and for their controls; sweep.json knows them.
+        """Return the jobs for the points and their controls, and record them in sweep.json.
 
         Raises:
             RunError: if the folder holds something else, or runs with other settings under the same names.
@@ -108,7 +99,7 @@ class Sweep:
         return jobs
 
     def members(self) -> list[Entry]:
-        """All entries with their finished runs, for comparison; points before controls that are no points."""
+        """Return all entries with their finished runs, for comparison; points before controls that are no points."""
         held: dict[str, dict[str, Entry]] = {name: {} for name in self.entries}
         out = {}
         for name, entry in self.entries.items():
@@ -122,7 +113,7 @@ class Sweep:
         return [out[name] for name in dict.fromkeys([*points, *self.entries]) if out[name].runs]
 
     def write_report(self) -> list[Entry]:
-        """What was compared; the table and the figure are left in the folder, where any run is finished."""
+        """Write the table and the figure, if any run is finished, and return what was compared."""
         members = self.members()
         if members:
             storage.write(self.output / TABLE, comparison.markdown(members))
@@ -134,7 +125,7 @@ class Sweep:
         return Job(entry.name, seed, folder, replace(entry.config, seed=seed))
 
     def _entry(self, label: str, config: Config) -> GridPoint:
-        """The entry of a configuration, a new one where there is none."""
+        """Return the entry of a configuration, a new one if there is none."""
         config = _bare(config)
         wanted = tables.flatten(config.to_json())
         for entry in self.entries.values():
@@ -205,13 +196,15 @@ def check(job: Job) -> None:
 
 
 def finished_result(job: Job) -> bool:
-    """Whether the run of a job is whole: its last checkpoint, and every accuracy."""
+    """Return whether the run of a job is finished: its last checkpoint, and every accuracy."""
     run = Run(job.folder)
     name = run.latest_checkpoint()
     if name is None or "-step-" in name or not (job.folder / "accuracy.csv").is_file():
         return False
     tasks = len(run.classes()[1])
-    return name == f"task-{tasks:02d}" and all(metrics.tasks_learned(m) == tasks for m in run.matrices().values())
+    return name == str(CheckpointName(tasks)) and all(
+        metrics.tasks_learned(m) == tasks for m in run.matrices().values()
+    )
 
 
 def run_job(job: Job, *, waits: bool = False) -> JobResult:
@@ -252,7 +245,7 @@ def _run_job(job: Job) -> JobStatus:
 
 
 def _is_begun(folder: Path) -> bool:
-    """Whether nothing is in `folder` but what a run leaves that stopped while its folder was made."""
+    """Return whether `folder` holds nothing but what a run leaves that stopped while its folder was made."""
     if (folder / "config.json").exists():
         return False
     left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
@@ -261,13 +254,11 @@ def _is_begun(folder: Path) -> bool:
 
 
 Results = Generator[tuple[Job, JobResult | Exception], None, None]
-
-
 """Jobs as they end, with what became of them, or with what went wrong."""
 
 
 def run_all(jobs: Sequence[Job], spread: Callable[[Callable[[Job], JobResult], Sequence[Job]], Results]) -> Results:
-    """What became of each job: first all that are free, then those that other sweeps were at.
+    """Run the jobs: first all that are free, then those that other sweeps were running.
 
     Args:
         jobs: what there has to be.
@@ -286,12 +277,12 @@ def run_all(jobs: Sequence[Job], spread: Callable[[Callable[[Job], JobResult], S
 
 
 def _bare(config: Config) -> Config:
-    """A configuration as a run records it, of any seed."""
+    """Return a configuration as a run records it, without its seed."""
     return replace(resolve_paths(config), seed=0)
 
 
 def _difference(one: Config, other: Config) -> str:
-    """In words, the first setting in which two configurations differ, wherever and with whatever seed they compute."""
+    """Return a sentence on the first setting in which two configurations differ, apart from hardware and seed."""
     was, now = tables.flatten(one.to_json()), tables.flatten(other.to_json())
     for key in dict.fromkeys([*was, *now]):
         if was.get(key) != now.get(key):

@@ -8,14 +8,8 @@ from pathlib import Path
 from pgp.system import storage
 
 MARKER = ".pgp-output"
-
-
 """Name of the file that marks a folder; whatever lies below such a folder is never read as data."""
-
-
 LOCK, WRITER = ".pgp-lock", ".pgp-writer.json"
-
-
 """Names of the files by which one process at a time writes to a run; see `pgp.runs.lock`."""
 
 
@@ -51,7 +45,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def make_unique_folder(parent: Path, stem: str) -> Path:
-    """A new folder `parent/stem`, or `parent/stem-2`, … where that is taken; made here, so no other process gets it.
+    """Make a new folder `parent/stem`, or `parent/stem-2` and so on if that exists, and return it.
 
     Raises:
         RunError: if `parent` cannot be written.

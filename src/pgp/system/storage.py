@@ -16,17 +16,9 @@ from typing import Any
 from pgp.system import platforms
 
 LARGEST = 1 << 30
-
-
 """Bytes of the largest text or JSON file that is read; no run writes a larger one."""
-
-
 DIGEST = "sha256"
-
-
 """Key under which a sealed JSON file carries the digest of everything else in it."""
-
-
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a link",
@@ -35,8 +27,6 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
-
-
 ADVICE = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room, your quota is used up",
@@ -48,8 +38,6 @@ ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.EMFILE: "allow more open files, see ulimit -n",
 }
-
-
 """What to do about an error of the system, by its number."""
 
 

@@ -1,4 +1,4 @@
-"""What comes when: the tasks of a run, from its settings and from what lies beside its data, and their images."""
+"""Divide data into tasks, from the settings of a run and from files beside the data."""
 
 from __future__ import annotations
 
@@ -22,20 +22,18 @@ from pgp.rng import make_generator
 from pgp.scenario import Groups, Scenario, Task, class_order, split_by_class, split_by_domain, split_by_group
 
 CLASS_ORDER_FILE, TASKS_FILE = "class_order.txt", "tasks.json"
-
-
-"""Files that are heeded where they lie beside the data: class names in the order of learning, one a line; and an object
-of task names, in the order of learning, each with a list of its class names (under dil, of its domains)."""
-
-
+"""Files beside the data that decide the tasks, if they exist: class names in the order of learning, one a line; and a
+JSON object of task names, in the order of learning, each with a list of its class names (under dil, of its domains)."""
 DEFAULT_TASKS = 5
-
-
-"""Tasks at most, where neither the settings nor the data say how many; each has two classes at least."""
+"""Largest number of tasks, if neither the settings nor the data say how many; each task has at least two classes."""
 
 
 def build_tasks(config: Config) -> tuple[Dataset, Scenario]:
-    """All data of a run and their tasks: those that it began with, and one more for each data set that was added."""
+    """Return all data of a run and their tasks: those of its data set, and one more for each data set that was added.
+
+    Raises:
+        ValueError: If the data do not fit the settings.
+    """
     data = config.dataset.build()
     scenario = build_scenario(config, data)
     if config.joint:
@@ -46,7 +44,11 @@ def build_tasks(config: Config) -> tuple[Dataset, Scenario]:
 
 
 def _append_dataset(data: Dataset, scenario: Scenario, more: DatasetConfig, config: Config) -> tuple[Dataset, Scenario]:
-    """The same and one task more; its classes are new, but in another domain."""
+    """Return the data with `more` joined, and the scenario with a task for it.
+
+    Raises:
+        ValueError: If its classes are known already, or under dil if one of them is not.
+    """
     new, where = more.build(), ", ".join(map(str, more.search_paths))
     known = [name for name in new.class_names if name in data.class_names]
     if known and config.setting != "dil":
@@ -74,13 +76,13 @@ def _append_dataset(data: Dataset, scenario: Scenario, more: DatasetConfig, conf
 
 
 def build_scenario(config: Config, data: Dataset) -> Scenario:
-    """The tasks that `config` makes of `data`.
+    """Return the tasks that `config` makes of `data`.
 
-    A file that the settings name outranks those that lie beside the data.
+    A file that the settings name has priority over files beside the data.
 
     Raises:
-        ValueError: if two sources of equal rank decide the order, their number of tasks is not that of the settings, a
-            file does not name every class once, or a task has no images.
+        ValueError: If two sources of equal priority decide the order, if their number of tasks is not that of the
+            settings, if a file does not name every class once, or if a task has no images.
     """
     scenario = _by_domain(config, data) if config.setting == "dil" else _by_class(config, data)
     for task in scenario.tasks:
@@ -92,14 +94,14 @@ def build_scenario(config: Config, data: Dataset) -> Scenario:
 
 
 def check_readable(data: Dataset, scenario: Scenario, *, skip_bad: bool, learned: int = 0) -> None:
-    """Raise unless each class that is to be learned has a training image that can be read, and each task a test image.
+    """Raise unless each class to be learned has a training image that can be read, and each task a test image.
 
-    It looks at the images of a class, and at the test images of a task, until it finds a good one, so it costs little.
+    It opens images of a class, and test images of a task, until one can be read, so it costs little.
 
     Args:
         data: All data of the run.
         scenario: Its tasks.
-        skip_bad: Whether training goes on without images that cannot be read; else the first one is an error.
+        skip_bad: Whether training skips images that cannot be read. If False, the first one is an error.
         learned: Number of tasks that are learned already.
 
     Raises:
@@ -139,8 +141,9 @@ def _is_readable(split: Split, place: int, skip_bad: bool) -> bool:
 
 
 def single_class_warning(scenario: Scenario) -> str | None:
-    """In words, which tasks have a single class, so that their loss, which compares classes of one task, is 0; None if
-    there are none.
+    """Return a sentence that names the tasks with a single class, or None if there are none.
+
+    The loss compares the classes of one task, so it is 0 there.
     """
     alone = [scenario.describe(task) for task in scenario.tasks if len(task.classes) == 1]
     if not alone:
@@ -164,9 +167,10 @@ def _check_classes(data: Dataset) -> None:
 
 
 def describe_data(data: Dataset, scenario: Scenario) -> dict[str, Any]:
-    """What a run remembers of its data, as JSON values: classes and tasks, to use them without the data; the number of
-    images in each task and a fingerprint of all labels, domains and file names of what was put together, to know it
-    again.
+    """Return what a run records of its data, as JSON values.
+
+    These are the names of classes and tasks, to use them without the data; and the number of images in each task and a
+    fingerprint of all labels, domains and file names of each data set, to recognise the data.
     """
     return {
         "names": list(data.class_names),
@@ -177,21 +181,22 @@ def describe_data(data: Dataset, scenario: Scenario) -> dict[str, Any]:
     }
 
 
-def training_batches(config: Config, task: Task, world: int) -> list[list[SampleKey]]:
-    """The batches of all passes over a task: a new order each pass, drawn from the seed, the task and the pass; or the
-    order in which the data list the images.
+def training_batches(config: Config, task: Task, world_size: int) -> list[list[SampleKey]]:
+    """Return the batches of all epochs of a task.
 
-    A last batch with fewer images than there are processes is filled up with the first images of its pass.
+    Each epoch has a new order, drawn from the seed, the task and the epoch; or the order in which the data list the
+    images. If the last batch of an epoch has fewer images than there are processes, the first images fill it up.
     """
     plan = []
-    for number in range(config.num_passes):
-        draw = make_generator(config.seed, "order", task.index, number)
+    for epoch in range(config.num_passes):
         order = task.train
         if config.order == "shuffled":
-            order = order[torch.randperm(len(order), generator=draw)]
-        passing = sequential_batches(order, config.batch_size, number)
-        passing[-1] += [SampleKey(i, number) for i in order[: max(0, world - len(passing[-1]))].tolist()]
-        plan += passing
+            generator = make_generator(config.seed, "order", task.index, epoch)
+            order = order[torch.randperm(len(order), generator=generator)]
+        keys = sequential_batches(order, config.batch_size, epoch)
+        missing = max(0, world_size - len(keys[-1]))
+        keys[-1] += [SampleKey(image, epoch) for image in order[:missing].tolist()]
+        plan += keys
     return plan
 
 
@@ -239,7 +244,7 @@ def _by_domain(config: Config, data: Dataset) -> Scenario:
 
 
 def _named_tasks(config: Config, data: Dataset, names: Sequence[str]) -> tuple[Groups, str]:
-    """Tasks by name, where anything names them, and what does."""
+    """Return the tasks that a file or the data name, and which of them does; no tasks if neither does."""
     if config.class_order:
         return [], ""
     file = config.task_file or _file_beside(data, TASKS_FILE)
@@ -263,14 +268,14 @@ def _check_count(config: Config, count: int, source: str) -> None:
 
 
 def _read_order(file: Path, names: Sequence[str]) -> list[int]:
-    """Labels in the order in which the lines of `file` name their classes."""
+    """Return the labels in the order in which the lines of `file` name their classes."""
     lines = [normalized(line) for line in lines_of(read_text(file)) if line.strip()]
     words = [line if line in names else line.strip() for line in lines]
     return _require_each_once(words, names, str(file), "class")
 
 
 def _read_tasks(file: Path) -> list[tuple[str, list[str]]]:
-    """Name and members of each task in `file`."""
+    """Return the name and the members of each task in `file`."""
     try:
         pairs = json.loads(read_text(file), object_pairs_hook=list)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -289,13 +294,17 @@ def _read_tasks(file: Path) -> list[tuple[str, list[str]]]:
 
 
 def _group_by_task(tasks: Sequence[tuple[str, Sequence[str]]], names: Sequence[str], source: str, kind: str) -> Groups:
-    """The tasks with numbers for the names of their members, of which each stands in one task."""
+    """Return the tasks with the numbers of their members. Each member has to belong to one task."""
     numbers = iter(_require_each_once([member for _, members in tasks for member in members], names, source, kind))
     return [(name, [next(numbers) for _ in members]) for name, members in tasks]
 
 
 def _require_each_once(words: Sequence[str], names: Sequence[str], source: str, kind: str) -> list[int]:
-    """The place in `names` of each word; a clear error unless the words are the names, each once."""
+    """Return the index in `names` of each word.
+
+    Raises:
+        ValueError: Unless the words are the names, each once.
+    """
     places = [_class_index(word, names, source, kind) for word in words]
     if twice := [name for name in names if words.count(name) > 1]:
         more = "; where tasks share their classes, it is --setting dil that is wanted" if kind == "class" else ""
@@ -306,7 +315,11 @@ def _require_each_once(words: Sequence[str], names: Sequence[str], source: str, 
 
 
 def _class_index(word: str, names: Sequence[str], source: str, kind: str) -> int:
-    """The place of `word` in `names`, where it must be."""
+    """Return the index of `word` in `names`.
+
+    Raises:
+        ValueError: If it is not among them.
+    """
     if word not in names:
         near = difflib.get_close_matches(word, names, n=1, cutoff=0.4)
         hint = f"perhaps you meant {near[0]!r}" if near else f"there are {list(names[:5])}"
