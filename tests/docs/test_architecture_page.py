@@ -11,6 +11,7 @@ import pytest
 from pages import DOCS, ROOT, text_of
 
 import pgp
+from test_architecture import LEVELS
 
 PAGE = text_of(DOCS / "architecture.md")
 SOURCE = ROOT / "src" / "pgp"
@@ -35,6 +36,12 @@ def test_every_folder_and_file_that_is_named_exists():
     assert len(paths) > 20
     for path in paths:
         assert (ROOT / path).exists(), path
+
+
+def test_the_levels_are_those_that_are_held():
+    rows = re.findall(r"^\| (\d) \| (.*?) \|", PAGE, re.M)
+    assert [int(number) for number, _ in rows] == list(range(1, len(LEVELS) + 1))
+    assert [set(re.findall(r"`(\w+)`", names)) for _, names in rows] == LEVELS
 
 
 MODULES = [importlib.import_module(module.name) for module in pkgutil.walk_packages(pgp.__path__, "pgp.")
