@@ -1,65 +1,27 @@
-"""Every command on every page can be typed: its recipe, its flags and their values exist."""
+"""Every command on every page can be typed, those of the user's pages run, and every internal link resolves."""
 
 from __future__ import annotations
 
-import importlib
-import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tyro
+from pages import DOCS, ROOT, anchors, check, commands, fences, lines, links, python_blocks, text_of
+from PIL import Image
 
-from pgp.cli import parse
-from pgp.cli.commands import AuditCommand, EvalCommand, PredictCommand, ReportCommand, SweepCommand
-from pgp.cli.main import COMMANDS
+import tiny
+from pgp import recipes
+from pgp.cli import main, parse
+from pgp.datasets.hugging_face import HuggingFace
+from pgp.datasets.published import DownloadableDataset
+from pgp.methods.clip_prompt import CLIPPrompt
+from pgp.methods.dualprompt import DualPrompt
 
-ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted(ROOT.glob("docs/**/*.md"))
-RUNS = {"eval": EvalCommand, "audit": AuditCommand, "predict": PredictCommand, "report": ReportCommand}
-PLACEHOLDERS = {"RECIPE", "RUN", "FOLDER", "..."}
-
-
-def commands(page):
-    """Commands in code spans, in fences and in indented lines; not those that name a form, such as `pgp eval RUN`."""
-    text = page.read_text(encoding="utf-8")
-    spans = re.findall(r"(?<!`)`((?:pgp|python) [^`]*)`(?!`)", text)
-    lines = re.findall(r"^(?: {4})?((?:pgp|python) .*)$", text, re.M)
-    for command in (*spans, *lines):
-        words = shlex.split(command, comments=True)
-        if not PLACEHOLDERS.intersection(words) and "…" not in command:
-            yield words
-
-
-def check(words):
-    """Raise unless the command line takes these words."""
-    program, *rest = words
-    if program == "python":
-        script, *rest = rest
-        if script == "main.py":
-            assert (ROOT / script).is_file()
-            parse.train_command([word for word in rest if word != "--eval"], "python main.py")
-            return
-        assert (ROOT / script).is_file(), script
-        if script.startswith("tests/"):
-            return  # a test of its own holds what it writes
-        with pytest.raises(SystemExit) as ended:
-            importlib.import_module(Path(script).stem).main([*rest, "--help"])
-        assert ended.value.code == 0, words
-        return
-    name, *rest = rest
-    assert name in {*COMMANDS, "--help", "--version"}
-    if name == "train" and rest and "--resume" not in rest:
-        parse.train_command(rest, "pgp train")
-    elif name == "data" and len(rest) > 1:
-        parse.train_command(rest[1:], "pgp data")
-    elif name == "sweep" and rest:
-        command, others = tyro.cli(SweepCommand, args=rest[1:], return_unknown_args=True)
-        for choice in parse.parse_grid(command.over):
-            parse.parse_point([rest[0], *others, *parse.to_flags(choice)])
-        parse.parse_seeds(command.seeds)
-    elif name in RUNS and len(rest) > 1:
-        tyro.cli(RUNS[name], args=rest)
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted(DOCS.glob("**/*.md"))
+RUN_PAGES = {"command-line.md": 20, "start.md": 6, "reading-a-run.md": 3, "methods.md": 3, "../README.md": 3}
+"""Pages whose commands are run, and how many there are. Those of own-data.md: tests/datasets/test_own.py."""
+FIGURES = {"command-line.md": 2 * 13 + 1}  # all but list, eval, audit, predict and data; of a sweep, one
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -69,4 +31,113 @@ def test_every_command_of_a_page_can_be_typed(page):
 
 
 def test_commands_are_found():
-    assert sum(len(list(commands(page))) for page in PAGES) > 60
+    assert sum(len(list(commands(page))) for page in PAGES) > 90
+
+
+WRONG = ("pgp trian", "pgp train demo --projection.space sum", "pgp train --resume runs/x --seed 1", "python -m pig")
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_a_wrong_command_is_found(command):
+    with pytest.raises((AssertionError, ValueError)):
+        check(shlex.split(command))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_internal_link_resolves(page):
+    for link in links(page):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_is_linked_from_the_index():
+    toctree = text_of(DOCS / "index.md").split("\n") + text_of(DOCS / "api" / "index.md").split("\n")
+    for page in (page for page in [*DOCS.glob("*.md"), *DOCS.glob("api/*.md")] if page != DOCS / "index.md"):
+        name = page.stem if page.stem != "index" else "api/index"
+        assert name in toctree, f"{name} is in no toctree"
+
+
+def needs_download(command):
+    """Whether a command fetches data or an encoder if they are not there."""
+    words = shlex.split(command, comments=True)
+    if words[:2] == ["python", "main.py"]:
+        words = ["pgp", "train", *(word for word in words[2:] if word != "--eval")]
+    if words[1] == "data":
+        config = parse.train_command(words[3:], "pgp data").config
+        return isinstance(config.dataset, DownloadableDataset | HuggingFace)
+    if words[:2] != ["pgp", "train"] or "--resume" in words:
+        return False
+    config = parse.train_command(words[2:], "pgp train").config
+    encoder = not getattr(config.backbone, "weights", "package:").startswith("package:")
+    return encoder or isinstance(config.dataset, DownloadableDataset | HuggingFace)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
+def test_what_needs_a_download_says_so(page):
+    """In its comment, or in the paragraph before or after."""
+    for block, around in fences(page):
+        for line in block:
+            if line.startswith(("pgp ", "python ")) and needs_download(line):
+                _, _, comment = line.partition("#")
+                assert "download" in comment or "download" in around or "runs above" in comment, line
+
+
+def test_a_download_is_recognised():
+    assert needs_download("pgp train 10cifar100_l2p_pgp")
+    assert needs_download("pgp data get 10cifar100_l2p_pgp")
+    assert needs_download("pgp train own --data PHOTOS")
+    assert not needs_download("pgp train own --data PHOTOS --backbone demo-vit")
+    assert not needs_download("pgp train demo --twin")
+
+
+@pytest.fixture
+def tiny_recipes(monkeypatch, tmp_path):
+    """Every recipe in seconds and offline, in a folder with PHOTOS of three classes, and NEW ones."""
+    small = {"backbone": tiny.BACKBONE, "epochs": 1}
+    for name, recipe in list(recipes.RECIPES.items()):
+        whole = recipe()
+        if isinstance(whole.method, CLIPPrompt.Config):
+            own = {"backbone": recipes.BACKBONES["demo-clip"], "method": whole.method}
+        else:
+            own = {"method": tiny.DUALPROMPT if isinstance(whole.method, DualPrompt.Config) else tiny.config().method}
+        config = replace(tiny.config(), **{**small, **own}, name=name, projection=whole.projection)
+        monkeypatch.setitem(recipes.RECIPES, name, lambda config=config: config)
+    monkeypatch.chdir(tmp_path)
+    for part in ("train", "test"):
+        for label in "abc":
+            (tmp_path / "PHOTOS" / part / label).mkdir(parents=True)
+            Image.new("RGB", (40, 40), (ord(label) % 50 * 5, 0, 90)).save(tmp_path / "PHOTOS" / part / label / "1.jpg")
+    (tmp_path / "NEW" / "d").mkdir(parents=True)
+    for number in (1, 2):
+        Image.new("RGB", (40, 40), (0, 100 * number, 90)).save(tmp_path / "NEW" / "d" / f"{number}.jpg")
+    Image.new("RGB", (40, 40)).save(tmp_path / "photo.jpg")
+
+
+def expanded(word):
+    """What a shell makes of a word."""
+    if "*" not in word:
+        return [word]
+    return sorted(str(path) for path in Path().glob(word) if not path.name.startswith("."))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN_PAGES)
+def test_every_command_of_a_page_runs(name, tiny_recipes, capsys):
+    page = DOCS / name
+    found = [words for words in (shlex.split(line, comments=True) for line in lines(page)) if words[0] == "pgp"]
+    assert len(found) == RUN_PAGES[name]
+    for words in found:
+        words = [part for word in words[1:] for part in expanded(word)]
+        if words[:2] == ["train", "own"]:
+            words += ["--readouts", "head"]  # LDA needs more than one picture of a class
+        if "sweep" in words:
+            words += ["--seeds", "1", "--workers", "1", "--no-controls"]
+        main.main(words)
+    out = capsys.readouterr().out
+    assert out.count("figure: ") == FIGURES.get(name, out.count("figure: "))
+    for code in python_blocks(page):
+        exec(code, {})
