@@ -107,11 +107,13 @@ class DriftMeter:
         """Return what the projection did to the task just trained, by space; ask before it learns from that task.
 
         Returns:
-            gradients, updates: Share of the energy of all gradients, and of all updates, that lay in the protected
-                subspace as they came.
-            removed: Of those of the two that are projected, the same share: what the projection takes out.
-            leak: Share of the energy of the whole way from start to end of the task that lies in the protected
-                subspace: what got past the projection.
+            A dictionary:
+
+            - gradients, updates: Share of the energy of all gradients, and of all updates, that lay in the protected
+              subspace as they came.
+            - removed: Of those of the two that are projected, the same share: what the projection takes out.
+            - leak: Share of the energy of the whole way from start to end of the task that lies in the protected
+              subspace: what got past the projection.
         """
         gradients, updates = (
             {space: _ratio(*energy[row]) for space, energy in self.energies.items()} for row in (0, 1)
@@ -145,12 +147,14 @@ class DriftMeter:
         Collective: every process must call it.
 
         Returns:
-            features, logits: Relative change, the norm of the difference by the norm of what was, by earlier task.
-                Logits are those of the method's own head for the classes of then, centred per image.
-            responses: By space, relative change of what the protected parameter answers to old rows.
-            changed: Share of images that select other prompts; only for methods that select.
-            held: By space, share of the energy of all old rows in the protected subspace, `task` included.
-            usage: Share of the images of all tasks that select each prompt.
+            A dictionary:
+
+            - features, logits: Relative change, the norm of the difference by the norm of what was, by earlier task.
+              Logits are those of the method's own head for the classes of then, centred per image.
+            - responses: By space, relative change of what the protected parameter answers to old rows.
+            - changed: Share of images that select other prompts; only for methods that select.
+            - held: By space, share of the energy of all old rows in the protected subspace, `task` included.
+            - usage: Share of the images of all tasks that select each prompt.
         """
         fabric, scenario = self.evaluation.fabric, self.evaluation.scenario
         protected, watched = self.projection.protected, all_gather_object(self._watched)

@@ -33,8 +33,8 @@ class ViT(Backbone):
         """timm model with its full tag (`timm.list_models(pretrained=True)`); a bare name means other weights in other
         timm versions and is taken only where the weights come from elsewhere."""
         weights: str = "hub"
-        """`hub` for the tag's published weights, `random` for none, `package:NAME` for a file that pgp ships, else the
-        path of a checkpoint in timm's naming (.safetensors, or .pth without pickled code)."""
+        """`hub` for the tag's published weights, `random` for none, or the path of a checkpoint in timm's naming
+        (.safetensors, or .pth without pickled code); `package:NAME` is a file that pgp ships."""
         arguments: dict[str, int] = field(default_factory=dict)
         """Further arguments of `timm.create_model`, such as `embed_dim` or `depth` for an encoder of your own."""
 
