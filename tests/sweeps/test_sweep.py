@@ -346,10 +346,11 @@ DRIVER = """
 import sys, torch
 from dataclasses import replace
 import tiny
-from pgp import cli, recipes
+from pgp import recipes
+from pgp.cli.main import main
 recipes.RECIPES["demo"] = lambda: replace(tiny.config(epochs=1), name="demo")
 if __name__ == "__main__":
-    cli.main(sys.argv[1:])
+    main(sys.argv[1:])
 """
 
 
