@@ -26,8 +26,6 @@ from pgp.scenario import Task
 from pgp.subspace import ProtectedParameter, to_float64
 
 SKETCH_SIZE = 16
-
-
 """Random mixtures of rows that are kept of each task and space."""
 
 

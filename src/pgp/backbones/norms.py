@@ -23,7 +23,7 @@ def pull_back(norm: Any, maps: Tensor) -> Tensor:
     left out.
 
     Raises:
-        ValueError: for a norm that is no LayerNorm.
+        ValueError: For a norm that is no LayerNorm.
     """
     if isinstance(norm, nn.Identity):
         return maps

@@ -21,8 +21,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _CONTAINERS = ("model", "state_dict", "teacher")
-
-
 """Keys under which published checkpoints hide their weights."""
 
 
@@ -39,14 +37,10 @@ _STARTS = {
     b"\x1f\x8b": "a compressed file (gzip): unpack it",
     b"\x89HDF": "an HDF5 file: convert its weights to .safetensors",
 }
-
-
 """What files begin with that are given as weights by mistake."""
 
 
 _LARGEST_DESCRIPTION = 1 << 20
-
-
 """Bytes of the largest description of a model that is read."""
 
 
@@ -70,7 +64,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """The float32 tensors of a checkpoint, by name.
 
     Raises:
-        WeightsError: if there is none at `path`, or it holds code, is damaged or is something else.
+        WeightsError: If there is none at `path`, or it holds code, is damaged or is something else.
     """
     size = _require_file(path, "checkpoint", "a .safetensors, .pth or .pt file, 'random', or published weights by name")
     with reading(path):
@@ -98,7 +92,7 @@ def read_json(path: Path) -> Any:
     """The description of a model in a JSON file.
 
     Raises:
-        WeightsError: if there is none at `path`, or it cannot be read.
+        WeightsError: If there is none at `path`, or it cannot be read.
     """
     size = _require_file(path, "description of a model", "a JSON file")
     if size > _LARGEST_DESCRIPTION:
@@ -111,7 +105,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Give `model` all its weights from `state`.
 
     Raises:
-        WeightsError: naming `path`, if names or shapes differ, or a weight is not finite.
+        WeightsError: Naming `path`, if names or shapes differ, or a weight is not finite.
     """
     wanted = model.state_dict()
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())

@@ -14,8 +14,6 @@ from pgp.baselines import BASELINES
 from pgp.config import Config, Hardware
 
 Choice = tyro.conf.arg
-
-
 """Short for an argument whose name is not that of its field."""
 
 

@@ -21,8 +21,6 @@ from pgp.system import escaping, platforms, signals
 from pgp.system.storage import RunError
 
 LOST = re.compile("closed by peer|reset by peer|gloo|NCCL")
-
-
 """What errors of torch say where another process of a run ended."""
 
 

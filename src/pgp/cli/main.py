@@ -73,8 +73,6 @@ HELP = {"-h", "--help"}
 
 
 PUBLISHED_OUTPUT = Path("output")
-
-
 """Where the published command line leaves its run."""
 
 

@@ -36,8 +36,6 @@ RENAMED = {
     "num-workers": "workers",
     "output-dir": "output",
 }
-
-
 """Published flag, with hyphens: ours."""
 
 
@@ -51,8 +49,6 @@ METHOD_FLAGS: dict[type, dict[str, str]] = {
     },
     CLIPPrompt.Config: {"length": "image-prompt"},
 }
-
-
 """By method: published flag, and what it sets of `--method`."""
 
 
@@ -62,8 +58,6 @@ SWITCHES = {
     "shuffle": ("--shuffle", "--no-shuffle"),
     "pin-mem": ("--pin-memory", "--no-pin-memory"),
 }
-
-
 """Published flag: ours where it is true, and where it is false."""
 
 
@@ -74,8 +68,6 @@ MODELS: dict[type, dict[str, tuple[str, ...]]] = {
         "ViT-B/16": ("--backbone.model", "ViT-B-16-quickgelu", "--backbone.weights", "openai"),
     },
 }
-
-
 """By encoder: what a published `--model` means."""
 
 
@@ -83,11 +75,11 @@ def translate_flags(words: Sequence[str], config: Config) -> list[str]:
     """`words` with every published flag in ours; all else stays as it is.
 
     Args:
-        words: arguments behind the recipe's name.
-        config: the recipe's configuration, whose method and encoder decide what some flags mean.
+        words: Arguments behind the recipe's name.
+        config: The recipe's configuration, whose method and encoder decide what some flags mean.
 
     Raises:
-        ValueError: if a flag lacks its value, is no boolean, or sets what this method does not have.
+        ValueError: If a flag lacks its value, is no boolean, or sets what this method does not have.
     """
     out: list[str] = []
     for written, name, value in _pairs(words):
@@ -121,12 +113,12 @@ def find_latest_run(asked: Config, words: Sequence[str], folder: Path) -> tuple[
     """The run of a recipe that was written last, of those that all flags given fit, and how to evaluate it.
 
     Args:
-        asked: the recipe's configuration under all flags.
-        words: these flags; those that only say how to evaluate, and where the data lie, are free.
-        folder: where it lies, or in the folders in there, or in those that stand in for it, `folder-2`, ….
+        asked: The recipe's configuration under all flags.
+        words: These flags; those that only say how to evaluate, and where the data lie, are free.
+        folder: Where it lies, or in the folders in there, or in those that stand in for it, `folder-2`, ….
 
     Raises:
-        RunError: if there is none.
+        RunError: If there is none.
     """
     asked = resolve_paths(asked)
     stands_in = re.compile(re.escape(folder.name) + r"-\d+")

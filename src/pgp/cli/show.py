@@ -36,20 +36,14 @@ from pgp.system.storage import RunError
 from pgp.training.tasks import single_class_warning
 
 NARROW = 80
-
-
 """Columns of a terminal in which results have to be readable."""
 
 
 UNLIMITED = 100_000
-
-
 """Columns of what is no terminal: nothing is wrapped there."""
 
 
 GAP = 2
-
-
 """Columns between two columns of a table."""
 
 

@@ -40,7 +40,7 @@ class Split(abc.ABC):
         """Image number `index`, `(3, H, W)` uint8.
 
         Raises:
-            BadImageError: if its file cannot be read.
+            BadImageError: If its file cannot be read.
         """
 
     def names(self) -> Iterable[str]:
@@ -149,7 +149,7 @@ class DatasetConfig(abc.ABC):
         """Nothing; what `read` needs is now on this disk, downloaded and unpacked where it was missing.
 
         Args:
-            progress: where to draw bars, in bytes; on the error stream, where None.
+            progress: Where to draw bars, in bytes; on the error stream, where None.
         """
 
     def read(self) -> Dataset:

@@ -14,20 +14,14 @@ from pgp.datasets.free_memory import free_memory
 from pgp.distributed import world_size
 
 SHARE = 0.2
-
-
 """How much of the free memory the images of all splits and all processes together may take."""
 
 
 CHECK_EVERY = 1 << 24
-
-
 """Bytes of images after which a store looks again at how much memory is free."""
 
 
 processes = 1
-
-
 """How many processes that do not train together share this machine, such as those of a sweep."""
 
 
@@ -38,8 +32,8 @@ class PixelStore:
         """Make room for `budget` bytes; no memory is taken before images are written.
 
         Raises:
-            OSError: if the system does not grant them.
-            ImportError: if it has no locks that processes share.
+            OSError: If the system does not grant them.
+            ImportError: If it has no locks that processes share.
         """
         self.lock = multiprocessing.Lock()
         shared = mmap.mmap(-1, 24 + budget)  # anonymous and shared; pages are taken as they are written

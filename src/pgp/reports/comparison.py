@@ -30,8 +30,6 @@ NOTE = (
 
 
 MARKS = "sD^vP*Xh"
-
-
 """Markers of controls in the figure, one after the other."""
 
 

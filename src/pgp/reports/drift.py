@@ -17,14 +17,10 @@ from pgp.runs.run import Run
 from pgp.system.escaping import plot_text
 
 NAMED = 48
-
-
 """Protected spaces that are named beside a panel; of more, every second or third."""
 
 
 Event = dict[str, Any]
-
-
 """What is logged when a task is closed."""
 
 
@@ -116,8 +112,6 @@ STATISTICS: dict[str, Callable[[Event], float | None]] = {
     "forgetting, task known": _headline("forgetting_within"),
     "task identified": _headline("identified"),
 }
-
-
 """By heading, what is told of each closed task: changes since old tasks were closed, as a mean over those tasks (and
 over spaces); then what the projection did, as a mean over spaces; then accuracy by the first readout."""
 
@@ -128,8 +122,6 @@ PARAMETERS = {
     "updates": "updates that lie in it, before projection, %",
     "leak": "leak: a task's whole way that lies in it, %",
 }
-
-
 """What is told of each protected space, see `pgp.analysis.drift`."""
 
 

@@ -21,14 +21,10 @@ from pgp.system import storage
 from pgp.system.escaping import plot_text, printable
 
 NUMBERED = 12
-
-
 """Tasks up to which an accuracy matrix is drawn with numbers; more tasks have a colour bar."""
 
 
 DOTTED = 20
-
-
 """Points up to which a curve has dots."""
 
 

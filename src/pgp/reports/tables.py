@@ -47,8 +47,6 @@ STATISTICS = {
     "backward_transfer": "backward transfer",
     "average_incremental_accuracy": "average incremental accuracy",
 }
-
-
 """What a table shows: functions of `pgp.evaluation.metrics` and their headings."""
 
 
@@ -77,7 +75,7 @@ def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
     """One line per group of runs and per column.
 
     Raises:
-        RunError: if the runs of a group have come to different tasks, so that their figures mean different things.
+        RunError: If the runs of a group have come to different tasks, so that their figures mean different things.
     """
     out = []
     for label, members in group_runs(runs):
@@ -140,8 +138,6 @@ def _without_paths(tree: dict[str, Any], run: Run) -> dict[str, Any]:
 
 
 PLACE = re.compile(r"(dataset|added\.\d+)\.(root|file)")
-
-
 """Settings that say where data lie."""
 
 

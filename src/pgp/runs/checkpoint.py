@@ -23,8 +23,6 @@ from pgp.system import platforms, storage
 from pgp.system.storage import RunError
 
 FORMAT = 2
-
-
 """Version of the checkpoint format."""
 
 

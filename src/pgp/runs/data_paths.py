@@ -27,8 +27,6 @@ def resolve_paths(config: Config) -> Config:
 
 
 FILES = ("class_order", "task_file")
-
-
 """Settings that name files, which may lie beside the data."""
 
 

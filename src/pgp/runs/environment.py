@@ -36,8 +36,6 @@ def describe_environment() -> dict[str, Any]:
 
 
 BF16 = ("avx512_bf16", "amx_bf16", "bf16")
-
-
 """Names, by the kernel, of instructions for products in bfloat16: with others, a seed gives other figures."""
 
 

@@ -15,8 +15,6 @@ PARTS = {
     "images": "number of images in each task",
     "fingerprint": "labels or names of images",
 }
-
-
 """What is remembered, see `pgp.training.tasks.describe_data`, and what it is called."""
 
 

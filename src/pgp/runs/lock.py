@@ -17,8 +17,6 @@ from pgp.system.outputs import LOCK, WRITER
 from pgp.system.storage import RunError
 
 PATIENCE = 10.0
-
-
 """Seconds to wait for the lock of a process that is dead: those that it started may not have noticed yet."""
 
 

@@ -29,19 +29,13 @@ FILE, TABLE, FIGURE = "sweep.json", "sweep.md", "sweep.png"
 
 
 FORMAT = 1
-
-
 """Version of sweep.json."""
 
 
 LONGEST = 100
-
-
 """Characters of a folder's name."""
 
 JobStatus = Literal["kept", "resumed", "trained", "busy"]
-
-
 """How a run came to be whole: it was, it went on, it began; or another sweep is at it."""
 
 
@@ -89,7 +83,7 @@ class Sweep:
         """The runs that there have to be for points, by their labels, and for their controls; sweep.json knows them.
 
         Raises:
-            RunError: if the folder holds something else, or runs with other settings under the same names.
+            RunError: If the folder holds something else, or runs with other settings under the same names.
         """
         make_output(self.output)
         with filelock.FileLock(self.output / ".sweep.lock"):
@@ -218,8 +212,8 @@ def run_job(job: Job, *, waits: bool = False) -> JobResult:
     """See to it that the run of a job is whole. Only one process at a time does, on any machine that sees the folder.
 
     Args:
-        job: what run, and where.
-        waits: whether to wait for another process that is at it; else the answer is `busy`.
+        job: What run, and where.
+        waits: Whether to wait for another process that is at it; else the answer is `busy`.
     """
     started = time.perf_counter()
     job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -261,8 +255,6 @@ def _is_begun(folder: Path) -> bool:
 
 
 Results = Generator[tuple[Job, JobResult | Exception], None, None]
-
-
 """Jobs as they end, with what became of them, or with what went wrong."""
 
 
@@ -270,8 +262,8 @@ def run_all(jobs: Sequence[Job], spread: Callable[[Callable[[Job], JobResult], S
     """What became of each job: first all that are free, then those that other sweeps were at.
 
     Args:
-        jobs: what there has to be.
-        spread: does some work on jobs; see `pgp.sweeps.pool`.
+        jobs: What there has to be.
+        spread: Does some work on jobs; see `pgp.sweeps.pool`.
     """
     busy = []
     with contextlib.closing(spread(run_job, jobs)) as outcomes:

@@ -7,14 +7,10 @@ import unicodedata
 from typing import Any
 
 UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-
-
 """Unicode categories that can move a cursor, hide text, reverse it or break a line; surrogates cannot be encoded."""
 
 
 JOINERS = frozenset("\u200c\u200d")
-
-
 """Of these categories, but parts of words in many scripts, and of emoji."""
 
 
@@ -82,6 +78,4 @@ def encode_error(error: UnicodeError) -> tuple[str, int]:
 
 
 ASCII = {"±": "+-", "–": "-", "…": "...", "│": "|", "─": "-", **dict.fromkeys("╭╮╰╯├┤", "+")}
-
-
 """What stands for characters of our own output on a terminal that has only ASCII."""

@@ -8,14 +8,10 @@ from pathlib import Path
 from pgp.system import storage
 
 MARKER = ".pgp-output"
-
-
 """Name of the file that marks a folder; whatever lies below such a folder is never read as data."""
 
 
 LOCK, WRITER = ".pgp-lock", ".pgp-writer.json"
-
-
 """Names of the files by which one process at a time writes to a run; see `pgp.runs.lock`."""
 
 
@@ -54,7 +50,7 @@ def make_unique_folder(parent: Path, stem: str) -> Path:
     """A new folder `parent/stem`, or `parent/stem-2`, … where that is taken; made here, so no other process gets it.
 
     Raises:
-        RunError: if `parent` cannot be written.
+        RunError: If `parent` cannot be written.
     """
     make_output(parent)
     number = 1

@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 
 Place = str | os.PathLike[str]
-
-
 """What names a file or a folder wherever pgp is called."""
 
 

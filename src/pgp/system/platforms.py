@@ -21,22 +21,16 @@ WINDOWS: bool = sys.platform == "win32"
 
 
 PAUSES = (0.01, 0.03, 0.1, 0.3, 1.0)
-
-
 """Seconds between attempts to rename a file that another program holds open; only Windows refuses that."""
 
 
 RESERVED = frozenset(
     {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
 )
-
-
 """Names that Windows keeps for devices, in any case and with any suffix."""
 
 
 HOST = re.sub(r"[^\w-]", "-", socket.gethostname(), flags=re.ASCII)[:40]
-
-
 """Name of this machine, as it stands in the names of unfinished files."""
 
 
@@ -44,8 +38,6 @@ UNFINISHED = re.compile(r"\..+\.(?P<process>[0-9]{1,10})@(?P<host>[\w-]*)", re.D
 
 
 DAY = 86400.0
-
-
 """Seconds after which an unfinished file of another machine counts as abandoned."""
 
 

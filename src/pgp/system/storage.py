@@ -16,14 +16,10 @@ from typing import Any
 from pgp.system import platforms
 
 LARGEST = 1 << 30
-
-
 """Bytes of the largest text or JSON file that is read; no run writes a larger one."""
 
 
 DIGEST = "sha256"
-
-
 """Key under which a sealed JSON file carries the digest of everything else in it."""
 
 
@@ -48,8 +44,6 @@ ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.EMFILE: "allow more open files, see ulimit -n",
 }
-
-
 """What to do about an error of the system, by its number."""
 
 
