@@ -210,7 +210,7 @@ def draw(font: Font, content: bytes, root: Path, characters: str) -> None:
     every time.
 
     Raises:
-        DataError: if the typeface cannot be read or lacks characters.
+        DataError: If the typeface cannot be read or lacks characters.
     """
     try:
         # the basic layout, because the other depends on what else is installed
@@ -250,7 +250,7 @@ def fetch(font: Font, packages: Path) -> Path:
     """Return where the package of a typeface lies below `packages`, fetched if it is missing or another.
 
     Raises:
-        DataError: if npm is missing, or gives nothing or something else.
+        DataError: If npm is missing, or gives nothing or something else.
     """
     archive = packages / font.archive
     if archive.is_file() and _digest(archive) == font.sha256:

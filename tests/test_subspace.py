@@ -124,7 +124,7 @@ def test_moment_of_all_sums_head_by_head():
 
 @pytest.mark.parametrize("energy", [-0.1, 1.5, float("nan")])
 def test_energy_is_a_share(energy):
-    with pytest.raises(ValueError, match=rf"energy in \[0, 1\] \(a share of .*\), got {energy}"):
+    with pytest.raises(ValueError, match=rf"energy in \[0, 1\] \(a fraction of .*\), got {energy}"):
         leading_basis(torch.eye(2), energy)
 
 

@@ -35,13 +35,13 @@ class Predictor:
     """Classifies images by the latest finished task of a run, image by image: no image's answer depends on its batch.
 
     Args:
-        run: a run, or its folder, as a path or as a text.
-        readout: name of one of the run's readouts; its first, where None.
-        device: where to compute; a GPU where there is one, if None.
+        run: A run, or its folder, as a path or as a text.
+        readout: Name of one of the run's readouts; its first, where None.
+        device: Where to compute; a GPU where there is one, if None.
 
     Raises:
-        RunError: if no task of the run is finished, or the encoder is not the one it was learned on.
-        ValueError: if the run has no such readout, or the machine no such device.
+        RunError: If no task of the run is finished, or the encoder is not the one it was learned on.
+        ValueError: If the run has no such readout, or the machine no such device.
     """
 
     def __init__(self, run: Run | Place, readout: str | None = None, device: str | None = None) -> None:
@@ -79,12 +79,12 @@ class Predictor:
         """Return the probability of each class `(B, len(classes))`, in the order of `classes`.
 
         Args:
-            images: paths of image files, or images `(3, H, W)` uint8.
+            images: Paths of image files, or images `(3, H, W)` uint8.
 
         Raises:
-            BadImageError: naming the file that cannot be read.
-            ValueError: if a tensor is no image.
-            TypeError: if something else is given, such as one path that is in no list.
+            BadImageError: Naming the file that cannot be read.
+            ValueError: If a tensor is no image.
+            TypeError: If something else is given, such as one path that is in no list.
         """
         if isinstance(images, str | os.PathLike):
             raise TypeError(f"expected a list of images, got one: [{str(images)!r}] would be a list")
@@ -162,7 +162,7 @@ def images_in(places: Iterable[Place], told: list[Ignored] | None = None) -> lis
         told: Takes what is ignored in the folders. If None, nobody is told.
 
     Raises:
-        ValueError: if a place does not exist.
+        ValueError: If a place does not exist.
     """
     found: dict[Path, None] = {}
     for place in (as_path(each, "an image or a folder of images") for each in places):

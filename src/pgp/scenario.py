@@ -1,4 +1,4 @@
-"""A stream of tasks: which classes come when, and where every random draw of a run comes from."""
+"""Tasks in the order of learning: splits of a data set by class, by group of classes and by domain."""
 
 from __future__ import annotations
 
@@ -12,10 +12,17 @@ from torch import Tensor
 from pgp.rng import make_generator
 
 Setting = Literal["cil", "til", "dil", "oil"]
-"""What a task brings, and what is known at test: `cil` new classes, nothing; `til` new classes, each image's task;
-`dil` the same classes in a new domain, nothing; `oil` new classes, nothing, and training sees each image once."""
+"""The setting of continual learning.
+
+- `cil`, class-incremental: each task brings new classes. At test, the task of an image is unknown.
+- `til`, task-incremental: each task brings new classes. At test, the task of an image is given.
+- `dil`, domain-incremental: each task brings the same classes in a new domain. At test, the domain is unknown.
+- `oil`, online: as `cil`, and training sees each image once.
+"""
+
+
 Groups = Sequence[tuple[str, Sequence[int]]]
-"""What each task is called ("" for nothing) and what it brings, in the order of learning."""
+"""Name of each task ("" for none) and its classes or domains, in the order of learning."""
 
 
 @dataclass(eq=False)  # not frozen: Fabric rebuilds what it passes to a model on several devices
@@ -23,15 +30,15 @@ class Task:
     """One stage of learning."""
 
     index: int
-    """Position in the stream, from 0."""
+    """Position in the order of learning, from 0."""
     classes: tuple[int, ...]
     """Labels that appear in this task."""
     train: Tensor
-    """Indices of its training images `(n,)`."""
+    """Indices of its training images, `(n,)`."""
     test: Tensor
-    """Indices of its test images `(m,)`."""
+    """Indices of its test images, `(m,)`."""
     name: str = ""
-    """What it is called, if anything."""
+    """Name of the task; empty if it has none."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +51,23 @@ class Scenario:
         return len(self.tasks)
 
     def joint(self) -> Scenario:
-        """Return a scenario with one task that holds all of these."""
+        """Return a scenario with a single task that holds the images of all tasks."""
         classes = self.seen_classes(len(self) - 1)
-        train, test = (torch.cat([getattr(task, part) for task in self.tasks]) for part in ("train", "test"))
+        train = torch.cat([task.train for task in self.tasks])
+        test = torch.cat([task.test for task in self.tasks])
         return Scenario((Task(0, classes, train, test),))
 
     def seen_classes(self, t: int) -> tuple[int, ...]:
-        """Return the labels of tasks 0 to t, each once, in the order of their learning."""
+        """Return the labels of tasks 0 to t, each once, in the order of learning."""
         return tuple(dict.fromkeys(label for task in self.tasks[: t + 1] for label in task.classes))
 
     def describe(self, task: Task) -> str:
-        """Return the name of a task for messages, such as `task 2 of 5 (birds)`."""
+        """Return a text that names a task, such as `task 2 of 5 (birds)`."""
         return f"task {task.index + 1} of {len(self)}" + (f" ({task.name})" if task.name else "")
 
 
 def class_order(classes: int, seed: int | None) -> list[int]:
-    """Return labels 0 to classes - 1 in natural order, or shuffled by `seed`.
+    """Return the labels 0 to classes - 1 in natural order, or shuffled by `seed`.
 
     >>> class_order(4, seed=None)
     [0, 1, 2, 3]
@@ -76,10 +84,13 @@ def split_by_class(train_labels: Tensor, test_labels: Tensor, tasks: int, order:
     """Return a scenario in which each task brings new classes.
 
     Args:
-        train_labels: label of every training image `(n,)`.
-        test_labels: label of every test image `(m,)`.
-        tasks: number of tasks. Where they do not divide the classes, the first tasks get one class more.
-        order: every label once, in the order of learning.
+        train_labels: Label of every training image, `(n,)`.
+        test_labels: Label of every test image, `(m,)`.
+        tasks: Number of tasks. If it does not divide the number of classes, the first tasks get one class more.
+        order: Every label once, in the order of learning.
+
+    Raises:
+        ValueError: If there are fewer tasks than one, or more tasks than classes.
 
     >>> labels = torch.tensor([0, 1, 2, 0, 1, 2])
     >>> [task.classes for task in split_by_class(labels, labels, tasks=2, order=[2, 0, 1]).tasks]
@@ -106,20 +117,20 @@ def split_by_group(train_labels: Tensor, test_labels: Tensor, groups: Groups) ->
     """
     return Scenario(
         tuple(
-            Task(index, tuple(classes), _where(train_labels, classes), _where(test_labels, classes), name)
+            Task(index, tuple(classes), _indices_of(train_labels, classes), _indices_of(test_labels, classes), name)
             for index, (name, classes) in enumerate(groups)
         )
     )
 
 
 def split_by_domain(train_labels: Tensor, train_domains: Tensor, test_domains: Tensor, groups: Groups) -> Scenario:
-    """Return a scenario in which each task brings the domains that its group lists, with all classes in them.
+    """Return a scenario in which each task brings the domains that its group lists.
 
     Args:
-        train_labels: label of every training image `(n,)`; a task's classes are those of its training images.
-        train_domains: domain of every training image `(n,)`.
-        test_domains: domain of every test image `(m,)`.
-        groups: name and domains of each task.
+        train_labels: Label of every training image, `(n,)`. A task's classes are those of its training images.
+        train_domains: Domain of every training image, `(n,)`.
+        test_domains: Domain of every test image, `(m,)`.
+        groups: Name and domains of each task.
 
     >>> labels, domains = torch.tensor([0, 1, 0, 1, 0]), torch.tensor([0, 0, 1, 1, 2])
     >>> scenario = split_by_domain(labels, domains, domains, [("photos", [0]), ("art", [1, 2])])
@@ -128,30 +139,32 @@ def split_by_domain(train_labels: Tensor, train_domains: Tensor, test_domains: T
     """
     tasks = []
     for index, (name, domains) in enumerate(groups):
-        train = _where(train_domains, domains)
+        train = _indices_of(train_domains, domains)
         classes = tuple(train_labels[train].unique().tolist())
-        tasks.append(Task(index, classes, train, _where(test_domains, domains), name))
+        tasks.append(Task(index, classes, train, _indices_of(test_domains, domains), name))
     return Scenario(tuple(tasks))
 
 
 def stratified_holdout(strata: Tensor, share: float, seed: int) -> Tensor:
-    """Return which images are held out for the test, bool `(n,)`: `share` of each stratum, at least one and never all.
+    """Return which images are held out for testing, bool `(n,)`.
 
     Args:
-        strata: what each image is, `(n,)`, such as its label; at least 2 images of each.
-        share: in (0, 1).
-        seed: decides which images these are.
+        strata: Stratum of each image, `(n,)`, such as its label. Each stratum needs at least 2 images.
+        share: Fraction of each stratum to hold out, in (0, 1); at least one image, and never all of them.
+        seed: Decides which images are held out.
 
     >>> stratified_holdout(torch.tensor([0, 0, 0, 0, 1, 1]), share=0.5, seed=0).tolist()
     [True, True, False, False, False, True]
     """
-    chosen = torch.zeros(len(strata), dtype=torch.bool)
+    held_out = torch.zeros(len(strata), dtype=torch.bool)
     for stratum in strata.unique().tolist():
-        places = (strata == stratum).nonzero().flatten()
-        order = torch.randperm(len(places), generator=make_generator(seed, "part", stratum))
-        chosen[places[order[: min(len(places) - 1, max(1, round(share * len(places))))]]] = True
-    return chosen
+        indices = (strata == stratum).nonzero().flatten()
+        order = torch.randperm(len(indices), generator=make_generator(seed, "part", stratum))
+        count = min(len(indices) - 1, max(1, round(share * len(indices))))
+        held_out[indices[order[:count]]] = True
+    return held_out
 
 
-def _where(labels: Tensor, wanted: Sequence[int]) -> Tensor:
-    return torch.isin(labels, torch.tensor(wanted)).nonzero().flatten()
+def _indices_of(labels: Tensor, selected: Sequence[int]) -> Tensor:
+    """Return the indices of the images whose label is one of `selected`, `(n,)`."""
+    return torch.isin(labels, torch.tensor(selected)).nonzero().flatten()

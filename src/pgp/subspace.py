@@ -1,7 +1,10 @@
-"""Where old inputs live: streamed second moments, their leading directions, and how a basis grows task by task.
+"""Second moments of old inputs, their leading directions, and the projection of updates onto the complement.
 
-Shapes: `n` rows, `D` width, `r` rank. Leading axes (`...`) are separate worlds, each with a moment and a basis of its
-own: the heads of an attention layer, say. All is float64, so that a basis stays orthonormal over many tasks.
+A basis spans the directions that inputs of old tasks use. It is computed from second moments, which are accumulated
+batch by batch, and it grows task by task.
+
+Shapes: `n` rows, `D` width, `r` rank. Leading axes (`...`), such as the heads of an attention layer, are independent:
+each has a moment and a basis of its own. Everything is float64, so that a basis stays orthonormal over many tasks.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from pgp.distributed import all_reduce_sum_
 
 
 def float64_device(device: torch.device) -> torch.device:
-    """Return where float64 tensors that belong to `device` live: on the CPU for Apple's MPS, which has no float64.
+    """Return the device for float64 tensors: `device`, or the CPU for Apple's MPS, which has no float64.
 
     >>> float64_device(torch.device("mps")), float64_device(torch.device("cuda", 1))
     (device(type='cpu'), device(type='cuda', index=1))
@@ -29,46 +32,47 @@ def to_float64(tensor: Tensor) -> Tensor:
 
 
 class ProtectedParameter(NamedTuple):
-    """What a method asks to protect: a parameter, and the axis along which old rows meet it."""
+    """A parameter that a method asks to protect, and the axis along which it is multiplied with its inputs."""
 
     parameter: nn.Parameter
     axis: int = -1
-    """Axis of length D. Axes before the last two line up with the heads of the rows."""
+    """Axis of length D, the width of the inputs. Axes before the last two match the heads of the inputs."""
     role: Literal["prompt", "key", "value"] = "prompt"
 
 
 class ProtectedInputs(NamedTuple):
-    """What entered a protected parameter for a batch of images."""
+    """The inputs of a protected parameter for a batch of images."""
 
     inputs: Tensor
-    """Rows `(B, ..., N, D)`."""
+    """Rows that the parameter is multiplied with, `(B, ..., N, D)`."""
     prompts: Tensor | None = None
-    """The prompts as they entered the sequence of the inputs, `(B, ..., L, D)`, if the parameter is a prompt there."""
+    """Prompts in the same sequence as the inputs, as they entered it, `(B, ..., L, D)`."""
     head_maps: Tensor | None = None
-    """Constant maps `(H, d, D)`. With them, inputs are `(B, H, N, d)`: head h enters the parameter as its inputs times
-    its map. The second moment is accumulated with width `d` for each head, and mapped at the end of the task."""
+    """Constant maps `(H, d, D)`. If given, the inputs are `(B, H, N, d)`, and head h multiplies the parameter with
+    `inputs[:, h] @ head_maps[h]`. Second moments are then accumulated per head with width `d`, and mapped at the
+    end."""
 
     @property
     def expanded(self) -> Tensor:
-        """The inputs with their maps applied, those of all heads together, `(B, ..., N, D)`."""
+        """The inputs as the parameter receives them, `(B, ..., N, D)`; with maps, the mapped rows of all heads."""
         if self.head_maps is None:
             return self.inputs
         return (self.inputs.to(self.head_maps) @ self.head_maps).flatten(1, 2)  # (B, H * N, D)
 
     def sketch_shape(self, size: int) -> tuple[int, ...]:
-        """Return the shape of the weights of one image in a `sketch`: `(K, N)`, or `(H, K, N)` for rows with maps."""
+        """Return the shape of the weights of one image in a `sketch`: `(K, N)`, or `(H, K, N)` with maps."""
         heads = () if self.head_maps is None else (self.inputs.shape[1],)
         return (*heads, size, self.inputs.shape[-2])
 
     def sketch(self, weights: Tensor) -> Tensor:
-        """Return mixtures of the inputs, `(..., K, D)` float64, each the sum of all of them with the given weights.
+        """Return K weighted sums of all inputs, `(..., K, D)` float64.
 
-        With independent normal weights, whatever is linear in rows has, on average, the same energy on a mixture as
-        on all rows together. The weight of an image's token is the same in every head, so that heads can be joined;
-        rows of all heads that enter one parameter have weights of their own.
+        With independent standard normal weights, any linear function has the same expected squared norm on one such
+        sum as on all rows together. Without maps, a token has the same weight in every head, so that heads can be
+        concatenated. With maps, the rows of each head have their own weights.
 
         Args:
-            weights: `(B, *sketch_shape)`.
+            weights: Weights `(B, *sketch_shape)`.
         """
         inputs = to_float64(self.inputs.detach())  # (B, ..., N, D)
         weights = weights.to(inputs)
@@ -79,15 +83,15 @@ class ProtectedInputs(NamedTuple):
 
 
 def flatten_images(rows: Tensor) -> Tensor:
-    """Join the rows of all images: `(B, ..., N, D)` -> `(..., B * N, D)`."""
-    return torch.movedim(rows, 0, -3).flatten(-3, -2)
+    """Concatenate the rows of all images: `(B, ..., N, D)` -> `(..., B * N, D)`."""
+    return torch.movedim(rows, 0, -3).flatten(-3, -2)  # (..., B, N, D) -> (..., B * N, D)
 
 
 class SecondMoment:
-    """The count, sum and second moment of rows that stream by.
+    """The count, mean and second moment of rows, accumulated batch by batch.
 
-    Memory is `D * D` whatever the number of rows, and the result does not depend on their order or batching
-    (beyond rounding in float64).
+    It takes memory for `D * D` numbers, however many rows there are. The result does not depend on their order or
+    batching, up to rounding in float64.
 
     >>> moment = SecondMoment()
     >>> moment.observe(torch.tensor([[1.0, 0.0], [1.0, 2.0]]))
@@ -119,18 +123,21 @@ class SecondMoment:
 
     @property
     def mean(self) -> Tensor:
-        """Mean row `(..., D)`."""
+        """The mean row, `(..., D)`."""
         return self._observed(self._sum) / self.count
 
     @property
     def second(self) -> Tensor:
-        """Second moment `(..., D, D)`: the mean of the rows' outer products."""
+        """The second moment, the mean of the rows' outer products, `(..., D, D)`."""
         return self._observed(self._products) / self.count
 
     def all_reduce(self) -> None:
-        """Merge the moments of all processes, each of which must have observed some rows.
+        """Merge the moments of all processes.
 
         Collective: every process must call it.
+
+        Raises:
+            ValueError: If this process has observed no row.
         """
         total, products = self._observed(self._sum), self._observed(self._products)
         all_reduce_sum_(total)
@@ -146,8 +153,9 @@ class SecondMoment:
 def second_moment_of_sums(inputs: SecondMoment, prompts: SecondMoment) -> Tensor:
     """Return the second moment `(..., D, D)` of all sums x + p of an input row x and a prompt row p.
 
-    `C_x + C_p + m_x m_p^T + m_p m_x^T`, with second moments C and means m: no sum is ever formed, so it streams, and
-    it has none of the sign ambiguity of adding two sets of principal components.
+    It is `C_x + C_p + m_x m_p^T + m_p m_x^T`, with second moments C and means m. The sums themselves are never formed,
+    so both moments can be accumulated batch by batch. Unlike a sum of two sets of principal components, the result
+    does not depend on the signs of eigenvectors.
 
     >>> x, p = SecondMoment(), SecondMoment()
     >>> x.observe(torch.tensor([[1.0, 0.0]])); p.observe(torch.tensor([[0.0, 1.0]]))
@@ -160,11 +168,14 @@ def second_moment_of_sums(inputs: SecondMoment, prompts: SecondMoment) -> Tensor
 
 
 def leading_basis(second: Tensor, energy: float) -> Tensor:
-    """Return the fewest leading directions that hold `energy` of the trace of `second`, as columns `(..., D, r)`.
+    """Return the fewest leading eigenvectors that capture the fraction `energy` of the trace of `second`.
 
     Args:
-        second: symmetric positive semi-definite `(..., D, D)`.
-        energy: share in [0, 1]; 0 gives no column, 1 every direction that is not zero to rounding.
+        second: Symmetric positive semi-definite matrices `(..., D, D)`.
+        energy: Fraction in [0, 1]; 0 gives no column, 1 every direction that is not zero up to rounding.
+
+    Returns:
+        Orthonormal columns `(..., D, r)`, float64.
 
     >>> leading_basis(torch.diag(torch.tensor([9.0, 1.0, 0.0])), energy=0.9).abs()
     tensor([[1.],
@@ -177,46 +188,50 @@ def leading_basis(second: Tensor, energy: float) -> Tensor:
 
 
 def extend_basis(basis: Tensor, second: Tensor, energy: float) -> Tensor:
-    """Extend `basis` by the fewest directions with which it holds `energy` of the trace of `second`.
+    """Return `basis` with the fewest columns added so that it captures the fraction `energy` of the trace of `second`.
 
-    The rule of GPM (Saha et al., ICLR 2021, section 4): remove from the second moment what the basis already holds, and
-    add leading eigenvectors of the rest until the share is reached.
+    This is the rule of GPM (Saha et al., ICLR 2021, section 4): remove from the second moment what the basis already
+    captures, and add leading eigenvectors of the rest until the fraction is reached.
 
     Args:
-        basis: orthonormal columns `(..., D, r)`. Where leading axes differ in rank, shorter bases end in zero columns.
-        second: symmetric positive semi-definite `(..., D, D)`.
-        energy: share in [0, 1].
+        basis: Orthonormal columns `(..., D, r)`. If leading axes differ in rank, shorter bases end in zero columns.
+        second: Symmetric positive semi-definite matrices `(..., D, D)`.
+        energy: Fraction in [0, 1].
 
     Returns:
         Orthonormal columns `(..., D, r')`, r' >= r, float64; the first columns are those of `basis`.
 
-    >>> held = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)
-    >>> extend_basis(held, torch.diag(torch.tensor([6.0, 1.0, 3.0])), energy=0.9).abs()
+    Raises:
+        ValueError: If `energy` is not in [0, 1].
+
+    >>> basis = torch.tensor([[1.0], [0.0], [0.0]], dtype=torch.float64)
+    >>> extend_basis(basis, torch.diag(torch.tensor([6.0, 1.0, 3.0])), energy=0.9).abs()
     tensor([[1., 0.],
             [0., 0.],
             [0., 1.]], dtype=torch.float64)
     """
     if not 0 <= energy <= 1:
-        raise ValueError(f"expected an energy in [0, 1] (a share of the second moment's trace), got {energy}")
+        raise ValueError(f"expected an energy in [0, 1] (a fraction of the second moment's trace), got {energy}")
     second = to_float64(second)
     basis = basis.to(second)
     rest = project_out(project_out(second, basis).mT, basis)  # (I - UU^T) C (I - UU^T)
     values, vectors = torch.linalg.eigh((rest + rest.mT) / 2)  # ascending
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
     total = second.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)  # (..., 1)
-    missing = values.flip(-1).cumsum(-1).flip(-1)  # not held before direction i is added
+    missing = values.flip(-1).cumsum(-1).flip(-1)  # (..., D): not captured before direction i is added
     rounding = second.shape[-1] * torch.finfo(torch.float64).eps * total
-    wanted = (missing > (1 - energy) * total + rounding) & (values > rounding)  # (..., D)
-    count = int(wanted.sum(-1).max())
-    new = project_out(
-        vectors[..., :count].mT, basis
-    ).mT  # directions far smaller than what is held lean toward it a little
-    new = torch.linalg.qr(new).Q * wanted[..., None, :count]
-    return _zeros_last(torch.cat([basis, new], dim=-1))
+    needed = (missing > (1 - energy) * total + rounding) & (values > rounding)  # (..., D)
+    count = int(needed.sum(-1).max())
+    # eigenvectors of small eigenvalues are not exactly orthogonal to the basis, so it is projected out once more
+    new = project_out(vectors[..., :count].mT, basis).mT  # (..., D, count)
+    new = torch.linalg.qr(new).Q * needed[..., None, :count]
+    return _zeros_last(torch.cat([basis, new], dim=-1))  # (..., D, r + count)
 
 
 def project_out(tensor: Tensor, basis: Tensor) -> Tensor:
-    """Return `tensor - tensor U U^T` `(..., n, D)`: each row without its part in the span of `basis` `(..., D, r)`.
+    """Return `tensor - tensor U U^T`, `(..., n, D)`: each row without its component in the span of U = `basis`.
+
+    The basis has orthonormal columns `(..., D, r)`.
 
     >>> project_out(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0], [0.0]]))
     tensor([[0., 4.]])
@@ -225,7 +240,7 @@ def project_out(tensor: Tensor, basis: Tensor) -> Tensor:
 
 
 def mean_rank(basis: Tensor) -> float:
-    """Return the mean number of columns over the leading axes; padding does not count.
+    """Return the number of columns, averaged over the leading axes; columns of zeros do not count.
 
     >>> mean_rank(torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [0.0, 0.0]]]))
     1.5
@@ -234,10 +249,7 @@ def mean_rank(basis: Tensor) -> float:
 
 
 def _zeros_last(basis: Tensor) -> Tensor:
-    """Move zero columns behind the others, and drop those that are zero on all leading axes.
-
-    Ranks may differ between leading axes; zero columns pad.
-    """
+    """Move columns of zeros, which pad bases of smaller rank, to the end, and drop those that all bases share."""
     if basis.dim() == 2 or basis.shape[-1] == 0:
         return basis
     empty = ~(basis != 0).any(-2)  # (..., r)

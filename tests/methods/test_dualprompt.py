@@ -108,7 +108,7 @@ def test_expert_tokens_join_from_their_layer_on():
             tokens = torch.cat([prompts, tokens], dim=1)  # anywhere: attention does not know the order
         tokens = block(tokens)
     expected = vit.vit.norm(tokens)[:, 15]
-    torch.testing.assert_close(method._read(x, indices), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(method._prompted_features(x, indices), expected, rtol=0, atol=1e-12)
     assert {"expert 2", "expert 3", "expert 4", "keys"} == method.protected().keys() == method.activations(x).keys()
 
 

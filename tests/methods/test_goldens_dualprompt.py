@@ -55,7 +55,7 @@ def test_forward(arrays, case, phase, dtype):
     for layer in range(3):
         prefix = arrays[f"{at}/batched_prompt"][layer].permute(0, 1, 3, 2, 4)  # (B, 2, H, L, d)
         close(method.experts[str(layer + 2)](prepared["indices"]), prefix, tolerance)
-    features = method._read(x, prepared["indices"])
+    features = method._prompted_features(x, prepared["indices"])
     close(features, arrays[f"{at}/pre_logits"], tolerance)
     close(method.head(features), arrays[f"{at}/logits"], tolerance)
     if phase == "eval":
@@ -112,7 +112,7 @@ def test_queries_of_attention(arrays):
     method, x = build(arrays, "persample", torch.float64), arrays["x0"]
     picked = method.prepare_batch(x, Task(99, (), TASK.train, TASK.test))["indices"]
     for indices in (torch.full_like(picked, 9), picked):
-        traces = method.backbone.trace(x, range(5), *method._inputs(indices))
+        traces = method.backbone.trace(x, range(5), *method._prompts_and_prefixes(indices))
         for layer in range(5 if indices is not picked else 3):  # the first expert speaks in layer 2
             close(traces[layer].queries, arrays[f"fixed/memory_q/layer{layer}"], 1e-10)
     rows = method.activations(x)
@@ -129,7 +129,7 @@ def test_the_published_reshape_hands_out_prefixes_of_other_images(arrays):
     def released(prefix):  # (B, 2, H, L, d), as released
         return prefix.transpose(0, 1).reshape(prefix.shape)
 
-    _, prefixes = method._inputs(indices)
+    _, prefixes = method._prompts_and_prefixes(indices)
     scrambled = {layer: released(prefix) if layer > 1 else prefix for layer, prefix in prefixes.items()}
     logits = method.head(method.backbone(x, None, scrambled, num_tokens=1)[:, 0])
     close(logits, arrays["released/persample/eval/logits"], 1e-10)

@@ -96,7 +96,7 @@ def drift(protect, config, monkeypatch=None, **settings):
 def hold_norms(method, monkeypatch):
     """Let LayerNorms divide prompts by what they divided them by at first."""
     backbone = method.backbone
-    at_first = {layer: backbone.apply_norm(layer, tokens)[1].detach() for layer, tokens in method._each()}
+    at_first = {layer: backbone.apply_norm(layer, tokens)[1].detach() for layer, tokens in method._prompts_by_layer()}
 
     def normed(layer, tokens):
         norm = backbone.vit.blocks[layer].norm1
@@ -161,7 +161,7 @@ def test_variants_keep_the_promises_of_every_method(settings):
     [
         ({"length": 0}, "method.length of at least 1"),
         ({"norm_penalty": -1.0}, "norm_penalty of at least 0"),
-        ({"norm_penalty": 1.0, "prompts_after_norm": True}, "there is no norm to hold"),
+        ({"norm_penalty": 1.0, "prompts_after_norm": True}, "norm_penalty 0 with method.prompts_after_norm, got 1.0"),
         ({"layers": (1, 1)}, "each layer once"),
         ({"layers": ()}, "each layer once"),
         ({"layers": (6,)}, "between 0 and 5"),

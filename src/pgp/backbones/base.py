@@ -74,7 +74,7 @@ class Backbone(nn.Module, abc.ABC):
         """Return the weights `W_k (H, D/H, D)` of the keys of each head of block `layer`.
 
         Raises:
-            ValueError: for attention whose scores are not linear in its keys.
+            ValueError: For attention whose scores are not linear in its keys.
         """
 
     @abc.abstractmethod
@@ -89,9 +89,9 @@ class Backbone(nn.Module, abc.ABC):
 
         Args:
             images: `(B, 3, S, S)`.
-            prompts: by layer number, tokens `(B, P, D)` to insert after CLS as they enter that block.
-            prefixes: by layer number, keys and values `(B, 2, H, L, D/H)` that its attention sees before its own.
-            num_tokens: how many leading tokens the caller reads; the last block computes no others. All, where None.
+            prompts: By layer number, tokens `(B, P, D)` to insert after CLS as they enter that block.
+            prefixes: By layer number, keys and values `(B, 2, H, L, D/H)` that its attention sees before its own.
+            num_tokens: How many leading tokens the caller reads; the last block computes no others. All, where None.
 
         Returns:
             `(B, read, D)`, or `(B, N + P, D)` where `read` is None.
@@ -137,8 +137,8 @@ class Backbone(nn.Module, abc.ABC):
         constants.
 
         Args:
-            layer: number of the block.
-            moves: a token behind the block's norm; one that enters the block; or a prompt that is yet to be placed
+            layer: Number of the block.
+            moves: A token behind the block's norm; one that enters the block; or a prompt that is yet to be placed
                 before the block, which is the first.
         """
         maps = self.key_weights(layer)

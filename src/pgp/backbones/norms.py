@@ -22,7 +22,7 @@ def pull_back(norm: Any, maps: Tensor) -> Tensor:
     """Pull maps `(..., D)` from the output of `norm` back to its input, up to the divisor.
 
     Raises:
-        ValueError: for a norm that is no LayerNorm.
+        ValueError: For a norm that is no LayerNorm.
     """
     if isinstance(norm, nn.Identity):
         return maps

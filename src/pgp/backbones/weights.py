@@ -60,7 +60,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """Return the float32 tensors of a checkpoint, by name.
 
     Raises:
-        WeightsError: if there is none at `path`, or it holds code, is damaged or is something else.
+        WeightsError: If there is none at `path`, or it holds code, is damaged or is something else.
     """
     size = _require_file(path, "checkpoint", "a .safetensors, .pth or .pt file, 'random', or published weights by name")
     with reading(path):
@@ -88,7 +88,7 @@ def read_json(path: Path) -> Any:
     """Return the description of a model in a JSON file.
 
     Raises:
-        WeightsError: if there is none at `path`, or it cannot be read.
+        WeightsError: If there is none at `path`, or it cannot be read.
     """
     size = _require_file(path, "description of a model", "a JSON file")
     if size > _LARGEST_DESCRIPTION:
@@ -101,7 +101,7 @@ def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     """Give `model` all its weights from `state`.
 
     Raises:
-        WeightsError: naming `path`, if names or shapes differ, or a weight is not finite.
+        WeightsError: Naming `path`, if names or shapes differ, or a weight is not finite.
     """
     wanted = model.state_dict()
     missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())

@@ -69,11 +69,11 @@ def translate_flags(words: Sequence[str], config: Config) -> list[str]:
     """Return `words` with every published flag translated; all other words stay.
 
     Args:
-        words: arguments behind the recipe's name.
-        config: the recipe's configuration, whose method and encoder decide what some flags mean.
+        words: Arguments behind the recipe's name.
+        config: The recipe's configuration, whose method and encoder decide what some flags mean.
 
     Raises:
-        ValueError: if a flag lacks its value, is no boolean, or sets what this method does not have.
+        ValueError: If a flag lacks its value, is no boolean, or sets what this method does not have.
     """
     out: list[str] = []
     for written, name, value in _pairs(words):
@@ -107,12 +107,12 @@ def find_latest_run(asked: Config, words: Sequence[str], folder: Path) -> tuple[
     """Return the newest run of a recipe that fits all flags given, and how to evaluate it.
 
     Args:
-        asked: the recipe's configuration under all flags.
-        words: these flags; those that only say how to evaluate, and where the data lie, are free.
-        folder: where it lies, or in the folders in there, or in those that stand in for it, `folder-2`, ….
+        asked: The recipe's configuration under all flags.
+        words: These flags; those that only say how to evaluate, and where the data lie, are free.
+        folder: Where it lies, or in the folders in there, or in those that stand in for it, `folder-2`, ….
 
     Raises:
-        RunError: if there is none.
+        RunError: If there is none.
     """
     asked = resolve_paths(asked)
     stands_in = re.compile(re.escape(folder.name) + r"-\d+")

@@ -65,8 +65,8 @@ def extract(archive: Path, folder: str, target: Path, progress: Progress) -> Non
     Every member is looked at before anything is written: paths out of the archive, links and devices are refused.
 
     Raises:
-        ArchiveError: if the archive is damaged or refused, or the disk has too little room.
-        OSError: if it cannot be written.
+        ArchiveError: If the archive is damaged or refused, or the disk has too little room.
+        OSError: If it cannot be written.
     """
     try:
         with _members(archive) as members:

@@ -40,7 +40,7 @@ class Split(abc.ABC):
         """Return image number `index`, `(3, H, W)` uint8.
 
         Raises:
-            BadImageError: if its file cannot be read.
+            BadImageError: If its file cannot be read.
         """
 
     def names(self) -> Iterable[str]:
@@ -149,7 +149,7 @@ class DatasetConfig(abc.ABC):
         """Download and unpack what `read` needs, if it is missing.
 
         Args:
-            progress: where to draw bars, in bytes; on the error stream, where None.
+            progress: Where to draw bars, in bytes; on the error stream, where None.
         """
 
     def read(self) -> Dataset:

@@ -28,8 +28,8 @@ class PixelStore:
         """Make room for `budget` bytes; no memory is taken before images are written.
 
         Raises:
-            OSError: if the system does not grant them.
-            ImportError: if it has no locks that processes share.
+            OSError: If the system does not grant them.
+            ImportError: If it has no locks that processes share.
         """
         self.lock = multiprocessing.Lock()
         shared = mmap.mmap(-1, 24 + budget)  # anonymous and shared; pages are taken as they are written

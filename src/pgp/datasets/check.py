@@ -53,12 +53,12 @@ def check_images(
     """Decode every image file of a data set on this disk, and report what is missing or unreadable.
 
     Args:
-        config: the data set.
-        progress: where to draw a bar; nowhere, where None.
-        data: what `config` reads, where it has been read already.
+        config: The data set.
+        progress: Where to draw a bar; nowhere, where None.
+        data: What `config` reads, where it has been read already.
 
     Raises:
-        ValueError: if the set is not there, or its index names files that are not.
+        ValueError: If the set is not there, or its index names files that are not.
     """
     data = data or config.read()
     bad: list[str] = []

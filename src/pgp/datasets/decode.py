@@ -43,7 +43,7 @@ def decode(source: Path | bytes) -> Image.Image:
     """Return an image in RGB, upright, transparency over white.
 
     Raises:
-        Exception: whatever a decoder raises, if there are no pixels to be had.
+        Exception: Whatever a decoder raises, if there are no pixels to be had.
     """
     if isinstance(source, Path):
         require_file(source)
@@ -127,7 +127,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
     """Return a gray image of more than 8 bits with 8 bits, scaled by its kind.
 
     Raises:
-        ValueError: if its kind does not say which values are black and white.
+        ValueError: If its kind does not say which values are black and white.
     """
     values, highest = np.asarray(image), 65535.0
     if image.mode == "F":

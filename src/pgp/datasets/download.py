@@ -33,7 +33,7 @@ def unpacked(archive: Archive, root: Path, progress: Progress | None = None) -> 
     that come at once, one fetches and the others wait.
 
     Raises:
-        ArchiveError: if the archive cannot be had, is not the published one, or cannot be unpacked.
+        ArchiveError: If the archive cannot be had, is not the published one, or cannot be unpacked.
     """
     root = root.expanduser().absolute()
     folder = root / archive.folder
@@ -53,7 +53,7 @@ def fetched(archive: Archive, root: Path, progress: Progress | None = None) -> P
     """Return the path of the archive in `root`, verified by its digest; download it if it is missing.
 
     Raises:
-        ArchiveError: if it cannot be had, or is not the published one.
+        ArchiveError: If it cannot be had, or is not the published one.
     """
     root = root.expanduser().absolute()
     with _shown(progress) as bars, _explained(archive, root), _alone(archive, root, bars):

@@ -80,7 +80,7 @@ def read_image(path: Path, content: bytes | None = None) -> Tensor:
     Where its bytes are at hand as `content`, `path` is only what to call it.
 
     Raises:
-        BadImageError: naming `path`, if it cannot be decoded.
+        BadImageError: Naming `path`, if it cannot be decoded.
     """
     try:
         image = decode(path if content is None else content)

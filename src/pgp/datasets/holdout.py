@@ -14,7 +14,7 @@ def holdout_mask(split: Split, share: float, seed: int, where: Callable[[int], s
     """Return which images of `split` are held out for the test, bool `(n,)`: `share` of each class, in each domain.
 
     Raises:
-        ValueError: if a class has a single image, which `where` describes by its place.
+        ValueError: If a class has a single image, which `where` describes by its place.
     """
     strata = split.labels
     if split.domains is not None:

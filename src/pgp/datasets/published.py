@@ -48,7 +48,7 @@ class DownloadableDataset(DatasetConfig):
         """Return the folder of the data set.
 
         Raises:
-            ValueError: if it is not on this disk.
+            ValueError: If it is not on this disk.
         """
         if folder := self._found():
             return folder
@@ -85,7 +85,7 @@ def require_files(paths: Iterable[Path], index: Path) -> list[Path]:
     Raises:     ValueError: If a file is missing.
 
     Raises:
-        ValueError: if some are not there; it names the first.
+        ValueError: If some are not there; it names the first.
     """
     found = list(paths)
     if missing := [path for path in found if not path.is_file()]:

@@ -1,3 +1,3 @@
-"""What learns on top of a frozen encoder: one file per method, and the contract in `base`."""
+"""Methods, which learn prompts or a head on a frozen encoder: one file each, and the contract in `base`."""
 
 from pgp.methods.base import Method as Method

@@ -1,6 +1,6 @@
 """The contract of a method: what learns on top of a frozen encoder, and which of its parameters to protect.
 
-A method names what to protect and what enters it; it never projects.
+A method names the parameters to protect and returns their inputs. It never projects anything itself.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from pgp.subspace import ProtectedInputs, ProtectedParameter
 class Method(nn.Module, abc.ABC):
     """A frozen `backbone`, prompts that the method learns, and a `head` that turns features into logits.
 
-    Shapes: `B` images of side `S`, `D` feature width, `C` classes (of all tasks, including those still to come), `M`
+    Shapes: `B` images with `S` pixels a side, `D` feature width, `C` classes (of all tasks, including future ones), `M`
     prompts.
 
-    The order of calls for each task is `begin_task`, `prepare_batch` and `loss` for each batch, `end_task`. Evaluation
-    calls
-    `features` or `forward`, which must not change anything.
+    The order of calls for each task is `begin_task`, then `prepare_batch` and `loss` for each batch, then `end_task`.
+    Evaluation calls `features` or `forward`, which must not change any state.
     """
 
     per_class_tensors: tuple[str, ...] = ("head.weight", "head.bias")
-    """Names of the learned tensors that have a row for each class. They grow when classes join a finished run."""
+    """Names of the learned tensors that have a row for each class. They grow when a task with new classes is added to a
+    finished run."""
     uses_query: bool = True
-    """Whether features depend on the query. If not, the query is computed only for readouts that read it."""
+    """Whether features depend on the query. If not, the query is computed only for readouts that use it."""
     legacy_scope: Literal["all", "cut"] = "all"
-    """Classes over which the published evaluation scores: all of them, seen or not, or those up to the task of the
-    test batch, which leaks the task. Both are reported only next to the honest accuracy."""
+    """Classes over which the published evaluation scores. `all`: every class, seen or not. `cut`: the classes up to the
+    task of the test batch, which leaks the task. Both are reported only next to the honest accuracy."""
 
     @dataclass(frozen=True)
     class Config(abc.ABC):
-        """How to make one; `build` is the factory."""
+        """Settings of a method; `build` creates it."""
 
         tag: ClassVar[str]
-        """Name of this kind of method in config.json, unique among all of them; it must never change."""
+        """Name of this kind of method in config.json. It must be unique among methods and never change."""
 
         @abc.abstractmethod
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> Method:
@@ -51,7 +51,7 @@ class Method(nn.Module, abc.ABC):
             Args:
                 backbone: The frozen encoder.
                 class_names: Names of the C classes, by label.
-                generator: Source of all initial values.
+                generator: Random generator for all initial values.
 
             Raises:
                 ValueError: If the settings do not fit the encoder.
@@ -62,40 +62,40 @@ class Method(nn.Module, abc.ABC):
         self.backbone, self.head = backbone, head
 
     def begin_task(self, task: Task) -> None:
-        """Prepare for learning `task`, for example by copying the prompts of the task before it."""
+        """Prepare for learning `task`, for example by copying the prompts of the previous task."""
 
     def refresh_head(self, task: Task) -> None:
-        """Refresh what the head caches of the classes of `task`. It may be called at any step."""
+        """Refresh the head's cached class embeddings of `task`, if it has any. It may be called at any step."""
 
     def end_task(self, task: Task) -> None:
-        """Store what later tasks need of `task`, now that it is trained.
+        """Store what later tasks need to know about `task`, after its training.
 
-        It may be called again, and then changes nothing.
+        A second call for the same task changes nothing.
         """
         self.refresh_head(task)
 
     def query(self, images: Tensor) -> Tensor:
         """Return the features of the frozen encoder without prompts, `(B, D)`.
 
-        They never change while the method learns, so they are computed once for each test image and cached.
+        They do not change during training, so they are computed once for each test image and cached.
         """
         return self.backbone.encode(images)
 
     def selected_prompts(self, query: Tensor) -> Tensor | None:
-        """Return which prompts each image selects, `(B, M)` bool, or None if the method selects none."""
+        """Return which prompts each image selects, `(B, M)` bool, or None if the method does not select prompts."""
         return None
 
     @abc.abstractmethod
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
-        """Return the features that the head and the readouts read, `(B, D)`.
+        """Return the features for the head and the readouts, `(B, D)`.
 
-        The features of an image do not depend on its batch, and no task label is known.
+        The features of an image do not depend on the other images of its batch, and no task label is used.
 
         Args:
-            images: `(B, 3, S, S)`.
-            query: `query(images)`, `(B, D)`. If None, it is computed.
+            images: Images `(B, 3, S, S)`.
+            query: The result of `query(images)`, `(B, D)`. If None, it is computed.
             by_vote: Follow the published test protocol instead: select one set of prompts for the whole batch, by
-                majority vote. Collective then, see `pgp.methods.prompts.majority_vote`.
+                majority vote. Every process must then make the call; see `pgp.methods.prompts.majority_vote`.
         """
 
     def forward(self, images: Tensor, query: Tensor | None = None) -> Tensor:
@@ -105,15 +105,16 @@ class Method(nn.Module, abc.ABC):
 
     @torch.no_grad()
     def prepare_batch(self, images: Tensor, task: Task) -> dict[str, Tensor]:
-        """Return what `loss` needs to know of the whole batch, by name, with one row for each image.
+        """Return tensors that `loss` needs and that depend on the whole batch, by name, with one row for each image.
 
-        It is called once for each batch, before `loss` is called for parts of it. Collective: every process must call
-        it, for a choice of prompts by vote counts the votes of all.
+        It is called once for each batch, before `loss` is called for each micro-batch of it.
+
+        Collective: every process must call it, because prompts selected by vote count the votes of all processes.
         """
         return {"query": self.query(images)} if self.uses_query else {}
 
     def batch_constants(self, task: Task) -> dict[str, Tensor]:
-        """Return tensors that all parts of a batch share, by name, with their graph. It is called once a step."""
+        """Return tensors shared by all micro-batches of a step, by name, with their graph. It is called once a step."""
         return {}
 
     @abc.abstractmethod
@@ -121,48 +122,48 @@ class Method(nn.Module, abc.ABC):
         """Return the training loss, a scalar: the mean over the images.
 
         Args:
-            images: `(B, 3, S, S)`, a batch or a part of one.
-            labels: `(B,)`.
-            task: The task that the images belong to. The loss compares its classes only.
-            prepared: The rows of `prepare_batch` for these images, and the tensors of `shared`. If None, they are
-            computed.
+            images: Images `(B, 3, S, S)`, a batch or a micro-batch.
+            labels: Labels `(B,)`.
+            task: The task of the images. The loss compares its classes only.
+            prepared: The rows of `prepare_batch` for these images, and the tensors of `batch_constants`. If None, they
+                are computed.
         """
 
     def protected(self) -> dict[str, ProtectedParameter]:
-        """Return, by the name of a space, the parameters whose response to old inputs must not change.
+        """Return the parameters whose responses to old inputs must not change, by name.
 
-        The names and the parameter objects stay the same for the lifetime of the method.
+        Such a name is called a space. The names and the parameter objects stay the same for the lifetime of the method.
         """
         return {}
 
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
-        """Return, by the name of a space, the rows that enter its parameter when these images pass.
+        """Return the inputs of each protected parameter for these images, by space.
 
-        The keys are those of `protected`. Nothing of it has a graph.
+        The keys are those of `protected`. The tensors have no graph.
 
         Args:
-            images: `(B, 3, S, S)`.
-            query: `query(images)`, `(B, D)`. If None, it is computed.
+            images: Images `(B, 3, S, S)`.
+            query: The result of `query(images)`, `(B, D)`. If None, it is computed.
         """
         return {}
 
     def prompt_parameters(self) -> list[nn.Parameter]:
-        """Return all that learns but the head: prompts, prefixes, and the keys by which images choose them.
+        """Return every trainable parameter outside the head: prompts, prefixes, and the keys for their selection.
 
-        The optimizer gives them a learning rate of their own, which may fall to 0 after the first task.
+        The optimizer gives them their own learning rate, which may be 0 after the first task.
         """
         head = {id(parameter) for parameter in self.head.parameters()}
         return [parameter for parameter in self.parameters() if parameter.requires_grad and id(parameter) not in head]
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
-        """Return all that is learned, by name: the state without the frozen encoder."""
+        """Return the state of the method without the frozen encoder, by name."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
 
     def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore a `trainable_state_dict`. Classes that joined after it was saved keep their current values.
+        """Restore a `trainable_state_dict`. Classes that were added after it was saved keep their current values.
 
         Raises:
-            ValueError: If it belongs to another method or model, or to more classes.
+            ValueError: If the state belongs to another method or model, or has more classes.
         """
         own = self.trainable_state_dict()
         for name in self.per_class_tensors:
@@ -185,7 +186,7 @@ def linear_head(width: int, classes: int, generator: torch.Generator) -> nn.Line
 
 
 def mask_logits(logits: Tensor, classes: Sequence[int]) -> Tensor:
-    """Return the logits `(B, C)` with -inf for every class that is not among `classes`.
+    """Return the logits `(B, C)` with -inf for every class outside `classes`.
 
     >>> mask_logits(torch.tensor([[1.0, 2.0, 3.0]]), [0, 1])
     tensor([[1., 2., -inf]])

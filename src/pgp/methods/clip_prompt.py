@@ -1,4 +1,4 @@
-"""CLIP prompt tuning: a learned text context for each task, and one image prompt that all tasks share."""
+"""CLIP prompt tuning: a learned text context for each task, and one image prompt for all tasks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from pgp.subspace import ProtectedInputs, ProtectedParameter
 
 
 class TextHead(nn.Module):
-    """Logits `(B, C)` of image features: scale * cosine with the text features of each class.
+    """Logits `(B, C)` of image features: scale * cosine similarity with the text features of each class.
 
-    The text of a class is encoded when its task ends and cached, so that the text encoder never runs for an image.
+    The text features of a class are computed when its task ends and cached, so that prediction needs no text encoder.
     """
 
     text: Tensor
-    """Text features of unit length, `(C, E)`; zero for a class that no task has brought yet."""
+    """Text features of unit length, `(C, E)`; zero for classes of future tasks."""
 
     def __init__(self, classes: int, width: int, scale: float) -> None:
         super().__init__()
@@ -41,19 +41,19 @@ class TextHead(nn.Module):
 
 
 class ZeroShot(Method):
-    """CLIP without training: class names in a template. A baseline."""
+    """CLIP without training, a baseline: the text of a class is its name in a template."""
 
     @dataclass(frozen=True)
     class Config(Method.Config):
-        """How class names become texts."""
+        """Settings of zero-shot classification."""
 
         tag = "zero-shot"
 
         template: str = "a photo of a {}."
-        """Text of a class; {} is its name."""
+        """Text of a class; {} stands for its name."""
 
         def __post_init__(self) -> None:
-            _check(self.template)
+            _check_template(self.template)
 
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> ZeroShot:
             """Return CLIP with this template."""
@@ -74,7 +74,11 @@ class ZeroShot(Method):
         self.class_names = [name.replace("_", " ").strip() for name in class_names]
 
     def check_names(self) -> None:
-        """Raise, before anything is learned, if a class name is too long for the text encoder."""
+        """Raise if a class name is too long for the text encoder.
+
+        Raises:
+            ValueError: If the text of a class has too many tokens.
+        """
         try:
             self.backbone.tokenize(self.texts(range(len(self.class_names))))
         except ValueError as error:
@@ -82,7 +86,7 @@ class ZeroShot(Method):
                              " names.txt or in the table of images") from error  # fmt: skip
 
     def texts(self, labels: Sequence[int]) -> list[str]:
-        """Return what is encoded of each of the classes `labels`."""
+        """Return the text of each of the classes `labels`."""
         assert isinstance(self.config, ZeroShot.Config)
         return [self.config.template.format(self.class_names[label]) for label in labels]
 
@@ -105,44 +109,46 @@ class ZeroShot(Method):
         text = (prepared or {}).get("text")
         text = F.normalize(self.text_features(task) if text is None else text, dim=-1)
         logits = self.head.scale * F.normalize(self.features(images), dim=-1) @ text.T  # (B, n)
-        places = {label: place for place, label in enumerate(task.classes)}
-        return F.cross_entropy(logits, torch.tensor([places[label] for label in labels.tolist()], device=logits.device))
+        position = {label: index for index, label in enumerate(task.classes)}
+        targets = torch.tensor([position[label] for label in labels.tolist()], device=logits.device)  # (B,)
+        return F.cross_entropy(logits, targets)
 
     def _prompts(self, count: int) -> dict[int, Tensor]:
-        """Return by layer the tokens that join those of `count` images."""
+        """Return the tokens to insert for `count` images, by layer."""
         return {}
 
 
 class CLIPPrompt(ZeroShot):
-    """A learned context around each class name, a new one for every task, and learned tokens that join every image.
+    """A learned context around each class name, new for every task, and an image prompt that all tasks share.
 
-    The loss compares an image with the classes of its task. The text features of a finished task are cached and stay,
-    so old images can only be affected by the image prompt, which is what a projection protects.
-    Differs from the published code: an image is compared with all classes seen so far, where the published evaluation
-    leaks the task label.
+    The loss compares an image with the classes of its task. The text features of a finished task are cached and do not
+    change. Predictions for old images therefore change only through the image prompt, which a projection protects.
+
+    Differs from the published code: an image is compared with all classes seen so far. The published evaluation leaks
+    the task label.
     """
 
     @dataclass(frozen=True)
     class Config(Method.Config):
-        """The published method's settings; the defaults are its values for CIFAR-100."""
+        """Settings of the published method; the defaults are its values for CIFAR-100."""
 
         tag = "clip"
 
         context: int = 16
-        """Learned vectors in a context, L."""
+        """Number of learned vectors in a context, L."""
         name: Literal["end", "middle", "front"] = "end"
         """Position of the class name in its context."""
         per_class: bool = False
         """Learn a context for each class instead of one for all classes of a task."""
         image_prompt: int = 10
-        """Learned tokens that join those of every image."""
+        """Number of learned tokens that are inserted into the sequence of every image."""
         template: str = "{}."
-        """Text of a class inside its context; {} is its name."""
+        """Text of a class inside its context; {} stands for its name."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
         """What updates of the image prompt must be orthogonal to; see `pgp.methods.l2p.L2P.Config.protect`."""
 
         def __post_init__(self) -> None:
-            _check(self.template)
+            _check_template(self.template)
             for field in ("context", "image_prompt"):
                 if getattr(self, field) < 1:
                     raise ValueError(f"expected method.{field} of at least 1, got {getattr(self, field)}")
@@ -171,23 +177,24 @@ class CLIPPrompt(ZeroShot):
     def begin_task(self, task: Task) -> None:
         """Draw a new context from the run's seed and the task, unless each class has its own."""
         if not self.settings.per_class:
-            drawn = torch.empty(self.context.shape)  # on the CPU, where a draw is the same whatever the device
-            self.context.copy_(drawn.normal_(std=0.02, generator=make_generator(self._seed, "context", task.index)))
+            generator = make_generator(self._seed, "context", task.index)
+            # drawn on the CPU, so that the values do not depend on the device
+            self.context.copy_(torch.empty(self.context.shape).normal_(std=0.02, generator=generator))
         self.refresh_head(task)
 
     def refresh_head(self, task: Task) -> None:
-        """Encode the class names of `task` in their context, and cache them."""
+        """Encode the class names of `task` in their context, and cache the text features."""
         with torch.no_grad():
             self.head.learn(task.classes, self.text_features(task))
 
     @property
     def _placeholders(self) -> tuple[int, int]:
-        """Words that the context takes the place of, in front of a class name and behind it."""
+        """Number of placeholder words before and after a class name, which the context replaces."""
         L = self.settings.context
         return {"end": (L, 0), "middle": (L // 2, L - L // 2), "front": (0, L)}[self.settings.name]
 
     def texts(self, labels: Sequence[int]) -> list[str]:
-        """See `ZeroShot.texts`; with placeholders for the context."""
+        """Return the text of each of the classes `labels`, with placeholder words for the context."""
         front, back = self._placeholders
         names = [self.settings.template.format(self.class_names[label]) for label in labels]
         return [" ".join(["x"] * front + [name] + ["x"] * back) for name in names]
@@ -199,46 +206,47 @@ class CLIPPrompt(ZeroShot):
         ends = tokens.argmax(-1, keepdim=True)  # position of the end token
         before = torch.arange(1, 1 + front, device=tokens.device).expand(len(tokens), -1)
         after = ends - back + torch.arange(back, device=tokens.device)
-        places = torch.cat([before, after], dim=1).unsqueeze(-1)  # (n, L, 1): of the placeholders
+        positions = torch.cat([before, after], dim=1).unsqueeze(-1)  # (n, L, 1): of the placeholders
         embedded = self.backbone.embed_text(tokens)  # (n, T, W)
         context = self.context[list(task.classes)] if config.per_class else self.context.expand(len(tokens), -1, -1)
-        embedded = embedded.scatter(1, places.expand_as(context), context.to(embedded.dtype))
+        embedded = embedded.scatter(1, positions.expand_as(context), context.to(embedded.dtype))  # (n, T, W)
         return self.backbone.encode_text(embedded, tokens)
 
     def batch_constants(self, task: Task) -> dict[str, Tensor]:
-        """Return the text features, which all parts of a batch share."""
+        """Return the text features, which all micro-batches of a step share."""
         return {"text": self.text_features(task)}
 
     def prompt_parameters(self) -> list[nn.Parameter]:
         """Return the image prompt alone, which all tasks share.
 
-        The text context counts as part of the head: it makes the classifier's rows, and each task learns a new one (or
-        new rows of it, with `per_class`), so it keeps the head's learning rate and must never be frozen with the rest.
+        The text context counts as part of the head, because the classifier's weights are computed from it. Each task
+        learns a new context (with `per_class`, new rows of it), so it keeps the head's learning rate and is never
+        frozen.
         """
         return [self.image_prompt]
 
     def protected(self) -> dict[str, ProtectedParameter]:
-        """Return the image prompt, and again along its other axis if `protect` names aggregation."""
-        spaces = {"prompts": ProtectedParameter(self.image_prompt)}
+        """Return the image prompt; with aggregation, also along its other axis."""
+        protected = {"prompts": ProtectedParameter(self.image_prompt)}
         if self.settings.protect == "affinity+aggregation":
-            spaces["shares"] = ProtectedParameter(self.image_prompt, axis=-2, role="value")
-        return spaces
+            protected["shares"] = ProtectedParameter(self.image_prompt, axis=-2, role="value")
+        return protected
 
     @torch.no_grad()
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
-        """Return image tokens and the prompt as they enter the first block, or its attention.
+        """Return the inputs of the image prompt in the first block.
 
-        No transformer block runs here but the attention of the first, if `protect` needs it.
+        No transformer block is computed, except for the attention scores of the first one if `protect` needs them.
         """
         prompts = self._prompts(len(images))
-        rows = {"prompts": ProtectedInputs(self.backbone.embed(images), prompts[0])}
+        inputs = {"prompts": ProtectedInputs(self.backbone.embed(images), prompts[0])}
         if self.settings.protect != "tokens":
             trace = self.backbone.trace(images, {0}, prompts)[0]
             assert trace.prompt_attention is not None
-            rows["prompts"] = ProtectedInputs(trace.queries, head_maps=self.backbone.affinity_maps(0, moves="prompt"))
-            shares = trace.prompt_attention / self.backbone.norm_scale(self.image_prompt)
-            rows["shares"] = ProtectedInputs(shares.flatten(1, 2))  # (B, H * N, L)
-        return {space: rows[space] for space in self.protected()}
+            inputs["prompts"] = ProtectedInputs(trace.queries, head_maps=self.backbone.affinity_maps(0, moves="prompt"))
+            attention = trace.prompt_attention / self.backbone.norm_scale(self.image_prompt)  # (B, H, N, L)
+            inputs["shares"] = ProtectedInputs(attention.flatten(1, 2))  # (B, H * N, L)
+        return {space: inputs[space] for space in self.protected()}
 
     def _prompts(self, count: int) -> dict[int, Tensor]:
         return {0: self.backbone.embed_prompts(self.image_prompt.expand(count, -1, -1))}
@@ -252,6 +260,6 @@ def _with_text(backbone: Backbone) -> VisionLanguage:
     return backbone
 
 
-def _check(template: str) -> None:
+def _check_template(template: str) -> None:
     if template.count("{}") != 1 or "{" in template.replace("{}", ""):
         raise ValueError(f"expected method.template with one {{}} for the class name, got {template!r}")

@@ -1,4 +1,7 @@
-"""DualPrompt (Wang et al., ECCV 2022): attention prefixes, general ones for all tasks and experts selected by key."""
+"""DualPrompt (Wang et al., ECCV 2022): attention prefixes, general ones for all tasks and experts selected by key.
+
+A general prefix is the paper's G-prompt, an expert its E-prompt.
+"""
 
 from __future__ import annotations
 
@@ -27,48 +30,51 @@ from pgp.subspace import ProtectedInputs, ProtectedParameter
 
 
 class DualPrompt(Method):
-    """General prefixes in early layers, and in later ones the experts that an image selects by key.
+    """General prefixes in early layers, and in later layers the experts that an image selects by key.
 
     The query is the CLS feature of the frozen encoder.
     Loss: cross-entropy over the task's classes - `pull` * cosine similarity of the query and the selected keys.
-    Differs from the published code: every image gets the keys and values of its own experts, where the published
-    reshape mixes those of a batch.
+
+    Differs from the published code: every image gets the keys and values of its own experts. The published reshape
+    mixes those of different images of a batch.
     """
 
     @dataclass(frozen=True)
     class Config(Method.Config):
-        """The published method's settings; the defaults are its values for CIFAR-100."""
+        """Settings of the published method; the defaults are its values for CIFAR-100."""
 
         tag = "dualprompt"
 
         general_layers: tuple[int, ...] = (0, 1)
-        """Layers with a general prefix, which all tasks share. Layers count from 0."""
+        """Layers with a general prefix, which all tasks share, counted from 0."""
         general_length: int = 5
-        """Positions of a general prefix, L."""
+        """Number of positions of a general prefix, L."""
         expert_layers: tuple[int, ...] = (2, 3, 4)
-        """Layers with expert prefixes."""
+        """Layers with expert prefixes, counted from 0."""
         expert_length: int = 5
-        """Positions of an expert, L."""
+        """Number of positions of an expert, L."""
         pool_size: int = 10
-        """Experts, M. Each has one key for all layers."""
+        """Number of experts, M. Each has one key for all layers."""
         top_k: int = 1
-        """Experts that an image selects, k."""
+        """Number of experts that an image selects, k."""
         pull: float = 1.0
-        """Weight of the term that pulls the selected keys toward the queries."""
+        """Weight of the loss term that pulls the selected keys toward the queries."""
         expert_type: Literal["prefix", "token"] = "prefix"
-        """Whether experts are keys and values of attention, or tokens that join the sequence at their layer."""
+        """Whether experts are keys and values of attention (prefix), or tokens that are inserted before their layer
+        (token)."""
         same_key_and_value: bool = False
         """Use one parameter for both the keys and the values of a prefix."""
         selection: Literal["image", "batch"] = "image"
-        """Whether each training image selects its own experts, or the batch by majority vote (published). At test each
-        image always selects its own."""
+        """How experts are selected in training: by each image for itself (image), or by majority vote for the whole
+        batch (batch, as published). At test, each image always selects for itself."""
         prompt_mask: bool = True
-        """Train task t with experts kt to kt + k - 1 only, and by selection once the pool is used up."""
+        """Train task t with experts kt to kt + k - 1 only. Once the pool is used up, images select by similarity."""
         shared_pool: bool = True
-        """Start the experts of task t as a copy of those of task t - 1."""
+        """Initialise the experts of task t with a copy of those of task t - 1."""
         protect: Literal["keys", "keys+values"] = "keys"
-        """What a projection protects of a prefix: its keys, by the attention queries of old images (the paper), or also
-        its values, by the attention weights of old images. With both, the attention output of old images stays."""
+        """What a projection protects of a prefix. keys: its keys, with the attention queries of old images as inputs
+        (the paper). keys+values: also its values, with the attention weights of old images as inputs; the attention
+        output of old images then stays the same."""
 
         def __post_init__(self) -> None:
             for name in ("general_length", "expert_length", "pool_size", "top_k"):
@@ -95,38 +101,36 @@ class DualPrompt(Method):
                              f" {config.general_layers} and {config.expert_layers}")  # fmt: skip
         heads, width = backbone.heads, backbone.width // backbone.heads
 
-        def prefixes(size: int, length: int) -> PrefixPool:
+        def prefix_pool(size: int, length: int) -> PrefixPool:
             return PrefixPool(size, length, heads, width, generator=generator, shared=config.same_key_and_value)
 
-        def expert() -> PrefixPool | TokenPool:
+        def expert_pool() -> PrefixPool | TokenPool:
             if config.expert_type == "token":
                 return TokenPool(config.pool_size, config.expert_length, backbone.width, generator=generator)
-            return prefixes(config.pool_size, config.expert_length)
+            return prefix_pool(config.pool_size, config.expert_length)
 
         self.general = nn.ModuleDict(
-            {str(layer): prefixes(1, config.general_length) for layer in config.general_layers}
+            {str(layer): prefix_pool(1, config.general_length) for layer in config.general_layers}
         )
-        self.experts = nn.ModuleDict({str(layer): expert() for layer in config.expert_layers})
+        self.experts = nn.ModuleDict({str(layer): expert_pool() for layer in config.expert_layers})
         self.key = nn.Parameter(torch.empty(config.pool_size, backbone.width).uniform_(-1, 1, generator=generator))
 
     def begin_task(self, task: Task) -> None:
-        """Copy the experts of the last task, if `shared_pool`."""
+        """Copy the experts of the previous task, if `shared_pool`."""
         if self.config.shared_pool:
             for parameter in self.experts.parameters():
                 copy_previous_slot(parameter, task.index, self.config.top_k)
 
     def selected_prompts(self, query: Tensor) -> Tensor:
         """See `Method.selected_prompts`."""
-        return selection_mask(
-            select_prompts(cosine_similarity(query, self.key), self.config.top_k), self.config.pool_size
-        )
+        indices = select_prompts(cosine_similarity(query, self.key), self.config.top_k)
+        return selection_mask(indices, self.config.pool_size)
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
-        """Return CLS; see `Method.features`."""
+        """Return the CLS token, `(B, D)`; see `Method.features`."""
         query = self.query(images) if query is None else query
-        return self._read(
-            images, select_prompts(cosine_similarity(query, self.key), self.config.top_k, by_vote=by_vote)
-        )
+        indices = select_prompts(cosine_similarity(query, self.key), self.config.top_k, by_vote=by_vote)
+        return self._prompted_features(images, indices)
 
     @torch.no_grad()
     def prepare_batch(self, images: Tensor, task: Task) -> dict[str, Tensor]:
@@ -141,46 +145,45 @@ class DualPrompt(Method):
         """Return the cross-entropy over the classes of `task`, minus the weighted similarity of the selected keys."""
         prepared = prepared or self.prepare_batch(images, task)
         selection = Selection(prepared["indices"], cosine_similarity(prepared["query"], self.key))
-        logits = mask_logits(self.head(self._read(images, selection.indices)), task.classes)
+        logits = mask_logits(self.head(self._prompted_features(images, selection.indices)), task.classes)
         return F.cross_entropy(logits, labels) - self.config.pull * selection.key_similarity
 
     def protected(self) -> dict[str, ProtectedParameter]:
-        """Return the keys of the experts, and by layer the keys of prefixes and, if asked for, values; or tokens."""
-        spaces = {"keys": ProtectedParameter(self.key, role="key")}
+        """Return the keys for selecting experts, and the protected prefixes or tokens of each layer."""
+        protected = {"keys": ProtectedParameter(self.key, role="key")}
         for name, _, pool in self._pools():
             if isinstance(pool, TokenPool):
-                spaces[name] = ProtectedParameter(pool.tokens)
+                protected[name] = ProtectedParameter(pool.tokens)
             else:
-                spaces[f"{name} keys"] = ProtectedParameter(pool.keys)
+                protected[f"{name} keys"] = ProtectedParameter(pool.keys)
                 if self.config.protect == "keys+values":
-                    spaces[f"{name} values"] = ProtectedParameter(pool.values, axis=-2, role="value")
-        return spaces
+                    protected[f"{name} values"] = ProtectedParameter(pool.values, axis=-2, role="value")
+        return protected
 
     @torch.no_grad()
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
-        """Return the attention queries of each layer by head, the attention weights of prefixes, and the image queries.
+        """Return the inputs of the protected parameters: image queries, attention queries and attention weights.
 
-        The attention output of an old query q stays if the prefix keys move by `q dk^T = 0`, which keeps its weights S,
-        and the prefix values by `S dv = 0`. Keys are protected for all old images, as in the paper; the values of an
-        expert for the images that selected it.
+        The attention output of an old query q stays the same if the prefix keys change by dk with `q dk^T = 0`, which
+        keeps its attention weights S, and the prefix values by dv with `S dv = 0`. Keys are protected for all old
+        images, as in the paper. The values of an expert are protected for the images that selected it.
         """
         query = self.query(images) if query is None else query
         indices = select_prompts(cosine_similarity(query, self.key), self.config.top_k)
-        prompts, prefixes = self._inputs(indices)
+        prompts, prefixes = self._prompts_and_prefixes(indices)
         traces = self.backbone.trace(images, {*prompts, *prefixes}, prompts, prefixes)
-        rows = {"keys": ProtectedInputs(query.unsqueeze(1))}
+        inputs = {"keys": ProtectedInputs(query.unsqueeze(1))}  # (B, 1, D)
         for name, layer, pool in self._pools():
             trace = traces[layer]
             if isinstance(pool, TokenPool):
-                rows[name] = ProtectedInputs(trace.tokens, prompts[layer])
+                inputs[name] = ProtectedInputs(trace.tokens, prompts[layer])
             else:
-                rows[f"{name} keys"] = ProtectedInputs(trace.queries)
+                inputs[f"{name} keys"] = ProtectedInputs(trace.queries)
                 if self.config.protect == "keys+values":
                     assert trace.prompt_attention is not None
-                    rows[f"{name} values"] = ProtectedInputs(
-                        scatter_by_prompt(trace.prompt_attention, indices, len(pool.keys))
-                    )
-        return rows
+                    attention = scatter_by_prompt(trace.prompt_attention, indices, len(pool.keys))  # (B, M, H, N, L)
+                    inputs[f"{name} values"] = ProtectedInputs(attention)
+        return inputs
 
     def _pools(self) -> Iterator[tuple[str, int, PrefixPool | TokenPool]]:
         """Yield the name, layer and pool of each layer with prompts."""
@@ -189,8 +192,8 @@ class DualPrompt(Method):
                 assert isinstance(pool, PrefixPool | TokenPool)
                 yield f"{kind} {layer}", int(layer), pool
 
-    def _inputs(self, indices: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """Return by layer the tokens, and the prefixes, of images that selected the experts `indices (B, k)`."""
+    def _prompts_and_prefixes(self, indices: Tensor) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+        """Return prompts and prefixes, each by layer, for images that selected the experts `indices (B, k)`."""
         prompts, prefixes = {}, {}
         for _, layer, pool in self._pools():
             if isinstance(pool, TokenPool):
@@ -199,7 +202,8 @@ class DualPrompt(Method):
                 prefixes[layer] = pool(indices if len(pool.keys) > 1 else torch.zeros_like(indices[:, :1]))
         return prompts, prefixes
 
-    def _read(self, images: Tensor, indices: Tensor) -> Tensor:
-        prompts, prefixes = self._inputs(indices)
-        cls: Tensor = self.backbone(images, prompts, prefixes, num_tokens=1)[:, 0]
+    def _prompted_features(self, images: Tensor, indices: Tensor) -> Tensor:
+        """Return the CLS token of images that selected the experts `indices (B, k)`, `(B, D)`."""
+        prompts, prefixes = self._prompts_and_prefixes(indices)
+        cls: Tensor = self.backbone(images, prompts, prefixes, num_tokens=1)[:, 0]  # (B, D)
         return cls

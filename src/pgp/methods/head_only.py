@@ -1,4 +1,4 @@
-"""A linear classifier on frozen features, without prompts: the baseline of every table."""
+"""A linear classifier on frozen features, without prompts: a baseline."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from pgp.scenario import Task
 
 
 class HeadOnly(Method):
-    """A linear head on the features of the frozen encoder; nothing else learns."""
+    """A linear head on the features of the frozen encoder. Nothing else is trained."""
 
     @dataclass(frozen=True)
     class Config(Method.Config):
-        """Whether the head learns."""
+        """Whether the head is trained."""
 
         tag = "head-only"
 
         learns: bool = True
-        """False leaves the head untrained, for readouts that are fitted to class statistics and need no training."""
+        """Train the head. Readouts that are fitted to class statistics do not need it."""
 
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> HeadOnly:
             """Return an untrained head."""

@@ -1,4 +1,4 @@
-"""L2P, learning to prompt (Wang et al., CVPR 2022): a pool of prompts from which each image selects by key."""
+"""L2P, learning to prompt (Wang et al., CVPR 2022): each image selects prompts from a pool by their keys."""
 
 from __future__ import annotations
 
@@ -25,41 +25,43 @@ from pgp.subspace import ProtectedInputs, ProtectedParameter
 
 
 class L2P(Method):
-    """A pool of prompts, from which each image selects by the cosine of its query and the prompts' keys.
+    """A pool of prompts, from which each image selects those whose keys are most similar to its query.
 
-    The query is the CLS feature of the frozen encoder. The selected prompts join the tokens behind CLS.
+    The query is the CLS feature of the frozen encoder. The selected prompts are inserted after CLS.
     Loss: cross-entropy over the task's classes - `pull` * cosine similarity of the query and the selected keys.
     """
 
     @dataclass(frozen=True)
     class Config(Method.Config):
-        """The published method's settings; the defaults are its values for CIFAR-100."""
+        """Settings of the published method; the defaults are its values for CIFAR-100."""
 
         tag = "l2p"
 
         pool_size: int = 10
-        """Prompts in the pool, M."""
+        """Number of prompts in the pool, M."""
         length: int = 5
-        """Tokens of a prompt, L."""
+        """Number of tokens of a prompt, L."""
         top_k: int = 5
-        """Prompts that an image selects, k."""
+        """Number of prompts that an image selects, k."""
         pull: float = 0.1
-        """Weight of the term that pulls the selected keys toward the queries."""
+        """Weight of the loss term that pulls the selected keys toward the queries."""
         head_type: Literal["prompt", "token", "token+prompt"] = "prompt"
-        """What the head reads: the mean of the prompts' output tokens, CLS, or the mean of all of them."""
+        """Input of the head: the mean of the prompts' output tokens (prompt), CLS (token), or the mean of both
+        (token+prompt)."""
         keys: Literal["learned", "mean"] = "learned"
-        """Whether the key of a prompt is a parameter of its own or the mean of its tokens."""
+        """Key of a prompt: a parameter of its own (learned), or the mean of the prompt's tokens (mean)."""
         selection: Literal["image", "batch"] = "image"
-        """Whether each training image selects its own prompts, or the batch by majority vote (published). At test each
-        image always selects its own."""
+        """How prompts are selected in training: by each image for itself (image), or by majority vote for the whole
+        batch (batch, as published). At test, each image always selects for itself."""
         prompt_mask: bool = False
-        """Train task t with prompts kt to kt + k - 1 only, and by selection once the pool is used up."""
+        """Train task t with prompts kt to kt + k - 1 only. Once the pool is used up, images select by similarity."""
         shared_pool: bool = False
-        """Start the prompts of task t as a copy of those of task t - 1."""
+        """Initialise the prompts of task t with a copy of those of task t - 1."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
-        """What updates of the prompts must be orthogonal to: the tokens of old images as they enter the first block
-        (the paper); the directions that change their attention scores there; or these, and the old attention weights
-        along the prompts. The condition holds for the first block, behind which prompts go on as tokens."""
+        """What updates of the prompts must be orthogonal to. tokens: the tokens of old images as they enter the first
+        block (the paper). affinity: the directions that change the attention scores of old images there.
+        affinity+aggregation: these directions, and the old attention weights along the prompts. The last two hold for
+        the first block only; after it, prompts are processed like other tokens."""
 
         def __post_init__(self) -> None:
             for name in ("pool_size", "length", "top_k"):
@@ -87,7 +89,7 @@ class L2P(Method):
         )
 
     def begin_task(self, task: Task) -> None:
-        """Copy the prompts of the last task, if `shared_pool`."""
+        """Copy the prompts of the previous task, if `shared_pool`."""
         if self.config.shared_pool:
             copy_previous_slot(self.pool.prompts, task.index, self.pool.top_k)
 
@@ -98,7 +100,7 @@ class L2P(Method):
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """See `Method.features`."""
         query = self.query(images) if query is None else query
-        return self._read(images, self.pool.select(query, by_vote=by_vote))
+        return self._prompted_features(images, self.pool.select(query, by_vote=by_vote))
 
     @torch.no_grad()
     def prepare_batch(self, images: Tensor, task: Task) -> dict[str, Tensor]:
@@ -112,47 +114,47 @@ class L2P(Method):
         """Return the cross-entropy over the classes of `task`, minus the weighted similarity of the selected keys."""
         prepared = prepared or self.prepare_batch(images, task)
         selection = Selection(prepared["indices"], cosine_similarity(prepared["query"], self.pool.key))
-        logits = mask_logits(self.head(self._read(images, selection)), task.classes)
+        logits = mask_logits(self.head(self._prompted_features(images, selection)), task.classes)
         return F.cross_entropy(logits, labels) - self.config.pull * selection.key_similarity
 
     def protected(self) -> dict[str, ProtectedParameter]:
-        """Return the prompts, and the keys if they are parameters of their own."""
-        spaces = {"prompts": ProtectedParameter(self.pool.prompts)}
+        """Return the prompts, and the keys if they are learned."""
+        protected = {"prompts": ProtectedParameter(self.pool.prompts)}
         if self.config.protect == "affinity+aggregation":
-            spaces["shares"] = ProtectedParameter(self.pool.prompts, axis=-2, role="value")
+            protected["shares"] = ProtectedParameter(self.pool.prompts, axis=-2, role="value")
         if self.pool.learned_key is not None:
-            spaces["keys"] = ProtectedParameter(self.pool.learned_key, role="key")
-        return spaces
+            protected["keys"] = ProtectedParameter(self.pool.learned_key, role="key")
+        return protected
 
     @torch.no_grad()
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
-        """Return image tokens and selected prompts as they enter the first block, or its attention; and the queries.
+        """Return the inputs of the prompts in the first block, and the queries as inputs of the keys.
 
-        No transformer block runs here but the attention of the first, if `protect` needs it.
+        No transformer block is computed, except for the attention scores of the first one if `protect` needs them.
         """
         query = self.query(images) if query is None else query
         selection = self.pool.select(query)
-        prompts = self.backbone.embed_prompts(self.pool.tokens(selection))
-        rows = {
+        prompts = self.backbone.embed_prompts(self.pool.tokens(selection))  # (B, k * L, D)
+        inputs = {
             "prompts": ProtectedInputs(self.backbone.embed(images), prompts),
-            "keys": ProtectedInputs(query.unsqueeze(1)),
+            "keys": ProtectedInputs(query.unsqueeze(1)),  # (B, 1, D)
         }
         if self.config.protect != "tokens":
             trace = self.backbone.trace(images, {0}, {0: prompts})[0]
             assert trace.prompt_attention is not None
-            rows["prompts"] = ProtectedInputs(trace.queries, head_maps=self.backbone.affinity_maps(0, moves="prompt"))
-            shares = scatter_by_prompt(
-                trace.prompt_attention, selection.indices, self.config.pool_size
-            )  # (B, M, H, N, L)
-            shares = shares / self.backbone.norm_scale(self.pool.prompts)[:, None, None]
-            rows["shares"] = ProtectedInputs(shares.flatten(2, 3))
-        return {space: rows[space] for space in self.protected()}
+            inputs["prompts"] = ProtectedInputs(trace.queries, head_maps=self.backbone.affinity_maps(0, moves="prompt"))
+            attention = scatter_by_prompt(trace.prompt_attention, selection.indices, self.config.pool_size)
+            attention = attention / self.backbone.norm_scale(self.pool.prompts)[:, None, None]  # (B, M, H, N, L)
+            inputs["shares"] = ProtectedInputs(attention.flatten(2, 3))  # (B, M, H * N, L)
+        return {space: inputs[space] for space in self.protected()}
 
-    def _read(self, images: Tensor, selection: Selection) -> Tensor:
-        prompts = self.backbone.embed_prompts(self.pool.tokens(selection))  # (B, P, D), P = top_k * L
-        reads, P = self.config.head_type, prompts.shape[1]
-        tokens = self.backbone(images, {0: prompts}, num_tokens=1 if reads == "token" else 1 + P)  # CLS, prompts
-        if reads == "prompt":
-            tokens = tokens[:, 1:]
+    def _prompted_features(self, images: Tensor, selection: Selection) -> Tensor:
+        """Return the features of images with their selected prompts, `(B, D)`."""
+        prompts = self.backbone.embed_prompts(self.pool.tokens(selection))  # (B, P, D), P = k * L
+        head_type, P = self.config.head_type, prompts.shape[1]
+        num_tokens = 1 if head_type == "token" else 1 + P
+        tokens = self.backbone(images, {0: prompts}, num_tokens=num_tokens)  # CLS, then prompts
+        if head_type == "prompt":
+            tokens = tokens[:, 1:]  # (B, P, D)
         features: Tensor = tokens.mean(1)
         return features

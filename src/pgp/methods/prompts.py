@@ -1,4 +1,4 @@
-"""Pools of prompts and prefixes, and the keys by which images select from them.
+"""Pools of prompts and prefixes, and the selection of prompts by the similarity of queries and keys.
 
 Shapes: `B` images, `M` prompts of length `L` and width `D`, `k` selected per image, `H` heads of width `d`.
 """
@@ -32,25 +32,28 @@ def top_k(similarity: Tensor, k: int) -> Tensor:
     return similarity.topk(k, dim=-1).indices
 
 
-def majority_vote(chosen: Tensor, size: int) -> Tensor:
-    """Return the k prompts selected most often in a batch, for each image of it: `(B, k)` from `chosen (B, k)`.
+def majority_vote(selected: Tensor, size: int) -> Tensor:
+    """Return the k prompts selected most often in a batch, repeated for each of its images, `(B, k)`.
 
-    The published training rule. It makes an image's prompts depend on its batch, so evaluation here never uses it
-    unless the published protocol is asked for by name. If processes share a batch, all of them vote. Ties go to the
-    lower index.
+    This is the published training rule. It makes the prompts of an image depend on its batch, so evaluation uses it
+    only for the published protocol. If processes share a batch, all of them vote. Ties go to the lower index.
 
     Collective: every process must call it.
+
+    Args:
+        selected: Indices of the prompts that each image selects for itself, `(B, k)`.
+        size: Number of prompts in the pool, M.
 
     >>> majority_vote(torch.tensor([[0, 1], [1, 2], [1, 2]]), size=4)
     tensor([[1, 2], [1, 2], [1, 2]])
     """
-    counts = all_reduce_sum_(torch.bincount(chosen.flatten(), minlength=size))
-    winners = counts.argsort(descending=True, stable=True)[: chosen.shape[1]]
-    return winners.expand_as(chosen)
+    counts = all_reduce_sum_(torch.bincount(selected.flatten(), minlength=size))  # (M,)
+    winners = counts.argsort(descending=True, stable=True)[: selected.shape[1]]  # (k,)
+    return winners.expand_as(selected)
 
 
 def slot_slice(slot: int, k: int, size: int) -> slice | None:
-    """Return the prompts of slot number `slot`, k to a slot, or None past the end of a pool of `size`.
+    """Return the prompts of slot number `slot`, k per slot, or None past the end of a pool of `size` prompts.
 
     >>> slot_slice(1, k=5, size=10), slot_slice(2, k=5, size=10)
     (slice(5, 10, None), None)
@@ -64,65 +67,71 @@ def select_prompts(similarity: Tensor, k: int, *, slot: int | None = None, by_vo
 
     Args:
         similarity: Similarity of each image with each key, `(B, M)`.
-        k: Prompts per image.
-        slot: Give every image the prompts of this slot (the published prompt mask). Past the end of the pool, images
-            select by similarity.
-        by_vote: Give the whole batch the prompts selected most often in it. Collective then, see `vote`.
+        k: Number of prompts per image.
+        slot: Give every image the prompts of this slot (the published prompt mask). If the slot is past the end of the
+            pool, images select by similarity.
+        by_vote: Give the whole batch the prompts selected most often in it. Every process must then make the call; see
+            `majority_vote`.
     """
     size = similarity.shape[1]
-    block = None if slot is None else slot_slice(slot, k, size)
-    if block is not None:
-        return torch.arange(block.start, block.stop, device=similarity.device).expand(len(similarity), -1)
+    of_slot = None if slot is None else slot_slice(slot, k, size)
+    if of_slot is not None:
+        return torch.arange(of_slot.start, of_slot.stop, device=similarity.device).expand(len(similarity), -1)
     indices = top_k(similarity, k)
     return majority_vote(indices, size) if by_vote else indices
 
 
 def selection_mask(indices: Tensor, size: int) -> Tensor:
-    """Return whether each image selected each prompt of a pool of `size`, `(B, M)` bool, from `indices (B, k)`.
+    """Return which prompts of a pool of `size` each image selected, `(B, M)` bool, from their `indices (B, k)`.
 
     >>> selection_mask(torch.tensor([[2, 0]]), size=3)
     tensor([[ True, False,  True]])
     """
-    return F.one_hot(indices, size).sum(1).bool()
+    return F.one_hot(indices, size).sum(1).bool()  # (B, k, M) -> (B, M)
 
 
 @torch.no_grad()
 def copy_previous_slot(pool: Tensor, slot: int, k: int) -> None:
-    """Copy the slot before number `slot` of `pool (M, ...)` to it, in place (the published shared pool)."""
-    old, new = (slot_slice(at, k, len(pool)) if at >= 0 else None for at in (slot - 1, slot))
-    if old is not None and new is not None:
-        pool[new] = pool[old]
+    """Copy the prompts of slot `slot - 1` of `pool (M, ...)` to slot `slot`, in place (the published shared pool)."""
+    if slot < 1:
+        return
+    previous, current = slot_slice(slot - 1, k, len(pool)), slot_slice(slot, k, len(pool))
+    if previous is not None and current is not None:
+        pool[current] = pool[previous]
 
 
 class Selection(NamedTuple):
-    """The prompts of each image of a batch, and how similar its query is to all keys."""
+    """The selected prompts of each image of a batch, and the similarity of its query with all keys."""
 
     indices: Tensor
-    """`(B, k)` into the pool."""
+    """Indices of the selected prompts in the pool, `(B, k)`."""
     similarity: Tensor
     """Cosine similarity of every image with every key, `(B, M)`."""
 
     @property
     def key_similarity(self) -> Tensor:
-        """Mean over images of the summed similarity to the selected keys. Training raises it."""
-        return self.similarity.gather(1, self.indices).sum(1).mean()
+        """Summed similarity with the selected keys, averaged over images. Training increases it."""
+        return self.similarity.gather(1, self.indices).sum(1).mean()  # (B, k) -> ()
 
 
-def scatter_by_prompt(shares: Tensor, indices: Tensor, size: int) -> Tensor:
-    """Sort attention `(B, H, N, k * L)` to the selected prompts `indices (B, k)` by prompt, `(B, M, H, N, L)`.
+def scatter_by_prompt(attention: Tensor, indices: Tensor, size: int) -> Tensor:
+    """Arrange attention weights by prompt: `(B, H, N, k * L)` -> `(B, M, H, N, L)`, with 0 for unselected prompts.
 
-    It is 0 for prompts that an image did not select.
+    Args:
+        attention: Attention weights of the selected prompts of each image, `(B, H, N, k * L)`.
+        indices: Indices of the selected prompts, `(B, k)`.
+        size: Number of prompts in the pool, M.
 
     >>> scatter_by_prompt(torch.tensor([[[[0.3, 0.7]]]]), torch.tensor([[2, 0]]), size=3).flatten()
     tensor([0.7000, 0.0000, 0.3000])
     """
     if size == 1:
-        return shares.unsqueeze(1)
-    B, H, N, _ = shares.shape
-    parts = shares.unflatten(-1, (indices.shape[1], -1)).movedim(3, 1)  # (B, k, H, N, L)
-    placed = shares.new_zeros(B, size, H, N, parts.shape[-1])
-    placed[torch.arange(B, device=indices.device).unsqueeze(1), indices] = parts
-    return placed
+        return attention.unsqueeze(1)
+    B, H, N, _ = attention.shape
+    selected = attention.unflatten(-1, (indices.shape[1], -1)).movedim(3, 1)  # (B, k, H, N, L)
+    by_prompt = attention.new_zeros(B, size, H, N, selected.shape[-1])
+    by_prompt[torch.arange(B, device=indices.device).unsqueeze(1), indices] = selected
+    return by_prompt
 
 
 class PromptPool(nn.Module):
@@ -130,11 +139,11 @@ class PromptPool(nn.Module):
 
     Args:
         size: Number of prompts M.
-        length: Tokens per prompt L.
+        length: Number of tokens per prompt L.
         width: Token width D.
-        top_k: Prompts selected per image, k.
-        keys: `learned` gives each prompt a parameter as its key; `mean` uses the mean of its own tokens.
-        generator: Source of the initial values, uniform in (-1, 1) as published.
+        top_k: Number of prompts selected per image, k.
+        keys: `learned` gives each prompt a parameter as its key; `mean` uses the mean of the prompt's tokens.
+        generator: Random generator for the initial values, which are uniform in (-1, 1) as published.
 
     Raises:
         ValueError: If `top_k` is not between 1 and `size`.
@@ -165,29 +174,29 @@ class PromptPool(nn.Module):
 
     @property
     def key(self) -> Tensor:
-        """Keys `(M, D)`."""
+        """The keys of all prompts, `(M, D)`."""
         return self.prompts.mean(1) if self.learned_key is None else self.learned_key
 
     def select(self, query: Tensor, *, slot: int | None = None, by_vote: bool = False) -> Selection:
-        """Select prompts for queries `(B, D)`; `slot` and `by_vote` as in `choose`."""
+        """Select prompts for queries `(B, D)`; for `slot` and `by_vote`, see `select_prompts`."""
         similarity = cosine_similarity(query, self.key)
         return Selection(select_prompts(similarity, self.top_k, slot=slot, by_vote=by_vote), similarity)
 
     def tokens(self, selection: Selection) -> Tensor:
-        """Return the selected prompts in a row, `(B, k * L, D)`."""
+        """Return the tokens of the selected prompts of each image, `(B, k * L, D)`."""
         return self.prompts[selection.indices].flatten(1, 2)  # (B, k, L, D) -> (B, k * L, D)
 
 
 class PrefixPool(nn.Module):
-    """M prefixes for the attention of one layer: keys and values `(M, H, L, d)` that precede its own.
+    """M prefixes for the attention of one layer: keys and values `(M, H, L, d)` that are put before its own.
 
     Args:
         size: Number of prefixes M.
-        length: Positions per prefix L.
-        heads: Attention heads H.
+        length: Number of positions per prefix L.
+        heads: Number of attention heads H.
         width: Width of a head d.
         shared: Use one parameter for both keys and values.
-        generator: Source of the initial values, uniform in (-1, 1) as published.
+        generator: Random generator for the initial values, which are uniform in (-1, 1) as published.
 
     >>> pool = PrefixPool(size=3, length=2, heads=4, width=8, generator=torch.Generator().manual_seed(0))
     >>> pool(torch.tensor([[0, 2]])).shape
@@ -204,22 +213,22 @@ class PrefixPool(nn.Module):
 
     @property
     def values(self) -> nn.Parameter:
-        """Values `(M, H, L, d)`."""
+        """The values of all prefixes, `(M, H, L, d)`."""
         return self.keys if self.separate_values is None else self.separate_values
 
     def forward(self, indices: Tensor) -> Tensor:
-        """Return the prefixes `indices (B, k)` of each image in a row, keys and values: `(B, 2, H, k * L, d)`."""
-        chosen = torch.stack([self.keys[indices], self.values[indices]], dim=1)  # (B, 2, k, H, L, d)
-        return chosen.transpose(2, 3).flatten(3, 4)
+        """Return keys and values of the prefixes `indices (B, k)` of each image, `(B, 2, H, k * L, d)`."""
+        selected = torch.stack([self.keys[indices], self.values[indices]], dim=1)  # (B, 2, k, H, L, d)
+        return selected.transpose(2, 3).flatten(3, 4)  # (B, 2, H, k, L, d) -> (B, 2, H, k * L, d)
 
 
 class TokenPool(nn.Module):
-    """M prompts `(M, L, D)` that join the sequence of tokens, initially uniform in (-1, 1)."""
+    """M prompts `(M, L, D)` that are inserted into the sequence of tokens, initially uniform in (-1, 1)."""
 
     def __init__(self, size: int, length: int, width: int, *, generator: torch.Generator) -> None:
         super().__init__()
         self.tokens = nn.Parameter(torch.empty(size, length, width).uniform_(-1, 1, generator=generator))
 
     def forward(self, indices: Tensor) -> Tensor:
-        """Return the prompts `indices (B, k)` of each image in a row, `(B, k * L, D)`."""
+        """Return the tokens of the prompts `indices (B, k)` of each image, `(B, k * L, D)`."""
         return self.tokens[indices].flatten(1, 2)  # (B, k, L, D) -> (B, k * L, D)

@@ -1,4 +1,4 @@
-"""VPT-Deep (Jia et al., ECCV 2022): learned tokens of each block, with the conditions of NSP2 for protecting them."""
+"""VPT-Deep (Jia et al., ECCV 2022): learned tokens in each block, with the conditions of NSP2 to protect them."""
 
 from __future__ import annotations
 
@@ -18,44 +18,48 @@ from pgp.subspace import ProtectedInputs, ProtectedParameter
 
 
 class VPT(Method):
-    """L learned tokens before those of the image in each block; all tasks share them.
+    """L learned tokens before those of the image in each block, shared by all tasks.
 
-    The output of a block for its prompts is dropped, so they act through their keys and values alone, and nothing else
-    of them is computed. The features of old images stay if attention keeps its weights S, `Q W_k dP^T = 0` (affinity),
-    and its sum over the prompts, `S dP = 0` (aggregation). These are the two conditions of NSP2 (Lu et al., NeurIPS
-    2024); they are linear as long as the standard deviations by which LayerNorm divides the prompts stay.
-    Differs from NSP2: the rows S are divided by the deviation of each prompt, so that aggregation is exact if prompts
-    have different deviations; and the penalty leaves means free, which LayerNorm subtracts anyway.
+    A block's outputs for its prompts are dropped, so prompts act only through their keys and values, and only these are
+    computed. The features of old images do not change if their attention weights S stay the same, `Q W_k dP^T = 0`
+    (affinity), and so does the weighted sum over the prompts, `S dP = 0` (aggregation). These are the two conditions of
+    NSP2 (Lu et al., NeurIPS 2024). They are linear as long as the standard deviation by which LayerNorm divides each
+    prompt does not change.
+
+    Differs from NSP2 in two points. The rows S are divided by the standard deviation of each prompt, so that
+    aggregation is exact if prompts have different deviations. The penalty does not restrict the means of prompts, which
+    LayerNorm subtracts anyway.
     """
 
     uses_query = False
 
     @dataclass(frozen=True)
     class Config(Method.Config):
-        """How many prompts there are, and what a projection protects of them."""
+        """Number and position of the prompts, and how a projection protects them."""
 
         tag = "vpt"
 
         length: int = 10
-        """Prompts of a block, L."""
+        """Number of prompts in a block, L."""
         layers: tuple[int, ...] | None = None
         """Blocks with prompts, counted from 0. If None, all."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
-        """What updates of the prompts must be orthogonal to: the tokens of old images in that block (PGP); the
-        directions that change their attention scores; or these, and the old attention weights along the prompts
-        (NSP2)."""
+        """What updates of the prompts must be orthogonal to. tokens: the tokens of old images in that block (PGP).
+        affinity: the directions that change the attention scores of old images. affinity+aggregation: these directions,
+        and the old attention weights along the prompts (NSP2)."""
         prompts_after_norm: bool = False
-        """Learn the prompts behind the block's LayerNorm instead of before it. Their deviations then cannot change, so
-        affinity and aggregation protect exactly."""
+        """Learn the prompts as they are after the block's LayerNorm instead of before it. Their standard deviations
+        then cannot change, so affinity and aggregation protect exactly."""
         norm_penalty: float = 0.0
-        """Weight of the penalty on changes of each prompt's LayerNorm deviation since the last task (NSP2)."""
+        """Weight of the penalty on changes of each prompt's standard deviation since the previous task (NSP2)."""
 
         def __post_init__(self) -> None:
             if self.length < 1 or self.norm_penalty < 0:
                 raise ValueError(f"expected method.length of at least 1 and method.norm_penalty of at least 0, got"
                                  f" {self.length} and {self.norm_penalty}")  # fmt: skip
             if self.prompts_after_norm and self.norm_penalty:
-                raise ValueError("expected method.norm_penalty 0 beside behind_norm: there is no norm to hold")
+                raise ValueError("expected method.norm_penalty 0 with method.prompts_after_norm, got"
+                                 f" {self.norm_penalty}: these prompts pass no norm")  # fmt: skip
             if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
                 raise ValueError(f"expected method.layers with each layer once, got {self.layers}")
 
@@ -64,83 +68,93 @@ class VPT(Method):
             return VPT(self, backbone, len(class_names), generator)
 
     deviations: Tensor
-    """LayerNorm deviations of the prompts of each block at the end of the last task, `(layers, L)`; 0 before that."""
+    """Standard deviations of the prompts of each block at the end of the previous task, `(layers, L)`; 0 before it."""
 
     def __init__(self, config: VPT.Config, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
         super().__init__(backbone, linear_head(backbone.width, classes, generator))
         self.config = config
         self.layers = range(backbone.depth) if config.layers is None else config.layers
-        if strange := [layer for layer in self.layers if not 0 <= layer < backbone.depth]:
+        if outside := [layer for layer in self.layers if not 0 <= layer < backbone.depth]:
             raise ValueError(f"expected method.layers between 0 and {backbone.depth - 1}, the last of this model, got"
-                             f" {strange}")  # fmt: skip
-        reach, shape = math.sqrt(3 / backbone.width), (config.length, backbone.width)
+                             f" {outside}")  # fmt: skip
+        bound, shape = math.sqrt(3 / backbone.width), (config.length, backbone.width)
         self.prompts = nn.ParameterList()
         for layer in self.layers:
-            tokens = torch.empty(shape).uniform_(-reach, reach, generator=generator)
+            tokens = torch.empty(shape).uniform_(-bound, bound, generator=generator)
             if config.prompts_after_norm:
                 tokens = backbone.apply_norm(layer, tokens)[0].detach().float()
             self.prompts.append(nn.Parameter(tokens))
         self.register_buffer("deviations", torch.zeros(len(self.layers), config.length))
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
-        """Return CLS; see `Method.features`."""
-        cls: Tensor = self.backbone(images, prefixes=self._prefixes(len(images)), num_tokens=1)[:, 0]
+        """Return the CLS token, `(B, D)`; see `Method.features`."""
+        cls: Tensor = self.backbone(images, prefixes=self._prefixes(len(images)), num_tokens=1)[:, 0]  # (B, D)
         return cls
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the cross-entropy over the classes of `task`, plus the penalty on changed deviations."""
         loss = F.cross_entropy(mask_logits(self(images), task.classes), labels)
         if self.config.norm_penalty:
-            moved = torch.stack([deviation for _, deviation in self._normed()]) - self.deviations
-            loss = loss + self.config.norm_penalty * (moved.abs() * (self.deviations > 0)).sum()
+            change = self._current_deviations() - self.deviations  # (layers, L)
+            loss = loss + self.config.norm_penalty * (change.abs() * (self.deviations > 0)).sum()
         return loss
 
     @torch.no_grad()
     def end_task(self, task: Task) -> None:
-        """Store the deviations, for the penalty."""
+        """Store the standard deviations of the prompts, for the penalty."""
         super().end_task(task)
-        self.deviations.copy_(torch.stack([deviation for _, deviation in self._normed()]))
+        self.deviations.copy_(self._current_deviations())
 
     def protected(self) -> dict[str, ProtectedParameter]:
-        """Return the prompts of each block, and again along their other axis if `protect` names aggregation."""
-        spaces = {f"prompts {layer}": ProtectedParameter(prompts) for layer, prompts in self._each()}
+        """Return the prompts of each block; with aggregation, each also along its other axis."""
+        protected = {f"prompts {layer}": ProtectedParameter(prompts) for layer, prompts in self._prompts_by_layer()}
         if self.config.protect == "affinity+aggregation":
-            spaces |= {f"shares {layer}": ProtectedParameter(prompts, -2, "value") for layer, prompts in self._each()}
-        return spaces
+            for layer, prompts in self._prompts_by_layer():
+                protected[f"shares {layer}"] = ProtectedParameter(prompts, axis=-2, role="value")
+        return protected
 
     @torch.no_grad()
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
-        """Return by block its tokens and prompts, or the queries of its heads, and the attention weights of prompts."""
+        """Return the inputs of the prompts of each block: tokens, or queries and attention weights.
+
+        Which of them depends on `protect`.
+        """
+        after_norm = self.config.prompts_after_norm
         traces = self.backbone.trace(images, set(self.layers), prefixes=self._prefixes(len(images)))
-        rows = {}
-        for (layer, prompts), (_, deviation) in zip(self._each(), self._normed(), strict=True):
+        inputs = {}
+        for (layer, prompts), (_, deviation) in zip(self._prompts_by_layer(), self._normed_prompts(), strict=True):
             trace = traces[layer]
             if self.config.protect == "tokens":
-                behind = self.config.prompts_after_norm
-                tokens = self.backbone.apply_norm(layer, trace.tokens)[0] if behind else trace.tokens
-                rows[f"prompts {layer}"] = ProtectedInputs(tokens, prompts.expand(len(images), -1, -1))
+                tokens = self.backbone.apply_norm(layer, trace.tokens)[0] if after_norm else trace.tokens
+                inputs[f"prompts {layer}"] = ProtectedInputs(tokens, prompts.expand(len(images), -1, -1))
                 continue
-            through = self.backbone.affinity_maps(layer, moves="normed" if self.config.prompts_after_norm else "token")
-            rows[f"prompts {layer}"] = ProtectedInputs(trace.queries, head_maps=through)
+            head_maps = self.backbone.affinity_maps(layer, moves="normed" if after_norm else "token")
+            inputs[f"prompts {layer}"] = ProtectedInputs(trace.queries, head_maps=head_maps)
             if self.config.protect == "affinity+aggregation":
                 assert trace.prompt_attention is not None
-                rows[f"shares {layer}"] = ProtectedInputs(
-                    (trace.prompt_attention / deviation).flatten(1, 2)
-                )  # (B, H * N, L)
-        return rows
+                attention = trace.prompt_attention / deviation  # (B, H, N, L)
+                inputs[f"shares {layer}"] = ProtectedInputs(attention.flatten(1, 2))  # (B, H * N, L)
+        return inputs
 
-    def _each(self) -> list[tuple[int, nn.Parameter]]:
+    def _prompts_by_layer(self) -> list[tuple[int, nn.Parameter]]:
         return list(zip(self.layers, self.prompts, strict=True))
 
-    def _normed(self) -> list[tuple[Tensor, Tensor]]:
-        """Return by layer the prompts behind the norm and their deviations `(L,)`, 1 if they are learned there."""
+    def _normed_prompts(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the prompts of each layer after the norm, `(L, D)`, and their standard deviations before it, `(L,)`.
+
+        The deviations are 1 for prompts that are learned after the norm.
+        """
         if self.config.prompts_after_norm:
             return [(prompts, torch.ones_like(prompts[:, 0])) for prompts in self.prompts]
-        return [self.backbone.apply_norm(layer, prompts) for layer, prompts in self._each()]
+        return [self.backbone.apply_norm(layer, prompts) for layer, prompts in self._prompts_by_layer()]
+
+    def _current_deviations(self) -> Tensor:
+        """Return the standard deviations of the prompts as they are now, `(layers, L)`."""
+        return torch.stack([deviation for _, deviation in self._normed_prompts()])
 
     def _prefixes(self, count: int) -> dict[int, Tensor]:
-        """Return by layer the keys and values for `count` images, `(count, 2, H, L, d)`."""
-        made = zip(self.layers, self._normed(), strict=True)
-        return {
-            layer: self.backbone.make_prefix(layer, tokens).expand(count, -1, -1, -1, -1) for layer, (tokens, _) in made
-        }
+        """Return keys and values of the prompts for `count` images, `(count, 2, H, L, d)`, by layer."""
+        prefixes = {}
+        for layer, (tokens, _) in zip(self.layers, self._normed_prompts(), strict=True):
+            prefixes[layer] = self.backbone.make_prefix(layer, tokens).expand(count, -1, -1, -1, -1)
+        return prefixes

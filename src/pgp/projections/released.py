@@ -144,7 +144,7 @@ def pca_scores(samples: Tensor, components: int) -> Tensor:
     The largest entry of each component is positive.
 
     Raises:
-        ValueError: if there are fewer samples or features than components.
+        ValueError: If there are fewer samples or features than components.
     """
     if components > min(samples.shape):
         raise ValueError(f"expected at least {components} samples and features, got {tuple(samples.shape)}:"

@@ -76,7 +76,7 @@ def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
     """Return a row for each group of runs and each column.
 
     Raises:
-        RunError: if the runs of a group have come to different tasks, so that their figures mean different things.
+        RunError: If the runs of a group have come to different tasks, so that their figures mean different things.
     """
     out = []
     for label, members in group_runs(runs):

@@ -34,10 +34,10 @@ def run_local(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, 
     """Yield every job with its result, in the order in which they end.
 
     Args:
-        work: what to do with a job; has to be found by its name in a module, for other processes import it.
-        jobs: all of them.
-        workers: how many processes share the cores; a single one is this process.
-        gpus: how many GPUs there are to share; each process sees one of them.
+        work: What to do with a job; has to be found by its name in a module, for other processes import it.
+        jobs: All of them.
+        workers: How many processes share the cores; a single one is this process.
+        gpus: How many GPUs there are to share; each process sees one of them.
     """
     if workers == 1:
         for job in jobs:
@@ -58,13 +58,13 @@ def run_on_ray(
     """Yield every job with its result, in the order in which they end; each is a task of the Ray cluster at `address`.
 
     Args:
-        work: as for `run_local`.
-        jobs: all of them.
-        address: of the cluster; `auto` finds a running one, `local` starts one here.
-        gpu: whether each job gets a GPU, where the cluster has any.
+        work: As for `run_local`.
+        jobs: All of them.
+        address: Of the cluster; `auto` finds a running one, `local` starts one here.
+        gpu: Whether each job gets a GPU, where the cluster has any.
 
     Raises:
-        ValueError: if Ray is not installed, or there is no cluster at `address`.
+        ValueError: If Ray is not installed, or there is no cluster at `address`.
     """
     try:
         import ray  # an extra, and heavy

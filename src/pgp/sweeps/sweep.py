@@ -80,7 +80,7 @@ class Sweep:
         """Return the jobs for the points and their controls, and record them in sweep.json.
 
         Raises:
-            RunError: if the folder holds something else, or runs with other settings under the same names.
+            RunError: If the folder holds something else, or runs with other settings under the same names.
         """
         make_output(self.output)
         with filelock.FileLock(self.output / ".sweep.lock"):
@@ -211,8 +211,8 @@ def run_job(job: Job, *, waits: bool = False) -> JobResult:
     """See to it that the run of a job is whole. Only one process at a time does, on any machine that sees the folder.
 
     Args:
-        job: what run, and where.
-        waits: whether to wait for another process that is at it; else the answer is `busy`.
+        job: What run, and where.
+        waits: Whether to wait for another process that is at it; else the answer is `busy`.
     """
     started = time.perf_counter()
     job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -261,8 +261,8 @@ def run_all(jobs: Sequence[Job], spread: Callable[[Callable[[Job], JobResult], S
     """Run the jobs: first all that are free, then those that other sweeps were running.
 
     Args:
-        jobs: what there has to be.
-        spread: does some work on jobs; see `pgp.sweeps.pool`.
+        jobs: What there has to be.
+        spread: Does some work on jobs; see `pgp.sweeps.pool`.
     """
     busy = []
     with contextlib.closing(spread(run_job, jobs)) as outcomes:

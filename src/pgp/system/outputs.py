@@ -48,7 +48,7 @@ def make_unique_folder(parent: Path, stem: str) -> Path:
     """Make a new folder `parent/stem`, or `parent/stem-2` and so on if that exists, and return it.
 
     Raises:
-        RunError: if `parent` cannot be written.
+        RunError: If `parent` cannot be written.
     """
     make_output(parent)
     number = 1
