@@ -212,6 +212,7 @@ def test_another_run_is_kept(tmp_path, capsys):
     assert (tmp_path / "run" / "accuracy.csv").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_as_a_module():
     out = subprocess.run([sys.executable, "-m", "pgp", "--version"], capture_output=True, text=True, check=True).stdout
     assert out.startswith("pgp 0.")

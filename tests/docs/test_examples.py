@@ -58,6 +58,7 @@ def test_the_method_keeps_the_promises_of_every_method(method, promise):
     promise(method)
 
 
+@pytest.mark.slow
 def test_the_method_learns_and_a_run_finds_it_again(tmp_path):
     from shared_prompts import SharedPrompts
 
