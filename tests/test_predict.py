@@ -121,7 +121,11 @@ def test_runs_and_images_are_named_by_paths_or_texts(run, photos):
             ValueError,
             r"a device that this machine has, .* got 'nonsense': ",
         ),
-        (lambda run: Predictor(run)("a.png"), TypeError, r"expected a list of images, got one: \['a.png'\] would be"),
+        (
+            lambda run: Predictor(run)("a.png"),
+            TypeError,
+            r"expected a list of images, got a single one: pass \['a.png'\]",
+        ),
         (lambda run: Predictor(run)([5]), TypeError, r"expected the path of an image, got int: 5$"),
         (
             lambda run: Predictor(run)([np.zeros((3, 8, 8))]),
@@ -143,7 +147,7 @@ def test_runs_and_images_are_named_by_paths_or_texts(run, photos):
         (
             lambda run: list(Predictor(run).predict_paths("a.png")),
             TypeError,
-            r"expected a list of paths, got one: \['a.png'\]",
+            r"expected a list of paths, got a single one: pass \['a.png'\]",
         ),
         (
             lambda run: list(Predictor(run).predict_paths([], batch_size=0)),

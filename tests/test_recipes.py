@@ -169,7 +169,7 @@ def test_components_without_a_tag_or_with_that_of_another_are_refused(tmp_path):
             match=r"'released' in .*Thief.* and pgp\.projections\.released\.ReleasedBasis\.Config: rename one",
         ):
             tiny.config(projection=Thief()).to_json()
-        with pytest.raises(ValueError, match="to have a tag of its own"):
+        with pytest.raises(ValueError, match="to have its own tag"):
             Config.from_json(honest)
     finally:
         del Thief.tag
@@ -201,9 +201,9 @@ def test_trees_that_do_not_fit():
         (lambda: tiny.config(batch_size=0), "batch_size of at least 1"),
         (lambda: tiny.config(save_every_steps=-1), "save_every_steps of at least 0"),
         (lambda: tiny.config(readouts=()), "at least one readout"),
-        (lambda: tiny.config(readouts=(LDA.Config(0.1), LDA.Config(0.2))), "readouts of different names"),
+        (lambda: tiny.config(readouts=(LDA.Config(0.1), LDA.Config(0.2))), "readouts with different names"),
         (lambda: tiny.config(batch_size=1, hardware=Hardware(devices=2)), "batch_size of at least devices 2"),
-        (lambda: tiny.config(legacy_eval=True, hardware=Hardware(devices=2)), "need devices 1"),
+        (lambda: tiny.config(legacy_eval=True, hardware=Hardware(devices=2)), "expected devices 1 with"),
         (lambda: Hardware(devices=0), "devices >= 1"),
         (lambda: Optimizer(lr=0), "optimizer.lr > 0"),
         (lambda: L2P.Config(top_k=11), "top_k of at most method.pool_size 10, got 11"),
@@ -238,7 +238,7 @@ def test_prompts_may_learn_at_a_share_of_the_heads_rate():
     Optimizer(lr=0.5, prompt_lr_scale=0.1, schedule="cosine").set_rate(optimizer, 1, 2, 256)
     assert (head["lr"], rest["lr"]) == pytest.approx((0.25, 0.025))
     assert len(Optimizer().build(method, 16).param_groups) == 1
-    with pytest.raises(ValueError, match="prompt_share >= 0"):
+    with pytest.raises(ValueError, match="prompt_lr_scale >= 0"):
         Optimizer(prompt_lr_scale=-1)
 
 

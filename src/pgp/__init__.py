@@ -1,7 +1,7 @@
 """Prompt-based continual learning with gradient projection.
 
-The public names are listed in `__init__.pyi` and loaded when they are first used, so that importing pgp is cheap. Begin
-with `pgp.train.train` for whole runs, and with `Orthogonal` for a training loop of your own.
+The public names are listed in `__init__.pyi` and loaded when they are first used, so that importing pgp is fast. Start
+with `pgp.train.train` for whole runs, and with `Orthogonal` for your own training loop.
 """
 
 import lazy_loader

@@ -1,4 +1,4 @@
-"""`python -m pgp` is `pgp`."""
+"""Run the command `pgp` with `python -m pgp`."""
 
 from pgp.cli.main import main
 

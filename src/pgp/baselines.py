@@ -1,4 +1,4 @@
-"""What a recipe is to be compared with: the same data and budget, less what is to be shown."""
+"""Baselines of a recipe, with the same data and budget: without projection, without prompts, or without training."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from pgp.readouts.lda import LDA, NCM
 
 
 def unprojected(config: Config) -> Config:
-    """Learn the recipe's prompts without projection, as --no-pgp."""
+    """Train without projection, as --no-pgp."""
     return replace(config, projection=NoProjection.Config())
 
 
 def random(config: Config) -> Config:
-    """Project the recipe's updates out of random directions, as many as its projection would protect.
+    """Protect random directions, as many as the recipe's projection would protect.
 
-    Of a projection other than `orthogonal`, no ranks are known: as many as `orthogonal` would protect by its defaults.
+    The number of directions is that of `orthogonal`, with its defaults if the configuration has another projection.
     """
-    own = config.projection
-    settings = asdict(own) if type(own) is Orthogonal.Config else {}
+    projection = config.projection
+    settings = asdict(projection) if type(projection) is Orthogonal.Config else {}
     return replace(config, projection=RandomBasis.Config(**settings))
 
 
 def reduced_lr(config: Config) -> Config:
-    """Learn the recipe's prompts at a tenth of the learning rate after the first task, without projection."""
+    """Train without projection, and with a tenth of the prompts' learning rate after the first task."""
     return _later_prompt_lr_scale(config, 0.1)
 
 
 def frozen(config: Config) -> Config:
-    """Freeze the recipe's prompts after the first task, without projection; the head learns on."""
+    """Train without projection, and freeze the prompts after the first task; the head continues to learn."""
     return _later_prompt_lr_scale(config, 0.0)
 
 
@@ -44,17 +44,17 @@ def _later_prompt_lr_scale(config: Config, scale: float) -> Config:
 
 
 def linear_probe(config: Config) -> Config:
-    """Learn a linear head on frozen features, and LDA of them, without prompts."""
+    """Train a linear head on frozen features, without prompts; also fit LDA to them."""
     return replace(unprojected(config), method=HeadOnly.Config(), readouts=(MethodHead.Config(), LDA.Config()))
 
 
 def ncm(config: Config) -> Config:
-    """Classify frozen features by the nearest class mean; nothing is trained."""
+    """Predict the nearest class mean of frozen features, without prompts and without training."""
     return replace(unprojected(config), method=HeadOnly.Config(learns=False), readouts=(NCM.Config(),))
 
 
 def joint(config: Config) -> Config:
-    """Learn the recipe's prompts on the images of all tasks at once, without projection: an upper bound."""
+    """Train without projection on the images of all tasks at once: the upper bound."""
     return replace(unprojected(config), joint=True)
 
 
@@ -67,14 +67,14 @@ BASELINES: dict[str, Callable[[Config], Config]] = {
     "ncm": ncm,
     "joint": joint,
 }
-"""What a recipe is to be compared with, under the same budget; `--method NAME` trains one, `--baselines` all."""
+"""Baselines of a recipe with the same budget; `--method NAME` trains one of them, `--baselines` all."""
 
 
 def matching_baselines(config: Config) -> dict[str, Config]:
-    """Return by name what `config` is compared with.
+    """Return the baselines that differ from `config`, by name.
 
-    A baseline that equals `config` is left out, and `random` if the number of its directions is unknown.
+    `random` is left out unless the projection of `config` is `orthogonal`, whose ranks it uses.
     """
-    counted = type(config.projection) is Orthogonal.Config
-    made = {name: baseline(config) for name, baseline in BASELINES.items() if counted or name != "random"}
-    return {name: other for name, other in made.items() if other != config}
+    has_ranks = type(config.projection) is Orthogonal.Config
+    baselines = {name: baseline(config) for name, baseline in BASELINES.items() if has_ranks or name != "random"}
+    return {name: other for name, other in baselines.items() if other != config}

@@ -1,4 +1,4 @@
-"""Collectives for processes that train together: every process must call them, and all do nothing in a single one."""
+"""Collective operations for distributed training. In a single process they change nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def is_child_process() -> bool:
-    """Return whether another process of the same run started this one, which it does by the same command."""
+    """Return whether this process was started by another process of the same run, with the same command."""
     return os.environ.get("LOCAL_RANK", "0") != "0"
 
 
@@ -27,7 +27,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Return how many processes there are."""
+    """Return the number of processes."""
     return torch.distributed.get_world_size() if is_distributed() else 1
 
 
@@ -42,7 +42,7 @@ def all_reduce_sum_(tensor: Tensor) -> Tensor:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """Return the rows of all processes, in the order of their numbers, on the CPU.
+    """Return the rows of all processes in the order of their ranks, on the CPU.
 
     Collective: every process must call it.
     """
@@ -50,7 +50,7 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """Return the values of all processes, in the order of their numbers.
+    """Return the values of all processes in the order of their ranks.
 
     Collective: every process must call it.
     """

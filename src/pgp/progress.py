@@ -27,7 +27,7 @@ def track(progress: Progress, items: Iterable[T], total: int, description: str) 
 
 
 def print_line(progress: Progress, text: str) -> None:
-    """Print one line above the progress bars: not wrapped, and safe for a terminal."""
+    """Print one line above the progress bars, without wrapping and with control characters escaped."""
     progress.console.print(Text(printable(text)), soft_wrap=True)
 
 

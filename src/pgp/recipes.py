@@ -1,4 +1,4 @@
-"""What exists, by name: one function per published row, each returning a complete configuration."""
+"""Components and recipes by name. A recipe is a function that returns a complete configuration."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ READOUTS: dict[str, Readout.Config] = {
         MethodHead.Config(),
         *(kind.Config(compensate=how) for kind in (LDA, Logistic) for how in ("none", "shift", "linear")),
         *(
-            kind.Config(query=True, compensate=how, shrinkage=0.2)  # of twice as wide features
+            kind.Config(query=True, compensate=how, shrinkage=0.2)  # features are about twice as wide
             for kind in (LDA, Logistic)
             for how in ("none", "shift", "linear")
         ),
@@ -96,11 +96,11 @@ CHOICES: dict[str, dict[str, Any]] = {
     "dataset": DATASETS,
     "backbone": BACKBONES,
 }
-"""By the field of a configuration: what can stand there."""
+"""Named choices for each component field of `Config`."""
 
 
 def published_basis(method: Method.Config) -> ReleasedBasis.Config:
-    """Return the published code's projection with the constants that it has for `method`."""
+    """Return the published code's basis with its constants for `method`."""
     if isinstance(method, DualPrompt.Config):
         return ReleasedBasis.Config(components=50, when="after")
     if isinstance(method, CLIPPrompt.Config):
@@ -109,7 +109,7 @@ def published_basis(method: Method.Config) -> ReleasedBasis.Config:
 
 
 def demo() -> Config:
-    """Learn digits in 5 tasks of 2 classes by L2P-PGP, on a small encoder that pgp ships. Offline, minutes."""
+    """Train L2P-PGP on digits in 5 tasks of 2 classes, with a small encoder that pgp ships. Minutes, offline."""
     return Config(
         name="demo",
         dataset=Digits(),
@@ -123,7 +123,7 @@ def demo() -> Config:
 
 
 def cifar100_10_l2p_pgp() -> Config:
-    """Split CIFAR-100, 10 tasks of 10 classes, L2P-PGP on ViT-B/16 (in21k), as published but for the right basis."""
+    """Train L2P-PGP on CIFAR-100 (10 tasks of 10 classes, ViT-B/16 in21k) with the published settings and our basis."""
     return Config(
         name="10cifar100_l2p_pgp",
         dataset=CIFAR100(),
@@ -137,22 +137,22 @@ def cifar100_10_l2p_pgp() -> Config:
 
 
 def cifar100_20_l2p_pgp() -> Config:
-    """Split CIFAR-100, 20 tasks of 5 classes, L2P-PGP on ViT-B/16 (in21k), as published but for the right basis."""
+    """Train L2P-PGP on CIFAR-100 (20 tasks of 5 classes, ViT-B/16 in21k) with the published settings and our basis."""
     return replace(cifar100_10_l2p_pgp(), name="20cifar100_l2p_pgp", tasks=20, seed=53)
 
 
 def imr_l2p_pgp() -> Config:
-    """Split ImageNet-R, 10 tasks of 20 classes, L2P-PGP on ViT-B/16 (in21k). The release has no settings for it."""
+    """Train L2P-PGP on ImageNet-R (10 tasks of 20 classes, ViT-B/16 in21k). No settings for it were published."""
     return replace(cifar100_10_l2p_pgp(), name="imr_l2p_pgp", dataset=ImageNetR())
 
 
 def tinyimagenet_l2p_pgp() -> Config:
-    """Split TinyImageNet, 10 tasks of 20 classes, L2P-PGP on ViT-B/16 (in21k), as published but for the right basis."""
+    """Train L2P-PGP on TinyImageNet (10 tasks of 20 classes, ViT-B/16 in21k) with the published settings and our basis."""
     return replace(cifar100_10_l2p_pgp(), name="tinyimagenet_l2p_pgp", dataset=TinyImageNet(), seed=52)
 
 
 def cub200_l2p_pgp() -> Config:
-    """Split CUB-200, 5 tasks of 40 classes, L2P-PGP on ViT-B/16 (in21k), as published but for the right basis."""
+    """Train L2P-PGP on CUB-200 (5 tasks of 40 classes, ViT-B/16 in21k) with the published settings and our basis."""
     return replace(
         cifar100_10_l2p_pgp(),
         name="cub200_l2p_pgp",
@@ -163,12 +163,12 @@ def cub200_l2p_pgp() -> Config:
 
 
 def demo_dualprompt() -> Config:
-    """Learn digits in 5 tasks of 2 classes by DualPrompt-PGP, on a small encoder that pgp ships. Offline, minutes."""
+    """Train DualPrompt-PGP on digits in 5 tasks of 2 classes, with a small encoder that pgp ships. Minutes, offline."""
     return replace(demo(), name="demo-dualprompt", method=DualPrompt.Config())
 
 
 def cifar100_10_dualprompt_pgp() -> Config:
-    """Split CIFAR-100, 10 tasks of 10 classes, DualPrompt-PGP on ViT-B/16 (in21k), as published but for its reshape."""
+    """Train DualPrompt-PGP on CIFAR-100 (10 tasks of 10 classes, ViT-B/16 in21k), as published except for its reshape."""
     return replace(
         cifar100_10_l2p_pgp(),
         name="10cifar100_dualprompt_pgp",
@@ -180,12 +180,12 @@ def cifar100_10_dualprompt_pgp() -> Config:
 
 
 def cifar100_20_dualprompt_pgp() -> Config:
-    """Split CIFAR-100, 20 tasks of 5 classes, DualPrompt-PGP on ViT-B/16 (in21k), as published but for its reshape."""
+    """Train DualPrompt-PGP on CIFAR-100 (20 tasks of 5 classes, ViT-B/16 in21k), as published except for its reshape."""
     return replace(cifar100_10_dualprompt_pgp(), name="20cifar100_dualprompt_pgp", tasks=20, seed=42)
 
 
 def imr_dualprompt_pgp() -> Config:
-    """Split ImageNet-R, 10 tasks of 20 classes, DualPrompt-PGP on ViT-B/16, as published but for its reshape."""
+    """Train DualPrompt-PGP on ImageNet-R (10 tasks of 20 classes, ViT-B/16), as published except for its reshape."""
     return replace(
         cifar100_10_dualprompt_pgp(),
         name="imr_dualprompt_pgp",
@@ -198,21 +198,21 @@ def imr_dualprompt_pgp() -> Config:
 
 
 def tinyimagenet_dualprompt_pgp() -> Config:
-    """Split TinyImageNet, 10 tasks of 20 classes, DualPrompt-PGP on ViT-B/16, as published but for its reshape."""
+    """Train DualPrompt-PGP on TinyImageNet (10 tasks of 20 classes, ViT-B/16), as published except for its reshape."""
     return replace(
         cifar100_10_dualprompt_pgp(), name="tinyimagenet_dualprompt_pgp", dataset=TinyImageNet(), epochs=5, seed=52
     )
 
 
 def cub200_dualprompt_pgp() -> Config:
-    """Split CUB-200, 5 tasks of 40 classes, DualPrompt-PGP on ViT-B/16 (in21k), as published but for its reshape."""
+    """Train DualPrompt-PGP on CUB-200 (5 tasks of 40 classes, ViT-B/16 in21k), as published except for its reshape."""
     return replace(
         cifar100_10_dualprompt_pgp(), name="cub200_dualprompt_pgp", dataset=CUB200(), tasks=5, epochs=10, seed=51
     )
 
 
 def with_deep_prompts(recipe: Config) -> Config:
-    """Return `recipe` with the best configuration of docs/results.md: projected deep prompts, drift-compensated LDA."""
+    """Return `recipe` with the best configuration of docs/results.md: VPT, exact projection, drift-compensated LDA."""
     return replace(
         recipe,
         method=VPT.Config(),
@@ -223,17 +223,17 @@ def with_deep_prompts(recipe: Config) -> Config:
 
 
 def demo_vpt() -> Config:
-    """Learn digits in 5 tasks of 2 classes by projected deep prompts, on a small encoder that pgp ships. Offline."""
+    """Train VPT with projection on digits in 5 tasks of 2 classes, with a small encoder that pgp ships. Offline."""
     return replace(with_deep_prompts(demo()), name="demo-vpt")
 
 
 def cifar100_10_vpt_pgp() -> Config:
-    """Split CIFAR-100, 10 tasks of 10 classes, deep prompts projected, on ViT-B/16 (in21k). Our own settings."""
+    """Train VPT with projection on CIFAR-100 (10 tasks of 10 classes, ViT-B/16 in21k) with our own settings."""
     return replace(with_deep_prompts(cifar100_10_l2p_pgp()), name="10cifar100_vpt_pgp")
 
 
 def demo_clip() -> Config:
-    """Learn digits in 5 tasks of 2 classes by CLIP-PGP, on a small CLIP that pgp ships. Offline, minutes."""
+    """Train CLIP-PGP on digits in 5 tasks of 2 classes, with a small CLIP that pgp ships. Minutes, offline."""
     return replace(
         demo(),
         name="demo-clip",
@@ -245,7 +245,7 @@ def demo_clip() -> Config:
 
 
 def cifar100_10_clip_pgp() -> Config:
-    """Split CIFAR-100, 10 tasks of 10 classes, CLIP-PGP on OpenAI's ViT-B/16, as published but for the right basis."""
+    """Train CLIP-PGP on CIFAR-100 (10 tasks of 10 classes, OpenAI's ViT-B/16) with the published settings and our basis."""
     return replace(
         cifar100_10_l2p_pgp(),
         name="10cifar100_clip_pgp",
@@ -255,14 +255,14 @@ def cifar100_10_clip_pgp() -> Config:
         transforms=Transforms(mean=(0.507, 0.487, 0.441), std=(0.267, 0.256, 0.276)),
         optimizer=Optimizer(
             "sgd", lr=0.08, weight_decay=2e-4, schedule="cosine", first_lr=0.008, first_weight_decay=5e-4
-        ),  # .01 and .001 a step, for lr counts per 256 images
+        ),  # 0.01 and 0.001 per step, because lr is per 256 images
         batch_size=32,
         seed=1997,
     )
 
 
 def own() -> Config:
-    """Learn your own images: pgp train own --data ./photos --tasks 5. Projected deep prompts, on ViT-B/16 (in21k)."""
+    """Train VPT with projection on your own images, with ViT-B/16: pgp train own --data ./photos --tasks 5."""
     return with_deep_prompts(
         replace(
             cifar100_10_l2p_pgp(), name="own", dataset=Folder(), transforms=Transforms(scale=(0.4, 1.0)), tasks=None

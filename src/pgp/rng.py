@@ -1,4 +1,4 @@
-"""Random generators that depend on a seed and an address only, never on what was drawn before."""
+"""Random generators that depend only on a seed and an address, not on earlier draws."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 def make_generator(seed: int, *address: str | int) -> torch.Generator:
     """Return a random generator for one purpose, named by its address, such as `(seed, "order", task, epoch)`.
 
-    Draws are addressed, not streamed: what one draw returns never depends on how many came before it, so a resumed run,
-    another number of workers and another number of processes all see the same data.
+    Its draws do not depend on any other draws. A resumed run, or a run with another number of workers or processes,
+    therefore sees the same data.
 
     >>> one, same, other = (torch.rand(2, generator=make_generator(7, "init", n)) for n in (0, 0, 1))
     >>> bool((one == same).all()), bool((one == other).all())

@@ -381,13 +381,13 @@ def test_models_that_do_not_fit(change, message):
         ),
         (
             ARCHITECTURE | {"vision_cfg": {**ARCHITECTURE["vision_cfg"], "pool_type": "avg"}},
-            "with a class token in CLIP's",
+            "with a class token as CLIP's",
         ),
         (
             ARCHITECTURE | {"text_cfg": {**ARCHITECTURE["text_cfg"], "vocab_size": 99}},
             "own vocabulary of 49408 tokens, got 99",
         ),
-        (ARCHITECTURE | {"text_cfg": {**ARCHITECTURE["text_cfg"], "pool_type": "first"}}, "read at 'first'"),
+        (ARCHITECTURE | {"text_cfg": {**ARCHITECTURE["text_cfg"], "pool_type": "first"}}, "with 'first'"),
         (ARCHITECTURE | {"text_cfg": {**ARCHITECTURE["text_cfg"], "no_causal_mask": True}}, "expected CLIP's own text"),
     ],
     ids=lambda value: str(value)[:40],
@@ -407,11 +407,11 @@ def test_a_model_whose_passes_are_others_is_refused(part):
     known = getattr(model, name)
     setattr(model, name, lambda inputs: 1.01 * known(inputs))
     with pytest.raises(
-        ValueError, match=rf"expected CLIP's own towers, .* \(its features of {part} differ from open_clip"
+        ValueError, match=rf"expected CLIP's own encoders, .* \(its features of {part} differ from open_clip"
     ):
         CLIP(model)
     setattr(model, name, lambda: known)
-    with pytest.raises(ValueError, match=r"expected CLIP's own towers, .* positional argument"):
+    with pytest.raises(ValueError, match=r"expected CLIP's own encoders, .* positional argument"):
         CLIP(model)
     setattr(model, name, known)
     before = torch.get_rng_state()
@@ -422,7 +422,9 @@ def test_a_model_whose_passes_are_others_is_refused(part):
 def test_towers_of_another_make_are_refused():
     model = open_clip.CLIP(**ARCHITECTURE)
     model.text = torch.nn.Linear(2, 2)
-    with pytest.raises(ValueError, match=r"expected CLIP's own text transformer, read at the end token, got Linear"):
+    with pytest.raises(
+        ValueError, match=r"expected CLIP's own text transformer with features from the end token .argmax., got Linear"
+    ):
         CLIP(model)
     model.text = open_clip.CLIP(**ARCHITECTURE)
     model.text.token_embedding = torch.nn.Linear(2, 2)

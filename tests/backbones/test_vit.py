@@ -153,7 +153,7 @@ def test_damaged_or_foreign_checkpoints(tmp_path):
         ("vit_tiny_patch61_224", 32, r"perhaps you meant.*vit_tiny_patch16_224"),
         ("resnet18", 32, "timm cannot make resnet18"),
         ("vit_tiny_patch16_224.nonsense", 32, "timm cannot make .* Invalid pretrained tag"),
-        ("vit_small_patch16_18x2_224", 224, "joint qkv, got ParallelThingsBlock, which pgp cannot take apart"),
+        ("vit_small_patch16_18x2_224", 224, "joint qkv, got ParallelThingsBlock, whose modules pgp does not support"),
         ("vit_relpos_small_patch16_224", 32, "plain timm VisionTransformer, got VisionTransformerRelPos"),
         ("deit_tiny_distilled_patch16_224", 32, "got VisionTransformerDistilled"),
         ("vit_base_patch16_siglip_224", 32, "with a class token"),
@@ -395,7 +395,7 @@ def test_half_the_memory_and_the_same_results_under_autocast():
 
 
 def test_models_that_read_the_mean_of_patches_are_refused():
-    with pytest.raises(ValueError, match=r"reads the mean of patches \('avg'\): choose another tag"):
+    with pytest.raises(ValueError, match=r"averages patches \('avg'\): choose another tag"):
         ViT.Config("vit_tiny_patch16_224", "random", {"global_pool": "avg", "depth": 1}).build(224)
 
 

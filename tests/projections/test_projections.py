@@ -139,7 +139,9 @@ def test_old_queries_keep_their_cosines_if_keys_keep_their_norms(hold):
     torch.testing.assert_close(queries @ after.T, queries @ before.T, rtol=0, atol=1e-12)
     moved = (cosine_similarity(queries, after) - cosine_similarity(queries, before)).abs().max()
     assert moved < 1e-12 if hold else moved > 0.01
-    with pytest.raises(ValueError, match=r"expected projection\.apply_to=update beside preserve_key_norms"):
+    with pytest.raises(
+        ValueError, match=r"expected projection\.apply_to=update with projection\.preserve_key_norms, got gradient"
+    ):
         Orthogonal.Config(preserve_key_norms=True)
 
 

@@ -75,7 +75,7 @@ def test_tasks_may_share_classes():
 
 @pytest.mark.parametrize("chosen", [[9, 3, 1], [0, 4, 8], [2, 5, 6], [1, 5, 7]])
 def test_an_image_per_class_has_no_covariance(chosen):
-    with pytest.warns(UserWarning, match="no spread of features within classes"):
+    with pytest.warns(UserWarning, match="features do not vary within classes"):
         readout = fitted(parts=[chosen])
     logits = readout.logits(FEATURES[chosen])
     assert torch.equal(logits.argmax(1), LABELS[chosen])  # the nearest mean
@@ -143,7 +143,7 @@ def test_errors():
         LDA(5).logits(FEATURES)
     constant = LDA(5)
     constant.observe(torch.ones(4, 3), torch.tensor([0, 0, 1, 1]))
-    with pytest.warns(UserWarning, match="no spread of features within classes"):
+    with pytest.warns(UserWarning, match="features do not vary within classes"):
         constant.end_task()
 
 

@@ -245,7 +245,7 @@ def test_shift_follows_the_nearest_image_where_old_classes_have_no_spread():
     readout = LDA(4, LDA.Config(compensate="shift"))
     draws = torch.Generator().manual_seed(0)
     readout.observe(10 * torch.randn(2, 64, generator=draws), torch.tensor([0, 1]))
-    with pytest.warns(UserWarning, match="no spread"):
+    with pytest.warns(UserWarning, match="features do not vary"):
         readout.end_task()
     readout.observe(torch.randn(20, 64, generator=draws), torch.tensor([2, 3] * 10))
     before = torch.randn(20, 64, generator=draws)

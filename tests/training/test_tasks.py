@@ -175,7 +175,7 @@ def test_two_sources_of_an_order_are_refused(photos, tmp_path):
     with pytest.raises(ValueError, match=r"class_order.txt decides the order of classes, and so does shuffle"):
         scenario(config(photos, shuffle=True))
     for changes in ({"class_order": Path("x"), "task_file": Path("y")}, {"task_file": Path("y"), "shuffle": True}):
-        with pytest.raises(ValueError, match=f"expected one of {' and '.join(changes)}: each decides"):
+        with pytest.raises(ValueError, match=f"expected one of {' and '.join(changes)}, got both: each decides"):
             config(photos, **changes)
     with pytest.raises(ValueError, match="expected task_file for the order of domains"):
         config(photos, class_order=Path("x"), setting="dil")

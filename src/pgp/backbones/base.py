@@ -1,4 +1,4 @@
-"""The contract of a frozen pre-trained encoder. timm and open_clip are imported in this folder and nowhere else."""
+"""The contract of a frozen pre-trained encoder. Only this folder imports timm and open_clip."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pgp.backbones.norms import norm_std, pull_back
 
 
 class Trace(NamedTuple):
-    """What one block sees of a batch of images: all that its learned prompts and prefixes meet."""
+    """Activations of one block for a batch of images: the inputs of its prompts and prefixes."""
 
     tokens: Tensor
-    """Tokens as they enter the block, `(B, N, D)`, without those that are inserted before it."""
+    """Tokens as they enter the block, without the prompts that are inserted before it, `(B, N, D)`."""
     queries: Tensor
-    """What its attention asks with for these tokens, `(B, H, N, D/H)`."""
+    """Attention queries of these tokens, `(B, H, N, D/H)`."""
     prompt_attention: Tensor | None
-    """How much of its attention each of them gives to the positions of the prefix, `(B, H, N, L)`, or else of the
-    prompts that are inserted before the block, `(B, H, N, P)`; None where there are neither."""
+    """Attention weights of these tokens on the positions of the prefix, `(B, H, N, L)`, or, without a prefix, on the
+    prompts that are inserted before the block, `(B, H, N, P)`. None if there are neither."""
 
 
 class Backbone(nn.Module, abc.ABC):
-    """A frozen encoder: one copy in memory serves the plain pass and the prompted one.
+    """A frozen encoder. The same weights compute features without prompts and with them.
 
-    Shapes: `B` images, `N` tokens that an image becomes (CLS first), `P` inserted prompt tokens, `D` width, `H` heads.
+    Shapes: `B` images, `N` tokens of an image (CLS first), `P` inserted prompt tokens, `D` width, `H` heads.
     """
 
     width: int
@@ -41,17 +41,17 @@ class Backbone(nn.Module, abc.ABC):
 
     @dataclass(frozen=True)
     class Config(abc.ABC):
-        """How to make one; `build` is the factory."""
+        """Settings of an encoder; `build` creates it."""
 
         tag: ClassVar[str]
-        """Name of this kind of backbone in config.json, unique among all of them; it must never change."""
+        """Name of this kind of backbone in config.json. It must be unique among backbones and never change."""
 
         @abc.abstractmethod
         def build(self, size: int) -> Backbone:
-            """Return the backbone for images of `size` pixels a side."""
+            """Return the encoder for images of `size` x `size` pixels."""
 
         def with_absolute_paths(self) -> Backbone.Config:
-            """Return the same with absolute paths of files; what a run records, for it may go on from elsewhere."""
+            """Return the same settings with absolute paths, so that a run can be resumed from another directory."""
             return self
 
     @abc.abstractmethod
@@ -60,21 +60,21 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def add_position(self, prompts: Tensor) -> Tensor:
-        """Add the position embedding of prompts to prompts `(..., P, D)` that enter before the first block."""
+        """Add the position embedding of prompts `(..., P, D)` that are inserted before the first block."""
 
     @abc.abstractmethod
     def attention_norm(self, layer: int | None) -> Any:
         """Return the norm before the attention of block `layer`.
 
-        If `layer` is None, return the norm before the first block, an identity if there is none.
+        If `layer` is None, return the norm before the first block, or an identity if the encoder has none.
         """
 
     @abc.abstractmethod
     def key_weights(self, layer: int) -> Tensor:
-        """Return the weights `W_k (H, D/H, D)` of the keys of each head of block `layer`.
+        """Return the key weights `W_k (H, D/H, D)` of each head of block `layer`.
 
         Raises:
-            ValueError: For attention whose scores are not linear in its keys.
+            ValueError: If the attention scores are not linear in the keys.
         """
 
     @abc.abstractmethod
@@ -85,16 +85,18 @@ class Backbone(nn.Module, abc.ABC):
         prefixes: Mapping[int, Tensor] | None = None,
         num_tokens: int | None = None,
     ) -> Tensor:
-        """Return the final normalised tokens: CLS, then the prompts, the latest first, then the image's other tokens.
+        """Return the final tokens after the last norm: CLS, then prompts, then the other tokens of the image.
+
+        If prompts are inserted before several blocks, those inserted last come first.
 
         Args:
-            images: `(B, 3, S, S)`.
-            prompts: By layer number, tokens `(B, P, D)` to insert after CLS as they enter that block.
-            prefixes: By layer number, keys and values `(B, 2, H, L, D/H)` that its attention sees before its own.
-            num_tokens: How many leading tokens the caller reads; the last block computes no others. All, where None.
+            images: Images `(B, 3, S, S)`.
+            prompts: Tokens `(B, P, D)` to insert after CLS, by the number of the block that they enter.
+            prefixes: Keys and values `(B, 2, H, L, D/H)` to put before those of the attention, by block number.
+            num_tokens: Number of leading tokens to return; the last block computes no others. If None, all.
 
         Returns:
-            `(B, read, D)`, or `(B, N + P, D)` where `read` is None.
+            Tokens `(B, num_tokens, D)`, or `(B, N + P, D)` if `num_tokens` is None.
         """
 
     @abc.abstractmethod
@@ -105,41 +107,49 @@ class Backbone(nn.Module, abc.ABC):
         prompts: Mapping[int, Tensor] | None = None,
         prefixes: Mapping[int, Tensor] | None = None,
     ) -> dict[int, Trace]:
-        """Return what the blocks of `layers` compute in a pass with these prompts and prefixes. No later block runs."""
+        """Return the activations of the blocks `layers` in a pass with these prompts and prefixes.
+
+        Later blocks are not computed. For the arguments, see `forward`.
+        """
 
     @abc.abstractmethod
     def make_prefix(self, layer: int, tokens: Tensor) -> Tensor:
-        """Return the keys and values `(2, H, L, D/H)` of block `layer` for normed tokens `(L, D)`."""
+        """Return the keys and values `(2, H, L, D/H)` of normed tokens `(L, D)` in the attention of block `layer`."""
 
     def embed_prompts(self, prompts: Tensor) -> Tensor:
-        """Return prompts `(..., P, D)` as they enter the first block."""
-        placed: Tensor = self.attention_norm(None)(self.add_position(prompts))
-        return placed
+        """Return prompts `(..., P, D)` as they enter the first block, with position embedding and norm."""
+        embedded: Tensor = self.attention_norm(None)(self.add_position(prompts))
+        return embedded
 
     def apply_norm(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens `(..., L, D)` behind the norm of block `layer`, and the norm's divisors `(..., L)`."""
+        """Apply the norm before the attention of block `layer` to tokens `(..., L, D)`.
+
+        Returns:
+            The normed tokens `(..., L, D)`, and the standard deviation of each token that the norm divides by,
+            `(..., L)`.
+        """
         norm = self.attention_norm(layer)
         tokens = tokens.to(norm.weight.dtype)
         return norm(tokens), norm_std(norm, tokens)
 
     def norm_scale(self, prompts: Tensor) -> Tensor:
-        """Return the product of the divisors of all norms before the attention of the first block, `(..., P)`.
+        """Return the product of the standard deviations that norms divide prompts `(..., P, D)` by, `(..., P)`.
 
-        The prompts `(..., P, D)` are not embedded yet.
+        These are the norms between the prompts and the attention of the first block.
         """
         first = norm_std(self.attention_norm(None), self.add_position(prompts))
         return first * self.apply_norm(0, self.embed_prompts(prompts))[1]
 
     def affinity_maps(self, layer: int, *, moves: Literal["prompt", "token", "normed"]) -> Tensor:
-        """Return the maps `(H, D/H, D)` from queries to the directions in which a token changes their attention scores.
+        """Return maps `(H, D/H, D)` from a query to the direction in which a token changes its attention score.
 
-        For head h of block `layer` this is `q W_k`, pulled back through the norms, whose divisors are taken as
-        constants.
+        For a query q of head h, the direction is `q W_k`, mapped back through the norms. Their standard deviations are
+        treated as constants.
 
         Args:
             layer: Number of the block.
-            moves: A token behind the block's norm; one that enters the block; or a prompt that is yet to be placed
-                before the block, which is the first.
+            moves: What changes. `normed`: a token after the block's norm. `token`: a token that enters the block.
+                `prompt`: a prompt before `embed_prompts`, for the first block only.
         """
         maps = self.key_weights(layer)
         if moves == "normed":
@@ -148,32 +158,33 @@ class Backbone(nn.Module, abc.ABC):
         return pull_back(self.attention_norm(None), maps) if moves == "prompt" else maps
 
     def encode(self, images: Tensor) -> Tensor:
-        """Return the final CLS token of a pass without prompts, `(B, D)`: the query by which prompts are selected."""
+        """Return the final CLS token without prompts, `(B, D)`: the query for the selection of prompts."""
         with torch.no_grad():
             tokens: Tensor = self(images, num_tokens=1)
             return tokens[:, 0]
 
     def freeze(self) -> None:
-        """Stop all learning for good; `train()` no longer changes the mode."""
+        """Stop training of all weights and switch to evaluation mode."""
         self.requires_grad_(False)
         self.eval()
 
     def train(self, mode: bool = True) -> Backbone:
-        """Stay in evaluation mode: a frozen encoder has no other."""
+        """Stay in evaluation mode, whatever `mode` is."""
         super().train(False)
         return self
 
     def to_bfloat16_(self) -> None:
-        """Hold the weights of matrix products in bfloat16, to which autocast would cast them at every use.
+        """Convert the weights of linear and convolution layers to bfloat16, as autocast does at every use.
 
-        Under autocast all results are the same, in half the memory; outside of it the encoder is of no use any more.
+        Under autocast, results do not change and the weights take half the memory. Without autocast, the encoder no
+        longer works.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.to(torch.bfloat16)
 
     def fingerprint(self) -> str:
-        """Hash of all weights, by which a checkpoint knows the encoder it was learned on."""
+        """Return a hash of all weights, with which a checkpoint recognises its encoder."""
         digest = hashlib.sha256()
         for name, tensor in self.state_dict().items():
             digest.update(name.encode())
@@ -182,7 +193,7 @@ class Backbone(nn.Module, abc.ABC):
 
 
 class VisionLanguage(Backbone):
-    """An image encoder with a text encoder beside it; features of both have one width `E` and compare by cosine.
+    """An image encoder and a text encoder, whose features have the same width `E` and are compared by cosine.
 
     Shapes: `n` texts of `T` tokens, `W` text width.
     """
@@ -192,15 +203,18 @@ class VisionLanguage(Backbone):
     text_width: int
     """Width of text tokens W."""
     logit_scale: float
-    """What cosines are multiplied with to become logits."""
+    """Factor that turns cosine similarities into logits."""
 
     @abc.abstractmethod
     def project(self, tokens: Tensor) -> Tensor:
-        """Return image features `(..., E)` of final tokens `(..., D)`, not normalised."""
+        """Return the image features `(..., E)` of final tokens `(..., D)`, not normalised."""
 
     @abc.abstractmethod
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Return token numbers `(n, T)`: a start token, the text, an end token with the largest number, zeros."""
+        """Return token numbers `(n, T)`: a start token, the text, an end token, and zeros.
+
+        The end token has the largest number.
+        """
 
     @abc.abstractmethod
     def embed_text(self, tokens: Tensor) -> Tensor:
@@ -208,13 +222,17 @@ class VisionLanguage(Backbone):
 
     @abc.abstractmethod
     def encode_text(self, embedded: Tensor, tokens: Tensor) -> Tensor:
-        """Return text features `(n, E)` of embedded tokens, read where `tokens` end, not normalised."""
+        """Return the text features `(n, E)` of embedded tokens, not normalised.
+
+        They are computed from the end token, whose position is found in `tokens`.
+        """
 
 
 def check_image_size(images: Tensor, height: int, width: int) -> Tensor:
-    """Return `images`, which must be `(B, 3, height, width)`.
+    """Return `images` if they are `(B, 3, height, width)`, as the encoder expects.
 
-    Raises:     ValueError: If they are not.
+    Raises:
+        ValueError: If they have another shape.
     """
     if images.dim() != 4 or images.shape[1:] != (3, height, width):
         raise ValueError(f"expected images (B, 3, {height}, {width}), got {tuple(images.shape)}")
@@ -222,14 +240,16 @@ def check_image_size(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def insert_prompts(tokens: Tensor, prompts: Tensor | None) -> Tensor:
-    """Insert prompts `(B, P, D)` behind CLS into tokens `(B, N, D)`, and return `(B, N + P, D)`."""
+    """Insert prompts `(B, P, D)` after CLS into tokens `(B, N, D)`, `(B, N + P, D)`."""
     if prompts is None:
         return tokens
     if prompts.dim() != 3 or prompts.shape[::2] != tokens.shape[::2]:
         raise ValueError(f"expected prompts ({len(tokens)}, P, {tokens.shape[2]}), got {tuple(prompts.shape)}")
-    return torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1)
+    return torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1)  # (B, N + P, D)
 
 
 def drop_prompts(rows: Tensor, count: int) -> Tensor:
-    """Return the rows of the tokens, without those of the `count` prompts behind CLS, from `(B, H, N + count, ...)`."""
-    return torch.cat([rows[:, :, :1], rows[:, :, 1 + count :]], dim=2) if count else rows
+    """Remove the rows of the `count` prompts after CLS: `(B, H, N + count, ...)` -> `(B, H, N, ...)`."""
+    if not count:
+        return rows
+    return torch.cat([rows[:, :, :1], rows[:, :, 1 + count :]], dim=2)  # (B, H, N, ...)

@@ -1,4 +1,7 @@
-"""Any open_clip model with two plain transformer towers, used as a library: its own modules, with prompts let in."""
+"""CLIP encoders of open_clip, with prompts inserted between the library's own modules.
+
+Any model of open_clip with a plain vision transformer and CLIP's own text transformer can be used.
+"""
 
 from __future__ import annotations
 
@@ -22,31 +25,30 @@ class CLIP(VisionLanguage):
 
     @dataclass(frozen=True)
     class Config(VisionLanguage.Config):
-        """Which model, and with which weights."""
+        """Model and weights of a CLIP encoder."""
 
         tag = "clip"
 
         model: str = "ViT-B-16-quickgelu"
-        """open_clip's name (`open_clip.list_models()`), or the path of a model configuration in open_clip's JSON;
-        `package:NAME` is one that pgp ships."""
+        """Model name of open_clip (`open_clip.list_models()`), or the path of a JSON file with a model configuration of
+        open_clip; `package:NAME` is a file that pgp ships."""
         weights: str = "openai"
-        """A tag of `open_clip.list_pretrained()`, `random`, or the path of a checkpoint in open_clip's naming
-        (.safetensors, or .pt without pickled code); `package:NAME` is one that pgp ships."""
+        """Tag of pretrained weights (`open_clip.list_pretrained()`), `random`, or the path of a checkpoint with
+        open_clip's parameter names (.safetensors, or .pt without pickled code); `package:NAME` is a file that pgp
+        ships."""
 
         def __post_init__(self) -> None:
-            for name in ("model", "weights"):  # paths, too, are taken for their names
+            for name in ("model", "weights"):  # a Path is accepted too
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
 
         def build(self, size: int) -> CLIP:
-            """Return the frozen encoders for images of `size` pixels a side, with resampled position embeddings."""
+            """Return the frozen encoders for images of `size` x `size` pixels; position embeddings are resampled."""
             return CLIP(_create(self, size))
 
         def with_absolute_paths(self) -> CLIP.Config:
-            """See `Backbone.Config.located`."""
-            model, source = (
-                weights.resolve_weights(name) if is_file else name
-                for name, is_file in ((self.model, _is_description(self.model)), (self.weights, _is_file(self.weights)))
-            )
+            """See `Backbone.Config.with_absolute_paths`."""
+            model = weights.resolve_weights(self.model) if _is_model_file(self.model) else self.model
+            source = weights.resolve_weights(self.weights) if _is_weights_file(self.weights) else self.weights
             return replace(self, model=model, weights=source)
 
     model: Any
@@ -74,12 +76,12 @@ class CLIP(VisionLanguage):
         """Return CLS and patches with their position embeddings, before the first norm, `(B, N, D)`."""
         visual = self.model.visual
         patches = visual.conv1(check_image_size(images, *visual.image_size)).flatten(2).mT  # (B, N - 1, D)
-        cls = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)
+        cls = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)  # (B, 1, D)
         positioned: Tensor = torch.cat([cls, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
-        return positioned
+        return positioned  # (B, N, D)
 
     def add_position(self, prompts: Tensor) -> Tensor:
-        """Return the prompts as they are, without position embedding, as in the published CLIP-PGP."""
+        """Return the prompts unchanged: as in the published CLIP-PGP, they have no position embedding."""
         return prompts
 
     def attention_norm(self, layer: int | None) -> Any:
@@ -94,14 +96,14 @@ class CLIP(VisionLanguage):
         prefixes: Mapping[int, Tensor] | None = None,
         num_tokens: int | None = None,
     ) -> Tensor:
-        """See `Backbone.forward`; takes no prefixes."""
+        """See `Backbone.forward`. Prefixes are not supported."""
         if prefixes:
             raise ValueError(_NO_PREFIXES)
         x = self.embed(images)  # (B, N, D)
         for layer, block in enumerate(self.model.visual.transformer.resblocks):
             x = block(insert_prompts(x, prompts.get(layer) if prompts else None))
-        read_tokens: Tensor = self.model.visual.ln_post(x[:, :num_tokens])
-        return read_tokens
+        tokens: Tensor = self.model.visual.ln_post(x[:, :num_tokens])  # (B, num_tokens, D)
+        return tokens
 
     def trace(
         self,
@@ -110,10 +112,10 @@ class CLIP(VisionLanguage):
         prompts: Mapping[int, Tensor] | None = None,
         prefixes: Mapping[int, Tensor] | None = None,
     ) -> dict[int, Trace]:
-        """See `Backbone.trace`; takes no prefixes."""
+        """See `Backbone.trace`. Prefixes are not supported."""
         if prefixes:
             raise ValueError(_NO_PREFIXES)
-        seen = {}
+        traces = {}
         x, last = self.embed(images), max(layers, default=-1)
         for layer, block in enumerate(self.model.visual.transformer.resblocks[: last + 1]):
             tokens, x = x, insert_prompts(x, prompts.get(layer) if prompts else None)
@@ -121,20 +123,20 @@ class CLIP(VisionLanguage):
                 P = x.shape[1] - tokens.shape[1]
                 q, k = _queries_and_keys(block, x)
                 q = drop_prompts(q, P)  # (B, H, N, D/H)
-                scores = q @ k.mT / q.shape[-1] ** 0.5
-                seen[layer] = Trace(tokens, q, scores.softmax(-1)[..., 1 : 1 + P] if P else None)
+                scores = q @ k.mT / q.shape[-1] ** 0.5  # (B, H, N, N + P)
+                traces[layer] = Trace(tokens, q, scores.softmax(-1)[..., 1 : 1 + P] if P else None)
             if layer < last:
                 x = block(x)
-        return seen
+        return traces
 
     def key_weights(self, layer: int) -> Tensor:
         """See `Backbone.key_weights`."""
-        attn, D = _linear(self.model.visual.transformer.resblocks[layer].attn), self.width
+        attn, D = _linear_attention(self.model.visual.transformer.resblocks[layer].attn), self.width
         maps: Tensor = attn.in_proj_weight[D : 2 * D].unflatten(0, (self.heads, -1))  # (H, D/H, D)
         return maps
 
     def make_prefix(self, layer: int, tokens: Tensor) -> Tensor:
-        """See `Backbone.make_prefix`; not to be had here."""
+        """Raise a ValueError: prefixes are not supported."""
         raise ValueError(_NO_PREFIXES)
 
     def project(self, tokens: Tensor) -> Tensor:
@@ -166,17 +168,18 @@ class CLIP(VisionLanguage):
 
 def _queries_and_keys(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the queries and the keys of all heads of a block, `(B, H, N, D/H)` each."""
-    attn, D = _linear(block.attn), x.shape[-1]
+    attn, D = _linear_attention(block.attn), x.shape[-1]
     bias = attn.in_proj_bias
-    both = F.linear(block.ln_1(x), attn.in_proj_weight[: 2 * D], None if bias is None else bias[: 2 * D])
-    q, k = both.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, H, N, D/H)
+    qk = F.linear(block.ln_1(x), attn.in_proj_weight[: 2 * D], None if bias is None else bias[: 2 * D])  # (B, N, 2 * D)
+    q, k = qk.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, H, N, D/H)
     return q, k
 
 
-def _linear(attn: Any) -> Any:
-    """Return `attn`.
+def _linear_attention(attn: Any) -> Any:
+    """Return `attn` if its scores are plain inner products of queries and keys.
 
-    Raises:     ValueError: If its scores are not plain products of queries and keys.
+    Raises:
+        ValueError: If it normalises its keys.
     """
     if getattr(attn, "scaled_cosine", False) or not isinstance(getattr(attn, "ln_k", nn.Identity()), nn.Identity):
         raise ValueError("expected a model that does not norm its keys for --method.protect affinity, got one that"
@@ -185,45 +188,47 @@ def _linear(attn: Any) -> Any:
 
 
 def _plain(model: Any) -> Any:
-    """Return `model`.
+    """Return `model` if this file supports its image and text transformers.
 
-    Raises:     ValueError: If this file does not know its towers.
+    Raises:
+        ValueError: If it does not.
     """
     visual: Any = getattr(model, "visual", None)
     text: Any = getattr(model, "text", model)
     blocks = getattr(getattr(visual, "transformer", None), "resblocks", None)
     pooled = getattr(visual, "pool_type", "tok") != "tok" or getattr(visual, "attn_pool", None) is not None
-    known = blocks and hasattr(getattr(blocks[0], "attn", None), "num_heads")
-    if not known or pooled or not all(_has(visual, name) for name in ("class_embedding", "proj", "ln_pre")):
-        raise ValueError(f"expected a plain vision transformer with a class token in CLIP's place for images, got"
+    transformer = blocks and hasattr(getattr(blocks[0], "attn", None), "num_heads")
+    if not transformer or pooled or not all(_has(visual, name) for name in ("class_embedding", "proj", "ln_pre")):
+        raise ValueError(f"expected a plain vision transformer with a class token as CLIP's image encoder, got"
                          f" {type(visual).__name__}: choose a ViT-* model of open_clip")  # fmt: skip
     pooling = getattr(text, "text_pool_type", getattr(text, "pool_type", "argmax"))
-    parts = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "attn_mask")
-    if pooling != "argmax" or not all(_has(text, name) for name in parts):
-        raise ValueError(f"expected CLIP's own text transformer, read at the end token, got {type(text).__name__}"
-                         f" read at {pooling!r}: choose another model of open_clip")  # fmt: skip
-    words = getattr(text.token_embedding, "num_embeddings", 0)
-    if words != _VOCABULARY:
-        raise ValueError(f"expected CLIP's own vocabulary of {_VOCABULARY} tokens, got {words}: choose another model of"
-                         " open_clip")  # fmt: skip
+    modules = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection", "attn_mask")
+    if pooling != "argmax" or not all(_has(text, name) for name in modules):
+        raise ValueError(f"expected CLIP's own text transformer with features from the end token (argmax), got"
+                         f" {type(text).__name__} with {pooling!r}: choose another model of open_clip")  # fmt: skip
+    vocabulary = getattr(text.token_embedding, "num_embeddings", 0)
+    if vocabulary != _VOCABULARY:
+        raise ValueError(f"expected CLIP's own vocabulary of {_VOCABULARY} tokens, got {vocabulary}: choose another"
+                         " model of open_clip")  # fmt: skip
     for tower in (visual.transformer, text.transformer):
         if not getattr(tower, "batch_first", False):
-            raise ValueError("expected transformers that take the batch first: update open_clip_torch to 2.26 or newer")
+            raise ValueError("expected transformers with the batch as first axis, got others: update open_clip_torch to"
+                             " 2.26 or newer")  # fmt: skip
     return model
 
 
 @torch.no_grad()
 def _check_towers(clip: CLIP) -> None:
-    """Raise unless open_clip's own passes, cut to the first block of each tower, give what this file's give."""
+    """Raise if this file computes other features than open_clip, with the first block of each transformer only."""
     model, visual = clip.model, clip.model.visual
     pixels = 3 * visual.image_size[0] * visual.image_size[1]
     image = torch.arange(pixels, device=visual.proj.device).sin().view(1, 3, *visual.image_size).to(visual.proj.dtype)
     tokens = clip.tokenize(["a"]).to(visual.proj.device)
-    towers = (visual.transformer, clip._text.transformer)
-    whole = [tower.resblocks for tower in towers]
+    transformers = (visual.transformer, clip._text.transformer)
+    all_blocks = [transformer.resblocks for transformer in transformers]
     try:
-        for tower, blocks in zip(towers, whole, strict=True):
-            tower.resblocks = blocks[:1]
+        for transformer, blocks in zip(transformers, all_blocks, strict=True):
+            transformer.resblocks = blocks[:1]
         pairs = {
             "images": (clip.project(clip.encode(image)), model.encode_image(image)),
             "texts": (clip.encode_text(clip.embed_text(tokens), tokens), model.encode_text(tokens)),
@@ -231,14 +236,14 @@ def _check_towers(clip: CLIP) -> None:
         for what, (ours, expected) in pairs.items():
             error, size = float((ours - expected).abs().max()), float(expected.abs().max())
             if not error <= torch.finfo(expected.dtype).eps ** 0.5 * size:
-                raise ValueError(f"its features of {what} differ from open_clip's by {error:.2g}, where the largest is"
+                raise ValueError(f"its features of {what} differ from open_clip's by {error:.2g}, and the largest is"
                                  f" {size:.2g}")  # fmt: skip
     except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise ValueError(f"expected CLIP's own towers, got {type(visual).__name__} and {type(clip._text).__name__}"
+        raise ValueError(f"expected CLIP's own encoders, got {type(visual).__name__} and {type(clip._text).__name__}"
                          f" ({error}): choose another model of open_clip") from error  # fmt: skip
     finally:
-        for tower, blocks in zip(towers, whole, strict=True):
-            tower.resblocks = blocks
+        for transformer, blocks in zip(transformers, all_blocks, strict=True):
+            transformer.resblocks = blocks
 
 
 def _has(module: Any, name: str) -> bool:
@@ -247,11 +252,15 @@ def _has(module: Any, name: str) -> bool:
 
 _NO_PREFIXES = "expected a method without prefixes: a CLIP encoder takes prompts only; choose --backbone vit"
 _VOCABULARY = 49408
-"""Tokens of CLIP's byte-pair encoding."""
+"""Number of tokens of CLIP's byte-pair encoding."""
 
 
 def _open_clip() -> Any:
-    """Import the library, which is an optional extra."""
+    """Import and return open_clip, an optional dependency.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
     try:
         import open_clip
     except ImportError as error:
@@ -261,23 +270,24 @@ def _open_clip() -> Any:
 
 
 def _create(config: CLIP.Config, size: int) -> Any:
+    """Create the open_clip model for images of `size` x `size` pixels, with its weights."""
     open_clip = _open_clip()
-    own = _is_description(config.model)
-    if not own and config.model not in open_clip.list_models():
+    from_file = _is_model_file(config.model)
+    if not from_file and config.model not in open_clip.list_models():
         near = difflib.get_close_matches(config.model, open_clip.list_models(), n=3)
         raise ValueError(f"unknown open_clip model {config.model!r}" + (f"; perhaps you meant {near}" if near else ""))
-    tag = None if config.weights == "random" or _is_file(config.weights) else config.weights
-    if tag is not None and (own or tag not in open_clip.list_pretrained_tags_by_model(config.model)):
-        tags = [] if own else open_clip.list_pretrained_tags_by_model(config.model)
+    tag = None if config.weights == "random" or _is_weights_file(config.weights) else config.weights
+    if tag is not None and (from_file or tag not in open_clip.list_pretrained_tags_by_model(config.model)):
+        tags = [] if from_file else open_clip.list_pretrained_tags_by_model(config.model)
         raise ValueError(f"no weights {tag!r} for {config.model}: expected one of {tags}, 'random', or the path of a"
                          " .safetensors or .pt file")  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # `random` weights are the same every time
         try:
-            if own:
-                description = weights.read_json(weights.packaged_weights(config.model))
-                description["vision_cfg"]["image_size"] = size
-                model: Any = open_clip.CLIP(**description)
+            if from_file:
+                model_config = weights.read_json(weights.packaged_weights(config.model))
+                model_config["vision_cfg"]["image_size"] = size
+                model: Any = open_clip.CLIP(**model_config)
             else:
                 with weights.hub_quiet():
                     model = open_clip.create_model(
@@ -285,37 +295,37 @@ def _create(config: CLIP.Config, size: int) -> Any:
                     )
         except weights.WeightsError:
             raise
-        except Exception as error:  # open_clip raises almost anything of models, weights and networks
-            said = weights.first_line(error)
+        except Exception as error:  # open_clip raises errors of many types for models, weights and networks
+            reason = weights.first_line(error)
             if tag is None or isinstance(error, (TypeError, AssertionError, ArithmeticError, LookupError)):
-                said = repr(error) if isinstance(error, LookupError) else said
-                raise ValueError(f"open_clip cannot make {config.model} at {size} px: {said}") from error
-            raise ValueError(f"no weights {tag} for {config.model}: {said}. Offline, download the"
+                reason = repr(error) if isinstance(error, LookupError) else reason
+                raise ValueError(f"open_clip cannot make {config.model} at {size} px: {reason}") from error
+            raise ValueError(f"no weights {tag} for {config.model}: {reason}. Offline, download the"
                              " checkpoint elsewhere and name the file: --backbone.weights PATH") from error  # fmt: skip
-    side = int(_plain(model).visual.patch_size[0])
-    if size < side:
-        raise ValueError(f"expected an image size of at least the patch size {side}, got {size}")
-    if _is_file(config.weights):
+    patch_size = int(_plain(model).visual.patch_size[0])
+    if size < patch_size:
+        raise ValueError(f"expected an image size of at least the patch size {patch_size}, got {size}")
+    if _is_weights_file(config.weights):
         _load(model, weights.packaged_weights(config.weights))
     return model
 
 
-def _is_description(model: str) -> bool:
+def _is_model_file(model: str) -> bool:
     return model.endswith(".json")
 
 
-def _is_file(weights: str) -> bool:
-    return weights.startswith("package:") or weights.endswith((".safetensors", ".pt", ".pth", ".bin"))
+def _is_weights_file(name: str) -> bool:
+    return name.startswith("package:") or name.endswith((".safetensors", ".pt", ".pth", ".bin"))
 
 
 def _load(model: Any, path: Path) -> None:
-    """Fill `model` with a checkpoint; rows of the token embedding that it leaves out keep their initial values."""
+    """Load a checkpoint into `model`; rows of the token embedding that it leaves out keep their initial values."""
     state = {name.removeprefix("module."): tensor for name, tensor in weights.read(path).items()}
-    with weights.reading(path):  # what is found may have any shape
+    with weights.reading(path):  # tensors of the file may have any shape
         if "token_embedding.ids" in state:
-            whole = model.token_embedding.weight.detach().clone()
-            whole[state.pop("token_embedding.ids").long()] = state.pop("token_embedding.rows")
-            state["token_embedding.weight"] = whole
+            embedding = model.token_embedding.weight.detach().clone()
+            embedding[state.pop("token_embedding.ids").long()] = state.pop("token_embedding.rows")
+            state["token_embedding.weight"] = embedding
         if "visual.positional_embedding" in state:
             _open_clip().model.resize_pos_embed(state, model)
     weights.fill(model, state, path)

@@ -1,4 +1,4 @@
-"""Norm layers, and how directions pass back through them."""
+"""Standard deviations in norm layers, and linear maps pulled back through these layers."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from torch import Tensor, nn
 
 
 def norm_std(norm: Any, tokens: Tensor) -> Tensor:
-    """Return the divisor of `norm` for each of `tokens (..., D)`, `(...)`."""
+    """Return what `norm` divides each of `tokens (..., D)` by, `(...)`: 1 for an identity."""
     if isinstance(norm, nn.Identity):
         return torch.ones_like(tokens[..., 0])
-    centred = isinstance(norm, nn.LayerNorm)
-    spread = tokens.var(-1, correction=0) if centred else tokens.square().mean(-1)
-    divisor: Tensor = (spread + norm.eps).sqrt()
-    return divisor
+    if isinstance(norm, nn.LayerNorm):
+        variance = tokens.var(-1, correction=0)
+    else:
+        variance = tokens.square().mean(-1)  # RMSNorm does not subtract the mean
+    deviation: Tensor = (variance + norm.eps).sqrt()
+    return deviation
 
 
 def pull_back(norm: Any, maps: Tensor) -> Tensor:
-    """Pull maps `(..., D)` from the output of `norm` back to its input, up to the divisor.
+    """Return the linear maps `(..., D)` on outputs of `norm` as maps on its inputs, without the division.
 
     Raises:
-        ValueError: For a norm that is no LayerNorm.
+        ValueError: If `norm` is neither a LayerNorm nor an identity.
     """
     if isinstance(norm, nn.Identity):
         return maps

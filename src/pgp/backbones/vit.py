@@ -1,4 +1,7 @@
-"""Any plain timm vision transformer, used as a library: its own modules, in its own order, with prompts let in."""
+"""Vision transformers of timm, with prompts and prefixes inserted between the library's own modules.
+
+Any plain `VisionTransformer` of timm with a class token can be used.
+"""
 
 from __future__ import annotations
 
@@ -25,30 +28,31 @@ class ViT(Backbone):
 
     @dataclass(frozen=True)
     class Config(Backbone.Config):
-        """Which vision transformer, and with which weights."""
+        """Model and weights of a vision transformer."""
 
         tag = "vit"
 
         model: str = "vit_base_patch16_224.orig_in21k"
-        """timm model with its full tag (`timm.list_models(pretrained=True)`); a bare name means other weights in other
-        timm versions and is taken only where the weights come from elsewhere."""
+        """Model name of timm with its full tag (`timm.list_models(pretrained=True)`). The weights of a name without tag
+        depend on the version of timm, so such a name needs other `weights` than `hub`."""
         weights: str = "hub"
-        """`hub` for the tag's published weights, `random` for none, or the path of a checkpoint in timm's naming
-        (.safetensors, or .pth without pickled code); `package:NAME` is a file that pgp ships."""
+        """`hub` for the tag's published weights, `random` for none, `package:NAME` for a file that pgp ships, else the
+        path of a checkpoint with timm's parameter names (.safetensors, or .pth without pickled code)."""
         arguments: dict[str, int] = field(default_factory=dict)
-        """Further arguments of `timm.create_model`, such as `embed_dim` or `depth` for an encoder of your own."""
+        """More arguments of `timm.create_model`, such as `embed_dim` or `depth` for an encoder of your own."""
 
         def __post_init__(self) -> None:
-            object.__setattr__(self, "weights", os.fspath(self.weights))  # a path, too, is taken for its name
+            object.__setattr__(self, "weights", os.fspath(self.weights))  # a Path is accepted too
 
         def build(self, size: int) -> ViT:
-            """Return the frozen encoder for images of `size` pixels a side, with resampled position embeddings."""
+            """Return the frozen encoder for images of `size` x `size` pixels; position embeddings are resampled."""
             return ViT(_create(self, size))
 
         def with_absolute_paths(self) -> ViT.Config:
-            """See `Backbone.Config.located`."""
-            named = self.weights in ("hub", "random")
-            return self if named else replace(self, weights=weights.resolve_weights(self.weights))
+            """See `Backbone.Config.with_absolute_paths`."""
+            if self.weights in ("hub", "random"):
+                return self
+            return replace(self, weights=weights.resolve_weights(self.weights))
 
     vit: Any
 
@@ -61,7 +65,7 @@ class ViT(Backbone):
         self.heads = int(model.blocks[0].attn.num_heads)
 
     def patches(self, images: Tensor) -> Tensor:
-        """Return patch tokens without position embedding and CLS, `(B, N', D)`."""
+        """Return patch tokens without position embedding and without CLS, `(B, N', D)`."""
         tokens: Tensor = self.vit.patch_embed(check_image_size(images, *self.vit.patch_embed.img_size))
         return tokens
 
@@ -71,7 +75,7 @@ class ViT(Backbone):
         return tokens
 
     def add_position(self, prompts: Tensor) -> Tensor:
-        """Add the position embedding of CLS to prompts, as in the published L2P."""
+        """Add the position embedding of CLS to prompts `(..., P, D)`, as in the published L2P."""
         if self.vit.pos_embed is not None and not self.vit.no_embed_class:
             prompts = prompts + self.vit.pos_embed[0, :1]
         return prompts
@@ -107,7 +111,7 @@ class ViT(Backbone):
     ) -> dict[int, Trace]:
         """See `Backbone.trace`."""
         self._check(prompts, prefixes, layers)
-        seen = {}
+        traces = {}
         x, last = self.embed(images), max(layers, default=-1)
         for layer, block in enumerate(self.vit.blocks[: last + 1]):
             tokens, x = x, insert_prompts(x, prompts.get(layer) if prompts else None)
@@ -115,18 +119,20 @@ class ViT(Backbone):
             q, k, v = _heads(block, x, x.shape[1], prefix)
             if layer in layers:
                 P = x.shape[1] - tokens.shape[1]
-                own = drop_prompts(q, P)  # (B, H, N, D/H)
-                learned = slice(1, 1 + P) if prefix is None else slice(prefix.shape[3])
-                shares = _prompt_attention(block.attn, own, k)[..., learned] if P or prefix is not None else None
-                seen[layer] = Trace(tokens, own, shares)
+                image_q = drop_prompts(q, P)  # (B, H, N, D/H)
+                prompt_attention = None
+                if P or prefix is not None:
+                    prompt_keys = slice(1, 1 + P) if prefix is None else slice(prefix.shape[3])
+                    prompt_attention = _attention_weights(block.attn, image_q, k)[..., prompt_keys]
+                traces[layer] = Trace(tokens, image_q, prompt_attention)
             if layer < last:
                 x = _attend(block, x, q, k, v)
-        return seen
+        return traces
 
     def make_prefix(self, layer: int, tokens: Tensor) -> Tensor:
         """See `Backbone.make_prefix`."""
         k, v = _keys_and_values(self.vit.blocks[layer].attn, tokens.unsqueeze(0))
-        return torch.cat([k, v])
+        return torch.cat([k, v])  # (2, H, L, D/H)
 
     def key_weights(self, layer: int) -> Tensor:
         """See `Backbone.key_weights`."""
@@ -138,23 +144,26 @@ class ViT(Backbone):
         return maps
 
     def _check(self, *by_layer: Collection[int] | None) -> None:
-        strange = sorted({layer for layers in by_layer for layer in layers or () if not 0 <= layer < self.depth})
-        if strange:
-            raise ValueError(f"expected layers between 0 and {self.depth - 1}, got {strange}: this model has no others")
+        outside = sorted({layer for layers in by_layer for layer in layers or () if not 0 <= layer < self.depth})
+        if outside:
+            raise ValueError(f"expected layers between 0 and {self.depth - 1}, got {outside}: this model has no others")
 
 
 def _block(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None) -> Tensor:
-    """Run a timm block for its first `num_tokens` tokens only, with a prefix in its attention if there is one."""
+    """Return the output of a timm block for its first `num_tokens` tokens, with a prefix in its attention if given."""
     return _attend(block, x[:, :num_tokens], *_heads(block, x, num_tokens, prefix))
 
 
 def _heads(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries `(B, H, num_tokens, D/H)`, and keys and values of the prefix and all tokens."""
+    """Return the queries of the first `num_tokens` tokens, and the keys and values of the prefix and all tokens.
+
+    The queries are `(B, H, num_tokens, D/H)`, keys and values `(B, H, L + N, D/H)`.
+    """
     attn, x = block.attn, block.norm1(x)
     D = attn.qkv.in_features
     weight, bias = attn.qkv.weight, attn.qkv.bias
     q = F.linear(x[:, :num_tokens], weight[:D], None if bias is None else bias[:D])
-    q = attn.q_norm(q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))  # (B, H, read, D/H)
+    q = attn.q_norm(q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))  # (B, H, num_tokens, D/H)
     k, v = _keys_and_values(attn, x)
     if prefix is not None:
         expected = (len(k), 2, k.shape[1], k.shape[3])
@@ -168,7 +177,7 @@ def _heads(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None) -> tup
 
 
 def _keys_and_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return keys and values `(B, H, N, D/H)` of normed tokens `(B, N, D)`."""
+    """Return the keys and the values of normed tokens `(B, N, D)`, `(B, H, N, D/H)` each."""
     weight, bias, D = attn.qkv.weight, attn.qkv.bias, attn.qkv.in_features
     kv = F.linear(x, weight[D:], None if bias is None else bias[D:])
     k, v = kv.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, H, N, D/H)
@@ -178,22 +187,23 @@ def _keys_and_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 def _attend(block: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Return the output of a block for `x (B, num_tokens, D)` with these queries, keys and values."""
     attn = block.attn
-    heads = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)  # (B, H, read, D/H)
-    x = x + block.ls1(attn.proj(heads.transpose(1, 2).flatten(2)))
+    heads = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)  # (B, H, num_tokens, D/H)
+    x = x + block.ls1(attn.proj(heads.transpose(1, 2).flatten(2)))  # (B, num_tokens, D)
     out: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
     return out
 
 
-def _prompt_attention(attn: Any, q: Tensor, k: Tensor) -> Tensor:
-    """Return attention weights `(B, H, N, L + N)`."""
+def _attention_weights(attn: Any, q: Tensor, k: Tensor) -> Tensor:
+    """Return the attention weights of all queries on all keys, `(B, H, N, L + N)`."""
     scores: Tensor = q @ k.mT * attn.scale
     return scores.softmax(-1)
 
 
 def _plain(model: Any) -> Any:
-    """Return `model`.
+    """Return `model` if it is a vision transformer that this file supports.
 
-    Raises:     ValueError: If this file does not know its architecture.
+    Raises:
+        ValueError: If it is not.
     """
     name = type(model).__name__
     if type(model) is not VisionTransformer:
@@ -204,9 +214,9 @@ def _plain(model: Any) -> Any:
         raise ValueError("expected a vision transformer with a class token (it is the query), got one without")
     if isinstance(model.norm, nn.Identity):
         pooled = model.global_pool != "token"
-        other = f"that reads the mean of patches ({model.global_pool!r})" if pooled else "without a norm before it"
-        raise ValueError(f"expected a vision transformer that reads its class token, got one {other}: choose another"
-                         " tag")  # fmt: skip
+        other = f"that averages patches ({model.global_pool!r})" if pooled else "without a final norm"
+        raise ValueError(f"expected a vision transformer whose features are its class token after a final norm, got one"
+                         f" {other}: choose another tag")  # fmt: skip
     for block in model.blocks:
         attn = getattr(block, "attn", None)
         if getattr(attn, "gate", None) not in (None, False):
@@ -221,7 +231,7 @@ def _plain(model: Any) -> Any:
 
 @torch.no_grad()
 def _check_blocks(model: Any) -> None:
-    """Raise unless each kind of block in `model` computes what this file computes in its place."""
+    """Raise if this file computes other outputs than a block of `model`; blocks of one kind are checked once."""
     width = int(model.embed_dim)
     tokens = 0.01 * torch.arange(4 * width, dtype=torch.float64).sin().view(1, 4, width)
     for block in {_kind(block): block for block in model.blocks}.values():
@@ -231,24 +241,25 @@ def _check_blocks(model: Any) -> None:
             error = float((_block(exact, tokens, 4, None) - expected).abs().max())
         except (AttributeError, TypeError, ValueError, RuntimeError) as reason:  # it is made of other parts
             raise ValueError(
-                f"{_strange(block)}, which pgp cannot take apart ({reason}): choose another tag"
+                f"{_unsupported(block)}, whose modules pgp does not support ({reason}): choose another tag"
             ) from reason
         if not expected.isfinite().all():
-            raise ValueError("expected weights that are finite numbers, got a model that answers NaN or infinity: its"
-                             " weights are damaged, choose others")  # fmt: skip
-        bound = 1e-6 * float((expected - tokens).abs().max())  # of what the block adds, however little
+            raise ValueError("expected weights that are finite numbers, got a model whose outputs are NaN or infinite:"
+                             " its weights are damaged, choose others")  # fmt: skip
+        bound = 1e-6 * float((expected - tokens).abs().max())  # relative to what the block adds to its input
         if not error <= bound:
-            raise ValueError(f"{_strange(block)}, whose outputs differ from those by {error:.2g} (more than"
+            raise ValueError(f"{_unsupported(block)}, whose outputs differ from those by {error:.2g} (more than"
                              f" {bound:.2g}): choose another tag")  # fmt: skip
 
 
-def _strange(block: Any) -> str:
+def _unsupported(block: Any) -> str:
+    """Return the beginning of the message for a block that this file does not support."""
     attn = f" with {type(block.attn).__name__}" if hasattr(block, "attn") else ""
     return f"expected plain pre-norm blocks with joint qkv, got {type(block).__name__}{attn}"
 
 
 def _kind(block: nn.Module) -> str:
-    """Return a text that is the same for blocks that differ in nothing but their weights."""
+    """Return a text that is the same for two blocks that differ only in their weights."""
     plain = (bool, int, float, str, type(None))
     settings = [
         {name: value for name, value in vars(module).items() if isinstance(value, plain)} for module in block.modules()
@@ -257,6 +268,7 @@ def _kind(block: nn.Module) -> str:
 
 
 def _create(config: ViT.Config, size: int) -> Any:
+    """Create the timm model for images of `size` x `size` pixels, with its weights."""
     hub = config.weights == "hub"
     if not timm.is_model(config.model):
         near = difflib.get_close_matches(
@@ -266,7 +278,7 @@ def _create(config: ViT.Config, size: int) -> Any:
     if hub and "." not in config.model:
         tags = timm.list_models(config.model + ".*", pretrained=True)
         raise ValueError(
-            f"{config.model!r} means other weights in other timm versions; name the full tag, one of {tags}"
+            f"the weights of {config.model!r} depend on the version of timm; name the full tag, one of {tags}"
         )
     if config.arguments.get("in_chans", 3) != 3:
         raise ValueError(f"expected an encoder of images with 3 channels, got in_chans {config.arguments['in_chans']}")
@@ -274,32 +286,32 @@ def _create(config: ViT.Config, size: int) -> Any:
         with torch.random.fork_rng(devices=[]), weights.hub_quiet():
             torch.manual_seed(0)  # `random` weights are the same every time
             model = timm.create_model(config.model, pretrained=hub, num_classes=0, img_size=size, **config.arguments)
-    except Exception as error:  # timm raises almost anything of arguments, weights and networks
-        said = weights.first_line(error)
+    except Exception as error:  # timm raises errors of many types for arguments, weights and networks
+        reason = weights.first_line(error)
         if not hub or isinstance(error, (TypeError, AssertionError, ArithmeticError, LookupError)):
             arguments = f" with {config.arguments}" if config.arguments else ""
-            raise ValueError(f"timm cannot make {config.model} at {size} px{arguments}: {said}") from error
+            raise ValueError(f"timm cannot make {config.model} at {size} px{arguments}: {reason}") from error
         raise ValueError(
-            f"no weights for {config.model}: {said}. Offline, download the checkpoint elsewhere and name the file:"
-            " --backbone.weights PATH.safetensors; or try things out on the small encoder that pgp ships: --backbone"
-            " demo-vit --transforms.size 32"
+            f"no weights for {config.model}: {reason}. Offline, download the checkpoint elsewhere and name the file:"
+            " --backbone.weights PATH.safetensors; or try the small encoder that pgp ships: --backbone demo-vit"
+            " --transforms.size 32"
         ) from error
-    side = getattr(_plain(model).patch_embed, "patch_size", (1, 1))[0]
-    if size % side:
-        raise ValueError(f"expected an image size that is a multiple of the patch size {side}, got {size}")
+    patch_size = getattr(_plain(model).patch_embed, "patch_size", (1, 1))[0]
+    if size % patch_size:
+        raise ValueError(f"expected an image size that is a multiple of the patch size {patch_size}, got {size}")
     if not hub and config.weights != "random":
         _load(model, weights.packaged_weights(config.weights))
     return model
 
 
 def _load(model: Any, path: Path) -> None:
-    """Fill `model` with a checkpoint in timm's naming; the head is left out, positions are resampled."""
+    """Load a checkpoint with timm's parameter names; the head is left out, position embeddings are resampled."""
     state = weights.read(path)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "head_dist."))}
-    width, found = model.embed_dim, state.get("cls_token")
-    if found is not None and found.dim() and found.shape[-1] != width:
-        raise ValueError(f"expected weights of width {width}, got {found.shape[-1]} in {path}: name the model they"
+    width, cls = model.embed_dim, state.get("cls_token")
+    if cls is not None and cls.dim() and cls.shape[-1] != width:
+        raise ValueError(f"expected weights of width {width}, got {cls.shape[-1]} in {path}: name the model they"
                          " belong to with --backbone.model")  # fmt: skip
-    with weights.reading(path):  # timm expects what it finds to be of its own shapes
+    with weights.reading(path):  # timm raises errors of many types if tensors have other shapes
         state = checkpoint_filter_fn(state, model)
     weights.fill(model, state, path)

@@ -1,6 +1,6 @@
-"""Published weights in files: found, read without running their code, and filled in only where they fit exactly.
+"""Find files of published weights, read them without running code, and load them into a model that they fit exactly.
 
-`WeightsError` is the one error of all this: whatever a library says of a file that it cannot read ends in one line.
+Every problem with the content of a file raises a `WeightsError` with one line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 _CONTAINERS = ("model", "state_dict", "teacher")
-"""Keys under which published checkpoints hide their weights."""
+"""Keys of published checkpoints under which their weights are stored."""
+
+
 _STARTS = {
     b"version https://git-lfs": "a pointer of Git LFS: git lfs pull fetches the file itself",
     b"\x89PNG": "a picture (PNG)",
@@ -35,24 +37,26 @@ _STARTS = {
     b"\x1f\x8b": "a compressed file (gzip): unpack it",
     b"\x89HDF": "an HDF5 file: convert its weights to .safetensors",
 }
-"""What files begin with that are given as weights by mistake."""
+"""First bytes of files that are not weights, and what such a file is."""
+
+
 _LARGEST_DESCRIPTION = 1 << 20
-"""Bytes of the largest description of a model that is read."""
+"""Maximum size in bytes of a model configuration in JSON."""
 
 
 class WeightsError(ValueError):
-    """A file of weights, or of a model's description, that cannot be used; the message names it and says why."""
+    """A file of weights, or a model configuration, that cannot be used. The message names the file and the reason."""
 
 
 def packaged_weights(name: str) -> Path:
-    """Return the path of a file: `package:NAME` is one that pgp ships, any other name a path of the user's."""
+    """Return the path of a file: for `package:NAME` one that pgp ships, else `name` itself as a path."""
     if name.startswith("package:"):
         return Path(str(resources.files("pgp") / "weights" / name.removeprefix("package:")))
     return Path(name).expanduser()
 
 
 def resolve_weights(name: str) -> str:
-    """Return the name of a file with an absolute path; `package:NAME` stays."""
+    """Return `name` as an absolute path; `package:NAME` does not change."""
     return name if name.startswith("package:") else str(Path(name).expanduser().absolute())
 
 
@@ -60,7 +64,7 @@ def read(path: Path) -> dict[str, Tensor]:
     """Return the float32 tensors of a checkpoint, by name.
 
     Raises:
-        WeightsError: If there is none at `path`, or it holds code, is damaged or is something else.
+        WeightsError: If there is no file at `path`, or it contains code, is damaged or is not a checkpoint.
     """
     size = _require_file(path, "checkpoint", "a .safetensors, .pth or .pt file, 'random', or published weights by name")
     with reading(path):
@@ -74,7 +78,7 @@ def read(path: Path) -> dict[str, Tensor]:
         state = state.get(container, state) if isinstance(state, dict) else None
     if not (isinstance(state, dict) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items())):
         raise WeightsError(f"{path} is no checkpoint: expected tensors by name, or these under one of {_CONTAINERS}")
-    # a tensor may be a view that repeats a few bytes without end; tied weights repeat theirs once or twice
+    # a tensor may be a view that repeats a few bytes many times; tied weights repeat theirs once or twice
     if sum(tensor.numel() for tensor in state.values()) > 4 * size:
         raise WeightsError(f"{path} is no checkpoint: its tensors are far larger than its {size:,} bytes")
     for name, tensor in state.items():
@@ -85,10 +89,10 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> Any:
-    """Return the description of a model in a JSON file.
+    """Return the content of a JSON file with a model configuration.
 
     Raises:
-        WeightsError: If there is none at `path`, or it cannot be read.
+        WeightsError: If there is no file at `path`, or it cannot be read.
     """
     size = _require_file(path, "description of a model", "a JSON file")
     if size > _LARGEST_DESCRIPTION:
@@ -98,51 +102,51 @@ def read_json(path: Path) -> Any:
 
 
 def fill(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Give `model` all its weights from `state`.
+    """Load all weights of `model` from `state`.
 
     Raises:
-        WeightsError: Naming `path`, if names or shapes differ, or a weight is not finite.
+        WeightsError: If names or shapes differ, or a weight is not finite. The message names `path`.
     """
-    wanted = model.state_dict()
-    missing, extra = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    wrong = sorted(name for name in wanted.keys() & state.keys() if wanted[name].shape != state[name].shape)
+    expected = model.state_dict()
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    wrong = sorted(name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape)
     if missing or extra or wrong:
         raise WeightsError(f"{path} does not fit this model: missing {missing[:3]}, unexpected {extra[:3]},"
                            f" of another shape {wrong[:3]}")  # fmt: skip
-    if broken := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-        raise WeightsError(f"{path} is damaged: expected finite numbers, got NaN or infinity in {broken[:3]}")
+    if not_finite := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
+        raise WeightsError(f"{path} is damaged: expected finite numbers, got NaN or infinity in {not_finite[:3]}")
     model.load_state_dict(state)
 
 
 @contextlib.contextmanager
 def reading(path: Path, what: str = "checkpoint") -> Iterator[None]:
-    """Turn whatever goes wrong with the content of the file `path` in a block into a `WeightsError` that names it."""
+    """Convert errors in the content of the file `path` inside a `with` block to a `WeightsError` that names it."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as of other versions of pickle
+            warnings.simplefilter("ignore")  # such as those about other versions of pickle
             yield
     except WeightsError:
         raise
-    except Exception as error:  # pickle, zip and JSON raise almost anything when they read what is damaged
-        if isinstance(error, OSError) and error.filename:  # the system's, not of the content
+    except Exception as error:  # pickle, zip and JSON raise errors of many types for damaged files
+        if isinstance(error, OSError) and error.filename:  # the system cannot read the file, whatever its content
             raise
-        if "GLOBAL" in str(error):  # torch's word for what is not weights
+        if "GLOBAL" in str(error):  # torch's error for pickled code
             code = "holds pickled code, which is never run"
             raise WeightsError(f"{path} {code}; save its weights as .safetensors") from error
-        said = first_line(error)
-        if "weights_only" in said or isinstance(error, (LookupError, AttributeError, AssertionError)):
-            said = "it is no file of weights"  # for torch proposes to run what is in it, or names a byte
-        raise WeightsError(f"{path} is no readable {what} (truncated?): {said}") from error
+        reason = first_line(error)
+        if "weights_only" in reason or isinstance(error, (LookupError, AttributeError, AssertionError)):
+            reason = "it is no file of weights"  # torch's own message suggests to run the code, or names a byte only
+        raise WeightsError(f"{path} is no readable {what} (truncated?): {reason}") from error
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message."""
+    """Return the first line of an error's message, or the name of its type if it has none."""
     return str(error).strip().partition("\n")[0].rstrip(". ") or type(error).__name__
 
 
 @contextlib.contextmanager
 def hub_quiet() -> Iterator[None]:
-    """Keep the hub's notes on every retry to itself: what fails in the end says why."""
+    """Hide the warnings of huggingface_hub about retries; the final error states the reason."""
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -153,21 +157,25 @@ def hub_quiet() -> Iterator[None]:
 
 
 def _require_file(path: Path, what: str, expected: str) -> int:
-    """Return the size of the file at `path`; a folder, a pipe or a device is none, and is not opened."""
+    """Return the size of the file at `path` in bytes.
+
+    Raises:
+        WeightsError: If there is no file, or it is a folder, a pipe or a device.
+    """
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError) as error:
         if isinstance(error, (FileNotFoundError, NotADirectoryError, ValueError)):
             raise WeightsError(f"no {what} at {path}: expected {expected}") from error
         raise
-    if not stat.S_ISREG(found.st_mode):
-        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
         raise WeightsError(f"no {what} at {path}, which is {kind}: expected {expected}")
-    return found.st_size
+    return status.st_size
 
 
 def _recognize(path: Path) -> None:
-    """Raise where the first bytes tell what else than weights the file at `path` is."""
+    """Raise if the first bytes of the file at `path` show that it does not contain weights."""
     with path.open("rb") as file:
         start = file.read(512)
     kind = next((kind for magic, kind in _STARTS.items() if start.startswith(magic)), None)
@@ -180,11 +188,11 @@ def _recognize(path: Path) -> None:
 
 
 def _check_zip(path: Path, size: int) -> None:
-    """Raise if the file at `path` is a zip, as torch writes it, that is damaged or would unpack to much more."""
+    """Raise if the file at `path` is a zip file (as torch writes) that is damaged or far larger when unpacked."""
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as zipped:
         if sum(info.file_size for info in zipped.infolist()) > 2 * size:
             raise WeightsError(f"{path} is no checkpoint: it would unpack to far more than its {size:,} bytes")
-        if damaged := zipped.testzip():  # torch does not look
+        if damaged := zipped.testzip():  # torch does not verify checksums
             raise WeightsError(f"{path} is damaged: the checksum of {damaged!r} in it is wrong")

@@ -1,4 +1,4 @@
-"""Continual-learning figures from the accuracy matrix. Pure functions; every value is a share in [0, 1].
+"""Continual-learning metrics from the accuracy matrix. Pure functions; every accuracy is in [0, 1].
 
 `matrix[t, j]` is the accuracy on task j after learning task t, NaN for j > t and for tasks not learned yet.
 """
@@ -25,24 +25,22 @@ def tasks_learned(matrix: Tensor) -> int:
 
 
 def average_accuracy(matrix: Tensor) -> float:
-    """Return the mean accuracy over the tasks learned so far, after the last of them. All tasks weigh the same.
+    """Return the accuracy after the last learned task, averaged over all tasks learned so far with equal weight.
 
     >>> round(average_accuracy(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     0.75
     """
-    t = _some(matrix)
+    t = _at_least_one(matrix)
     return float(matrix[t - 1, :t].mean())
 
 
 def forgetting(matrix: Tensor) -> float:
-    """Return the mean drop from the best accuracy of a task to its final one, over all tasks but the last.
-
-    It is 0 for a single task.
+    """Return the best accuracy so far minus the final one, averaged over all tasks but the last; 0 for a single task.
 
     >>> round(forgetting(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     0.2
     """
-    t = _some(matrix)
+    t = _at_least_one(matrix)
     if t == 1:
         return 0.0
     best = matrix[:t, : t - 1].nan_to_num(nan=-torch.inf).amax(0)
@@ -50,26 +48,26 @@ def forgetting(matrix: Tensor) -> float:
 
 
 def backward_transfer(matrix: Tensor) -> float:
-    """Return the mean change of a task's accuracy from just after its training to the end, over all tasks but the last.
+    """Return the final accuracy minus the one right after learning the task, averaged over all tasks but the last.
 
-    Negative values are forgetting.
+    It is negative if tasks were forgotten, and 0 for a single task.
 
     >>> round(backward_transfer(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     -0.2
     """
-    t = _some(matrix)
+    t = _at_least_one(matrix)
     if t == 1:
         return 0.0
     return float((matrix[t - 1, : t - 1] - matrix.diagonal()[: t - 1]).mean())
 
 
 def average_incremental_accuracy(matrix: Tensor) -> float:
-    """Return the mean of the average accuracies after each task.
+    """Return the mean of the average accuracies after each learned task.
 
     >>> round(average_incremental_accuracy(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     0.825
     """
-    return sum(accuracy_curve(matrix)) / _some(matrix)
+    return sum(accuracy_curve(matrix)) / _at_least_one(matrix)
 
 
 def accuracy_curve(matrix: Tensor) -> list[float]:
@@ -78,11 +76,13 @@ def accuracy_curve(matrix: Tensor) -> list[float]:
     >>> [round(value, 2) for value in accuracy_curve(torch.tensor([[0.9, float("nan")], [0.7, 0.8]]))]
     [0.9, 0.75]
     """
-    return [float(matrix[t, : t + 1].mean()) for t in range(_some(matrix))]
+    return [float(matrix[t, : t + 1].mean()) for t in range(_at_least_one(matrix))]
 
 
 def write_row(matrices: dict[str, Tensor], row: Mapping[str, Tensor], t: int, size: int) -> None:
-    """Write the accuracies `(t + 1)` after task t, by column, into the matrices `(size, size)`, new ones where missing.
+    """Write the accuracies `(t + 1,)` after task t into the matrices `(size, size)`, by column.
+
+    Missing matrices are created.
 
     >>> matrices = {}
     >>> write_row(matrices, {"lda": torch.tensor([0.5])}, t=0, size=2)
@@ -95,7 +95,7 @@ def write_row(matrices: dict[str, Tensor], row: Mapping[str, Tensor], t: int, si
 
 
 def pad_matrix(matrix: Tensor, size: int) -> Tensor:
-    """Return the matrix `(size, size)` of a run to which tasks were added, NaN in their rows and columns.
+    """Pad an accuracy matrix with NaN to `(size, size)`, for tasks that are added to a run.
 
     >>> pad_matrix(torch.tensor([[0.5]]), 2)
     tensor([[0.5000,    nan],
@@ -123,7 +123,7 @@ def to_csv(matrices: Mapping[str, Tensor]) -> str:
 
 
 def from_csv(text: str, size: int) -> dict[str, Tensor]:
-    """Return the accuracy matrices `(size, size)` by column from the table that `to_csv` made of them."""
+    """Return the accuracy matrices `(size, size)` by column from the table that `to_csv` wrote."""
     matrices: dict[str, Tensor] = {}
     for row in csv.DictReader(io.StringIO(text, newline="")):
         matrix = matrices.setdefault(row["column"], torch.full((size, size), torch.nan, dtype=torch.float64))
@@ -131,7 +131,8 @@ def from_csv(text: str, size: int) -> dict[str, Tensor]:
     return matrices
 
 
-def _some(matrix: Tensor) -> int:
+def _at_least_one(matrix: Tensor) -> int:
+    """Return the number of tasks learned so far, and raise a ValueError if there is none."""
     if (t := tasks_learned(matrix)) == 0:
         raise ValueError("expected at least one learned task, got an empty accuracy matrix")
     return t

@@ -1,4 +1,4 @@
-"""Accuracy along the stream of an online run: every image is predicted when it comes, and learned after that."""
+"""Online (prequential) accuracy: every training image is predicted before it is learned."""
 
 from __future__ import annotations
 
@@ -13,56 +13,60 @@ from pgp.scenario import Task
 
 
 class OnlineAccuracy:
-    """Counts of images that came, and of those whose class was told before they were learned, by task.
+    """Counts of training images, and of those predicted correctly before they were learned, by task.
 
-    A prediction is the method's own head's over the classes of all tasks so far, the current one's among them, with no
-    task label and image by image, in its test view. It costs another loading, query and forward pass of each training
-    image (and for CLIP, in each step, its class names in their context); nothing that is learned changes.
+    Predictions are those of the method's own head over the classes of all tasks so far, including the current one. They
+    use no task label, and each image is predicted for itself in its test view. This costs another loading, query and
+    forward pass of each training image (for CLIP, also a pass of the text encoder in each step). It changes nothing
+    that is learned.
     """
 
     def __init__(self, tasks: int) -> None:
         self.counts = torch.zeros(tasks, 2, dtype=torch.int64)
-        """Right predictions and images by task `(T, 2)`, over all processes."""
+        """Number of correct predictions and of images by task, `(T, 2)`, over all processes."""
         self._new = torch.zeros(2, dtype=torch.int64)
-        self._looked = self.counts.sum(0)
+        self._summarized = self.counts.sum(0)
 
     @torch.no_grad()
     def predict(self, method: Method, images: Tensor, labels: Tensor, task: Task, seen: Sequence[int]) -> None:
-        """Predict images `(B, 3, S, S)` of `task` that are about to be learned; `seen` are the classes to choose from.
+        """Predict images `(B, 3, S, S)` of `task` that are about to be learned, among the classes `seen`.
 
-        No device is waited for.
+        It does not wait for the device.
         """
-        method.refresh_head(task)  # what the head keeps of this task, up to the last step
+        method.refresh_head(task)  # the cached class embeddings must follow the last step
         logits = mask_logits(method(images).float(), seen)
-        right = (logits.argmax(1) == labels).sum()
-        self._new = self._new.to(right.device) + torch.stack([right, torch.full_like(right, len(labels))])
+        correct = (logits.argmax(1) == labels).sum()
+        self._new = self._new.to(correct.device) + torch.stack([correct, torch.full_like(correct, len(labels))])
 
     def summarize(self, task: Task) -> dict[str, float]:
-        """Return the images so far, the accuracy over all of them, and over those since the last look.
+        """Return the number of images so far, the accuracy over all of them, and over those since the last summary.
 
-        It waits for the device. Collective: every process must call it.
+        It waits for the device.
+
+        Collective: every process must call it.
         """
         self.counts[task.index] += all_reduce_sum_(self._new).cpu()
         self._new = torch.zeros_like(self._new)
         total = self.counts.sum(0)
-        since, self._looked = total - self._looked, total
-        return {"images": int(total[1]), "accuracy": _rate(total), "recent": _rate(since)}
+        recent = total - self._summarized
+        self._summarized = total
+        return {"images": int(total[1]), "accuracy": _rate(total), "recent": _rate(recent)}
 
     def accuracy(self, task: Task) -> float:
-        """Return the accuracy over the images of one task, as they came."""
+        """Return the online accuracy over the images of one task."""
         return _rate(self.counts[task.index])
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the counts, after a `summarize`."""
+        """Return the counts as of the last `summarize`."""
         return {"counts": self.counts}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state_dict`."""
         self.counts = torch.zeros_like(self.counts)
         self.counts[: len(state["counts"])] = state["counts"]  # tasks may have been added since
-        self._looked = self.counts.sum(0)
+        self._summarized = self.counts.sum(0)
 
 
 def _rate(counts: Tensor) -> float:
-    right, images = counts.tolist()
-    return right / images if images else 0.0
+    correct, images = counts.tolist()
+    return correct / images if images else 0.0

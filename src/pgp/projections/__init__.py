@@ -1,4 +1,4 @@
-"""What keeps updates orthogonal to old tasks: one file per projection, and the contract in `base`."""
+"""Projections, which keep updates orthogonal to inputs of old tasks: one file each, and the contract in `base`."""
 
 from pgp.projections.base import NoProjection as NoProjection
 from pgp.projections.base import ObservationSpec as ObservationSpec

@@ -15,65 +15,67 @@ from pgp.subspace import ProtectedInputs, ProtectedParameter, mean_rank, project
 
 
 class ObservationSpec(NamedTuple):
-    """Which images a projection observes of each task, and when."""
+    """Which images of each task a projection observes, and when."""
 
     when: Literal["before", "after"] = "after"
     """Before or after the task is trained."""
     view: Literal["train", "test"] = "test"
-    """Augmented training views, or test views."""
+    """Whether images are augmented as in training, or transformed as for testing."""
     repeat: bool = False
-    """Pass over the images again, in new views, until the projection `has_enough`."""
+    """Pass over the images again, with new augmentations, until the projection `has_enough`."""
 
 
 class HookHandle:
-    """Undoes an `attach`."""
+    """Removes the hooks of `Projection.attach`."""
 
     def __init__(self, *hooks: Any) -> None:
         self._hooks = hooks
 
     def remove(self) -> None:
-        """Let the optimizer step freely again."""
+        """Remove the hooks, so that steps of the optimizer are no longer projected."""
         for hook in self._hooks:
             hook.remove()
 
 
 class Projection(abc.ABC):
-    """Keeps the steps of an optimizer orthogonal to subspaces that old tasks need.
+    """Keeps the steps of an optimizer orthogonal to the inputs of old tasks.
 
-    Use: `attach` it to each task's optimizer, let it `observe` the task's rows, then call `end_task`. It never touches
-    a model, only the parameters that it was built with.
+    Use: `attach` it to each task's optimizer, `observe` the inputs of the task, then call `end_task`. It changes only
+    the parameters that it was built with.
     """
 
     @dataclass(frozen=True)
     class Config(abc.ABC):
-        """How to make one; `build` is the factory."""
+        """Settings of a projection; `build` creates it."""
 
         tag: ClassVar[str]
-        """Name of this kind of projection in config.json, unique among all of them; it must never change."""
+        """Name of this kind of projection in config.json. It must be unique among projections and never change."""
 
         @abc.abstractmethod
         def build(self, protected: Mapping[str, ProtectedParameter], seed: int = 0) -> Projection:
             """Return a projection that has seen no task yet.
 
             Args:
-                protected: By the name of a space, the parameter to protect, as `Method.protected` returns it.
-                seed: The run's seed. All that is drawn at random depends on it.
+                protected: The parameters to protect, by space, as returned by `Method.protected`.
+                seed: The run's seed. Every random draw depends on it.
             """
 
     observation: ObservationSpec | None = ObservationSpec()
-    """If None, it observes nothing."""
+    """Which images to observe. If None, the projection observes nothing."""
     apply_to: Literal["gradient", "update"] = "gradient"
-    """What is projected: the gradient before the step, or the change that the step made."""
+    """What is projected: the gradient before the step, or the change of the parameter by the step."""
 
     def __init__(self, protected: Mapping[str, ProtectedParameter], seed: int = 0) -> None:
         self.protected = dict(protected)
-        """By space, the parameter whose steps are projected."""
+        """The protected parameters, by space."""
         self.seed = seed
         self.bases: dict[str, Tensor] = {}
-        """Orthonormal columns `(..., D, r)` by space."""
+        """Orthonormal columns `(..., D, r)` that span the protected subspace, by space."""
 
     def has_enough(self) -> bool:
-        """Return whether the images observed so far are enough; asked after each batch, only if `observation.repeat`.
+        """Return whether enough images of this task have been observed.
+
+        It is called after each batch, and only if `observation.repeat`.
 
         Collective: every process must call it.
         """
@@ -81,22 +83,22 @@ class Projection(abc.ABC):
 
     @abc.abstractmethod
     def observe(self, space: str, rows: ProtectedInputs) -> None:
-        """Take in the rows that entered the protected parameter of `space` for a batch of images."""
+        """Observe the inputs of the protected parameter of `space` for a batch of images."""
 
     @abc.abstractmethod
     def end_task(self) -> dict[str, float]:
-        """Grow the protected subspaces by what was observed of this task, and return the rank of each space.
+        """Extend the protected subspaces by the inputs observed in this task, and return the rank of each space.
 
         Collective: every process must call it.
         """
 
     def project(self, space: str, tensor: Tensor) -> Tensor:
-        """Return the part of `tensor (..., D)` that is orthogonal to the protected subspace of `space`.
+        """Return the component of `tensor (..., D)` that is orthogonal to the protected subspace of `space`.
 
         It is computed in float64 and returned in the dtype of `tensor`.
 
         Raises:
-            ValueError: If the width of `tensor` is not that of the subspace.
+            ValueError: If `tensor` and the subspace have different widths D.
         """
         if space not in self.bases:
             return tensor
@@ -112,11 +114,11 @@ class Projection(abc.ABC):
         return self.bases[space]
 
     def rank(self, space: str) -> float:
-        """Return the number of protected directions in `space`, the mean over heads; 0 leaves it free."""
+        """Return the number of protected directions in `space`, averaged over heads."""
         return mean_rank(self.bases[space]) if space in self.bases else 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return all it has learned: the basis of each space."""
+        """Return the basis of each space."""
         return dict(self.bases)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -124,9 +126,9 @@ class Projection(abc.ABC):
         self.bases = dict(state)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> HookHandle:
-        """Project every step of `optimizer` from now on, by torch's own step hooks, until the handle is removed.
+        """Project every step of `optimizer` with torch's own step hooks, until the returned handle is removed.
 
-        Spaces of rank 0 are not touched, so a projection without a basis changes no bit.
+        Parameters of spaces with rank 0 are not changed, not even by rounding.
         """
         before: dict[nn.Parameter, Tensor] = {}
 
@@ -146,7 +148,7 @@ class Projection(abc.ABC):
 
     @contextmanager
     def constrain(self) -> Iterator[None]:
-        """Project what is done to the parameters inside the `with` block, if updates are projected."""
+        """Project the changes of the protected parameters inside the `with` block, if updates are projected."""
         before = self._values() if self.apply_to == "update" else {}
         yield
         self._constrain(before)
@@ -158,35 +160,39 @@ class Projection(abc.ABC):
         return self.bases[space].shape[-1] if space in self.bases else 0
 
     def _values(self) -> dict[nn.Parameter, Tensor]:
-        held = {target.parameter for target in self._active().values()}
-        return {parameter: to_float64(parameter.detach().clone()) for parameter in held}
+        """Return float64 copies of the parameters of all active spaces."""
+        active_parameters = {target.parameter for target in self._active().values()}
+        return {parameter: to_float64(parameter.detach().clone()) for parameter in active_parameters}
 
     @torch.no_grad()
     def _constrain(self, before: Mapping[nn.Parameter, Tensor]) -> None:
-        for space, target in (self._active() if self.apply_to == "update" else {}).items():
+        """Replace each change of a parameter since `before` by its projection, if updates are projected."""
+        if self.apply_to != "update":
+            return
+        for space, target in self._active().items():
             target.parameter.copy_(self._constrained_value(space, target, before[target.parameter]))
 
     def _constrained_value(self, space: str, target: ProtectedParameter, before: Tensor) -> Tensor:
-        """Return where a parameter may go of where the step took it from `before`, float64."""
+        """Return `before` plus the projected change of the parameter since then, float64."""
         change = to_float64(target.parameter) - before
         return before + self._project_along(target.axis, space, change)
 
     def _project_along(self, axis: int, space: str, tensor: Tensor) -> Tensor:
-        """Apply `project` to a parameter whose rows meet `axis`."""
+        """Apply `project` along `axis` of a parameter or its gradient."""
         return self.project(space, tensor.transpose(axis, -1)).transpose(axis, -1)
 
 
 class NoProjection(Projection):
-    """Projects nothing and observes nothing."""
+    """A projection that changes no step and observes no image."""
 
     @dataclass(frozen=True)
     class Config(Projection.Config):
-        """It has no settings."""
+        """No projection; there are no settings."""
 
         tag = "none"
 
         def build(self, protected: Mapping[str, ProtectedParameter], seed: int = 0) -> NoProjection:
-            """Return a projection that does nothing."""
+            """Return a projection that changes no step."""
             return NoProjection(protected, seed)
 
     observation = None
@@ -195,5 +201,5 @@ class NoProjection(Projection):
         """Ignore the inputs."""
 
     def end_task(self) -> dict[str, float]:
-        """Return no ranks."""
+        """Return an empty dictionary."""
         return {}

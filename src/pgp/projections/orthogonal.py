@@ -1,4 +1,4 @@
-"""Prompt gradient projection (Qiao et al., ICLR 2024) on streamed second moments, which have no sign ambiguity."""
+"""Prompt gradient projection (Qiao et al., ICLR 2024), with subspaces computed from second moments."""
 
 from __future__ import annotations
 
@@ -24,33 +24,33 @@ from pgp.subspace import (
 class Orthogonal(Projection):
     """Projects steps of the prompts by `g - g U U^T`, where U spans a subspace of old tokens x and old prompts p.
 
-    A change dp of a prompt leaves old attention scores as they were, to first order, if `x dp^T = 0` and `p dp^T = 0`
-    for all old x and p. Keys are protected by old queries in the same way, and prefixes by the queries of their
+    To first order, a change dp of a prompt does not change old attention scores if `x dp^T = 0` and `p dp^T = 0` for
+    all old x and p. Keys are protected in the same way against old queries, and prefixes against the queries of their
     attention head. The basis grows by the rule of GPM, see `pgp.subspace.extend_basis`.
     """
 
     @dataclass(frozen=True)
     class Config(Projection.Config):
-        """What is protected, how much of it, and what of a step is projected."""
+        """Size of the protected subspaces, and whether gradients or updates are projected."""
 
         tag = "orthogonal"
 
         basis: Literal["sum", "union", "input"] = "sum"
-        """How old inputs x and old prompts p become one subspace: `sum`, that of all sums x + p (the paper); `union`,
-        that of x and then of p, so that both conditions hold; `input`, that of x alone (GPM)."""
+        """How old inputs x and old prompts p form a subspace. sum: the subspace of all sums x + p (the paper). union:
+        the subspace of x, extended by that of p, so that both conditions hold. input: the subspace of x alone (GPM)."""
         energy: float = 0.5
-        """Share in [0, 1] of the trace of the second moment that the basis must capture (the paper's epsilon)."""
+        """Fraction in [0, 1] of the trace of the second moment that the basis must capture (the paper's epsilon)."""
         key_energy: float = 0.97
-        """The same for prompt keys, whose inputs are the queries."""
+        """The same fraction for the keys of prompts, whose inputs are the queries."""
         apply_to: Literal["gradient", "update"] = "gradient"
-        """Project the gradient before the optimizer's step (the paper), or the change that the step made. Only the
-        latter is exact for Adam, momentum and weight decay."""
+        """Project the gradient before the optimizer's step (the paper), or the change of the parameter by the step.
+        Only the latter is exact for Adam, momentum and weight decay."""
         value_energy: float | None = None
-        """The same for parameters whose inputs are old attention weights: values of prefixes, and prompts along their
-        other axis. If None, `energy`."""
+        """The same fraction for parameters whose inputs are old attention weights: values of prefixes, and prompts
+        along their other axis. If None, `energy`."""
         preserve_key_norms: bool = False
-        """Keep the norms of prompt keys as well, if updates are projected. Images match keys by cosine, which changes
-        with the norm of a key even if its inner product with old queries stays."""
+        """Also keep the norms of prompt keys, if updates are projected. Images select keys by cosine similarity, which
+        depends on the norm of a key even if its inner products with old queries do not change."""
 
         def __post_init__(self) -> None:
             for name in ("energy", "key_energy", "value_energy"):
@@ -59,7 +59,8 @@ class Orthogonal(Projection):
                     raise ValueError(f"expected projection.{name} in [0, 1], got {value}")
             if self.preserve_key_norms and self.apply_to == "gradient":
                 raise ValueError(
-                    "expected projection.apply_to=update beside preserve_key_norms: a gradient knows no norms"
+                    "expected projection.apply_to=update with projection.preserve_key_norms, got gradient: a projected"
+                    " gradient does not determine the norms after the step"
                 )
 
         def build(self, protected: Mapping[str, ProtectedParameter], seed: int = 0) -> Orthogonal:
@@ -67,7 +68,7 @@ class Orthogonal(Projection):
             return Orthogonal(protected, self, seed)
 
         def energy_of(self, role: str) -> float:
-            """Return the share of the second moment that the basis of a space with this role must hold."""
+            """Return the fraction of the second moment's trace that the basis must capture for this role."""
             if role == "value" and self.value_energy is not None:
                 return self.value_energy
             return self.key_energy if role == "key" else self.energy
@@ -83,7 +84,7 @@ class Orthogonal(Projection):
         self._head_maps: dict[str, Tensor] = {}
 
     def observe(self, space: str, rows: ProtectedInputs) -> None:
-        """Add the rows `(B, ..., N, D)` of a batch to the second moments of `space`."""
+        """Add the inputs `(B, ..., N, D)` of a batch to the second moments of `space`."""
         if rows.head_maps is not None:
             self._head_maps[space] = to_float64(rows.head_maps.detach())
         self._inputs.setdefault(space, SecondMoment()).observe(flatten_images(rows.inputs))
@@ -91,16 +92,16 @@ class Orthogonal(Projection):
             self._prompts.setdefault(space, SecondMoment()).observe(flatten_images(rows.prompts))
 
     def end_task(self) -> dict[str, float]:
-        """Extend each basis by this task's second moments, drop the moments, and return the ranks.
+        """Extend each basis by this task's second moments, clear the moments, and return the rank of each space.
 
         Collective: every process must call it.
 
         Raises:
-            ValueError: If no rows of a space were observed in this task.
+            ValueError: If no inputs of a space were observed in this task.
         """
         for space, target in self.protected.items():
             if space not in self._inputs:
-                raise ValueError(f"expected rows of space {space!r} in this task, got none: call observe() first")
+                raise ValueError(f"expected inputs of space {space!r} in this task, got none: call observe() first")
             for second in self._second_moments(space):
                 basis = self.bases.get(space, second.new_zeros(*second.shape[:-1], 0))
                 self.bases[space] = extend_basis(basis, second, self.config.energy_of(target.role))
@@ -108,17 +109,21 @@ class Orthogonal(Projection):
         return {space: self.rank(space) for space in self.protected}
 
     def _constrained_value(self, space: str, target: ProtectedParameter, before: Tensor) -> Tensor:
-        """See `Projection._moved`; the part of keys outside the subspace is scaled so that their norms stay."""
+        """Return `before` plus the projected change; for keys, rescaled so that their norms do not change.
+
+        Only the component outside the protected subspace is rescaled. See `Projection._constrained_value`.
+        """
         after = super()._constrained_value(space, target, before)
         if target.role != "key" or not self.config.preserve_key_norms:
             return after
-        was, now = self.project(space, before), self.project(space, after)  # (M, D): outside the subspace
-        scale = was.norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(now.dtype).tiny)
-        held: Tensor = after + (scale - 1) * now
-        return held
+        outside_before, outside_after = self.project(space, before), self.project(space, after)  # (M, D)
+        norm_before = outside_before.norm(dim=-1, keepdim=True)  # (M, 1)
+        norm_after = outside_after.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(outside_after.dtype).tiny)
+        rescaled: Tensor = after + (norm_before / norm_after - 1) * outside_after
+        return rescaled
 
     def _second_moments(self, space: str) -> list[Tensor]:
-        """Return the second moments that the basis of `space` must capture, one after the other.
+        """Return the second moments that the basis of `space` must capture, each `(..., D, D)`.
 
         Collective: every process must call it.
         """
@@ -126,10 +131,10 @@ class Orthogonal(Projection):
         inputs.all_reduce()
         if space in self._head_maps:
             maps = self._head_maps[space]  # (H, d, D)
-            return [(maps.mT @ inputs.second @ maps).sum(0)]
+            return [(maps.mT @ inputs.second @ maps).sum(0)]  # (D, D)
         if prompts is None:
             return [inputs.second]
         prompts.all_reduce()
-        return (
-            [second_moment_of_sums(inputs, prompts)] if self.config.basis == "sum" else [inputs.second, prompts.second]
-        )
+        if self.config.basis == "sum":
+            return [second_moment_of_sums(inputs, prompts)]
+        return [inputs.second, prompts.second]

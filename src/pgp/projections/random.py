@@ -1,4 +1,4 @@
-"""The control that any projection must beat: as many directions, drawn at random."""
+"""A control for projections: protect as many directions, but random ones."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pgp.subspace import ProtectedParameter
 class RandomBasis(Orthogonal):
     """Keeps steps orthogonal to random directions, in each space as many as `Orthogonal` would protect.
 
-    The directions of a space are drawn once and used in order, so what is protected after a task stays protected.
+    The directions of a space are drawn once and used in order, so a direction that is protected stays protected.
     """
 
     @dataclass(frozen=True)
     class Config(Orthogonal.Config):
-        """The settings of `Orthogonal`, which decide the ranks."""
+        """Settings of `Orthogonal`, which decide the ranks."""
 
         tag = "random"
 
@@ -36,11 +36,11 @@ class RandomBasis(Orthogonal):
         self._drawn: dict[str, Tensor] = {}  # by space, (..., D, D)
 
     def basis(self, space: str) -> Tensor:
-        """Return random orthonormal columns, as many in each head as the subspace of old inputs has."""
-        true = self.bases[space]
+        """Return random orthonormal columns `(..., D, r)`, as many in each head as the basis of old inputs has."""
+        basis = self.bases[space]
         if space not in self._drawn:
-            shape = (*true.shape[:-1], true.shape[-2])
+            shape = (*basis.shape[:-1], basis.shape[-2])
             draws = torch.randn(shape, dtype=torch.float64, generator=make_generator(self.seed, "random", space))
-            self._drawn[space] = torch.linalg.qr(draws).Q.to(true.device)
-        held = (true != 0).any(-2, keepdim=True)  # (..., 1, r): where heads differ in rank, zero columns pad
-        return self._drawn[space][..., : true.shape[-1]] * held
+            self._drawn[space] = torch.linalg.qr(draws).Q.to(basis.device)
+        nonzero = (basis != 0).any(-2, keepdim=True)  # (..., 1, r): bases of heads with smaller rank end in zeros
+        return self._drawn[space][..., : basis.shape[-1]] * nonzero

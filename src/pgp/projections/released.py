@@ -1,8 +1,8 @@
 """The basis of the published PGP code, for reproducing published numbers. It does not protect old tasks.
 
 The published code samples as many images as the model is wide, and uses their principal-component *scores* as if they
-were directions in feature space. The two have the same size and nothing else in common: the basis changes with the
-order of the images. It also measures energy on the fourth power of singular values, so its rank is tiny. Use
+were directions in feature space. Scores and directions have the same shape but are unrelated: the basis depends on the
+order of the images. The code also measures energy on the fourth power of singular values, so the rank is tiny. Use
 `orthogonal` to protect old tasks.
 """
 
@@ -23,28 +23,29 @@ from pgp.subspace import ProtectedInputs, ProtectedParameter, project_out, to_fl
 class ReleasedBasis(Projection):
     """The published code's basis: scores of images plus scores of prompts, with energy on fourth powers.
 
-    For prefix keys, scores of images alone, over all heads at once.
-    Differs from the published code: if a task has fewer images than the model is wide, which ends the published code
-    with an error, the pass repeats in new augmented views; and the principal components are exact where the published
+    For prefix keys, only scores of images are used, over all heads at once.
+
+    Differs from the published code in two points. If a task has fewer images than the model is wide, the published code
+    fails; here the images are observed again with new augmentations. The principal components are exact; the published
     ones are a randomised approximation.
     """
 
     @dataclass(frozen=True)
     class Config(Projection.Config):
-        """The constants of the published code."""
+        """Constants of the published code."""
 
         tag = "released"
 
         energy: float = 0.5
-        """Share of energy to capture for prompts, on fourth powers of singular values."""
+        """Fraction of energy to capture for prompts, on fourth powers of singular values."""
         key_energy: float = 0.97
-        """The same for keys."""
+        """The same fraction for keys."""
         components: int = 9
-        """Principal components kept for prompts."""
+        """Number of principal components for prompts."""
         key_components: int = 5
-        """Principal components kept for keys."""
+        """Number of principal components for keys."""
         when: Literal["before", "after"] = "before"
-        """Observe images before each task's training (the published L2P) or after it (DualPrompt, CLIP)."""
+        """Observe images before the training of each task (the published L2P) or after it (DualPrompt, CLIP)."""
 
         def __post_init__(self) -> None:
             for name in ("energy", "key_energy"):
@@ -65,8 +66,8 @@ class ReleasedBasis(Projection):
     ) -> None:
         super().__init__(protected, seed)
         if values := [space for space, target in protected.items() if target.role == "value"]:
-            raise ValueError(f"the published code never protects values, got {values}: choose"
-                             " another --method.protect")  # fmt: skip
+            raise ValueError(f"expected no values to protect, got {values}: the published code never protects values;"
+                             " choose another --method.protect")  # fmt: skip
         self.config = config or ReleasedBasis.Config()
         self.observation = ObservationSpec(when=self.config.when, view="train", repeat=True)
         self._images: dict[str, list[Tensor]] = {}
@@ -74,29 +75,30 @@ class ReleasedBasis(Projection):
         self._prompts: dict[str, Tensor] = {}
 
     def has_enough(self) -> bool:
-        """Return whether all processes together have seen as many images as the model is wide.
+        """Return whether all processes together have observed as many images as the model is wide.
 
         Collective: every process must call it.
         """
-        seen, widths = zip(
-            *all_gather_object(({s: sum(map(len, p)) for s, p in self._images.items()}, self._widths)), strict=True
-        )
-        return any(widths) and all(sum(n.get(s, 0) for n in seen) >= w for each in widths for s, w in each.items())
+        counts = {space: sum(len(batch) for batch in batches) for space, batches in self._images.items()}
+        by_process = all_gather_object((counts, self._widths))
+        widths = {space: width for _, own_widths in by_process for space, width in own_widths.items()}
+        totals = {space: sum(own_counts.get(space, 0) for own_counts, _ in by_process) for space in widths}
+        return bool(widths) and all(totals[space] >= width for space, width in widths.items())
 
     def observe(self, space: str, rows: ProtectedInputs) -> None:
-        """Store the rows of each image as one long vector."""
-        inputs = _merge_heads(rows.expanded) if _has_heads(rows.expanded) else rows.expanded
+        """Store the inputs of each image as one long vector."""
+        inputs = _merge_heads(rows.expanded) if _has_heads(rows.expanded) else rows.expanded  # (B, N, D)
         self._widths[space] = inputs.shape[-1]
-        self._images.setdefault(space, []).append(inputs.detach().float().flatten(1).cpu())
+        self._images.setdefault(space, []).append(inputs.detach().float().flatten(1).cpu())  # (B, N * D)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> HookHandle:
-        """See `Projection.attach`; also take a snapshot of the prompts, if images are collected before the task."""
+        """Attach as `Projection.attach`, and copy the prompts if images are observed before the task."""
         if self.config.when == "before":
             self._prompts = {space: target.parameter.detach().clone() for space, target in self.protected.items()}
         return super().attach(optimizer)
 
     def end_task(self) -> dict[str, float]:
-        """Add the scores of images to the scores of prompts, row by unrelated row, and grow the basis from the sum.
+        """Add the scores of images and of prompts, whose rows are unrelated, and extend the basis by their sum.
 
         Collective: every process must call it.
 
@@ -107,22 +109,23 @@ class ReleasedBasis(Projection):
             key = target.role == "key"
             components = self.config.key_components if key else self.config.components
             images = self._sample(space)
-            rows = pca_scores(images, components)
+            scores = pca_scores(images, components)  # (D, components)
             if not _has_heads(target.parameter):
                 prompts = self._prompts.get(space, target.parameter.detach()).flatten(0, -2).T  # (D, M * L)
-                rows += pca_scores(prompts.cpu(), components)
+                scores += pca_scores(prompts.cpu(), components)
             energy = self.config.key_energy if key else self.config.energy
             basis = self.bases.get(space)
-            self.bases[space] = extend_released_basis(None if basis is None else basis.cpu(), rows, energy)
+            self.bases[space] = extend_released_basis(None if basis is None else basis.cpu(), scores, energy)
         self._images, self._prompts = {}, {}
         return {space: self.rank(space) for space in self.protected}
 
     def project(self, space: str, tensor: Tensor) -> Tensor:
-        """See `Projection.project`; for prefixes, the published basis spans all heads side by side."""
+        """Project as `Projection.project`; for prefixes, all heads are projected together, as published."""
         if not _has_heads(tensor):
             return super().project(space, tensor)
         heads = tensor.shape[-3]
-        projected: Tensor = super().project(space, _merge_heads(tensor)).unflatten(-1, (heads, -1)).transpose(-3, -2)
+        merged = super().project(space, _merge_heads(tensor))  # (M, L, H * d)
+        projected: Tensor = merged.unflatten(-1, (heads, -1)).transpose(-3, -2)  # (M, H, L, d)
         return projected
 
     def _sample(self, space: str) -> Tensor:
@@ -133,7 +136,7 @@ class ReleasedBasis(Projection):
         width = self._widths.get(space, 0)
         images = all_gather_rows(torch.cat(self._images[space])) if width else torch.empty(0)
         if not width or len(images) < width:
-            raise ValueError(f"expected {width or 'the'} images of this task in space {space!r}, got {len(images)}:"
+            raise ValueError(f"expected {width or 'some'} images of this task in space {space!r}, got {len(images)}:"
                              " call observe() until has_enough()")  # fmt: skip
         return images[:width]
 
@@ -141,7 +144,7 @@ class ReleasedBasis(Projection):
 def pca_scores(samples: Tensor, components: int) -> Tensor:
     """Return principal-component scores `(n, components)` of `samples (n, F)`.
 
-    The largest entry of each component is positive.
+    The entry of largest magnitude in each component is positive.
 
     Raises:
         ValueError: If there are fewer samples or features than components.
@@ -151,35 +154,36 @@ def pca_scores(samples: Tensor, components: int) -> Tensor:
                          " choose fewer projection components")  # fmt: skip
     samples = to_float64(samples)
     centred = samples - samples.mean(0)
-    values, vectors = torch.linalg.eigh(centred @ centred.T)  # ascending; (n, n), for F is large
+    values, vectors = torch.linalg.eigh(centred @ centred.T)  # ascending; of an (n, n) matrix, because F is large
     values, vectors = values.flip(0)[:components].clamp(min=0), vectors.flip(1)[:, :components]
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))  # (1, components)
     signed: Tensor = vectors * largest.sign() * values.sqrt()
     return signed
 
 
-def extend_released_basis(basis: Tensor | None, rows: Tensor, energy: float) -> Tensor:
-    """Apply the published basis update to `rows (D, c)`: energy on S^2, with S the singular values of `rows rows^T`.
+def extend_released_basis(basis: Tensor | None, scores: Tensor, energy: float) -> Tensor:
+    """Apply the published basis update to `scores (D, c)`.
 
-    The first call keeps one direction fewer than `energy` asks for; later calls add until it is reached.
+    Energy is measured on S^2, with S the singular values of `scores scores^T`. The first call adds one direction fewer
+    than needed to capture `energy`; later calls add directions until it is captured.
     """
-    gram = rows @ rows.T
+    gram = scores @ scores.T  # (D, D)
     total = torch.linalg.svdvals(gram).square().sum()
     if basis is None:
         U, S, _ = torch.linalg.svd(gram)
         first: Tensor = U[:, : int((S.square().cumsum(0) / total < energy).sum())]
         return first
-    U, S, _ = torch.linalg.svd(project_out(gram.T, basis).T)  # (I - UU^T) G, one-sided
-    shares = S.square() / total
-    held_before = 1 - shares.sum() + shares.cumsum(0) - shares  # before direction i is added
-    return torch.cat([basis, U[:, : int((held_before < energy).sum())]], dim=1)
+    U, S, _ = torch.linalg.svd(project_out(gram.T, basis).T)  # of (I - UU^T) G, projected on one side only
+    fractions = S.square() / total
+    captured = 1 - fractions.sum() + fractions.cumsum(0) - fractions  # before direction i is added
+    return torch.cat([basis, U[:, : int((captured < energy).sum())]], dim=1)  # (D, r')
 
 
 def _has_heads(tensor: Tensor) -> bool:
-    """Return whether these are prefixes `(M, H, L, d)` or what meets them `(B, H, N, d)`: all else has fewer axes."""
+    """Return whether a tensor has an axis of heads: prefixes `(M, H, L, d)` and their inputs `(B, H, N, d)` do."""
     return tensor.dim() == 4
 
 
 def _merge_heads(tensor: Tensor) -> Tensor:
-    """Put heads side by side: `(..., H, n, d)` -> `(..., n, H * d)`."""
+    """Concatenate the heads: `(..., H, n, d)` -> `(..., n, H * d)`."""
     return tensor.transpose(-3, -2).flatten(-2)

@@ -1,4 +1,4 @@
-"""The method's own head, trained task after task with the prompts: the published readout."""
+"""The method's own head, trained with the prompts task by task: the published readout."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pgp.readouts.base import Readout
 
 
 class MethodHead(Readout):
-    """Logits of the classifier that is trained with the prompts."""
+    """The classifier that is trained with the prompts."""
 
     @dataclass(frozen=True)
     class Config(Readout.Config):
-        """It has no settings."""
+        """The method's own head; there are no settings."""
 
         tag = "head"
 
@@ -46,7 +46,7 @@ class MethodHead(Readout):
         return logits
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return nothing: the head belongs to the method."""
+        """Return an empty dictionary: the head belongs to the method."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Linear discriminant analysis on streamed class statistics: closed form, and no image is stored."""
+"""Linear discriminant analysis on class statistics: it has a closed form and stores no image."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from pgp.subspace import to_float64
 
 
 class LDA(StatisticsReadout):
-    """LDA with one pooled covariance S, shrunk to `(1 - a) S + a tr(S)/D I`, and equal priors.
+    """LDA with equal priors and one pooled covariance S, shrunk to `(1 - a) S + a tr(S)/D I`.
 
-    If features do not vary within classes, for example with one image of each, the nearest class mean decides.
+    If features do not vary within classes, for example with one image per class, it predicts the nearest class mean.
     """
 
     @dataclass(frozen=True)
     class Config(StatisticsReadout.Config):
-        """How the covariance is shrunk, and how statistics follow the features."""
+        """Shrinkage of the covariance, and settings of the class statistics."""
 
         tag = "lda"
 
         shrinkage: float = 0.1
-        """Weight a of the isotropic part of the covariance, in (0, 1]; 1 is the nearest class mean."""
+        """Weight a of the isotropic term of the covariance, in (0, 1]; 1 predicts the nearest class mean."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -54,7 +54,7 @@ class LDA(StatisticsReadout):
         Here m_c is the mean of class c and m the mean of all class means. Classes never observed get -inf.
 
         Raises:
-            ValueError: If no task was finished yet.
+            ValueError: If no task has ended yet.
         """
         if not self.state:
             raise ValueError("expected at least one task before logits(): call observe() and end_task() first")
@@ -66,21 +66,24 @@ class LDA(StatisticsReadout):
         means, shrunk = self.means, self.covariance(self.config.shrinkage)
         if shrunk is None:
             if self.config.shrinkage < 1:
-                warnings.warn("no spread of features within classes (one image of each?): the nearest mean decides",
-                              stacklevel=2)  # fmt: skip
+                warnings.warn("features do not vary within classes (is there one image per class?): lda predicts the"
+                              " nearest class mean", stacklevel=2)  # fmt: skip
             shrunk = torch.eye(means.shape[1]).to(means)
         self._centre = means[self.seen].mean(0)
-        centred = means - self._centre
+        centred = means - self._centre  # (C, D)
         self._weight = torch.linalg.solve(shrunk, centred.T)  # (D, C)
         self._bias = torch.where(self.seen, -(centred * self._weight.T).sum(1) / 2, -torch.inf)  # (C,)
 
 
 class NCM(LDA):
-    """Logits `-|x - m_c|^2 / 2s` up to a constant: LDA with covariance s I, s the mean variance within classes."""
+    """Nearest class mean: LDA with covariance s I, where s is the mean variance within classes.
+
+    Its logits are `-|x - m_c|^2 / 2s`, up to a constant.
+    """
 
     @dataclass(frozen=True)
     class Config(Readout.Config):
-        """It has no settings."""
+        """Nearest class mean; there are no settings."""
 
         tag = "ncm"
 

@@ -1,4 +1,4 @@
-"""Logistic regression on features drawn from class statistics: no image is stored."""
+"""Logistic regression on features sampled from class statistics: it stores no image."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from pgp.subspace import to_float64
 class Logistic(StatisticsReadout):
     """A linear classifier of all classes seen so far, trained again after each task.
 
-    It is trained on draws from a normal distribution around each class mean, with the shrunk covariance that all
-    classes share, in coordinates in which that covariance is the identity. It starts from its last weights, and for the
-    classes of a new task from the method's head.
+    It is trained on samples of a normal distribution around each class mean, with the shrunk covariance that all
+    classes share. The samples are whitened: in their coordinates that covariance is the identity. Training starts from
+    the previous weights, and for the classes of a new task from the weights of the method's head.
     """
 
     @dataclass(frozen=True)
     class Config(StatisticsReadout.Config):
-        """How many features are drawn, and how the classifier is trained on them."""
+        """Number of sampled features, and how the classifier is trained on them."""
 
         tag = "logistic"
 
         shrinkage: float = 0.1
-        """Weight of the isotropic part of the covariance, in (0, 1]."""
+        """Weight of the isotropic term of the covariance, in (0, 1]."""
         draws: int = 32
-        """Features drawn for each class."""
+        """Number of features sampled for each class."""
         decay: float = 1e-3
-        """L2 penalty: weight of half the sum of squared weights."""
+        """Weight of the L2 penalty, half the sum of squared weights."""
         steps: int = 50
-        """Largest number of L-BFGS iterations."""
+        """Maximum number of L-BFGS iterations."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -62,7 +62,7 @@ class Logistic(StatisticsReadout):
         """Return `W x + b`, `(B, C)`; -inf for classes that were never observed.
 
         Raises:
-            ValueError: If no task was finished yet.
+            ValueError: If no task has ended yet.
         """
         if not self.state:
             raise ValueError("expected at least one task before logits(): call observe() and end_task() first")
@@ -76,7 +76,7 @@ class Logistic(StatisticsReadout):
         return {**self.state, "weight": self._weight, "bias": self._bias} if self.state else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore a `state_dict`, which may be of fewer classes, the first ones."""
+        """Restore a `state_dict`. It may cover only the first classes."""
         if state:
             statistics = dict(state)
             weight, bias = statistics.pop("weight"), statistics.pop("bias")
@@ -89,37 +89,41 @@ class Logistic(StatisticsReadout):
         """Do nothing: `end_task` trains, and a restored classifier is trained already."""
 
     def end_task(self) -> None:
-        """See `StatisticsReadout.end_task`; then train on draws from the statistics."""
-        known = self.seen if self.state else torch.zeros(0, dtype=torch.bool)
+        """Update the statistics as `StatisticsReadout.end_task`, then train on samples from them."""
+        previously_seen = self.seen if self.state else torch.zeros(0, dtype=torch.bool)
         super().end_task()
-        self._begin(known)
+        self._initialise(previously_seen)
         self._train()
 
-    def _begin(self, known: Tensor) -> None:
-        """Start the rows of classes that are not `known` yet from the method's head, if it is linear."""
-        if not len(known):
+    def _initialise(self, previously_seen: Tensor) -> None:
+        """Initialise the weights of new classes from the method's head, if it is linear.
+
+        Args:
+            previously_seen: Which classes earlier tasks have shown, `(C,)` bool; empty in the first task.
+        """
+        if not len(previously_seen):
             self._weight, self._bias = torch.zeros_like(self.means), torch.zeros_like(self.means[:, 0])
-            known = torch.zeros_like(self.seen)
-        new = self.seen & ~known
+            previously_seen = torch.zeros_like(self.seen)
+        new = self.seen & ~previously_seen  # (C,)
         if isinstance(self.head, nn.Linear) and self.head.weight.shape == self._weight.shape:
             self._weight[new] = self.head.weight.detach().to(self._weight)[new]
             self._bias[new] = self.head.bias.detach().to(self._bias)[new]
 
     @torch.enable_grad()
     def _train(self) -> None:
+        """Train the weights and biases of the seen classes on whitened samples."""
         means = self.means[self.seen]  # (S, D)
         covariance = self.covariance(self.config.shrinkage)
         root = torch.eye(means.shape[1]).to(means) if covariance is None else torch.linalg.cholesky(covariance)
-        centre = means.mean(0)
-        round_ = torch.linalg.solve_triangular(
-            root, (means - centre).T, upper=False
-        ).T  # means where features are round
+        centre = means.mean(0)  # (D,)
+        whitened = torch.linalg.solve_triangular(root, (means - centre).T, upper=False).T  # (S, D)
         noise = torch.randn(self.config.draws, *means.shape, dtype=means.dtype,
                             generator=make_generator(self.seed, "logistic", int(self.seen.sum())))  # fmt: skip
-        x = (round_ + noise.to(means.device) * (covariance is not None)).flatten(0, 1)  # (draws * S, D)
-        labels = torch.arange(len(means), device=means.device).repeat(self.config.draws)
-        W = (self._weight[self.seen] @ root).requires_grad_()
-        b = (self._bias[self.seen] + self._weight[self.seen] @ centre).requires_grad_()
+        # without a covariance, every sample is its class mean
+        x = (whitened + noise.to(means.device) * (covariance is not None)).flatten(0, 1)  # (draws * S, D)
+        labels = torch.arange(len(means), device=means.device).repeat(self.config.draws)  # (draws * S,)
+        W = (self._weight[self.seen] @ root).requires_grad_()  # (S, D)
+        b = (self._bias[self.seen] + self._weight[self.seen] @ centre).requires_grad_()  # (S,)
         optimizer = torch.optim.LBFGS([W, b], max_iter=self.config.steps, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
@@ -129,6 +133,6 @@ class Logistic(StatisticsReadout):
             return value
 
         optimizer.step(loss)
-        weight = torch.linalg.solve_triangular(root.mT, W.detach().T, upper=True).T
+        weight = torch.linalg.solve_triangular(root.mT, W.detach().T, upper=True).T  # (S, D), of features
         self._weight[self.seen] = weight
         self._bias[self.seen] = b.detach() - weight @ centre

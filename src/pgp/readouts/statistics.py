@@ -1,4 +1,4 @@
-"""Statistics of old classes instead of their images: a mean of each, and one covariance, corrected for drift."""
+"""Class means and one pooled covariance, stored instead of images and corrected for drift."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from pgp.subspace import to_float64
 class StatisticsReadout(Readout):
     """A readout that is fitted to class means and one pooled covariance.
 
-    The statistics of a class are computed once, right after its task, and stored: `C * D + D * D` numbers, however many
-    images there are. They go stale when later training moves the features. Projection reduces that movement; the rest
-    can be compensated by moving the statistics as the features of the current task's images moved.
+    The statistics of a class are computed once, after the training of its task, and stored: `C * D + D * D` numbers,
+    however many images there are. They become wrong when later training changes the features. Projection reduces this
+    drift. The rest can be compensated: it is estimated on images of the current task, and the statistics are corrected
+    by the estimate.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Readout.Config):
-        """What is read, and how old statistics follow the features."""
+        """Which features are used, and how old statistics are corrected for drift."""
 
         query: bool = False
-        """Read the query of an image, its features without prompts, besides those with prompts. The query never moves,
-        so half of the statistics cannot go stale, and compensation knows better how an image moved."""
+        """Append the query of an image, its features without prompts, to its features with prompts. The query never
+        drifts, so half of the statistics stay correct, and the drift of the other half is estimated better."""
         compensate: Literal["none", "shift", "linear"] = "none"
-        """Move old statistics as the features of each new task's images move in its training: `shift`, each mean by the
-        mean movement of the images near it (Yu et al., CVPR 2020); `linear`, means and covariance by the affine map
-        that fits all movements best, a ridge regression."""
+        """How to correct old statistics for the drift of features, estimated on the images of each new task. shift:
+        move each mean by the average drift of the images near it (Yu et al., CVPR 2020). linear: transform means and
+        covariance by an affine map, fitted by ridge regression."""
         bandwidth: float = 1.0
-        """shift: width of the Gaussian weights, in standard deviations within classes."""
+        """Width of the Gaussian weights for compensate=shift, in standard deviations within classes."""
         ridge: float = 1.0
-        """linear: ridge penalty, in multiples of the mean variance of the features."""
+        """Ridge penalty for compensate=linear, in multiples of the mean variance of the features."""
 
         def __post_init__(self) -> None:
             if not (self.bandwidth > 0 and self.ridge > 0):
@@ -45,12 +46,14 @@ class StatisticsReadout(Readout):
 
         @property
         def suffix(self) -> str:
-            """The part of a readout's name that tells its query and compensation."""
-            return "+query" * self.query + (f"+{self.compensate}" if self.compensate != "none" else "")
+            """Suffix of the readout's name for its query and compensation, such as `+query+shift`."""
+            query = "+query" if self.query else ""
+            compensate = "" if self.compensate == "none" else f"+{self.compensate}"
+            return query + compensate
 
         @property
         def uses_query(self) -> bool:
-            """See `Readout.Config.reads_query`."""
+            """See `Readout.Config.uses_query`."""
             return self.query
 
     def __init__(self, classes: int, config: StatisticsReadout.Config) -> None:
@@ -63,19 +66,19 @@ class StatisticsReadout(Readout):
         """Return features `(B, D)`, or features and queries `(B, D + Q)`."""
         if not self.settings.query:
             return features
-        assert query is not None, "whoever knows the configuration knows that it reads queries"
-        return torch.cat([features, query.to(features)], 1)
+        assert query is not None, "the caller passes queries if uses_query"
+        return torch.cat([features, query.to(features)], 1)  # (B, D + Q)
 
     def observe(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch to the counts `(C,)`, sums `(C, D)` and pooled products `(D, D)` of this task, in float64."""
         features = to_float64(features.detach())
-        chosen = nn.functional.one_hot(labels, self.classes).to(features)  # (B, C)
-        _add_shares(
-            self._task, {"counts": chosen.sum(0), "sums": chosen.T @ features, "products": features.T @ features}
+        one_hot = nn.functional.one_hot(labels, self.classes).to(features)  # (B, C)
+        _accumulate(
+            self._task, {"counts": one_hot.sum(0), "sums": one_hot.T @ features, "products": features.T @ features}
         )
 
     def end_task(self) -> None:
-        """Fit to the statistics of all tasks so far.
+        """Add the statistics of this task to those of earlier tasks, and fit to them.
 
         Collective: every process must call it.
 
@@ -86,26 +89,27 @@ class StatisticsReadout(Readout):
             raise ValueError("expected features of this task, got none: call observe() before end_task()")
         for tensor in self._task.values():
             all_reduce_sum_(tensor)
-        _add_shares(self.state, self._task)
+        _accumulate(self.state, self._task)
         self._task = {}
         self._fit()
 
     def compensate(self, before: Tensor, after: Tensor) -> None:
-        """Move the statistics of old classes as the features `(n, D)` of these images moved; see `Readout.moved`."""
+        """Correct the statistics of old classes for the drift of the features `(n, D)`; see `Readout.compensate`."""
         if not self.state or not self.needs_drift:
             return
         device = self.state["sums"].device
         before, after = (to_float64(rows).to(device) for rows in (before, after))
         counts, means, within = self.state["counts"], self.means, self._within()
         if self.settings.compensate == "shift":
-            spread = within.trace() / self._degrees_of_freedom() * self.settings.bandwidth**2
-            means = means + mean_shift(means, before, after, float(spread.clamp(min=torch.finfo(torch.float64).tiny)))
+            variance = within.trace() / self._degrees_of_freedom() * self.settings.bandwidth**2
+            variance = variance.clamp(min=torch.finfo(torch.float64).tiny)
+            means = means + mean_shift(means, before, after, float(variance))
         else:
             centre, offset, matrix = affine_drift(before, after, self.settings.ridge)
             means = means + offset + (means - centre) @ matrix
-            transform = torch.eye(len(matrix)).to(matrix) + matrix
+            transform = torch.eye(len(matrix)).to(matrix) + matrix  # (D, D)
             within = transform.T @ within @ transform
-        sums = means * counts[:, None]
+        sums = means * counts[:, None]  # (C, D)
         self.state = {"counts": counts, "sums": sums, "products": within + means.T @ sums}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -113,7 +117,7 @@ class StatisticsReadout(Readout):
         return dict(self.state)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore a `state_dict`, which may be of fewer classes, the first ones, and fit to it."""
+        """Restore a `state_dict` and fit to it. It may cover only the first classes."""
         self.state = dict(state)
         for name in ("counts", "sums") if state else ():
             missing = self.classes - len(state[name])
@@ -132,13 +136,13 @@ class StatisticsReadout(Readout):
 
     @property
     def means(self) -> Tensor:
-        """Class means `(C, D)`, float64; 0 for a class never seen."""
+        """Class means, `(C, D)` float64; 0 for classes never observed."""
         return self.state["sums"] / self.state["counts"].clamp(min=1)[:, None]
 
     def covariance(self, shrinkage: float) -> Tensor | None:
-        """Return `(1 - a) S + a tr(S)/D I`, `(D, D)`, with S the pooled covariance within classes and a = `shrinkage`.
+        """Return the shrunk covariance within classes `(D, D)`, or None if features do not vary within classes.
 
-        None, if features do not vary within classes.
+        It is `(1 - a) S + a tr(S)/D I`, with S the pooled covariance and a = `shrinkage`.
         """
         within, products = self._within(), self.state["products"]
         rounding = len(within) * torch.finfo(torch.float64).eps * products.trace()
@@ -156,40 +160,44 @@ class StatisticsReadout(Readout):
         return (self.state["counts"].sum() - self.seen.sum()).clamp(min=1)
 
 
-def mean_shift(means: Tensor, before: Tensor, after: Tensor, spread: float) -> Tensor:
-    """Return how each of `means (C, D)` moves: the weighted mean of `after - before (n, D)`.
+def mean_shift(means: Tensor, before: Tensor, after: Tensor, variance: float) -> Tensor:
+    """Return the estimated drift `(C, D)` of each of `means (C, D)`: a weighted mean of `after - before (n, D)`.
 
-    The weight of an image is `exp(-|before - mean|^2 / (2 spread))` (Yu et al., CVPR 2020).
+    The weight of an image is `exp(-|before - mean|^2 / (2 variance))` (Yu et al., CVPR 2020).
 
     >>> images = torch.tensor([[0.0], [10.0]])
-    >>> mean_shift(torch.tensor([[1.0], [9.0]]), images, images + torch.tensor([[2.0], [-2.0]]), spread=1.0)
+    >>> mean_shift(torch.tensor([[1.0], [9.0]]), images, images + torch.tensor([[2.0], [-2.0]]), variance=1.0)
     tensor([[ 2.],
             [-2.]])
     """
     distances = torch.cdist(means, before).square()  # (C, n)
-    further = distances - distances.amin(1, keepdim=True)  # without spread, the nearest image decides
-    weights = (-further / (2 * spread)).softmax(1)
+    # subtracting the smallest distance keeps the softmax finite for tiny variances: the nearest image then decides
+    relative = distances - distances.amin(1, keepdim=True)  # (C, n)
+    weights = (-relative / (2 * variance)).softmax(1)  # (C, n)
     return weights @ (after - before)
 
 
 def affine_drift(before: Tensor, after: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return m `(D,)`, b `(D,)` and A `(D, D)` of the map `x -> x + b + (x - m) A` that fits `before -> after` best.
 
-    It is a ridge regression of the movements `(n, D)`; `ridge` is in multiples of the mean variance of `before`.
+    This is a ridge regression of the drift `after - before (n, D)`. The penalty is `ridge` times the mean variance of
+    `before`.
 
     >>> images = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     >>> affine_drift(images, images * torch.tensor([3.0, 1.0]) + 5, ridge=1e-9)[2].round(decimals=4)
     tensor([[2., 0.],
             [0., 0.]])
     """
-    centre, moved = before.mean(0), after - before
-    offset, x = moved.mean(0), before - centre
-    second = x.T @ x / len(x)
-    held = ridge * second.trace() / len(second) + torch.finfo(second.dtype).tiny
-    matrix = torch.linalg.solve(second + held * torch.eye(len(second)).to(second), x.T @ (moved - offset) / len(x))
+    centre, drift = before.mean(0), after - before
+    offset, x = drift.mean(0), before - centre
+    covariance = x.T @ x / len(x)  # (D, D)
+    penalty = ridge * covariance.trace() / len(covariance) + torch.finfo(covariance.dtype).tiny
+    penalised = covariance + penalty * torch.eye(len(covariance)).to(covariance)
+    matrix = torch.linalg.solve(penalised, x.T @ (drift - offset) / len(x))  # (D, D)
     return centre, offset, matrix
 
 
-def _add_shares(total: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+def _accumulate(total: dict[str, Tensor], new: dict[str, Tensor]) -> None:
+    """Add the tensors of `new` to those of `total` in place, by name."""
     for name, tensor in new.items():
         total[name] = total[name] + tensor if name in total else tensor
