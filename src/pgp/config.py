@@ -29,7 +29,7 @@ from pgp.system.paths import as_path
 
 COMPONENTS: tuple[type, ...] = (DatasetConfig, Backbone.Config, Method.Config, Projection.Config, Readout.Config)
 """Kinds of components. In JSON, a component carries the tag of its class."""
-VERSION = 1
+VERSION = 2
 """Version of the JSON format of a configuration; other versions are refused."""
 
 
@@ -258,7 +258,7 @@ class Config:
         version = tree.pop("version", None)
         if version != VERSION:
             raise ValueError(f"expected a configuration of version {VERSION}, got {version or 'none'}: only the version"
-                             " of pgp that wrote it can read it")  # fmt: skip
+                             " of pgp that wrote it can read it; start a new run")  # fmt: skip
         try:
             return _converter().structure(tree, Config)
         except cattrs.BaseValidationError as error:
