@@ -36,8 +36,8 @@ class ViT(Backbone):
         """Model name of timm with its full tag (`timm.list_models(pretrained=True)`). The weights of a name without tag
         depend on the version of timm, so such a name needs other `weights` than `hub`."""
         weights: str = "hub"
-        """`hub` for the tag's published weights, `random` for none, `package:NAME` for a file that pgp ships, else the
-        path of a checkpoint with timm's parameter names (.safetensors, or .pth without pickled code)."""
+        """`hub` for the tag's published weights, `random` for none, or the path of a checkpoint in timm's naming
+        (.safetensors, or .pth without pickled code); `package:NAME` is a file that pgp ships."""
         arguments: dict[str, int] = field(default_factory=dict)
         """More arguments of `timm.create_model`, such as `embed_dim` or `depth` for an encoder of your own."""
 
