@@ -15,6 +15,7 @@ from pgp.datasets.base import BadImageError
 from pgp.datasets.files import read_image
 from pgp.datasets.ignored import Ignored
 from pgp.datasets.scan import images_below
+from pgp.evaluation.accuracy import extract_features, extract_query
 from pgp.methods.base import mask_logits
 from pgp.rng import make_generator
 from pgp.runs.checkpoint import reading
@@ -68,7 +69,7 @@ class Predictor:
             raise ValueError(f"expected a readout of this run, one of {', '.join(readouts)}, got {readout!r}")
         settings = readouts[readout or next(iter(readouts))]
         self._readout = settings.build(self._method.head, len(names), config.seed)
-        self._uses_query = settings.uses_query
+        self._uses_query = self._method.uses_query or settings.uses_query
         with reading(checkpoint):
             readout_state, readout_device = state["readouts"][self._readout.name], float64_device(self.device)
             self._readout.load_state_dict({key: tensor.to(readout_device) for key, tensor in readout_state.items()})
@@ -95,12 +96,15 @@ class Predictor:
             return torch.empty(0, len(self.classes))
         pixels = [_checked(image) if isinstance(image, Tensor) else read_image(_file(image)) for image in images]
         batch = torch.stack([self._transform(image) for image in pixels]).to(self.device)  # (B, 3, S, S)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16):
-            query = self._method.query(batch) if self._uses_query else None
-            features = self._method.features(batch, query).float()
+        query = extract_query(self._method, batch, self._autocast) if self._uses_query else None
+        features = extract_features(self._method, batch, query, self._autocast)
         logits = self._readout.logits(self._readout.select_features(features, query))  # (B, C)
         logits = mask_logits(logits, self._learned)[:, self._learned]  # (B, len(classes))
         return logits.softmax(-1).cpu()
+
+    def _autocast(self) -> torch.autocast:
+        """Return a context with the precision of the run."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
     def __call__(self, images: Sequence[Place | Tensor], top: int = 1) -> list[Prediction]:
         """Return the `top` most probable classes of each image; see `probabilities`."""

@@ -6,6 +6,7 @@ Nothing about an image's prediction depends on its batch, and no task label ente
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from pgp.progress import track
 from pgp.readouts.base import Readout
 from pgp.scenario import Scenario, Task
 
+Autocast = Callable[[], AbstractContextManager[None]]
+"""What opens a block with the precision of a run."""
 LEGACY = "/legacy"
 """Suffix of columns that follow the published protocol."""
 
@@ -51,6 +54,20 @@ class TaskAccuracies(NamedTuple):
     task_id_accuracy: dict[str, Tensor]
     """Share of images whose predicted class belongs to their own task. Forgetting that shows here and not in
     `within_task` is competition between tasks in the classifier."""
+
+
+def extract_query(method: Method, images: Tensor, autocast: Autocast) -> Tensor:
+    """Return the queries `(B, D)` of images `(B, 3, S, S)`, float32."""
+    with autocast():
+        return method.query(images).float()
+
+
+def extract_features(
+    method: Method, images: Tensor, query: Tensor | None, autocast: Autocast, *, by_vote: bool = False
+) -> Tensor:
+    """Return the features `(B, D)` of images `(B, 3, S, S)`, float32; see `Method.features`."""
+    with autocast():
+        return method.features(images, query, by_vote=by_vote).float()
 
 
 class Evaluator:
@@ -129,8 +146,7 @@ class Evaluator:
             return None
         keys = [] if indices is None else indices.tolist()
         if not keys or not all(key in self._queries for key in keys):
-            with self.fabric.autocast():
-                query = method.query(images).float()
+            query = extract_query(method, images, self.fabric.autocast)
             if not keys:
                 return query
             self._queries.update(zip(keys, query.cpu(), strict=True))
@@ -143,8 +159,7 @@ class Evaluator:
 
         If `by_vote`, the prompts are selected by the published protocol, see `Method.features`.
         """
-        with self.fabric.autocast():
-            features = method.features(images, query, by_vote=by_vote).float()
+        features = extract_features(method, images, query, self.fabric.autocast, by_vote=by_vote)
         return FeatureBatch(indices, features, query)
 
     def logits(
