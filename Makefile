@@ -10,11 +10,11 @@ demo: $(STAMP)  ## train L2P-PGP and its unprojected twin on embedded digits, of
 	$(BIN)/pgp train demo --twin
 
 test: $(STAMP)  ## the default test tier
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 slow: $(STAMP)  ## the tests that take minutes: every published command, several processes, a Ray cluster where Ray installs
 	-$(BIN)/python -m pip install --quiet --editable '.[dev,ray]'
-	$(BIN)/python -m pytest -q -n auto -m slow
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow
 
 docs: $(STAMP)  ## the documentation site, in build/docs; every warning is an error
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
@@ -26,7 +26,7 @@ check: $(STAMP)  ## everything CI runs
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/codespell README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md docs src tests benchmarks scripts
-	$(BIN)/python -m pytest -q -n auto
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 	$(BIN)/python scripts/check_wheel.py
 
 format: $(STAMP)

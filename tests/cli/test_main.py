@@ -58,6 +58,7 @@ def test_base_method(flag, tmp_path):
     assert Run.open(tmp_path / "run").config.projection == NoProjection.Config()
 
 
+@pytest.mark.slow
 def test_twin(tmp_path, capsys):
     main.main(["train", "demo", "--twin", "--output", "both"])
     out = capsys.readouterr().out

@@ -92,6 +92,7 @@ def test_unknown_recipes_and_flags_name_the_nearest(capsys):
     assert "usage: python main.py RECIPE" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_runs_lie_in_the_output_folder_under_both_names(tmp_path, capsys):
     main.published_main(["10cifar100_l2p_pgp", "--output_dir", "./output", "--no_pgp", "--lr", "0.2"])
     run = Run.open(tmp_path / "output")

@@ -31,7 +31,14 @@ EVERYTHING = {"basis": "input", "energy": 1.0, "key_energy": 1.0}
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"top_k": 2, "pull": 0.0}, {"prompt_mask": True}, {"same_key_and_value": True}]
+    "settings",
+    [
+        {},
+        *(
+            pytest.param(settings, marks=pytest.mark.slow)
+            for settings in ({"top_k": 2, "pull": 0.0}, {"prompt_mask": True}, {"same_key_and_value": True})
+        ),
+    ],
 )
 def test_old_features_stay_through_the_whole_network(settings):
     """Keys and values, all energy, the update projected: by rounding only. Nothing less holds, by at least this.

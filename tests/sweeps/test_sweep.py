@@ -155,6 +155,7 @@ def test_names_are_safe_and_unique(tmp_path):
     assert [job.name for job in plan.plan({"other": tiny.config(epochs=4)}, [0], controls=False)] == ["data-a-b-2"]
 
 
+@pytest.mark.slow
 def test_parts_and_points_that_are_controls(capsys):
     folder = swept("--over", "projection=orthogonal,none", "--seeds", "1")
     entries = json.loads((folder / "sweep.json").read_text())["entries"]

@@ -315,6 +315,7 @@ def interrupted(config, folder, monkeypatch, at):
     return train.resume(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_learns_domain_after_domain(tmp_path, monkeypatch, method):
     changes = {"dataset": DOMAINS, "setting": "dil", "save_every_steps": 2}
