@@ -21,7 +21,7 @@ class BadImageError(ValueError):
     """An image file that cannot be read; the message names it."""
 
 
-def raise_in_order(error: BadImageError) -> BadImageError:
+def with_advice(error: BadImageError) -> BadImageError:
     """Return the same error with what to do about it, for a run that it stops."""
     return BadImageError(f"{error}. --on-bad-image skip goes on without such images (beside --resume, too); pgp data"
                          " check lists them all")  # fmt: skip

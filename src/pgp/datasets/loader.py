@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from pgp.datasets.base import BadImageError, Split, raise_in_order
+from pgp.datasets.base import BadImageError, Split, with_advice
 from pgp.rng import derive_seed
 from pgp.system import platforms
 
@@ -53,7 +53,7 @@ class TransformedSplit(torch.utils.data.Dataset[tuple[Tensor, int, int] | None])
             image = self.split.image(address.image)
         except BadImageError as error:
             if not self.skip_bad:
-                raise raise_in_order(error) from error
+                raise with_advice(error) from error
             warnings.warn(f"skipped: {error}", stacklevel=2)
             return None
         with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pgp.config import Config
-from pgp.datasets.base import BadImageError, ConcatSplit, Dataset, DatasetConfig, Split, raise_in_order
+from pgp.datasets.base import BadImageError, ConcatSplit, Dataset, DatasetConfig, Split, with_advice
 from pgp.datasets.loader import SampleKey, sequential_batches
 from pgp.datasets.text import lines_of, normalized, read_text
 from pgp.rng import make_generator
@@ -135,7 +135,7 @@ def _is_readable(split: Split, place: int, skip_bad: bool) -> bool:
         split.image(place)
     except BadImageError as error:
         if not skip_bad:
-            raise raise_in_order(error) from error
+            raise with_advice(error) from error
         return False
     return True
 
