@@ -243,7 +243,7 @@ def peak(act: str, kind: str, precision: Precision, threads: int) -> float:
 
 
 def remember(act: str, kind: str, precision: Precision, scale: Scale) -> float:
-    """Do one thing twice, or a boundary once; return the peak resident memory of this process in GB."""
+    """Do one thing twice, or a boundary once, and return the peak resident memory of this process in GB."""
     if act == "boundary":
         seconds({kind: boundary(kind, precision, scale._replace(observed=scale.remembered))}, 0)
     else:
@@ -252,7 +252,10 @@ def remember(act: str, kind: str, precision: Precision, scale: Scale) -> float:
 
 
 def peak_of_this_process() -> float:
-    """Return the peak resident memory in GB. (`getrusage` would report the parent's peak where that was higher.)"""
+    """Return the peak resident memory in GB.
+
+    It is not read from `getrusage`, which reports the peak of the parent process if that was higher.
+    """
     status = Path("/proc/self/status")
     if not status.is_file():
         sys.exit("expected Linux, which reports the peak memory of a process in /proc/self/status; leave --memory out")

@@ -1,5 +1,6 @@
-"""A second set of pictures, drawn: 200 Chinese characters as 23 typefaces draw them, in pictures that differ in size,
-place and tilt. 14 typefaces to train on, 4 to tune on and 5 to test on.
+"""Draw a second data set: 200 Chinese characters in 23 typefaces, with random size, position and rotation.
+
+14 typefaces are for training, 4 for tuning and 5 for testing.
 
     python benchmarks/kanji_data.py            # fetch some 190 MB by npm, draw data/kanji, print what is in it
     python benchmarks/kanji_data.py --probe    # and, in 80 s, what closed-form readouts make of frozen features
@@ -175,8 +176,10 @@ KANJI = Collection(FONTS, CHARACTERS, ROOT / "data")
 
 
 def folder(held_out: Literal["validation", "test"] = "test", of: Collection = KANJI) -> Path:
-    """Return an image folder, written once: data/kanji, whose test part is its folder `test`; or data/kanji-validation,
-    which holds no test image and has the folder `validation` for its test part, to tune on.
+    """Return an image folder, which is written once: data/kanji, or data/kanji-validation for tuning.
+
+    The first has the test images in its folder `test`. The second has no test image; its folder `validation` takes
+    their place.
 
     Pictures are `<part>/<class>/<typeface>.png`; a class is called by its code point, as in `u6728`, and `names.txt`
     has the character.
@@ -272,9 +275,7 @@ def fetch(font: Font, packages: Path) -> Path:
 
 
 def probe(of: Collection, encoder: ViT.Config, size: int) -> None:
-    """Print the accuracy of closed-form readouts of all classes at once, fitted to the training part: on frozen CLS
-    features, and on the pixels themselves.
-    """
+    """Print the accuracy of closed-form readouts of all classes at once, on frozen CLS features and on pixels."""
     data = Folder(folder(of=of)).build()
     assert isinstance(data.train, FileSplit)
     assert isinstance(data.test, FileSplit)

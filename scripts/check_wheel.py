@@ -1,5 +1,4 @@
-"""Build the wheel, unpack it as an installer does, and import every module of it, without the source tree or its
-extras.
+"""Build the wheel, unpack it as an installer does, and import its modules without the source tree and its extras.
 
 python scripts/check_wheel.py           # needs the packages build and setuptools
 python scripts/check_wheel.py --tiny    # prove the check itself on a wheel of one module, without building

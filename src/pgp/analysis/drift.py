@@ -1,8 +1,9 @@
-"""The drift meter: how far responses to old images move as a model learns on, and what its projection does about it.
+"""The drift meter: how far responses to old images change during training, and what the projection removes.
 
-After each task, evaluation sees the test images of all tasks so far; the meter compares the features of a few of them
-with those of then. Of the rows that enter a protected parameter it keeps random mixtures only: what a step does to them
-is, up to a common factor and on average, what it does to all rows.
+After each task, evaluation processes the test images of all tasks so far. The meter compares the features of a few of
+them with their features right after their own task. Of the inputs of a protected parameter, it stores random sketches
+only: up to a common factor and on average, a step changes its responses to a sketch as much as its responses to all
+inputs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SKETCH_SIZE = 16
 
 
 class Drift(NamedTuple):
-    """What is measured of the images of one task: what they were answered right after it, and what they are now."""
+    """Measurements on the images of one task."""
 
     indices: Tensor
     """Where the images are in the test split, `(B,)`."""
@@ -42,13 +43,13 @@ class Drift(NamedTuple):
     """Prompts that the images select, `(B, M)` bool; None for a method that selects none."""
 
     def at(self, indices: Tensor) -> Drift:
-        """Return the rows of these images, in their order; all of them are here."""
+        """Return the rows of these images, in their order. All of them must be present."""
         places = torch.searchsorted(self.indices, indices)
         return Drift(*(None if each is None else each[places] for each in self))  # type: ignore[arg-type]
 
 
 class DriftMeter:
-    """Measures drift on a few test images of each task; it changes nothing that is learned.
+    """Measures drift on a few test images of each task. It changes nothing that is learned.
 
     Use: `start_task`, `attach` to the task's optimizer before the projection is attached, `projection_stats` once the
     task is trained, `watch` during evaluation, `end_task`.
@@ -70,13 +71,13 @@ class DriftMeter:
         self._watched: dict[int, list[FeatureBatch]] = {}
 
     def start_task(self) -> None:
-        """Take a snapshot of the protected parameters, before anything of the next task changes them."""
+        """Snapshot the protected parameters at the start of a task."""
         targets = self.projection.protected
         self.params_at_task_start = {space: each.parameter.detach().clone() for space, each in targets.items()}
         self.energies = {}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> HookHandle:
-        """Measure the gradients and the updates of every step as they come, until the handle is removed."""
+        """Measure the gradients and the updates of every step, until the returned handle is removed."""
         projection = self.projection
         measured = {space: target for space, target in projection.protected.items() if projection.rank(space)}
         before: dict[str, Tensor] = {}
@@ -104,7 +105,9 @@ class DriftMeter:
         total[row] += values
 
     def projection_stats(self) -> dict[str, dict[str, float | None]]:
-        """Return what the projection did to the task just trained, by space; ask before it learns from that task.
+        """Return what the projection did in the task just trained, by space.
+
+        Call it before the projection's `end_task`.
 
         Returns:
             gradients, updates: Share of the energy of all gradients, and of all updates, that lay in the protected
@@ -127,11 +130,11 @@ class DriftMeter:
         return {"gradients": gradients, "updates": updates, "removed": removed, "leak": leaks}
 
     def sample(self, task: Task) -> Tensor:
-        """Return the test images of `task` on which drift is measured, evenly spaced, `(n,)`."""
+        """Return the indices of the test images of `task` on which drift is measured, evenly spaced, `(n,)`."""
         return task.test[torch.linspace(0, len(task.test) - 1, min(self.config.drift_images, len(task.test))).long()]
 
     def watch(self, task: Task, batch: FeatureBatch) -> None:
-        """Keep what evaluation makes of the images of the sample; the rest of the batch is not needed."""
+        """Store the features of those images of an evaluation batch that are in the sample."""
         chosen = torch.isin(batch.indices, self.sample(task)).nonzero().flatten()
         if len(chosen):
             queries = None if batch.queries is None else batch.queries[chosen].cpu()
@@ -140,7 +143,7 @@ class DriftMeter:
 
     @torch.no_grad()
     def end_task(self, method: Method, task: Task, progress: Progress) -> dict[str, Any]:
-        """Compare the images of earlier tasks with their references, and make references of those of `task`.
+        """Compare images of earlier tasks with their references, and store references for those of `task`.
 
         Collective: every process must call it.
 
@@ -194,9 +197,9 @@ class DriftMeter:
         return out
 
     def _sketch(self, method: Method, task: Task, progress: Progress) -> dict[str, Tensor]:
-        """Return, by space, random mixtures `(..., K, D)` of the rows of the sample.
+        """Return random sketches `(..., K, D)` of the inputs of the sample, by space.
 
-        Weights are drawn image by image, so that they are the same however many images are seen together.
+        Weights are drawn image by image, so that they do not depend on the batch size.
         """
         config, evaluation = self.config, self.evaluation
         fabric, title = evaluation.fabric, evaluation.scenario.describe(task)
@@ -228,7 +231,7 @@ class DriftMeter:
         return {space: mixtures.float() for space, mixtures in sketch.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that it remembers."""
+        """Return the state of the meter."""
         return {
             "params_at_task_start": self.params_at_task_start,
             "energies": self.energies,
@@ -242,14 +245,14 @@ class DriftMeter:
 
 
 def explained_energy(projection: Projection, space: str, tensor: Tensor) -> Tensor:
-    """Return the energy of `tensor (..., D)` in the protected subspace of `space`, and all its energy, `(2,)`."""
+    """Return the squared norm of `tensor (..., D)` in the protected subspace of `space`, and in total, `(2,)`."""
     rows = to_float64(tensor)
     whole, left = rows.square().sum(), projection.project(space, rows).square().sum()
     return torch.stack([whole - left, whole])
 
 
 def _measured(method: Method, kept: list[FeatureBatch], classes: tuple[int, ...], task: Task) -> Drift:
-    """Return what images of `task` are answered now, in the order of the split, on the CPU."""
+    """Return measurements on images of `task` with the current parameters, in the order of the split, on the CPU."""
     if not kept:
         raise ValueError(f"expected test images in task {task.index + 1}, but every one of a sample is unreadable")
     device = next(method.parameters()).device
@@ -262,18 +265,18 @@ def _measured(method: Method, kept: list[FeatureBatch], classes: tuple[int, ...]
 
 
 def _responses(sketch: Tensor, target: ProtectedParameter) -> Tensor:
-    """Return the inner products of a protected parameter with rows `(..., K, D)`, on the CPU."""
+    """Return the inner products of a protected parameter with inputs `(..., K, D)`, on the CPU."""
     parameter = target.parameter.detach().float().cpu().transpose(target.axis, -1)
     return sketch.cpu() @ parameter.mT
 
 
 def _like_parameter(sketch: Tensor, target: ProtectedParameter) -> Tensor:
-    """Return rows with as many axes as the parameter that they enter."""
+    """Return inputs with as many axes as the parameter that they are multiplied with."""
     return sketch[(None,) * (target.parameter.dim() - sketch.dim())].to(target.parameter.device)
 
 
 def _change(now: Tensor, then: Tensor) -> float | None:
-    """Return the relative change: the norm of the difference by the norm of what was; None if that is 0."""
+    """Return the relative change: the norm of the difference, divided by the norm of `then`; None if that is 0."""
     return _ratio((now - then).norm(), then.norm())
 
 

@@ -1,4 +1,4 @@
-"""What there is to choose from, in words: recipes, data sets, settings, and what each of them needs."""
+"""The list of recipes, data sets, settings and components, with what each needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ assert set(SETTINGS) == set(get_args(Setting))
 
 
 def print_catalogue() -> RenderableType:
-    """All of it, ready to print."""
+    """Return the whole list, ready to print."""
     return Group(*_sections())
 
 
@@ -59,7 +59,7 @@ def _needs(config: Config) -> list[str]:
 
 
 def _encoder(backbone: Backbone.Config) -> str:
-    """Its name, and where its weights come from."""
+    """Return the name of the encoder, and the source of its weights."""
     model, weights = (str(getattr(backbone, name, "")) for name in ("model", "weights"))
     if weights.startswith("package:"):
         return f"{weights.removeprefix('package:')}, which pgp ships"
@@ -69,7 +69,7 @@ def _encoder(backbone: Backbone.Config) -> str:
 
 
 def _location(dataset: DatasetConfig) -> str:
-    """Where a data set is looked for, whether it is there, and what is fetched otherwise."""
+    """Return where a data set is searched for, whether it was found, and what would be downloaded."""
     if isinstance(dataset, HuggingFace):
         return "on the hub, or at the path that --dataset.name gives"
     if not dataset.search_paths:
@@ -96,7 +96,7 @@ def _indented(what: RenderableType) -> Padding:
 
 
 def _summary(thing: object) -> str:
-    """The first sentences of a docstring, up to a blank line or a list, on one line."""
+    """Return the first paragraph of a docstring on one line."""
     paragraph = (inspect.getdoc(thing) or "").partition("\n\n")[0]
     return " ".join(paragraph.split())
 

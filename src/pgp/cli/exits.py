@@ -25,7 +25,7 @@ LOST = re.compile("closed by peer|reset by peer|gloo|NCCL")
 
 
 def exit_status(work: Callable[[], None]) -> None:
-    """Do the work of a command; whatever ends it, ends in one line and with the status that `pgp --help` tells."""
+    """Run a command. Any error ends in one line on standard error, and in the exit status that `pgp --help` states."""
     _prepare_streams()
     try:
         with warnings.catch_warnings(), signals.handled_by(signals.end_at_once):
@@ -83,7 +83,7 @@ def _leave_quietly() -> NoReturn:
 
 
 def _explained(error: Exception) -> tuple[str, int]:
-    """What to tell a user of an error, and the status to end with."""
+    """Return the message of an error for the user, and the exit status."""
     message = str(error) or type(error).__name__
     if isinstance(error, RuntimeError) and distributed.is_distributed() and LOST.search(message):
         return "another process of this run ended, which this one waited for: what it said stands above", 2

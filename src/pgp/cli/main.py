@@ -77,7 +77,7 @@ PUBLISHED_OUTPUT = Path("output")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; end the process with another status than 0 unless it is done, see `USAGE`."""
+    """Run one command. If it fails, end the process with the exit status that `USAGE` states."""
     words = list(sys.argv[1:] if argv is None else argv)
     bare = words[0] in ("list", "data") and len(words) < 4 if words else True  # without flags of their own
     if not words or words[0] in HELP or (bare and words[-1] in HELP):
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def published_main(argv: Sequence[str] | None = None) -> None:
-    """`python main.py RECIPE …`: as `main`, with the words, the folder and the file names of the published code."""
+    """Run `python main.py RECIPE ...`, with the flags, the folder and the file names of the published code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in HELP:
         exit_status(lambda: show.show_lines(*PUBLISHED_USAGE.splitlines()))
@@ -102,7 +102,7 @@ def published_main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_command(words: list[str]) -> None:
-    """`pgp train …`."""
+    """Run `pgp train`."""
     if any(word == "--resume" or word.startswith("--resume=") for word in words):
         asked = not HELP.isdisjoint(words)
         parse.check_resumable(words)
@@ -122,7 +122,7 @@ def train_command(words: list[str]) -> None:
 
 
 def _train_command(words: list[str], program: str) -> TrainCommand:
-    """As `parsing.train_command`, and says what a published flag means where it says less than it means."""
+    """Parse as `parse.train_command`, and print a note if a published flag is ambiguous."""
     command = parse.train_command(words, program)
     if note := published.explain_model_flag(words[1:], command.config):
         show.print_note(note)
@@ -130,7 +130,7 @@ def _train_command(words: list[str], program: str) -> TrainCommand:
 
 
 def _trained(command: TrainCommand) -> list[Run]:
-    """The finished run, and its twin or baselines."""
+    """Train the run of a command, and its unprojected twin or its baselines, and return them."""
     own = command.config if command.pgp else unprojected(command.config)
     configs = {type(own.projection).__module__.rpartition(".")[2]: own}  # by the folder's name, if there are several
     if command.twin:
@@ -151,7 +151,7 @@ def _trained(command: TrainCommand) -> list[Run]:
 
 
 def _published_train(words: list[str]) -> None:
-    """`python main.py RECIPE …`: trains into `--output_dir`, or into the next free folder beside it."""
+    """Train as `python main.py RECIPE ...` in `--output_dir`, or in the next free folder beside it."""
     command = _train_command(words, "python main.py")
     folder = (command.output or PUBLISHED_OUTPUT).absolute()
     own = command.config if command.pgp else unprojected(command.config)
@@ -171,7 +171,7 @@ def _published_train(words: list[str]) -> None:
 
 
 def _published_eval(words: list[str]) -> None:
-    """`python main.py RECIPE --eval`: the newest run of the recipe in `--output_dir`, after each of its tasks."""
+    """Evaluate the newest run of the recipe in `--output_dir` after each of its tasks."""
     command = _train_command(words, "python main.py")
     asked = command.config if command.pgp else unprojected(command.config)
     run, config = published.find_latest_run(asked, words[1:], (command.output or PUBLISHED_OUTPUT).absolute())
@@ -181,7 +181,7 @@ def _published_eval(words: list[str]) -> None:
 
 
 def eval_command(words: list[str]) -> None:
-    """`pgp eval RUN`."""
+    """Run `pgp eval RUN`."""
     command = parse.parse(EvalCommand, words, "pgp eval")
     run = Run.open(command.run)
     hardware = replace(run.config.hardware, accelerator="auto", devices=1)
@@ -198,7 +198,7 @@ def eval_command(words: list[str]) -> None:
 
 
 def audit_command(words: list[str]) -> None:
-    """`pgp audit RUN`."""
+    """Run `pgp audit RUN`."""
     command = parse.parse(AuditCommand, words, "pgp audit")
     if not command.batch_sizes or min(command.batch_sizes) < 1:
         raise ValueError(f"expected --batch-sizes of at least 1, got {command.batch_sizes}")
@@ -215,7 +215,7 @@ def audit_command(words: list[str]) -> None:
 
 
 def predict_command(words: list[str]) -> None:
-    """`pgp predict RUN image …`."""
+    """Run `pgp predict RUN IMAGE ...`."""
     command = parse.parse(PredictCommand, words, "pgp predict")
     if not command.images:
         raise ValueError("expected image files or folders, got none: pgp predict RUN photo.jpg folder/")
@@ -245,7 +245,7 @@ def predict_command(words: list[str]) -> None:
 
 
 def report_command(words: list[str]) -> None:
-    """`pgp report RUN …`."""
+    """Run `pgp report RUN ...`."""
     command = parse.parse(ReportCommand, words, "pgp report")
     if not command.runs:
         raise ValueError("expected run folders, got none: pgp report RUN …")
@@ -257,12 +257,12 @@ def report_command(words: list[str]) -> None:
 
 
 def _places(config: Config) -> list[Path]:
-    """Where all data of a run lie."""
+    """Return the paths of all data of a run."""
     return [place for data in (config.dataset, *config.added) for place in data.search_paths]
 
 
 def sweep_command(words: list[str]) -> None:
-    """`pgp sweep RECIPE …`."""
+    """Run `pgp sweep RECIPE ...`."""
     first = [] if not words or words[0].startswith("-") else [words[0]]
     command, others = parse.parse_known(SweepCommand, words[len(first) :], "pgp sweep RECIPE")
     base = parse.parse_point([*first, *others])
@@ -286,7 +286,7 @@ def sweep_command(words: list[str]) -> None:
 
 
 def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[str]:
-    """What went wrong, a line for each run that failed; every other run is there when this returns."""
+    """Run all jobs of a sweep, and return one line for each run that failed."""
     left = [job for job in jobs if not sweep.finished_result(job)]
     if len(left) < len(jobs):
         show.print_note(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
@@ -304,14 +304,14 @@ def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[s
 
 
 def list_command(words: list[str]) -> None:
-    """`pgp list`."""
+    """Run `pgp list`."""
     if words:
         raise ValueError(f"pgp list takes no arguments, got {' '.join(words)}")
     show.show_rich(catalogue.print_catalogue())
 
 
 def data_command(words: list[str]) -> None:
-    """`pgp data get RECIPE …` and `pgp data check RECIPE …`; data flags are those of pgp train."""
+    """Run `pgp data get RECIPE` or `pgp data check RECIPE`, with the data flags of `pgp train`."""
     actions: dict[str, Callable[[Config], None]] = {"get": _get, "check": _check}
     if not words or words[0].startswith("-"):
         raise ValueError("expected pgp data get RECIPE or pgp data check RECIPE")
@@ -329,7 +329,7 @@ def _get(config: Config) -> None:
 
 
 def _check(config: Config) -> None:
-    """Raises unless the data are whole and make the tasks that the recipe wants."""
+    """Raise unless the data are complete and give the tasks of the recipe."""
     config = resolve_paths(config)
     data = config.dataset.read()
     with show.progress() as bars:

@@ -1,4 +1,4 @@
-"""From words to a command: the flags of pgp train, which several commands understand, and grids of them."""
+"""Parsing of the command line: the flags of pgp train, which several commands share, and grids of values."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Command = TypeVar("Command")
 
 
 def parse(command: type[Command], words: Sequence[str], program: str, **settings: Any) -> Command:
-    """Return the command that `words` ask for; what is said of words that are wrong is safe for a terminal."""
+    """Return the command for `words`. Error messages are safe for a terminal."""
     with _safe_complaints():
         found: Command = tyro.cli(command, args=words, prog=program, **settings)
     return found
 
 
 def parse_known(command: type[Command], words: Sequence[str], program: str) -> tuple[Command, list[str]]:
-    """Return the command, and those of the words that mean nothing to it."""
+    """Return the command for `words`, and the words that it does not know."""
     with _safe_complaints():
         return tyro.cli(command, args=words, prog=program, return_unknown_args=True)
 
@@ -51,7 +51,7 @@ def _safe_complaints() -> Iterator[None]:
 
 
 def train_command(words: list[str], program: str) -> TrainCommand:
-    """What `RECIPE --flags` asks for."""
+    """Return the command for `RECIPE --flags`."""
     if not words or words[0].startswith("-"):
         raise ValueError(f"expected a recipe, one of {', '.join(recipes.RECIPES)}; or --resume RUN")
     recipe = lookup(recipes.RECIPES, words[0], "recipe", "pgp list")
@@ -76,7 +76,7 @@ def train_command(words: list[str], program: str) -> TrainCommand:
 
 
 def resume_defaults(words: list[str]) -> ResumeCommand:
-    """The run that `--resume` names, with its own settings."""
+    """Return the command for the run that `--resume` names, with the run's own settings."""
     folders = flag_values(words, "--resume")
     if not folders:
         raise ValueError("expected a run folder behind --resume, such as runs/own-seed42")
@@ -85,7 +85,7 @@ def resume_defaults(words: list[str]) -> ResumeCommand:
 
 
 def check_resumable(words: list[str]) -> None:
-    """Raise if a flag stands beside --resume that can only be given when a run begins."""
+    """Raise if a flag is given with --resume that can only be given when a run begins."""
     known = {field.name.replace("_", "-") for kind in (ResumeCommand, Hardware) for field in fields(kind)}
     for word in words:
         name = word.partition("=")[0].removeprefix("--").replace("_", "-")
@@ -96,7 +96,7 @@ def check_resumable(words: list[str]) -> None:
 
 
 def lookup(table: dict[str, Callable[..., Any]], name: str, what: str, where: str) -> Callable[..., Any]:
-    """What `table` holds under `name`; raises with the nearest name that it has, where it has none."""
+    """Return the entry `name` of `table`, and raise an error that suggests the nearest name if there is none."""
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
         hint = f"perhaps you meant {near[0]!r}; " if near else ""
@@ -105,7 +105,10 @@ def lookup(table: dict[str, Callable[..., Any]], name: str, what: str, where: st
 
 
 def _choose_components(config: Config, words: list[str]) -> Config:
-    """`config` with the parts that flags like `--projection none` name, so that the flags of those parts are known."""
+    """Return `config` with the components that flags like `--projection none` name.
+
+    The flags of these components are then known to the parser.
+    """
     if gone := [name for name in flag_values(words, "--projection") if name in ("slower", "frozen")]:
         raise ValueError(f"expected a projection behind --projection, got {gone[0]}: slower and frozen prompts are a"
                          f" learning rate, --optimizer.later-prompt-lr-scale 0.1 or 0, or a baseline, --method"
@@ -126,7 +129,7 @@ def _choose_components(config: Config, words: list[str]) -> Config:
 
 
 def flag_values(words: list[str], wanted: str) -> list[str]:
-    """What stands behind `wanted`, as `--data a b` or `--data=a`."""
+    """Return the values after the flag `wanted`, as in `--data a b` or `--data=a`."""
     out: list[str] = []
     taking = False
     for word in words:
@@ -141,7 +144,7 @@ def flag_values(words: list[str], wanted: str) -> list[str]:
 
 
 def parse_point(words: list[str]) -> Config:
-    """The configuration of one point of a grid."""
+    """Return the configuration of one point of a grid."""
     command = train_command(words, "pgp sweep")
     if command.twin or command.baselines or command.output or flag_values(words, "--seed"):
         raise ValueError("expected pgp sweep without --twin, --baselines and --seed: controls are there by default, and"
@@ -153,7 +156,7 @@ def parse_point(words: list[str]) -> Config:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The seeds that `--seeds` means: so many from 0, or a list.
+    """Return the seeds of `--seeds`, which is a number of seeds from 0, or a list.
 
     >>> parse_seeds("3"), parse_seeds("3,7")
     ([0, 1, 2], [3, 7])
@@ -165,7 +168,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def parse_grid(over: Sequence[str]) -> list[dict[str, str]]:
-    """Every choice of one value for each `PATH=v1,v2,…`: values by path.
+    """Return every combination of the values in `PATH=v1,v2,...`, as values by path.
 
     >>> parse_grid(["a=1,2", "b=x"])
     [{'a': '1', 'b': 'x'}, {'a': '2', 'b': 'x'}]
@@ -185,7 +188,7 @@ def parse_grid(over: Sequence[str]) -> list[dict[str, str]]:
 
 
 def to_flags(choice: Mapping[str, str]) -> list[str]:
-    """The flags of `pgp train` that make a choice; a true or false one is a switch."""
+    """Return the flags of `pgp train` for a combination of values; true and false become switches."""
     words = []
     for path, value in choice.items():
         front, dot, last = path.rpartition(".")
@@ -195,7 +198,10 @@ def to_flags(choice: Mapping[str, str]) -> list[str]:
 
 
 def label_choices(choices: Sequence[Mapping[str, str]], configs: Sequence[Config], recipe: str) -> dict[str, Config]:
-    """Points by label: each setting by as much of its path as tells it apart, and its value; equal points once."""
+    """Return the configurations of a grid by label, without duplicates.
+
+    A label consists of settings, each with as much of its path as is needed to be unique, and its value.
+    """
     paths = list(choices[0]) if choices else []
     short = {path: path.rpartition(".")[2] for path in paths}
     names = {path: last if list(short.values()).count(last) == 1 else path for path, last in short.items()}
@@ -208,7 +214,7 @@ def label_choices(choices: Sequence[Mapping[str, str]], configs: Sequence[Config
 
 
 def _value(config: Config, path: str, text: str) -> Any:
-    """What a path leads to, where that is a plain value: .9 and 0.90 are the same; else as it was written."""
+    """Return the value at a path of the configuration if it is plain (.9 and 0.90 are the same), else its text."""
     place: Any = config
     for part in path.split("."):
         place = place[int(part)] if part.isdecimal() else getattr(place, part, None)

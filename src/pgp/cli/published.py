@@ -72,7 +72,7 @@ MODELS: dict[type, dict[str, tuple[str, ...]]] = {
 
 
 def translate_flags(words: Sequence[str], config: Config) -> list[str]:
-    """`words` with every published flag in ours; all else stays as it is.
+    """Return `words` with every published flag translated to ours; other words do not change.
 
     Args:
         words: Arguments behind the recipe's name.
@@ -102,7 +102,7 @@ def translate_flags(words: Sequence[str], config: Config) -> list[str]:
 
 
 def explain_model_flag(words: Sequence[str], config: Config) -> str | None:
-    """What `--model` among `words` means, where it says less than it means."""
+    """Return a note on the weights that `--model` among `words` stands for, or None if it is not needed."""
     for _, name, value in _pairs(words):
         if name == "model" and value in MODELS.get(type(config.backbone), {}):
             return f"--model {value} is {' '.join(_model(value, config)[1::2])}, the published weights"
@@ -110,7 +110,7 @@ def explain_model_flag(words: Sequence[str], config: Config) -> str | None:
 
 
 def find_latest_run(asked: Config, words: Sequence[str], folder: Path) -> tuple[Run, Config]:
-    """The run of a recipe that was written last, of those that all flags given fit, and how to evaluate it.
+    """Return the newest run of a recipe that fits all given flags, and the configuration to evaluate it.
 
     Args:
         asked: The recipe's configuration under all flags.
@@ -163,14 +163,14 @@ def _runs_of(recipe: str, folders: Iterable[Path]) -> tuple[list[Run], list[RunE
 
 
 def _other(asked: Config, trained: Config, given: set[str]) -> list[str]:
-    """The flags among `given` that ask for another training than `trained`."""
+    """Return the flags among `given` that ask for a training different from `trained`."""
     free = {"eval-batch-size", "legacy-eval", "dataset.root"}
     names = {"projection" if name in ("pgp", "no-pgp") else name for name in given - free}
     return sorted(name for name in names if _lookup_path(asked, name) != _lookup_path(trained, name))
 
 
 def _lookup_path(config: Config, name: str) -> Any:
-    """The setting that a flag is about, such as `optimizer.lr`; None for flags that are about none."""
+    """Return the setting that a flag changes, such as `optimizer.lr`, or None if it changes none."""
     place: Any = config
     for part in name.replace("-", "_").split("."):
         place = place[int(part)] if part.isdecimal() else getattr(place, part, None)
@@ -194,7 +194,7 @@ def export_checkpoints(run: Run) -> list[Path]:
 
 
 def _pairs(words: Sequence[str]) -> Iterator[tuple[list[str], str, str | None]]:
-    """Word by word: what stands there, its flag without hyphens in front, and the one value behind that, or None.
+    """Yield each word with its flag, without leading hyphens, and the single value after it (or None).
 
     A word that is no flag and no such value has the flag "".
     """

@@ -1,7 +1,7 @@
-"""What the command line shows: bars while it works, tables and figures when it is done.
+"""Output of the command line: progress bars, tables and figures.
 
-Results go to standard output, everything else to standard error; nothing that comes from data or files is taken for
-markup or reaches a terminal as a control character.
+Results go to standard output, everything else to standard error. Text from data or files is never interpreted as
+markup, and control characters in it are escaped.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from pgp.system.storage import RunError
 from pgp.training.tasks import single_class_warning
 
 NARROW = 80
-"""Columns of a terminal in which results have to be readable."""
+"""Width of a terminal in characters in which results must be readable."""
 
 
 UNLIMITED = 100_000
-"""Columns of what is no terminal: nothing is wrapped there."""
+"""Width in characters if the output is not a terminal, so that nothing is wrapped."""
 
 
 GAP = 2
-"""Columns between two columns of a table."""
+"""Number of spaces between two columns of a table."""
 
 
 class _Errors(Console):
-    """Standard error."""
+    """A console for standard error."""
 
     def on_broken_pipe(self) -> None:
         """Raise the error that rich is handling, so that the program ends as for any other broken pipe."""
@@ -56,7 +56,7 @@ class _Errors(Console):
 
 
 def is_terminal(stream: Any) -> bool:
-    """Whether a standard stream is there, and a terminal."""
+    """Return whether a standard stream exists and is a terminal."""
     return stream is not None and stream.isatty()
 
 
@@ -87,7 +87,7 @@ def show_rich(renderable: RenderableType) -> None:
 
 
 def _console() -> Console:
-    """Standard output as rich sees it."""
+    """Return a rich console for standard output."""
     width = None if is_terminal(sys.stdout) else UNLIMITED
     return Console(width=width, markup=False, emoji=False, highlight=False)
 
@@ -98,10 +98,10 @@ def print_note(text: object) -> None:
 
 
 def progress(memory: float = 30, *, hidden: bool = False) -> Progress:
-    """Return progress bars on standard error, with the time that is left by the speed of the last `memory` seconds.
+    """Return progress bars on standard error, with the remaining time estimated from the last `memory` seconds.
 
-    Standard output is left alone, so that a result goes where the user sent it. A result that is printed while bars are
-    shown on the same terminal would be garbled: hide the bars, or print it when they are gone.
+    Standard output is not redirected. Results that are printed on the same terminal while bars are shown would be
+    garbled, so hide the bars, or print results after they are gone.
     """
     console = _Errors(stderr=True)
     columns = (
@@ -173,7 +173,7 @@ def show_report(runs: Sequence[Run], folder: Path | None = None) -> None:
 
 
 def follow_results(outcomes: sweep.Results, total: int) -> list[str]:
-    """A line for each of `total` runs that failed; one is printed for each run that ends, under a bar over all."""
+    """Print one line for each of `total` runs that ends, and return one line for each that failed."""
     failures = []
     with progress(memory=1e9) as bars, closing(outcomes):
         bar = bars.add_task("runs", total=total)
@@ -223,8 +223,9 @@ def _show_last(run: Run, matrices: Mapping[str, Tensor], t: int) -> None:
 
 
 def _show_history(run: Run, matrices: Mapping[str, Tensor], measured: Sequence[int]) -> None:
-    """Print a row for each readout and each of the tasks `measured`: the accuracy on every task if that fits the width,
-    else on the first, the last and the worst.
+    """Print a row for each readout and each of the tasks `measured`.
+
+    It has the accuracy on every task if that fits the width, else on the first, the last and the worst task.
     """
     agrees = _agreement(run, matrices)
     names, last = ("readout", "after"), measured[-1] + 1
@@ -249,7 +250,7 @@ def _percent(share: float | Tensor) -> str:
 
 
 def _agreement(run: Run, matrices: Mapping[str, Tensor]) -> dict[tuple[str, int], str]:
-    """By readout and task: whether the accuracies are those that `run` stores; "" if it does not store them."""
+    """Return by readout and task whether the accuracies equal those that `run` stores; "" if it stores none."""
     stored, out = run.matrices(), {}
     for column, matrix in matrices.items():
         close = ((stored.get(column, matrix) - matrix).abs() < 1e-9).logical_or(torch.ones_like(matrix).tril() == 0)
@@ -340,7 +341,7 @@ def _show_table(title: str, names: Sequence[str], figures: Sequence[str], rows: 
 def _column_widths(
     names: Sequence[str], figures: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> tuple[list[int], list[int]]:
-    """Columns of a terminal for each name and each figure, with the gap behind; headings of figures break at spaces."""
+    """Return the width of each column of a table, including the gap after it; headings break at spaces."""
     cells = [
         max((cell_len(printable(row[place])) for row in rows), default=0) for place in range(len(names) + len(figures))
     ]

@@ -60,7 +60,7 @@ class _Member(NamedTuple):
 
 
 def extract(archive: Path, folder: str, target: Path, progress: Progress) -> None:
-    """Nothing; `target/folder` is now what `folder` is in the archive, and what lies beside it there is left out.
+    """Unpack `folder` of the archive to `target/folder`; other members of the archive are left out.
 
     Every member is looked at before anything is written: paths out of the archive, links and devices are refused.
 
@@ -89,7 +89,7 @@ def extract(archive: Path, folder: str, target: Path, progress: Progress) -> Non
 
 
 def _proved(archive: Path, folder: str, members: Iterable[_Member]) -> list[_Member]:
-    """Members of `folder`, after all of `members` proved harmless."""
+    """Yield the members of `folder`, after checking that all of `members` are harmless."""
     packed = archive.stat().st_size
     most = max(SMALL, RATIO * packed)
     size, seen = 0, []
@@ -123,7 +123,7 @@ def _write(member: _Member, target: Path) -> None:
 
 @contextmanager
 def _members(archive: Path) -> Iterator[Iterator[_Member]]:
-    """All members, in the order in which they lie in the archive."""
+    """Yield all members in the order of the archive."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as zipped:
             yield (

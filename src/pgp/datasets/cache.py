@@ -92,7 +92,7 @@ class ImageCache:
         return self._store.budget if self._store else 0
 
     def get_or_decode(self, index: int, decode: Callable[[], Tensor]) -> Tensor:
-        """Image number `index`, `(3, H, W)` uint8; decoded only if it is not here. It is not to be written to."""
+        """Return image number `index`, `(3, H, W)` uint8, from the cache or decoded. It must not be written to."""
         if self._store is None:
             return decode()
         with self._store.lock:

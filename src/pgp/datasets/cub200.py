@@ -17,7 +17,7 @@ SPECIES = re.compile(r"\d+\..+").fullmatch
 
 @dataclass(frozen=True)
 class CUB200(DownloadableDataset):
-    """Read from `root/CUB_200_2011` by its index files, or, as other tools leave it, from folders train and test."""
+    """Photographs of birds, in `root/CUB_200_2011` with its index files, or in its folders train and test."""
 
     tag = "cub200"
 
@@ -33,7 +33,7 @@ class CUB200(DownloadableDataset):
     expected: ClassVar[DatasetSize | None] = DatasetSize(5_994, 5_794, 200)
 
     def read(self) -> Dataset:
-        """5,994 training and 5,794 test images by the official split, labels in the order of the species' numbers."""
+        """Return 5,994 training and 5,794 test images by the official split, with labels by species number."""
         folder = self.folder()
         if (folder / "images").is_dir():
             return _indexed(folder)
@@ -50,7 +50,7 @@ class CUB200(DownloadableDataset):
 
 
 def _indexed(folder: Path) -> Dataset:
-    """The set as its four index files tell it."""
+    """Return the data set from its four index files."""
     files, labels, parts, species = (
         _index(folder / name)
         for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
@@ -68,7 +68,7 @@ def _indexed(folder: Path) -> Dataset:
 
 
 def _index(path: Path) -> dict[str, str]:
-    """Lines of a number and what it stands for."""
+    """Return the text of each line of an index file by its number."""
     if not path.is_file():
         raise ValueError(f"expected {path} beside the images, got none: unpack the archive again")
     lines = (line.split(maxsplit=1) for line in lines_of(read_text(path)))
@@ -76,7 +76,7 @@ def _index(path: Path) -> dict[str, str]:
 
 
 def _dataset(folder: Path, train: list[tuple[Path, int]], test: list[tuple[Path, int]], species: list[str]) -> Dataset:
-    """The set, after a look at whether there is one."""
+    """Return the data set, after checking that it exists."""
     if not train or not test:
         raise ValueError(
             f"expected training and test images in {folder}, got {len(train)} and {len(test)}: its images lie in"

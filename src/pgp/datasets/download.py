@@ -27,7 +27,7 @@ MIRROR = "PGP_MIRROR"
 
 
 def unpacked(archive: Archive, root: Path, progress: Progress | None = None) -> Path:
-    """The folder below `root` that `archive` unpacks to; where it is not there, the archive is fetched and unpacked.
+    """Return the folder below `root` that `archive` unpacks to. If it is missing, download and unpack the archive.
 
     A folder that is there is taken as it is. The archive stays in `root`, whoever put it there. Of several processes
     that come at once, one fetches and the others wait.
@@ -50,7 +50,7 @@ def unpacked(archive: Archive, root: Path, progress: Progress | None = None) -> 
 
 
 def fetched(archive: Archive, root: Path, progress: Progress | None = None) -> Path:
-    """The archive in `root`, proved by its digest; where it is not there, it is fetched.
+    """Return the path of the archive in `root`, checked by its digest. If it is missing, download it.
 
     Raises:
         ArchiveError: If it cannot be had, or is not the published one.
@@ -61,12 +61,12 @@ def fetched(archive: Archive, root: Path, progress: Progress | None = None) -> P
 
 
 def there(folder: Path) -> bool:
-    """Whether `folder` is one, and holds something."""
+    """Return whether `folder` is a folder that is not empty."""
     return folder.is_dir() and any(folder.iterdir())
 
 
 def address(archive: Archive) -> str:
-    """Where the archive is fetched from: its authors' place, or the mirror that the environment names."""
+    """Return the URL of the archive: that of its authors, or of the mirror in `PGP_MIRROR`."""
     mirror = os.environ.get(MIRROR)
     return f"{mirror.rstrip('/')}/{archive.name}" if mirror else archive.url
 
@@ -98,7 +98,7 @@ def _prove(archive: Archive, path: Path) -> None:
 
 
 def _downloaded(archive: Archive, root: Path, bars: Progress) -> Path:
-    """The archive in our working folder, fetched and proved."""
+    """Download the archive to our working folder, check it, and return its path."""
     import pooch
     import requests
 
@@ -127,7 +127,7 @@ def _downloaded(archive: Archive, root: Path, bars: Progress) -> Path:
 
 @contextmanager
 def _alone(archive: Archive, root: Path, bars: Progress) -> Iterator[None]:
-    """Nobody else works on the archive in `root` meanwhile, and nothing of an earlier crash is in the way."""
+    """Lock the archive in `root` against other processes, and remove what an earlier crash left."""
     work = root / WORK
     work.mkdir(parents=True, exist_ok=True)
     for path in (work, *work.iterdir()):
@@ -155,7 +155,7 @@ def _scratch(archive: Archive) -> str:
 
 @contextmanager
 def _explained(archive: Archive, root: Path) -> Iterator[None]:
-    """Turns what a disk answers into what to do about it."""
+    """Convert errors of the disk to errors that say what to do."""
     try:
         yield
     except OSError as error:
@@ -170,7 +170,7 @@ def _explained(archive: Archive, root: Path) -> Iterator[None]:
 
 
 def _shown(progress: Progress | None) -> AbstractContextManager[Progress]:
-    """Where bars are drawn: in `progress`, else on the error stream."""
+    """Return where to draw bars: `progress`, or new bars on standard error."""
     if progress is not None:
         return nullcontext(progress)
     left = (TransferSpeedColumn(), TextColumn("left"), TimeRemainingColumn())

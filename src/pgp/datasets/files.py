@@ -27,8 +27,9 @@ class FileSplit(Split):
 
     @classmethod
     def of(cls, folder: Path, names: Sequence[str], domains: Sequence[str] = ()) -> FileSplit:
-        """All images below `folder/<name>`, in alphabetical order, labelled by the place of the name in `names`; or
-        below `folder/<domain>/<name>`, where there are domains.
+        """Return all images below `folder/<name>`, or below `folder/<domain>/<name>` if there are domains.
+
+        Images of a class are in alphabetical order. The label is the index of the name in `names`.
         """
         found = [
             (path, label, number)
@@ -44,20 +45,18 @@ class FileSplit(Split):
         return cls(paths, labels, numbers if domains else None)
 
     def parted(self, share: float, seed: int) -> tuple[FileSplit, FileSplit]:
-        """Training and test images: of each class, `share` of its images drawn for the test, and one at least; of each
-        class in each domain, where there are domains.
-        """
+        """Split into training and test images: a fraction `share` of each class (in each domain) is for testing."""
         test = holdout_mask(self, share, seed, lambda place: str(self.paths[place].parent))
         return self.at((~test).nonzero().flatten().tolist()), self.at(test.nonzero().flatten().tolist())
 
     def at(self, places: Iterable[int]) -> FileSplit:
-        """The images at these places only, in this order."""
+        """Return the split of the images at these indices, in this order."""
         places = list(places)
         domains = None if self.domains is None else self.domains[places].tolist()
         return FileSplit([self.paths[i] for i in places], self.labels[places].tolist(), domains)
 
     def names(self) -> list[str]:
-        """Their paths, as far as they differ."""
+        """Return the paths of the images, without the folder that contains them all."""
         try:
             shared = os.path.commonpath([path.parent for path in self.paths])
         except ValueError:  # on two drives, which share nothing
@@ -70,12 +69,9 @@ class FileSplit(Split):
 
 
 def read_image(path: Path, content: bytes | None = None) -> Tensor:
-    """The image at `path` as the eye sees it, `(3, H, W)` uint8: upright, in RGB, transparency over white.
+    """Decode the image at `path` to upright RGB, `(3, H, W)` uint8, with transparency on white.
 
-    Where its bytes are at hand as `content`, `path` is only what to call it.
-
-    Raises:
-        BadImageError: Naming `path`, if it cannot be decoded.
+    If its bytes are given as `content`, `path` is only used in error messages.
     """
     try:
         image = decode(path if content is None else content)

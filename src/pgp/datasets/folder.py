@@ -1,4 +1,4 @@
-"""Your own images: a folder per class, and perhaps one per domain."""
+"""Your own images in one folder per class, and optionally one per domain."""
 
 from __future__ import annotations
 
@@ -14,40 +14,44 @@ from pgp.datasets.layout import check_inside, class_folders, find_layout
 from pgp.datasets.scan import contents, images_below
 from pgp.datasets.text import lines_of, normalized, read_text
 
-DEFAULT_TEST_SHARE = (".jpg", ".png", ".gif", ".webp", ".tif")
-"""What images usually end in; there are more in `pgp.datasets.decode.SUFFIXES`."""
+COMMON_SUFFIXES = (".jpg", ".png", ".gif", ".webp", ".tif")
+"""Common suffixes of image files, for messages. All are in `pgp.datasets.decode.SUFFIXES`."""
 NAMES = "names.txt"
-"""Beside the class folders: what the classes are called, a line of a folder and its name each."""
+"""File beside the class folders with the names of classes: in each line a folder and its name."""
 
-KNOWN = (NAMES, "class_order.txt", "tasks.json")
-"""Files that are heeded, here or in `pgp.training.tasks`."""
+SETTINGS_FILES = (NAMES, "class_order.txt", "tasks.json")
+"""Files that are read, here or in `pgp.training.tasks`, so they are not reported as ignored."""
 
 
 @dataclass(frozen=True)
 class Folder(DatasetConfig):
-    """Images in `root/train/<class>/*` and `root/test/<class>/*`, read in place; or in `root/<class>/*`, some of each
-    for the test. The part for the test may be called `val`, `valid`, `validation` or `eval`, too, in any case.
+    """Images in one folder per class, read in place.
 
-    With domains the folders of a class lie in those of their domain: `root/train/<domain>/<class>/*` and
+    Training and test images are in `root/train/<class>/*` and `root/test/<class>/*`. The second folder may also be
+    called `val`, `valid`, `validation` or `eval`, in any case. If all images are in `root/<class>/*`, some of each
+    class are held out for testing.
+
+    With domains, the folders of classes are inside folders of domains: `root/train/<domain>/<class>/*` and
     `root/test/<domain>/<class>/*`, or `root/<domain>/<class>/*`.
-    A class is called by its folder, or as `root/names.txt` says, where it exists: lines of a folder and its name.
+
+    The name of a class is the name of its folder, unless `root/names.txt` exists, with a folder and its name per line.
     """
 
     tag = "folder"
 
     root: Path = Path("data")
-    """Folder that holds `train` and `test`, or a folder per class."""
+    """Folder with `train` and `test`, or with a folder per class."""
     test_share: float = 0.2
-    """Share of each class that is kept for the test where there is no folder `test`; one image at least."""
+    """Fraction of each class to hold out for testing if there is no folder `test`; at least one image."""
     split_seed: int = 0
-    """Decides which images these are."""
+    """Seed that decides which images are held out."""
     domains: bool = False
-    """Whether the folders of classes lie in folders of domains; --setting dil turns it on."""
+    """Whether the folders of classes are inside folders of domains; --setting dil turns it on."""
     train_folder: str | None = None
-    """Folder of the training images in `root`; `.` for `root` itself, whose folders are all classes. By the usual
-    names, if None."""
+    """Folder of the training images in `root`; `.` if `root` itself contains the class folders. If None, a folder with
+    a common name, such as `train`."""
     test_folder: str | None = None
-    """Folder of the test images in `root`. By the usual names, if None."""
+    """Folder of the test images in `root`. If None, a folder with a common name, such as `test`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,17 +59,17 @@ class Folder(DatasetConfig):
 
     @property
     def search_paths(self) -> tuple[Path, ...]:
-        """See `DatasetConfig.places`."""
+        """See `DatasetConfig.search_paths`."""
         return (self.root,)
 
     def build(self) -> Dataset:
-        """Classes and domains are the folders of `train`, or of `root`, in alphabetical order.
+        """Return the images, with classes and domains from the folders of `train`, or of `root`, in alphabetical order.
 
         Raises:
             ValueError: If it is not clear which folders are what, or a class has no training images.
         """
         root = require_folder(self.root)
-        ignored, notes = Ignored(root, KNOWN), Notes()
+        ignored, notes = Ignored(root, SETTINGS_FILES), Notes()
         layout = find_layout(root, self.train_folder, self.test_folder, ignored)
         train = _read(layout.train, self.domains, ignored, notes)
         test = _read(layout.test, self.domains, ignored, notes) if layout.test else Part()
@@ -93,9 +97,7 @@ class Folder(DatasetConfig):
     def _nothing(self, folder: Path) -> str:
         """Say that there are no images in `folder`."""
         if not self.domains:
-            return (
-                f"no images in {folder}/<class>/: expected files ending in {', '.join(DEFAULT_TEST_SHARE)} or the like"
-            )
+            return f"no images in {folder}/<class>/: expected files ending in {', '.join(COMMON_SUFFIXES)} or the like"
         found = contents(folder, links=True).folders
         inside = sorted({path.name for domain in found for path in contents(domain, links=True).folders})
         return (
@@ -104,7 +106,7 @@ class Folder(DatasetConfig):
         )
 
     def with_domains(self) -> Folder:
-        """The same with folders of domains."""
+        """Return the same settings with folders of domains."""
         return replace(self, domains=True)
 
 
@@ -188,7 +190,7 @@ def _read(folder: Path, domains: bool, ignored: Ignored, notes: Notes) -> Part:
 
 
 def _spoken(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
-    """What the classes of `folders` are called."""
+    """Return the class names of `folders`."""
     if not os.path.lexists(path):
         return folders
     names = {}

@@ -18,9 +18,9 @@ WNID = re.compile(r"n\d{8}").fullmatch
 
 @dataclass(frozen=True)
 class TinyImageNet(DownloadableDataset):
-    """Read from `root/tiny-imagenet-200`; the test is its `val`, whose labels are published.
+    """Small images of ImageNet classes, in `root/tiny-imagenet-200`; test images are those of `val`.
 
-    Test images lie in `val/images`, or as other tools leave them, in a folder per class in `val` or in `test`.
+    Test images are in `val/images`, or in a folder per class in `val` or in `test`.
     """
 
     tag = "tiny-imagenet"
@@ -37,7 +37,7 @@ class TinyImageNet(DownloadableDataset):
     expected: ClassVar[DatasetSize | None] = DatasetSize(100_000, 10_000, 200)
 
     def read(self) -> Dataset:
-        """100,000 training and 10,000 test images, labels in the order of the WordNet ids."""
+        """Return 100,000 training and 10,000 test images, with labels in the order of the WordNet ids."""
         folder = self.folder()
         wnids = folders_in(folder / "train", WNID)
         train = [(path, label) for label, wnid in enumerate(wnids) for path in _of_class(folder / "train" / wnid)]
@@ -47,7 +47,7 @@ class TinyImageNet(DownloadableDataset):
 
 
 def _test(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
-    """Test images and their labels."""
+    """Return the test images and their labels."""
     index = folder / "val" / "val_annotations.txt"
     if index.is_file() and images_in(folder / "val" / "images"):
         lines = [line.split("\t") for line in lines_of(read_text(index)) if line]
@@ -70,7 +70,7 @@ def _of_class(folder: Path) -> list[Path]:
 
 
 def _names(words: Path, wnids: list[str]) -> tuple[str, ...]:
-    """The first synonym of each class; its WordNet id where words.txt is not there."""
+    """Return the first synonym of each class, or its WordNet id if words.txt is missing."""
     if not words.is_file():
         warnings.warn(f"no {words}: classes are called by their WordNet ids", stacklevel=2)
         return tuple(wnids)

@@ -169,7 +169,7 @@ class Transfer:
                            f" {self.part.stem} elsewhere and put it into {self.part.parent.parent}")  # fmt: skip
 
     def _begin(self, answer: requests.Response, url: str) -> _Source:
-        """What a download from the first byte is of, noted beside the part."""
+        """Record what a download from the first byte belongs to, beside the partial file."""
         tag = answer.headers.get("ETag", "")
         version = tag if tag.startswith('"') else answer.headers.get("Last-Modified")  # weak tags promise too little
         length = answer.raw.length_remaining  # None where the server does not tell
@@ -186,7 +186,7 @@ class Transfer:
         return source
 
     def _source(self, url: str) -> _Source | None:
-        """What the part is of; None if there is nothing to go on with."""
+        """Return what the partial file belongs to, or None if it cannot be continued."""
         try:
             source = _Source(*json.loads(self._note.read_text(encoding="utf-8")))
             return source if source.url == url and (source.size is None or self.have <= source.size) else None
@@ -194,7 +194,7 @@ class Transfer:
             return None
 
     def _fits(self, answer: requests.Response, source: _Source | None, have: int) -> bool:
-        """Whether a partial answer begins where the part ends, and is of the same whole."""
+        """Return whether a partial response begins where the partial file ends, and belongs to the same file."""
         span, _, total = answer.headers.get("Content-Range", "").partition("/")
         same = source is not None and (total == str(source.size) or total == "*" or source.size is None)
         return same and span.startswith(f"bytes {have}-")

@@ -1,4 +1,4 @@
-"""Evidence from runs with the same seeds: paired differences to controls, and accuracy against forgetting."""
+"""Comparison of runs with the same seeds: paired differences to controls, and accuracy against forgetting."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MARKS = "sD^vP*Xh"
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What is compared: finished runs of one configuration, by seed."""
+    """One configuration in a comparison: its finished runs, by seed."""
 
     label: str
     runs: Mapping[int, Run]
@@ -44,7 +44,7 @@ class Entry:
 
 
 class PairedDifference(NamedTuple):
-    """Mean difference over the seeds that both have, and its standard error, None for a single seed."""
+    """Mean difference over the seeds that two entries have in common, and its standard error (None for one seed)."""
 
     seeds: int
     mean: float
@@ -52,7 +52,7 @@ class PairedDifference(NamedTuple):
 
 
 def paired(one: Mapping[int, float], other: Mapping[int, float]) -> PairedDifference | None:
-    """`one` less `other`, both by seed; None where they have no seed in common.
+    """Return the mean difference `one - other` over common seeds, or None if there are none.
 
     >>> difference = paired({0: 0.5, 1: 0.7, 2: 0.9}, {0: 0.4, 1: 0.4, 3: 0.1})
     >>> difference.seeds, round(difference.mean, 4), round(difference.error, 4)
@@ -68,7 +68,7 @@ def paired(one: Mapping[int, float], other: Mapping[int, float]) -> PairedDiffer
 
 
 def frontier(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those of (forgetting, accuracy) than which none is better in both, from the least forgetting to the most.
+    """Return the Pareto-optimal points (forgetting, accuracy), from the least forgetting to the most.
 
     >>> frontier([(0.3, 0.8), (0.1, 0.5), (0.2, 0.4), (0.2, 0.7), (0.4, 0.8)])
     [(0.1, 0.5), (0.2, 0.7), (0.3, 0.8)]
@@ -81,17 +81,17 @@ def frontier(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def table(members: Sequence[Entry]) -> list[tuple[str, ...]]:
-    """Rows under `HEAD`: each member and readout, and below it its differences to each of its controls."""
+    """Return the rows under `HEAD`: each entry and readout, followed by its differences to its controls."""
     return [row for member in members for column in columns(member) for row in _rows(member, column)]
 
 
 def markdown(members: Sequence[Entry]) -> str:
-    """The table and what it means."""
+    """Return the table as Markdown, with a note on how to read it."""
     return f"{tables.markdown_table(HEAD, table(members))}\n{NOTE}"
 
 
 def columns(member: Entry) -> list[str]:
-    """The readouts of its runs, the headline first."""
+    """Return the readouts of an entry's runs, the headline first."""
     return list(next(iter(member.runs.values())).matrices()) if member.runs else []
 
 
@@ -112,7 +112,7 @@ def _rows(member: Entry, column: str) -> Iterator[tuple[str, ...]]:
 
 
 def _fitting(control: Entry, column: str) -> str | None:
-    """The readout of a control that stands beside `column`; where it has none of the name, the best it has."""
+    """Return the readout of a control to compare with `column`: the same one, else the control's best."""
     known = columns(control)
     best = max(known, key=lambda name: _result_row(control, name).spread("average_accuracy")[0], default=None)
     return column if column in known else best
@@ -123,21 +123,21 @@ def _result_row(member: Entry, column: str) -> ResultRow:
     return ResultRow(member.label, column, matrices, [], [])
 
 
-def _standard_error(line: ResultRow) -> bool:
-    """Whether all was learned as a single task, so that nothing could be forgotten."""
+def _is_single_task(line: ResultRow) -> bool:
+    """Return whether everything was learned as a single task, so that nothing could be forgotten."""
     return all(metrics.tasks_learned(matrix) == 1 for matrix in line.matrices)
 
 
 def _values(member: Entry, column: str, figure: str) -> dict[int, float]:
-    """A function of `pgp.evaluation.metrics` by seed; nothing for the forgetting of what was learned at once."""
-    if figure == "forgetting" and _standard_error(_result_row(member, column)):
+    """Return a metric of `pgp.evaluation.metrics` by seed; empty for the forgetting of a single task."""
+    if figure == "forgetting" and _is_single_task(_result_row(member, column)):
         return {}
     return {seed: getattr(metrics, figure)(run.matrices()[column]) for seed, run in member.runs.items()}
 
 
 def _cells(line: ResultRow) -> list[str]:
     accuracy, forgotten = tables.format_row(line, STATISTICS)
-    return [accuracy, "" if _standard_error(line) else forgotten]
+    return [accuracy, "" if _is_single_task(line) else forgotten]
 
 
 def _signed(difference: PairedDifference) -> str:
@@ -146,8 +146,10 @@ def _signed(difference: PairedDifference) -> str:
 
 
 def draw_comparison(members: Sequence[Entry], path: Path) -> None:
-    """Accuracy against forgetting as a PNG, a panel for each readout: members with the deviation over seeds, their
-    controls in black, and the frontier of these, right of and below which a member is worse than a control.
+    """Draw accuracy against forgetting as a PNG, with a panel for each readout.
+
+    Entries are drawn with their standard deviation over seeds, controls in black. An entry to the right of and below
+    the frontier of controls is worse than a control.
     """
     members = [member for member in members if member.runs]
     held = {control for member in members for control in member.controls.values()}
@@ -182,7 +184,7 @@ def _panel(axes: Any, column: str, points: Sequence[Entry], controls: Sequence[E
         if other is None:
             continue
         line = _result_row(control, other)
-        if _standard_error(line):
+        if _is_single_task(line):
             mean, _ = line.spread("average_accuracy")
             axes.axhline(100 * mean, color="black", linestyle=":", linewidth=1, label=plot_text(control.label))
             continue
@@ -201,7 +203,7 @@ def _panel(axes: Any, column: str, points: Sequence[Entry], controls: Sequence[E
 
 
 def _point(axes: Any, line: ResultRow, label: str, **style: Any) -> tuple[float, float]:
-    """(forgetting, accuracy) in percent, as drawn with its deviations."""
+    """Draw a point with its standard deviations, and return its (forgetting, accuracy) in percent."""
     (y, up), (x, wide) = line.spread("average_accuracy"), line.spread("forgetting")
     axes.errorbar(
         100 * x, 100 * y, xerr=100 * (wide or 0), yerr=100 * (up or 0), linestyle="", elinewidth=0.8, capsize=2,

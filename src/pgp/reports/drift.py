@@ -1,4 +1,4 @@
-"""What the drift meter said over the course of runs, as a table and a figure; from run folders only."""
+"""Results of the drift meter over the tasks of runs, as a table and a figure. Only run folders are read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Event = dict[str, Any]
 
 
 class DriftHistory(NamedTuple):
-    """Runs that differ in nothing but their seed, task after task."""
+    """Results of runs that differ only in their seed, by task."""
 
     label: str
     runs: list[dict[int, Event]]
@@ -42,19 +42,22 @@ class DriftHistory(NamedTuple):
         return [events[self.end] for events in self.runs if self.end in events]
 
     def curve(self, figure: Callable[[Event], float | None]) -> dict[int, float]:
-        """By number of tasks learned, the mean of a figure over the runs; tasks where no run has it are left out."""
+        """Return the mean of a statistic over the runs, by number of tasks learned.
+
+        Tasks without a value are left out.
+        """
         tasks = sorted({task for events in self.runs for task in events})
         values = {task + 1: [figure(events[task]) for events in self.runs if task in events] for task in tasks}
         known = {task: [value for value in those if value is not None] for task, those in values.items()}
         return {task: statistics.mean(those) for task, those in known.items() if those}
 
     def last(self, figure: Callable[[Event], float | None]) -> float | None:
-        """The same after the last task, None where no run has it."""
+        """Return the mean of a statistic after the last task, or None if no run has a value."""
         return self.curve(figure).get(self.end + 1)
 
 
 def drift_histories(runs: Sequence[Run]) -> list[DriftHistory]:
-    """One for each group of runs that measured drift."""
+    """Return the history of each group of runs that measured drift."""
     out = []
     for label, members in group_runs(runs):
         events = [_events(run) for run in members]
@@ -64,7 +67,7 @@ def drift_histories(runs: Sequence[Run]) -> list[DriftHistory]:
 
 
 def _events(run: Run) -> dict[int, Event]:
-    """Return what was logged when the tasks of a run were closed, by task; nothing if it did not measure drift.
+    """Return the event at the end of each task, by task; empty if the run did not measure drift.
 
     Raises:
         RunError: If the log does not hold what pgp writes there.
@@ -91,7 +94,7 @@ def _responses(event: Event) -> float | None:
 
 
 def _headline(figure: str) -> Callable[[Event], float | None]:
-    """A figure of the first readout, averaged over tasks where it is told for each."""
+    """Return a function for a statistic of the first readout, averaged over tasks if it has a value for each."""
 
     def of(event: Event) -> float | None:
         value: Any = next(iter(event[figure].values()))
@@ -126,7 +129,7 @@ PARAMETERS = {
 
 
 def markdown(table: Sequence[DriftHistory]) -> str:
-    """A table of all figures after the last task, in percent."""
+    """Return a table of all statistics after the last task, in percent."""
     rows = []
     for course in table:
         values = [course.last(figure) for figure in STATISTICS.values()]
@@ -135,8 +138,9 @@ def markdown(table: Sequence[DriftHistory]) -> str:
 
 
 def draw_drift(table: Sequence[DriftHistory], path: Path) -> None:
-    """Every figure over tasks as a PNG, and each space and prompt after the last task; what nobody measured is left
-    out.
+    """Draw every statistic over tasks, and each space and prompt after the last task, as a PNG.
+
+    Statistics that no run has are left out.
     """
     panels: list[Callable[[Any], None]] = []
     changes = {heading: f"change of old {heading}, %" for heading in ("features", "logits", "protected responses")}
@@ -227,6 +231,9 @@ def _by_parameter(course: DriftHistory, key: str) -> dict[str, float]:
 
 
 def _usage(course: DriftHistory) -> list[float]:
-    """Share of images that choose each prompt after the last task, the mean over runs; empty where none is chosen."""
+    """Return the fraction of images that select each prompt after the last task, averaged over runs.
+
+    It is empty for methods that do not select prompts.
+    """
     of_runs = [event["drift"].get("usage", []) for event in course.finals]
     return [statistics.mean(shares) for shares in zip(*of_runs, strict=True)]

@@ -1,4 +1,4 @@
-"""Figures of accuracy, and what all figures share."""
+"""Figures of accuracy, and helper functions for all figures."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ DOTTED = 20
 
 
 def draw_accuracy(table: Sequence[ResultRow], path: Path) -> None:
-    """Curves of the average accuracy over tasks, and each line's accuracy matrix (mean over seeds), as a PNG; and of
-    the accuracy along the stream, where a run is online.
+    """Draw average accuracy over tasks and each row's accuracy matrix (mean over seeds) as a PNG.
+
+    For online runs, the online accuracy is drawn too.
     """
     matrices = [torch.stack(line.matrices).mean(0) for line in table]
     wide = 2 if len(matrices) == 4 else min(3, len(matrices))
@@ -67,7 +68,7 @@ def draw_accuracy(table: Sequence[ResultRow], path: Path) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG, whole or not at all."""
+    """Write a figure as a PNG, atomically."""
     content = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # it is drawn as a box
@@ -76,17 +77,17 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def marker(points: int) -> str:
-    """Return the marker of a curve: a dot at each of its points, none if they would hide the line."""
+    """Return the marker of a curve: a dot, or none if there are so many points that dots would hide the line."""
     return "o" if points <= DOTTED else ""
 
 
 def whole_numbers(axes: Any) -> None:
-    """Let only whole numbers stand at the x-axis, and no more than there is room for."""
+    """Put ticks of the x-axis at whole numbers only, at most ten of them."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def _draw_online(axes: Any, table: Sequence[ResultRow]) -> None:
-    """Accuracy along the stream, a curve for each run; the readouts of a run share it."""
+    """Draw the online accuracy of each run. The readouts of a run share one curve."""
     known: list[list[dict[int, float]]] = []
     for line in table:
         if line.online in known:
@@ -120,7 +121,7 @@ def _draw_matrix(axis: Any, matrix: Tensor, title: str, tasks: Sequence[str], nu
 
 
 def _ticks(tasks: int) -> list[int]:
-    """Return the tasks that are named beside a matrix: all up to twelve, else so many that their names have room.
+    """Return the tasks that are labelled beside a matrix: all up to twelve, else every second, fifth, tenth, ....
 
     >>> _ticks(3), _ticks(100)
     ([0, 1, 2], [0, 9, 19, 29, 39, 49, 59, 69, 79, 89, 99])

@@ -1,4 +1,4 @@
-"""Tables and figures, from run folders only."""
+"""Tables of results, from run folders only."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pgp.system.storage import RunError
 
 
 class ResultRow(NamedTuple):
-    """Figures of one column (a readout) over the runs that differ in nothing but their seed."""
+    """Results of one column (a readout) over runs that differ only in their seed."""
 
     label: str
     column: str
@@ -33,7 +33,10 @@ class ResultRow(NamedTuple):
     `pgp.evaluation.online`."""
 
     def spread(self, figure: str) -> tuple[float, float | None]:
-        """Mean and standard deviation (None for a single run) of a function of `pgp.evaluation.metrics`, in [0, 1]."""
+        """Return mean and standard deviation over runs of a metric of `pgp.evaluation.metrics`, in [0, 1].
+
+        The deviation is None for a single run.
+        """
         if figure == ONLINE:
             values = [stream[max(stream)] for stream in self.online]
         else:
@@ -54,12 +57,12 @@ ONLINE = "stream"
 
 
 def statistics(table: Sequence[ResultRow]) -> dict[str, str]:
-    """What `table` shows, with its headings: `FIGURES`, and the accuracy along the stream where a run is online."""
+    """Return the metrics in `table` with their headings: `STATISTICS`, and online accuracy if a run is online."""
     return STATISTICS | ({ONLINE: "stream accuracy"} if any(line.online for line in table) else {})
 
 
 def group_runs(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """Runs that differ in nothing but their seed, by a label: in a few words, what sets them apart from the others."""
+    """Group runs that differ only in their seed. Each group gets a short label of what is special about it."""
     members: dict[str, list[Run]] = {}
     trees: dict[str, dict[str, Any]] = {}
     for run in {run.folder.resolve(): run for run in runs}.values():
@@ -72,7 +75,7 @@ def group_runs(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
 
 
 def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
-    """One line per group of runs and per column.
+    """Return one row per group of runs and per column.
 
     Raises:
         RunError: If the runs of a group have come to different tasks, so that their figures mean different things.
@@ -94,19 +97,19 @@ def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
 
 
 def markdown(table: Sequence[ResultRow]) -> str:
-    """A table in percent, mean ± standard deviation over seeds."""
+    """Return a Markdown table in percent, mean ± standard deviation over seeds."""
     shown = statistics(table)
     rows = [[line.label, line.column, str(len(line.matrices)), *format_row(line, shown)] for line in table]
     return markdown_table(["run", "readout", "seeds", *shown.values()], rows)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Return a Markdown table."""
     return "".join("| " + " | ".join(map(markdown_cell, row)) + " |\n" for row in (head, ["---"] * len(head), *rows))
 
 
 def format_row(line: ResultRow, shown: Mapping[str, str] = STATISTICS) -> list[str]:
-    """The figures of a line, in percent; nothing for the stream of a run that is not online."""
+    """Return the metrics of a row in percent; an empty cell for the online accuracy of other runs."""
     out = []
     for figure in shown:
         if figure == ONLINE and not line.online:
@@ -118,21 +121,21 @@ def format_row(line: ResultRow, shown: Mapping[str, str] = STATISTICS) -> list[s
 
 
 def _name(line: ResultRow, table: Sequence[ResultRow]) -> str:
-    """Label and column, as far as they tell lines apart."""
+    """Return label and column of a row, each only if rows of the table differ in it."""
     labels, columns = {one.label for one in table}, {one.column for one in table}
     parts = [line.label] * (len(labels) > 1) + [line.column] * (len(columns) > 1)
     return ", ".join(parts) or line.label
 
 
 def _online_accuracy(run: Run) -> dict[int, float]:
-    """Accuracy over all images that had come, by their number; nothing for a run that is not online."""
+    """Return the online accuracy by number of images so far; empty for a run that is not online."""
     with reading(run.log_file.path):
         looks = {int(event["images"]): float(event["accuracy"]) for event in run.events("stream")}
     return dict(sorted(looks.items()))
 
 
 def _without_paths(tree: dict[str, Any], run: Run) -> dict[str, Any]:
-    """The settings `tree` of a run with what its data and tasks are known by in place of where they lie."""
+    """Return the settings `tree` of a run, with fingerprints of its data and tasks instead of their paths."""
     known = {"data": run.data_fingerprint, "tasks of": None if tree["shuffle"] else run.classes()[1]}
     return {key: value for key, value in tree.items() if not PLACE.fullmatch(key)} | known
 
@@ -142,7 +145,7 @@ PLACE = re.compile(r"(dataset|added\.\d+)\.(root|file)")
 
 
 def _shorten_paths(trees: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The same settings, with places that differ named from the folder on that holds them all."""
+    """Return the same settings, with differing paths relative to the folder that contains them all."""
     out = [dict(tree) for tree in trees]
     for key in filter(PLACE.fullmatch, dict.fromkeys(key for tree in trees for key in tree)):
         placed = [tree for tree in out if tree.get(key)]
@@ -155,7 +158,7 @@ def _shorten_paths(trees: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def flatten(tree: Any, path: str = "") -> dict[str, Any]:
-    """A tree of JSON values by dotted path; leaves that cannot tell experiments apart are left out."""
+    """Return the leaves of a JSON tree by dotted path, without those that do not distinguish experiments."""
     if isinstance(tree, list):
         tree = {str(i): item for i, item in enumerate(tree)}
     if not isinstance(tree, dict):
@@ -168,7 +171,7 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def _labels(trees: Sequence[dict[str, Any]]) -> list[str]:
-    """What sets each tree apart from the others, in as few words as do: parts of another kind first, then settings."""
+    """Return a short label for each tree of what distinguishes it: components first, then settings."""
     keys = dict.fromkeys(key for tree in trees for key in tree)
     varying = [key for key in keys if len({repr(tree.get(key)) for tree in trees}) > 1]
     telling = [key for key in varying if not key.startswith("readouts.")] or varying  # readouts have their columns
@@ -183,8 +186,10 @@ def _labels(trees: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _words(key: str, value: Any) -> str:
-    """Return `projection none` for `projection.tag`, the name of a switch that is on, nothing for one that is off, and
-    else `key value`.
+    """Return the label of a setting.
+
+    It is `projection none` for `projection.tag`, the name of a switch that is on, nothing for one that is off, else
+    `key value`.
     """
     name = key.rpartition(".")[2]
     if key.endswith(".tag"):

@@ -1,7 +1,8 @@
-"""The checkpoints of a run: what they are called, how each is written in one atomic move, and how it is read back.
+"""Checkpoints of a run: their names, atomic writing, and reading.
 
-`checkpoints/` holds a folder for each checkpoint, with `state.safetensors` and its record `state.json`; `latest`, which
-names the newest; and `pieces/`, tensors that several checkpoints share, by digest.
+`checkpoints/` holds a folder for each checkpoint, with its tensors in `state.safetensors` and its record in
+`state.json`. The file `latest` names the newest checkpoint. The folder `pieces/` holds tensors that several checkpoints
+share, each under its digest.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ STATE, RECORD, LATEST, PIECES = "state.safetensors", "state.json", "latest", "pi
 
 @dataclass(frozen=True)
 class CheckpointName:
-    """Name of a checkpoint: after so many tasks or, with a step, after so many steps of task number `task`.
+    """Name of a checkpoint: after `task` tasks or, with a step, after so many steps of task number `task`.
 
     >>> str(CheckpointName(3)), CheckpointName.parse("task-04-step-000120")
     ('task-03', CheckpointName(task=4, step=120))
@@ -54,7 +55,7 @@ class CheckpointName:
 
     @classmethod
     def parse(cls, text: str) -> CheckpointName:
-        """Return the name that reads `text`.
+        """Return the checkpoint name that `text` spells.
 
         Raises:
             ValueError: If pgp writes no such name.
@@ -67,7 +68,7 @@ class CheckpointName:
 
     @classmethod
     def at(cls, tasks: int, steps: int) -> CheckpointName:
-        """Return the name for a state with so many finished tasks, and so many steps of the next one."""
+        """Return the name of the checkpoint after so many finished tasks, and so many steps of the next one."""
         return cls(tasks + 1, steps) if steps else cls(tasks)
 
     @property
@@ -80,7 +81,7 @@ class CheckpointName:
 
 @dataclass(frozen=True)
 class Record:
-    """What `state.json` says beside the state itself: all that the run was when the checkpoint was written."""
+    """Content of `state.json` besides the state itself: what the run was when the checkpoint was written."""
 
     run: str
     """Identity of the run."""
@@ -101,7 +102,7 @@ class Checkpoints:
         self.folder = folder
 
     def latest(self) -> CheckpointName | None:
-        """Return the name of the newest checkpoint; None before there is one.
+        """Return the name of the newest checkpoint, or None if there is none.
 
         Raises:
             RunError: If `latest` names none, or is damaged.
@@ -122,11 +123,11 @@ class Checkpoints:
         return name
 
     def is_empty(self) -> bool:
-        """Return whether there is nothing but what a process that was killed left unfinished."""
+        """Return whether the folder is empty, apart from unfinished files of a killed process."""
         return all(platforms.UNFINISHED.fullmatch(path.name) for path in self._entries())
 
     def is_begun(self) -> bool:
-        """Return whether there is nothing but what is left by a kill before the first checkpoint was the latest."""
+        """Return whether the run was stopped before its first checkpoint became the latest."""
         names = self.names()
         others = {path.name for path in self._entries()} - {*map(str, names), PIECES}
         ours = all(platforms.UNFINISHED.fullmatch(name) or REPLACED.fullmatch(name) for name in others)
@@ -136,7 +137,7 @@ class Checkpoints:
         return list(self.folder.iterdir()) if self.folder.is_dir() else []
 
     def names(self) -> list[CheckpointName]:
-        """Return the names of all checkpoints that are there, oldest first."""
+        """Return the names of all checkpoints in the folder, oldest first."""
         found = []
         for path in self._entries():
             with contextlib.suppress(ValueError):
@@ -150,7 +151,7 @@ class Checkpoints:
         return [name for name in self.names() if name.step is None and name.task <= done]
 
     def written(self) -> float:
-        """Return when the newest checkpoint was written, in seconds."""
+        """Return the time at which the newest checkpoint was written, in seconds since the epoch."""
         return (self.folder / LATEST).lstat().st_mtime
 
     def record(self, name: CheckpointName) -> Record:
@@ -163,7 +164,7 @@ class Checkpoints:
             return self._read(name)[0]
 
     def load(self, name: CheckpointName, parts: Collection[str] | None = None) -> dict[str, Any]:
-        """Return the state of a checkpoint: all of it, or only the `parts` of those names.
+        """Return the state of a checkpoint, or only the entries named by `parts`.
 
         Raises:
             RunError: If a byte of it is not as it was written.
@@ -176,7 +177,7 @@ class Checkpoints:
             return {key: join(item, tensors, self._piece) for key, item in pairs}
 
     def save(self, name: CheckpointName, state: Mapping[str, Any], record: Record) -> None:
-        """Write a checkpoint in one atomic move, make it the latest, and delete the older step of a task.
+        """Write a checkpoint atomically, make it the latest, and delete the previous checkpoint inside the same task.
 
         Raises:
             RunError: If the system refuses; the latest checkpoint is the one of before.
@@ -211,7 +212,7 @@ class Checkpoints:
             storage.remove_folder(self.folder / str(last))
 
     def rewrite(self, change: Callable[[Record], Record]) -> None:
-        """Change the records of the latest checkpoint and of that of the last finished task, and not their states."""
+        """Change the records, but not the states, of the latest checkpoint and of the last finished task."""
         last = self.latest()
         for name in {last, last.finished} if last else ():
             if name is not None:
@@ -220,12 +221,12 @@ class Checkpoints:
                 storage.write(self.folder / str(name) / RECORD, json.dumps(changed))
 
     def keep(self, newest: int) -> None:
-        """Delete the checkpoints of all finished tasks but the newest few."""
+        """Delete the checkpoints of all finished tasks except the newest ones."""
         for name in self.finished()[:-newest]:
             storage.remove_folder(self.folder / str(name))
 
     def drop_step(self) -> None:
-        """Make the last finished task the latest checkpoint again, if the latest is one inside a task."""
+        """Make the checkpoint of the last finished task the latest, if the latest is inside a task."""
         last = self.latest()
         if last is None or last.step is None:
             return
@@ -239,9 +240,9 @@ class Checkpoints:
         storage.remove_folder(self.folder / str(last))
 
     def tidy(self) -> None:
-        """Delete what earlier processes left behind: unfinished and replaced checkpoints, stale steps and pieces.
+        """Delete what earlier processes left: unfinished and replaced checkpoints, old steps, and unused pieces.
 
-        Only the one process that writes to the run may call it.
+        Only the process that has locked the run may call it.
         """
         if not storage.exists(self.folder):
             return
@@ -254,7 +255,7 @@ class Checkpoints:
         self._tidy_pieces()
 
     def _tidy_pieces(self) -> None:
-        """Delete the pieces that no checkpoint needs, unless one of them cannot say what it needs."""
+        """Delete the pieces that no checkpoint needs, unless a checkpoint cannot be read."""
         folder, needed = self.folder / PIECES, set[str]()
         try:
             for name in self.names():
@@ -268,7 +269,7 @@ class Checkpoints:
                 _remove(path)
 
     def _read(self, name: CheckpointName) -> tuple[Record, dict[str, Any]]:
-        """Return the record of a checkpoint, and everything else in its file."""
+        """Return the record of a checkpoint, and the whole content of its file."""
         path = storage.require_folder(storage.require_folder(self.folder) / str(name)) / RECORD
         tree = storage.read_sealed(path)
         if tree.get("format") != FORMAT:
@@ -316,7 +317,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def reading(place: Path) -> Iterator[None]:
-    """Turn whatever goes wrong where what lies at `place` is put to use into one line that names it."""
+    """Convert errors from using the content of `place` inside a `with` block to a `RunError` with one line."""
     try:
         yield
     except RunError:
@@ -335,7 +336,7 @@ def _require(kind: type, *values: Any) -> None:
 
 
 def _set_aside(path: Path) -> None:
-    """Rename a checkpoint to one of the names in `REPLACED` that is free."""
+    """Rename a checkpoint to the first free name that matches `REPLACED`."""
     number, aside = 1, path.with_name(f"{path.name}-replaced")
     while storage.exists(aside):
         number += 1
@@ -344,7 +345,7 @@ def _set_aside(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a file or folder as far as the system lets it; of a link, only itself."""
+    """Delete a file or folder as far as the system permits; of a link, only the link."""
     if path.is_dir() and not path.is_symlink():
         storage.remove_folder(path)
     else:
@@ -353,7 +354,7 @@ def _remove(path: Path) -> None:
 
 
 def _intact(path: Path, digest: str, size: int) -> bytes:
-    """Return the content of a file that has to have this digest and this many bytes."""
+    """Return the content of a file, and raise a RunError if its digest or its size is wrong."""
     data = storage.read(path, size)
     if storage.digest(data) != digest:
         raise RunError(f"{path} was changed or damaged after pgp wrote it")

@@ -1,4 +1,4 @@
-"""Where the data of a run lie, and what to do if they were moved."""
+"""Paths of a run's data, and how to replace them if the data were moved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pgp.system.paths import Place
 
 
 def resolve_paths(config: Config) -> Config:
-    """`config` as a run records it: with absolute paths, and domains told apart where the setting asks for them."""
+    """Return `config` as a run records it: with absolute paths, and with domains if the setting needs them."""
     dataset = config.dataset.with_domains() if config.setting == "dil" else config.dataset
     files = {name: getattr(config, name) for name in ("class_order", "task_file")}
     paths = {name: file.expanduser().absolute() for name, file in files.items() if file is not None}
@@ -31,7 +31,7 @@ FILES = ("class_order", "task_file")
 
 
 def with_data_paths(config: Config, places: Sequence[Place]) -> Config:
-    """Return the configuration of a run whose data have moved, files that it names in their folder as well.
+    """Return the configuration of a run with new paths for its data, and for the files beside them.
 
     Args:
         config: As the run records it.
@@ -54,7 +54,7 @@ def with_data_paths(config: Config, places: Sequence[Place]) -> Config:
 
 
 def record_data_paths(run: Run, config: Config) -> None:
-    """Record where the data lie by `config`, unless it is recorded. The process has to be writing to `run`."""
+    """Record the data paths of `config` if they have changed. The process must have locked `run` for writing."""
 
     def change(known: Config) -> Config:
         files = {name: getattr(config, name) for name in FILES}

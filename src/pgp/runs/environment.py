@@ -1,4 +1,4 @@
-"""Where a run computes: versions, commit and hardware, for the record."""
+"""Description of the environment of a run: versions, commit and hardware."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pgp.system import platforms
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, commit and hardware, for the record."""
+    """Return versions, commit and hardware."""
     packages = ("prompt-gradient-projection", "torch", "torchvision", "timm", "lightning-fabric", "numpy")
     versions = {}
     for package in packages:
@@ -40,7 +40,10 @@ BF16 = ("avx512_bf16", "amx_bf16", "bf16")
 
 
 def _processor() -> dict[str, Any]:
-    """Its name, and what of it decides how products are rounded; clouds sell several processors under one name."""
+    """Return the name of the CPU, and the properties that decide how products are rounded.
+
+    The name alone is not enough, because clouds offer several processors under one name.
+    """
     told = platforms.cpu_facts()
     flags = {*told.get("flags", "").split(), *told.get("Features", "").split()}
     return {

@@ -1,4 +1,4 @@
-"""What a run remembers of its data, as JSON values: `classes.json`, and the same in every checkpoint."""
+"""What a run records of its data, as JSON values: in `classes.json` and in every checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = {"names": list, "tasks": list, "task_names": list, "images": dict, "fing
 
 
 class Identity(NamedTuple):
-    """What a run is, as JSON values: its configuration, and what it remembers of its data."""
+    """Identity of a run as JSON values: its configuration, and what it records of its data."""
 
     run: str
     """Identity of the run, drawn when it began: files of another run are told by it."""
@@ -31,7 +31,7 @@ class Identity(NamedTuple):
 
 
 def checked(classes: Mapping[str, Any], place: Path) -> dict[str, Any]:
-    """Return what is remembered of some data.
+    """Return what is recorded of some data, after checking its types.
 
     Raises:
         RunError: Naming `place`, if it is something else.
@@ -50,7 +50,7 @@ def checked(classes: Mapping[str, Any], place: Path) -> dict[str, Any]:
 
 
 def difference(known: Mapping[str, Any], classes: Mapping[str, Any], *, images: bool, tasks: int | None) -> str | None:
-    """Return in words how data differ from what is remembered of them; None if they do not.
+    """Return a description of how data differ from what is recorded of them, or None if they do not differ.
 
     Args:
         known: What is remembered.
@@ -72,7 +72,7 @@ def difference(known: Mapping[str, Any], classes: Mapping[str, Any], *, images: 
 
 
 def _first(classes: Mapping[str, Any], tasks: int | None) -> dict[str, Any]:
-    """The same of the first tasks only, where those behind them were added."""
+    """Return what is recorded of the first tasks only, without tasks that were added later."""
     more = len(classes["tasks"]) - (len(classes["tasks"]) if tasks is None else tasks)
     if more <= 0:
         return dict(classes)
@@ -87,7 +87,7 @@ def _first(classes: Mapping[str, Any], tasks: int | None) -> dict[str, Any]:
 
 
 def _differing(one: Any, other: Any) -> tuple[Any, Any]:
-    """The first values in which two JSON values differ."""
+    """Return the first values in which two JSON values differ."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
         return next(_differing(one[key], other[key]) for key in one if one[key] != other[key])
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):

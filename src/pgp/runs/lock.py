@@ -1,4 +1,4 @@
-"""One process at a time writes to a run; a second one is told which."""
+"""A lock that lets one process at a time write to a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATIENCE = 10.0
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the right to write to a run folder, which has to exist. The system takes it back from a process that dies.
+    """Lock a run folder for writing. The system releases the lock if the process dies.
 
     Raises:
         RunError: If another process holds it.
@@ -67,7 +67,7 @@ def _acquire(lock: filelock.BaseFileLock, folder: Path) -> None:
 
 
 def _holder(path: Path) -> tuple[str, int | None, str]:
-    """Return host and number of the process that holds the lock, and since when; None if it does not say so."""
+    """Return host, process id and start time of the process that holds the lock; the id is None if it is unknown."""
     with contextlib.suppress(RunError):
         told = storage.read_json(path)
         if isinstance(told, dict) and type(told.get("process")) is int:

@@ -1,4 +1,4 @@
-"""The log of a run, `metrics.jsonl`: one event a line, only ever appended to."""
+"""The log of a run, `metrics.jsonl`: one event per line, only ever appended to."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ Event = dict[str, Any]
 class EventLog:
     """Events of a run, oldest first.
 
-    An event `resume_defaults` says where a run goes on; what was logged beyond that point is learned anew and logged
-    anew, and
-    counts no more.
+    An event `resumed` names the checkpoint from which the run was resumed. Earlier events of steps after that
+    checkpoint are ignored, because these steps are trained and logged again.
     """
 
     def __init__(self, path: Path) -> None:
@@ -27,7 +26,7 @@ class EventLog:
         """Lines of a task that is being added, which are not written before it is finished; None if none is."""
 
     def append(self, event: str, **values: Any) -> None:
-        """Write one line, or hold it back."""
+        """Write one line, or hold it back until `release`."""
         line = json.dumps({"event": event, **values}) + "\n"
         if self.held is None:
             storage.append(self.path, line)
@@ -41,7 +40,7 @@ class EventLog:
         self.held = None
 
     def events(self) -> list[Event]:
-        """Return the events that count; a line that a crash cut off is left out."""
+        """Return the valid events. A line that a crash cut off is left out."""
         found: list[Event] = []
         for line in storage.read(self.path).splitlines() if storage.exists(self.path) else []:
             event = _event(line)
@@ -52,7 +51,7 @@ class EventLog:
         return found
 
     def stamp(self) -> tuple[int, str]:
-        """Return the number of its bytes and their digest, once they are on the disk."""
+        """Return the size of the file in bytes and its digest, after flushing it to the disk."""
         if not storage.exists(self.path):
             return 0, storage.digest(b"")
         data = storage.read(self.path)
@@ -63,7 +62,7 @@ class EventLog:
         return len(data), storage.digest(data)
 
     def check(self, stamp: tuple[int, str]) -> bool:
-        """Return whether the log is there, and begins as it was when it was stamped.
+        """Return whether the file exists, and raise a RunError if it does not begin as it did at `stamp`.
 
         Raises:
             RunError: If it is there, but has been changed since.
@@ -78,7 +77,7 @@ class EventLog:
 
 
 def _event(line: bytes) -> Event | None:
-    """Return the event on a line, None if there is none."""
+    """Return the event on a line, or None if there is none."""
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(line)
         if isinstance(value, dict) and isinstance(value.get("event"), str):
@@ -87,7 +86,7 @@ def _event(line: bytes) -> Event | None:
 
 
 def _beyond(event: Event, resumed: Event) -> bool:
-    """Return whether an event tells of what was not there any more when the run was resumed."""
+    """Return whether an event belongs to a step after the checkpoint from which the run was resumed."""
     if event["event"] not in ("task", "train", "stream"):
         return False
     task, step, tasks, steps = (one.get(key, 0) for one in (event, resumed) for key in ("task", "step"))

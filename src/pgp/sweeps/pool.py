@@ -1,4 +1,4 @@
-"""Many jobs at once: one after the other, in processes of this machine, or on a Ray cluster."""
+"""Run many jobs: one after the other, in several processes of this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class DiedError(RuntimeError):
 
 
 def run_local(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, gpus: int = 0) -> Pairs[Job, Result]:
-    """Every job with its result, in the order in which they end.
+    """Yield every job with its result, in the order in which they end.
 
     Args:
         work: What to do with a job; has to be found by its name in a module, for other processes import it.
@@ -59,7 +59,7 @@ def run_local(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, 
 def run_on_ray(
     work: Callable[[Job], Result], jobs: Sequence[Job], address: str, gpu: bool = False
 ) -> Pairs[Job, Result]:
-    """Every job with its result, in the order in which they end: each a task of the Ray cluster at `address`.
+    """Run each job as a task of the Ray cluster at `address`, and yield it with its result when it ends.
 
     Args:
         work: As for `run_local`.
@@ -103,7 +103,7 @@ def run_on_ray(
 def _run_pool(
     work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, gpus: int, suspects: list[Job]
 ) -> Pairs[Job, Result]:
-    """Every job with its result; those that were running when a process died go to `suspects` instead."""
+    """Yield every job with its result. Jobs that were running when a process died go to `suspects` instead."""
     left = list(reversed(jobs))
     while left:
         ours = set(multiprocessing.active_children())
@@ -128,7 +128,7 @@ def _run_pool(
 
 
 def _begin(workers: int, gpus: list[str], counter: Any) -> None:
-    """Make a new process ready: its share of the machine, and it ends with the process that started it."""
+    """Prepare a new process: limit its threads, assign a GPU, and end it with the process that started it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it hears Ctrl-C, and ends this one
     torch.set_num_threads(max(1, platforms.cores() // workers))
     cache.processes = workers
@@ -147,13 +147,13 @@ def _follow() -> None:
 
 
 def _visible_gpus(gpus: int) -> list[str]:
-    """Names of the GPUs to share."""
+    """Return the names of the GPUs to share."""
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return named[:gpus] or [str(number) for number in range(gpus)]
 
 
 def _run_guarded(work: Callable[[Job], Result], job: Job) -> Result | Exception:
-    """The result, or the error: whatever goes wrong with one job, the others go on."""
+    """Return the result of a job, or its error, so that one failure does not stop the other jobs."""
     try:
         return work(job)
     except Interrupted as error:

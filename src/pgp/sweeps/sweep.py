@@ -1,4 +1,4 @@
-"""A grid of runs that ends in evidence: which runs there have to be, and how each comes to be whole, once."""
+"""Run a grid of configurations and their controls, each exactly once, and summarise it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ JobStatus = Literal["kept", "resumed", "trained", "busy"]
 
 
 class Job(NamedTuple):
-    """One run that there has to be."""
+    """One run of the sweep."""
 
     name: str
     seed: int
@@ -49,7 +49,7 @@ class Job(NamedTuple):
 
 
 class JobResult(NamedTuple):
-    """What became of a job."""
+    """Result of a job."""
 
     status: JobStatus
     seconds: float
@@ -59,7 +59,7 @@ class JobResult(NamedTuple):
 
 @dataclass
 class GridPoint:
-    """A point of the grid or a control, of any seed."""
+    """A configuration of the grid or a control, without its seed."""
 
     name: str
     label: str
@@ -69,7 +69,7 @@ class GridPoint:
 
 
 class Sweep:
-    """A folder with a run for each entry and seed: `<output>/<entry>/seed-<k>`, and what the sweep is in sweep.json."""
+    """A folder with a run for each entry and seed, `<output>/<entry>/seed-<k>`, and the plan in sweep.json."""
 
     def __init__(self, output: Path, base: Config) -> None:
         self.output = output.expanduser().absolute()
@@ -80,7 +80,7 @@ class Sweep:
         self.seeds: list[int] = []
 
     def plan(self, choices: Mapping[str, Config], seeds: Sequence[int], *, controls: bool = True) -> list[Job]:
-        """The runs that there have to be for points, by their labels, and for their controls; sweep.json knows them.
+        """Return the jobs for all points, given by label, and for their controls, and record them in sweep.json.
 
         Raises:
             RunError: If the folder holds something else, or runs with other settings under the same names.
@@ -102,7 +102,7 @@ class Sweep:
         return jobs
 
     def members(self) -> list[Entry]:
-        """All entries with their finished runs, for comparison; points before controls that are no points."""
+        """Return all entries with their finished runs for a comparison: points first, then other controls."""
         held: dict[str, dict[str, Entry]] = {name: {} for name in self.entries}
         out = {}
         for name, entry in self.entries.items():
@@ -116,7 +116,7 @@ class Sweep:
         return [out[name] for name in dict.fromkeys([*points, *self.entries]) if out[name].runs]
 
     def write_report(self) -> list[Entry]:
-        """What was compared; the table and the figure are left in the folder, where any run is finished."""
+        """Write the table and the figure if any run is finished, and return the entries that they compare."""
         members = self.members()
         if members:
             storage.write(self.output / TABLE, comparison.markdown(members))
@@ -128,7 +128,7 @@ class Sweep:
         return Job(entry.name, seed, folder, replace(entry.config, seed=seed))
 
     def _entry(self, label: str, config: Config) -> GridPoint:
-        """The entry of a configuration, a new one where there is none."""
+        """Return the entry of a configuration; create it if there is none."""
         config = _bare(config)
         wanted = tables.flatten(config.to_json())
         for entry in self.entries.values():
@@ -183,7 +183,7 @@ class Sweep:
 
 
 def check(job: Job) -> None:
-    """Raise if something else lies where the run of a job belongs."""
+    """Raise if the folder of a job contains something other than its run."""
     if not job.folder.exists():
         return
     if not job.folder.is_dir() or not ((job.folder / "config.json").is_file() or _is_begun(job.folder)):
@@ -199,7 +199,7 @@ def check(job: Job) -> None:
 
 
 def finished_result(job: Job) -> bool:
-    """Whether the run of a job is whole: its last checkpoint, and every accuracy."""
+    """Return whether the run of a job is complete: its last checkpoint, and every accuracy."""
     run = Run(job.folder)
     name = run.latest_checkpoint()
     if name is None or "-step-" in name or not (job.folder / "accuracy.csv").is_file():
@@ -209,7 +209,7 @@ def finished_result(job: Job) -> bool:
 
 
 def run_job(job: Job, *, waits: bool = False) -> JobResult:
-    """See to it that the run of a job is whole. Only one process at a time does, on any machine that sees the folder.
+    """Complete the run of a job. A lock ensures that only one process works on it, also across machines.
 
     Args:
         job: What run, and where.
@@ -246,7 +246,7 @@ def _run_job(job: Job) -> JobStatus:
 
 
 def _is_begun(folder: Path) -> bool:
-    """Whether nothing is in `folder` but what a run leaves that stopped while its folder was made."""
+    """Return whether `folder` contains only what a run leaves if it is stopped while its folder is created."""
     if (folder / "config.json").exists():
         return False
     left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
@@ -259,7 +259,7 @@ Results = Generator[tuple[Job, JobResult | Exception], None, None]
 
 
 def run_all(jobs: Sequence[Job], spread: Callable[[Callable[[Job], JobResult], Sequence[Job]], Results]) -> Results:
-    """What became of each job: first all that are free, then those that other sweeps were at.
+    """Yield the result of each job: first of all that are free, then of those that other sweeps were running.
 
     Args:
         jobs: What there has to be.
@@ -278,12 +278,12 @@ def run_all(jobs: Sequence[Job], spread: Callable[[Callable[[Job], JobResult], S
 
 
 def _bare(config: Config) -> Config:
-    """A configuration as a run records it, of any seed."""
+    """Return a configuration as a run records it, with seed 0."""
     return replace(resolve_paths(config), seed=0)
 
 
 def _difference(one: Config, other: Config) -> str:
-    """In words, the first setting in which two configurations differ, wherever and with whatever seed they compute."""
+    """Describe the first setting in which two configurations differ, ignoring hardware and seed."""
     was, now = tables.flatten(one.to_json()), tables.flatten(other.to_json())
     for key in dict.fromkeys([*was, *now]):
         if was.get(key) != now.get(key):

@@ -47,7 +47,7 @@ def is_empty(folder: Path) -> bool:
 
 
 def make_unique_folder(parent: Path, stem: str) -> Path:
-    """A new folder `parent/stem`, or `parent/stem-2`, … where that is taken; made here, so no other process gets it.
+    """Create and return a new folder: `parent/stem`, or `parent/stem-2`, `parent/stem-3`, ... if that exists.
 
     Raises:
         RunError: If `parent` cannot be written.

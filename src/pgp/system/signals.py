@@ -49,7 +49,7 @@ class _Handler:
 
 @contextlib.contextmanager
 def handled_by(act: Callable[[int], None]) -> Iterator[None]:
-    """Within the block, call `act` with the number of a signal that asks the program to end.
+    """Call `act` with the signal number if a signal asks the program to end inside the `with` block.
 
     Signals that are ignored (`nohup`), or that somebody else handles, are left alone. So are all of them in another
     thread than the main one, which alone can handle signals.
