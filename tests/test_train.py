@@ -495,7 +495,7 @@ def test_resuming_says_where(tmp_path):
 
 def test_another_encoder_is_refused(whole, tmp_path):
     other = replace(tiny.BACKBONE, arguments={**tiny.BACKBONE.arguments, "mlp_ratio": 2})
-    with pytest.raises(RunError, match="expected the encoder that this run was learned on"):
+    with pytest.raises(RunError, match="expected the encoder of this run"):
         learner_of(whole, replace(whole.config, backbone=other))
 
 

@@ -167,7 +167,7 @@ def test_data_get_and_check(tmp_path, capsys):
         (["train", "demo", "--twin", "--no-pgp"], "expected a projection beside --twin"),
         (["train", "demo", "--twin", "--projection", "none"], "expected a projection beside --twin"),
         (["train", "demo", "--twin", "--baselines"], "expected --twin or --baselines, got both"),
-        (["train", "demo", "--readouts", "lda", "lda"], "readouts of different names"),
+        (["train", "demo", "--readouts", "lda", "lda"], "readouts with different names"),
     ],
 )
 def test_errors_are_one_line(capsys, words, message):

@@ -277,9 +277,9 @@ def test_a_control_without_the_readout_is_read_by_its_best(tmp_path):
     (run,) = made(tmp_path, "control", {0: [[0.5]]}).values()
     run.save("task-02", {"matrices": {"sequential": torch.tensor([[0.5]]), "lda": torch.tensor([[0.7]])}})
     control = comparison.Entry("linear", {0: run})
-    assert comparison._fitting(control, "sequential") == "sequential"
-    assert comparison._fitting(control, "lda+query+linear") == "lda"
-    assert comparison._fitting(comparison.Entry("none", {}), "lda") is None
+    assert comparison._comparable_column(control, "sequential") == "sequential"
+    assert comparison._comparable_column(control, "lda+query+linear") == "lda"
+    assert comparison._comparable_column(comparison.Entry("none", {}), "lda") is None
 
 
 def made(tmp_path, name, matrices):

@@ -27,20 +27,20 @@ from pgp.scenario import Task
 from pgp.subspace import ProtectedParameter, to_float64
 
 SKETCH_SIZE = 16
-"""Random mixtures of rows that are kept of each task and space."""
+"""Number of random sketches of the inputs of each task and space, K."""
 
 
 class Drift(NamedTuple):
     """Measurements on the images of one task."""
 
     indices: Tensor
-    """Where the images are in the test split, `(B,)`."""
+    """Indices of the images in the test split, `(B,)`."""
     features: Tensor
-    """`(B, D)`."""
+    """Features, `(B, D)`."""
     logits: Tensor
-    """Of the method's own head for the classes of then, centred per image, `(B, c)`."""
+    """Logits of the method's own head for the classes seen up to the task, centred per image, `(B, c)`."""
     selected: Tensor | None
-    """Prompts that the images select, `(B, M)` bool; None for a method that selects none."""
+    """Prompts that the images select, `(B, M)` bool; None for a method that does not select."""
 
     def at(self, indices: Tensor) -> Drift:
         """Return the rows of these images, in their order. All of them must be present."""
@@ -63,17 +63,17 @@ class DriftMeter:
         self.evaluation, self.config, self.projection = evaluation, evaluation.config, projection
         self.micro_batch_size = micro_batch_size or self.config.eval_batch_size
         self.params_at_task_start: dict[str, Tensor] = {}
-        """The protected parameters by space, as the current task found them."""
+        """The protected parameters at the start of the current task, by space."""
         self.energies: dict[str, Tensor] = {}
-        """By space, the `explained_energy` of all of this task's gradients and of all its updates, `(2, 2)`."""
+        """Sums of `explained_energy` over this task's gradients (row 0) and updates (row 1), `(2, 2)`, by space."""
         self.references: dict[int, dict[str, Any]] = {}
-        """By task, what was measured right after it."""
+        """Measurements right after each task, by task."""
         self._watched: dict[int, list[FeatureBatch]] = {}
 
     def start_task(self) -> None:
         """Snapshot the protected parameters at the start of a task."""
-        targets = self.projection.protected
-        self.params_at_task_start = {space: each.parameter.detach().clone() for space, each in targets.items()}
+        protected = self.projection.protected
+        self.params_at_task_start = {space: target.parameter.detach().clone() for space, target in protected.items()}
         self.energies = {}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> HookHandle:
@@ -110,22 +110,21 @@ class DriftMeter:
         Call it before the projection's `end_task`.
 
         Returns:
-            gradients, updates: Share of the energy of all gradients, and of all updates, that lay in the protected
-                subspace as they came.
-            removed: Of those of the two that are projected, the same share: what the projection takes out.
-            leak: Share of the energy of the whole way from start to end of the task that lies in the protected
-                subspace: what got past the projection.
+            gradients, updates: Fraction of the energy of all gradients, and of all updates, in the protected subspace
+                before the projection.
+            removed: The same fraction for whichever of the two is projected: what the projection removes.
+            leak: Fraction in the protected subspace of the energy of the total change over the task: what the
+                projection did not prevent.
         """
-        gradients, updates = (
-            {space: _ratio(*energy[row]) for space, energy in self.energies.items()} for row in (0, 1)
-        )
+        gradients = {space: _ratio(*energy[0]) for space, energy in self.energies.items()}
+        updates = {space: _ratio(*energy[1]) for space, energy in self.energies.items()}
         removed = updates if self.projection.apply_to == "update" else gradients
         leaks = {}
         for space, target in self.projection.protected.items():
             if space in self.params_at_task_start and self.projection.rank(space):
                 end = to_float64(target.parameter.detach())
-                way = end - self.params_at_task_start[space].to(end)
-                leaks[space] = _ratio(*explained_energy(self.projection, space, way.transpose(target.axis, -1)))
+                change = end - self.params_at_task_start[space].to(end)
+                leaks[space] = _ratio(*explained_energy(self.projection, space, change.transpose(target.axis, -1)))
         self.params_at_task_start, self.energies = {}, {}
         return {"gradients": gradients, "updates": updates, "removed": removed, "leak": leaks}
 
@@ -135,11 +134,11 @@ class DriftMeter:
 
     def watch(self, task: Task, batch: FeatureBatch) -> None:
         """Store the features of those images of an evaluation batch that are in the sample."""
-        chosen = torch.isin(batch.indices, self.sample(task)).nonzero().flatten()
-        if len(chosen):
-            queries = None if batch.queries is None else batch.queries[chosen].cpu()
-            kept = FeatureBatch(batch.indices[chosen], batch.features[chosen].cpu(), queries)
-            self._watched.setdefault(task.index, []).append(kept)
+        in_sample = torch.isin(batch.indices, self.sample(task)).nonzero().flatten()
+        if len(in_sample):
+            queries = None if batch.queries is None else batch.queries[in_sample].cpu()
+            part = FeatureBatch(batch.indices[in_sample], batch.features[in_sample].cpu(), queries)
+            self._watched.setdefault(task.index, []).append(part)
 
     @torch.no_grad()
     def end_task(self, method: Method, task: Task, progress: Progress) -> dict[str, Any]:
@@ -148,51 +147,54 @@ class DriftMeter:
         Collective: every process must call it.
 
         Returns:
-            features, logits: Relative change, the norm of the difference by the norm of what was, by earlier task.
-                Logits are those of the method's own head for the classes of then, centred per image.
-            responses: By space, relative change of what the protected parameter answers to old rows.
-            changed: Share of images that select other prompts; only for methods that select.
-            held: By space, share of the energy of all old rows in the protected subspace, `task` included.
-            usage: Share of the images of all tasks that select each prompt.
+            features, logits: Relative change by earlier task: the norm of the difference, divided by the old norm.
+                Logits are those of the method's own head for the classes seen up to that task, centred per image.
+            responses: Relative change of a protected parameter's responses to old inputs, by space.
+            changed: Fraction of images that select other prompts, for methods that select.
+            held: Fraction of the energy of all inputs so far in the protected subspace, by space.
+            usage: Fraction of the images of all tasks that select each prompt, for methods that select.
         """
         fabric, scenario = self.evaluation.fabric, self.evaluation.scenario
         protected, watched = self.projection.protected, all_gather_object(self._watched)
         self._watched = {}
-        now: dict[int, Drift] = {}
-        for each in scenario.tasks[: task.index + 1]:
-            batches_of_all = [batch for process in watched for batch in process.get(each.index, [])]
+        current: dict[int, Drift] = {}
+        for seen_task in scenario.tasks[: task.index + 1]:
+            index = seen_task.index
+            batches_of_all = [batch for process in watched for batch in process.get(index, [])]
             with fabric.autocast():
-                now[each.index] = _measured(method, batches_of_all, scenario.seen_classes(each.index), each)
+                current[index] = _measured(method, batches_of_all, scenario.seen_classes(index), seen_task)
         sketch = self._sketch(method, task, progress)
         responses = {space: _responses(rows, protected[space]) for space, rows in sketch.items()}
-        self.references[task.index] = {**now[task.index]._asdict(), "sketch": sketch, "responses": responses}
+        self.references[task.index] = {**current[task.index]._asdict(), "sketch": sketch, "responses": responses}
 
-        old = [index for index in now if index != task.index]
-        then = {index: Drift(*(self.references[index][name] for name in Drift._fields)) for index in old}
-        pairs = [(now[index], then[index].at(now[index].indices)) for index in old]
-        out: dict[str, Any] = {"tasks": old}
-        out["features"] = [_change(new.features, was.features) for new, was in pairs]
-        out["logits"] = [_change(new.logits, was.logits) for new, was in pairs]
+        old_tasks = [index for index in current if index != task.index]
+        pairs = []
+        for index in old_tasks:
+            reference = Drift(*(self.references[index][name] for name in Drift._fields))
+            pairs.append((current[index], reference.at(current[index].indices)))
+        out: dict[str, Any] = {"tasks": old_tasks}
+        out["features"] = [_change(new.features, old.features) for new, old in pairs]
+        out["logits"] = [_change(new.logits, old.logits) for new, old in pairs]
         out["responses"] = {
             space: [
                 _change(_responses(self.references[i]["sketch"][space], target), self.references[i]["responses"][space])
-                for i in old
+                for i in old_tasks
             ]
             for space, target in protected.items()
         }
-        selected = [each.selected for each in now.values() if each.selected is not None]
+        selected = [measured.selected for measured in current.values() if measured.selected is not None]
         if selected:
             out["changed"] = [
-                float(torch.ne(new.selected, was.selected).any(1).float().mean())
-                for new, was in pairs
-                if new.selected is not None and was.selected is not None
+                float(torch.ne(new.selected, old.selected).any(1).float().mean())
+                for new, old in pairs
+                if new.selected is not None and old.selected is not None
             ]
             out["usage"] = torch.cat(selected).float().mean(0).tolist()
         out["held"] = {}
         for space, target in protected.items():
             if self.projection.rank(space):
-                sketches = [_like_parameter(self.references[i]["sketch"][space], target) for i in now]
-                total = torch.stack([explained_energy(self.projection, space, each) for each in sketches]).sum(0)
+                sketches = [_like_parameter(self.references[i]["sketch"][space], target) for i in current]
+                total = torch.stack([explained_energy(self.projection, space, rows) for rows in sketches]).sum(0)
                 out["held"][space] = _ratio(*total)
         return out
 
@@ -247,8 +249,8 @@ class DriftMeter:
 def explained_energy(projection: Projection, space: str, tensor: Tensor) -> Tensor:
     """Return the squared norm of `tensor (..., D)` in the protected subspace of `space`, and in total, `(2,)`."""
     rows = to_float64(tensor)
-    whole, left = rows.square().sum(), projection.project(space, rows).square().sum()
-    return torch.stack([whole - left, whole])
+    total, outside = rows.square().sum(), projection.project(space, rows).square().sum()
+    return torch.stack([total - outside, total])
 
 
 def _measured(method: Method, kept: list[FeatureBatch], classes: tuple[int, ...], task: Task) -> Drift:

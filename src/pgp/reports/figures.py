@@ -21,11 +21,11 @@ from pgp.system import storage
 from pgp.system.escaping import plot_text, printable
 
 NUMBERED = 12
-"""Tasks up to which an accuracy matrix is drawn with numbers; more tasks have a colour bar."""
+"""Maximum number of tasks for which an accuracy matrix is drawn with numbers; larger ones have a colour bar."""
 
 
 DOTTED = 20
-"""Points up to which a curve has dots."""
+"""Maximum number of points for which a curve is drawn with dots."""
 
 
 def draw_accuracy(table: Sequence[ResultRow], path: Path) -> None:
@@ -71,7 +71,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG, atomically."""
     content = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # it is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a missing glyph is drawn as a box
         FigureCanvasAgg(figure).print_png(content)
     storage.write(path, content.getvalue())
 
@@ -88,15 +88,15 @@ def whole_numbers(axes: Any) -> None:
 
 def _draw_online(axes: Any, table: Sequence[ResultRow]) -> None:
     """Draw the online accuracy of each run. The readouts of a run share one curve."""
-    known: list[list[dict[int, float]]] = []
+    drawn: list[list[dict[int, float]]] = []
     for line in table:
-        if line.online in known:
+        if line.online in drawn:
             continue
-        known.append(line.online)
+        drawn.append(line.online)
         for number, stream in enumerate(line.online):
             label = plot_text(line.label) if number == 0 else None
-            axes.plot(list(stream), [100 * value for value in stream.values()], color=f"C{len(known) - 1}", label=label)
-    axes.set(xlabel="images that came", ylabel="accuracy along the stream, %", ylim=(0, 102))
+            axes.plot(list(stream), [100 * value for value in stream.values()], color=f"C{len(drawn) - 1}", label=label)
+    axes.set(xlabel="images so far", ylabel="online accuracy, %", ylim=(0, 102))
     axes.legend(fontsize=7, loc="lower left")
     axes.grid(alpha=0.3)
 
@@ -127,7 +127,8 @@ def _ticks(tasks: int) -> list[int]:
     ([0, 1, 2], [0, 9, 19, 29, 39, 49, 59, 69, 79, 89, 99])
     """
     step = next(step for step in itertools.chain((1, 2, 5), itertools.count(10, 10)) if tasks <= 12 * step)
-    return [0] * (step > 2) + list(range(step - 1, tasks, step))
+    ticks = list(range(step - 1, tasks, step))
+    return [0, *ticks] if step > 2 else ticks
 
 
 def _shorten(name: str) -> str:

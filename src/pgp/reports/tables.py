@@ -27,10 +27,9 @@ class ResultRow(NamedTuple):
     matrices: list[Tensor]
     """Accuracy matrix `(T, T)` of each run."""
     tasks: list[str]
-    """What the tasks are called, "" for nothing."""
+    """Name of each task, "" for none."""
     online: list[dict[int, float]]
-    """Of each run, if it is online: accuracy over all images that had come, by their number; see
-    `pgp.evaluation.online`."""
+    """Online accuracy of each online run, by number of images so far; see `pgp.evaluation.online`."""
 
     def spread(self, figure: str) -> tuple[float, float | None]:
         """Return mean and standard deviation over runs of a metric of `pgp.evaluation.metrics`, in [0, 1].
@@ -50,7 +49,7 @@ STATISTICS = {
     "backward_transfer": "backward transfer",
     "average_incremental_accuracy": "average incremental accuracy",
 }
-"""What a table shows: functions of `pgp.evaluation.metrics` and their headings."""
+"""Metrics in a table: functions of `pgp.evaluation.metrics` and their headings."""
 
 
 ONLINE = "stream"
@@ -90,8 +89,8 @@ def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
         for column in matrices[0]:
             own = [m[column] for m in matrices if column in m]
             if len({metrics.tasks_learned(matrix) for matrix in own}) > 1:
-                raise RunError(f"expected runs of {label} that have all come to the same task; finish them first, by"
-                               " pgp train --resume")  # fmt: skip
+                raise RunError(f"expected runs of {label} with the same number of finished tasks, got different ones:"
+                               " finish them first, with pgp train --resume")  # fmt: skip
             out.append(ResultRow(label, column, own, members[0].task_names(), streams))
     return out
 
@@ -123,8 +122,12 @@ def format_row(line: ResultRow, shown: Mapping[str, str] = STATISTICS) -> list[s
 def _name(line: ResultRow, table: Sequence[ResultRow]) -> str:
     """Return label and column of a row, each only if rows of the table differ in it."""
     labels, columns = {one.label for one in table}, {one.column for one in table}
-    parts = [line.label] * (len(labels) > 1) + [line.column] * (len(columns) > 1)
-    return ", ".join(parts) or line.label
+    words = []
+    if len(labels) > 1:
+        words.append(line.label)
+    if len(columns) > 1:
+        words.append(line.column)
+    return ", ".join(words) or line.label
 
 
 def _online_accuracy(run: Run) -> dict[int, float]:
@@ -136,23 +139,23 @@ def _online_accuracy(run: Run) -> dict[int, float]:
 
 def _without_paths(tree: dict[str, Any], run: Run) -> dict[str, Any]:
     """Return the settings `tree` of a run, with fingerprints of its data and tasks instead of their paths."""
-    known = {"data": run.data_fingerprint, "tasks of": None if tree["shuffle"] else run.classes()[1]}
-    return {key: value for key, value in tree.items() if not PLACE.fullmatch(key)} | known
+    fingerprints = {"data": run.data_fingerprint, "tasks of": None if tree["shuffle"] else run.classes()[1]}
+    return {key: value for key, value in tree.items() if not PATH_SETTING.fullmatch(key)} | fingerprints
 
 
-PLACE = re.compile(r"(dataset|added\.\d+)\.(root|file)")
-"""Settings that say where data lie."""
+PATH_SETTING = re.compile(r"(dataset|added\.\d+)\.(root|file)")
+"""Settings that are paths of data."""
 
 
 def _shorten_paths(trees: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the same settings, with differing paths relative to the folder that contains them all."""
     out = [dict(tree) for tree in trees]
-    for key in filter(PLACE.fullmatch, dict.fromkeys(key for tree in trees for key in tree)):
-        placed = [tree for tree in out if tree.get(key)]
-        if len({tree[key] for tree in placed}) > 1:
-            with contextlib.suppress(ValueError):  # two drives share nothing
-                shared = os.path.commonpath([Path(tree[key]).parent for tree in placed])
-                for tree in placed:
+    for key in filter(PATH_SETTING.fullmatch, dict.fromkeys(key for tree in trees for key in tree)):
+        with_path = [tree for tree in out if tree.get(key)]
+        if len({tree[key] for tree in with_path}) > 1:
+            with contextlib.suppress(ValueError):  # paths on two drives have nothing in common
+                shared = os.path.commonpath([Path(tree[key]).parent for tree in with_path])
+                for tree in with_path:
                     tree[key] = str(Path(tree[key]).relative_to(shared))
     return out
 

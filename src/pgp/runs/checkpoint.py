@@ -90,9 +90,9 @@ class Record:
     accuracy: str
     """Digest of the `accuracy.csv` of this state."""
     log: tuple[int, str]
-    """How many bytes `metrics.jsonl` had, and their digest."""
+    """Size of `metrics.jsonl` in bytes, and its digest."""
     held: tuple[str, ...] = ()
-    """Lines that belong into `metrics.jsonl` once a task that is being added is finished."""
+    """Lines to be written to `metrics.jsonl` when a task that is being added is finished."""
 
 
 class Checkpoints:
@@ -112,7 +112,7 @@ class Checkpoints:
             return None
         storage.require_folder(self.folder)
         text, _, check = storage.read(path, 4096).decode(errors="replace").strip().partition("\n")
-        if check and check.strip() != storage.digest(text):  # a person who writes a name leaves the digest out
+        if check and check.strip() != storage.digest(text):  # a name written by hand has no digest
             raise RunError(f"{path} was damaged: write the name of one of {self._known()} there, and nothing else")
         try:
             name = CheckpointName.parse(text.strip())
@@ -184,25 +184,25 @@ class Checkpoints:
         """
         last = self.latest()
         if name == last:
-            return  # it stands, and the same run makes the same state
+            return  # it is saved already, and the same run gives the same state
         place, partial = self.folder / str(name), platforms.unfinished_name(self.folder / str(name))
         tensors: dict[str, Tensor] = {}
         pieces: dict[str, bytes] = {}
         tree = split(state, "", tensors, pieces)
         data = save(tensors)
-        told = {**vars(record), "format": FORMAT, "name": str(name), "size": len(data), "tensors": storage.digest(data)}
+        header = {"format": FORMAT, "name": str(name), "size": len(data), "tensors": storage.digest(data)}
         try:
             storage.require_folder(self.folder)
             self._write_pieces(pieces)
             storage.remove_folder(partial)
             partial.mkdir()
             storage.write(partial / STATE, data)
-            storage.write(partial / RECORD, json.dumps(storage.sealed({**told, "state": tree})))
+            storage.write(partial / RECORD, json.dumps(storage.sealed({**vars(record), **header, "state": tree})))
             platforms.sync_folder(partial)
-            if storage.exists(place):  # the run was rewound: keep what it was, as long as this process lives
+            if storage.exists(place):  # the run was rewound: keep the old checkpoint until the next process starts
                 _set_aside(place)
             platforms.move_folder(partial, place)
-            platforms.sync_folder(self.folder)  # before `latest` names it
+            platforms.sync_folder(self.folder)  # must be on the disk before `latest` names it
             self._point(name)
         except OSError as error:
             raise storage.write_error("write", place, error) from error
@@ -282,8 +282,15 @@ class Checkpoints:
             _require(int, size, tree["size"])
             _require(str, digest, tree["run"], tree["accuracy"], tree["tensors"], *tree["held"])
             _require(dict, tree["config"], tree["classes"], tree["state"])
-            told = tree["run"], tree["config"], tree["classes"], tree["accuracy"]
-            return Record(*told, (size, digest), tuple(tree["held"])), tree
+            record = Record(
+                run=tree["run"],
+                config=tree["config"],
+                classes=tree["classes"],
+                accuracy=tree["accuracy"],
+                log=(size, digest),
+                held=tuple(tree["held"]),
+            )
+            return record, tree
 
     @property
     def _advice(self) -> str:

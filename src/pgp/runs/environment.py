@@ -36,7 +36,7 @@ def describe_environment() -> dict[str, Any]:
 
 
 BF16 = ("avx512_bf16", "amx_bf16", "bf16")
-"""Names, by the kernel, of instructions for products in bfloat16: with others, a seed gives other figures."""
+"""CPU flags for matrix products in bfloat16. Results of a seed differ between CPUs with other flags."""
 
 
 def _processor() -> dict[str, Any]:
@@ -44,11 +44,11 @@ def _processor() -> dict[str, Any]:
 
     The name alone is not enough, because clouds offer several processors under one name.
     """
-    told = platforms.cpu_facts()
-    flags = {*told.get("flags", "").split(), *told.get("Features", "").split()}
+    facts = platforms.cpu_facts()
+    flags = {*facts.get("flags", "").split(), *facts.get("Features", "").split()}
     return {
-        "processor": told.get("model name") or platform.processor(),
-        "processor_model": " ".join(told[key] for key in ("cpu family", "model", "stepping") if key in told),
+        "processor": facts.get("model name") or platform.processor(),
+        "processor_model": " ".join(facts[key] for key in ("cpu family", "model", "stepping") if key in facts),
         "vectors": " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in BF16 if name in flags)]),
     }
 

@@ -15,7 +15,7 @@ PARTS = {
     "images": "number of images in each task",
     "fingerprint": "labels or names of images",
 }
-"""What is remembered, see `pgp.training.tasks.describe_data`, and what it is called."""
+"""Keys of what is recorded (see `pgp.training.tasks.describe_data`), and their names in messages."""
 
 
 KINDS = {"names": list, "tasks": list, "task_names": list, "images": dict, "fingerprint": list}
@@ -25,7 +25,7 @@ class Identity(NamedTuple):
     """Identity of a run as JSON values: its configuration, and what it records of its data."""
 
     run: str
-    """Identity of the run, drawn when it began: files of another run are told by it."""
+    """Random identifier of the run, which distinguishes its files from those of other runs."""
     config: dict[str, Any]
     classes: dict[str, Any]
 
@@ -53,20 +53,20 @@ def difference(known: Mapping[str, Any], classes: Mapping[str, Any], *, images: 
     """Return a description of how data differ from what is recorded of them, or None if they do not differ.
 
     Args:
-        known: What is remembered.
-        classes: The same of the data as they are; what was added and is not known yet comes last.
+        known: What is recorded.
+        classes: The same for the data as they are now. Data that were added and are not recorded yet come last.
         images: Whether to compare numbers of images and fingerprints.
-        tasks: How many of the known tasks to compare; all, if None.
+        tasks: Number of recorded tasks to compare. If None, all.
     """
-    known = _first(known, tasks)
-    now = _first(classes, len(known["tasks"]) if images else None)
-    added = len(known.get("fingerprint", [""])) - 1
-    for tree in (known, now):  # an added task is called by the place of its data, which may have moved
+    recorded = _first(known, tasks)
+    current = _first(classes, len(recorded["tasks"]) if images else None)
+    added = len(recorded.get("fingerprint", [""])) - 1
+    for tree in (recorded, current):  # an added task is named after the path of its data, which may have changed
         if "task_names" in tree:
             tree["task_names"] = tree["task_names"][: len(tree["task_names"]) - added]
     for key, what in PARTS.items():
-        if (images or key not in ("images", "fingerprint")) and known[key] != now[key]:
-            before, after = _differing(known[key], now[key])
+        if (images or key not in ("images", "fingerprint")) and recorded[key] != current[key]:
+            before, after = _differing(recorded[key], current[key])
             return f"the {what} differ ({before} before, {after} now)"
     return None
 

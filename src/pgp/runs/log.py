@@ -23,7 +23,7 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.held: list[str] | None = None
-        """Lines of a task that is being added, which are not written before it is finished; None if none is."""
+        """Lines of a task that is being added, which are written when it is finished; None if no task is added."""
 
     def append(self, event: str, **values: Any) -> None:
         """Write one line, or hold it back until `release`."""
@@ -41,14 +41,16 @@ class EventLog:
 
     def events(self) -> list[Event]:
         """Return the valid events. A line that a crash cut off is left out."""
-        found: list[Event] = []
-        for line in storage.read(self.path).splitlines() if storage.exists(self.path) else []:
+        if not storage.exists(self.path):
+            return []
+        events: list[Event] = []
+        for line in storage.read(self.path).splitlines():
             event = _event(line)
             if event is not None:
                 if event["event"] == "resumed":
-                    found = [one for one in found if not _beyond(one, event)]
-                found.append(event)
-        return found
+                    events = [earlier for earlier in events if not _beyond(earlier, event)]
+                events.append(event)
+        return events
 
     def stamp(self) -> tuple[int, str]:
         """Return the size of the file in bytes and its digest, after flushing it to the disk."""
@@ -89,7 +91,10 @@ def _beyond(event: Event, resumed: Event) -> bool:
     """Return whether an event belongs to a step after the checkpoint from which the run was resumed."""
     if event["event"] not in ("task", "train", "stream"):
         return False
-    task, step, tasks, steps = (one.get(key, 0) for one in (event, resumed) for key in ("task", "step"))
-    if not all(type(value) is int for value in (task, step, tasks, steps)):
+    task, step = event.get("task", 0), event.get("step", 0)
+    resumed_task, resumed_step = resumed.get("task", 0), resumed.get("step", 0)
+    if not all(type(value) is int for value in (task, step, resumed_task, resumed_step)):
         return False
-    return bool(task >= tasks if event["event"] == "task" else (task, step) > (tasks, steps))
+    if event["event"] == "task":
+        return bool(task >= resumed_task)
+    return bool((task, step) > (resumed_task, resumed_step))

@@ -43,9 +43,9 @@ class Run:
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.log_file = EventLog(self.folder / LOG)
         self._identity: Identity | None = None
-        """What the process that writes to the run knows it to be."""
+        """Identity of the run in the process that writes to it."""
         self._adds = False
-        """Whether data join the run with its next finished task."""
+        """Whether data are added to the run when the next task is finished."""
         self._is_writing = False
 
     @classmethod
@@ -60,7 +60,7 @@ class Run:
 
         Args:
             config: The resolved configuration.
-            classes: What to remember of the data; see `pgp.training.tasks.describe_data`.
+            classes: What to record of the data; see `pgp.training.tasks.describe_data`.
 
         Raises:
             RunError: If anything else is in the folder, or it cannot be written.
@@ -81,8 +81,8 @@ class Run:
         """Raise if a new run cannot begin in `folder`. No run is ever overwritten.
 
         Args:
-            folder: Missing or empty; or it holds a run that was stopped before its first checkpoint.
-            config: What such a run has to be; there must be none if None. Where it computes may differ.
+            folder: Folder, which must be missing, empty, or contain a run that was stopped before its first checkpoint.
+            config: Configuration of such a run; hardware settings may differ. If None, no such run is accepted.
         """
         if not storage.exists(folder):
             return
@@ -107,9 +107,9 @@ class Run:
         if TABLE in left or not self.checkpoints.is_begun():
             return False
         with contextlib.suppress(RunError):
-            there = self.config
-            wanted = config and replace(config, tasks=config.tasks or there.tasks, hardware=there.hardware)
-            return there == wanted
+            recorded = self.config
+            expected = config and replace(config, tasks=config.tasks or recorded.tasks, hardware=recorded.hardware)
+            return recorded == expected
         return False
 
     @classmethod
@@ -219,8 +219,8 @@ class Run:
         """Add data to the run. Nothing is written before the task of these data is finished.
 
         Args:
-            config: That of the run, with what was added.
-            classes: What to remember of all data.
+            config: Configuration of the run with the added data.
+            classes: What to record of all data.
 
         Raises:
             RunError: If the log was changed since the latest checkpoint.
@@ -307,7 +307,7 @@ class Run:
 
     @property
     def data_fingerprint(self) -> list[str]:
-        """What its data are known by, wherever they lie: those it began with, and each that was added."""
+        """Fingerprints of the first and of each added data set. They do not depend on paths."""
         fingerprint: list[str] = self._classes()["fingerprint"]
         return fingerprint
 
@@ -325,22 +325,22 @@ class Run:
         """Raise if the data differ from those of the run: in classes, in tasks or, with `images`, in images.
 
         Args:
-            classes: What there is to remember of all data; what was added and is not known yet comes last.
+            classes: What to record of all data. Data that were added and are not recorded yet come last.
             images: Whether to compare numbers of images and fingerprints.
-            tasks: How many of the tasks it knows to compare; all, if None.
-            known: What it knows; what its latest finished task knew, if None.
+            tasks: Number of recorded tasks to compare. If None, all.
+            known: What the run has recorded. If None, what its latest finished task has.
         """
         known = self._classes() if known is None else identity.checked(known, self.folder / CLASSES)
-        if told := identity.difference(known, classes, images=images, tasks=tasks):
-            raise RunError(f"expected the data that {self.folder} began with, but {told}: restore the data, or begin"
+        if reason := identity.difference(known, classes, images=images, tasks=tasks):
+            raise RunError(f"expected the data that {self.folder} began with, but {reason}: restore the data, or begin"
                            " another run")  # fmt: skip
 
     @staticmethod
     def check_encoder(expected: str, got: str) -> None:
         """Raise if the encoder's fingerprint is not the one of the checkpoint."""
         if expected != got:
-            raise RunError(f"expected the encoder that this run was learned on, weights {expected}, got weights {got}:"
-                           " restore the old ones")  # fmt: skip
+            raise RunError(f"expected the encoder of this run, with weights {expected}, got weights {got}: restore the"
+                           " old weights")  # fmt: skip
 
     def save(self, name: CheckpointName | str, state: Mapping[str, Any]) -> None:
         """Write a checkpoint atomically, make it the latest, and delete the previous checkpoint inside the same task.

@@ -33,10 +33,10 @@ FORMAT = 1
 
 
 LONGEST = 100
-"""Characters of a folder's name."""
+"""Maximum length of a folder's name in characters."""
 
 JobStatus = Literal["kept", "resumed", "trained", "busy"]
-"""How a run came to be whole: it was, it went on, it began; or another sweep is at it."""
+"""How a run was completed: it was complete already (kept), resumed, or trained; busy if another sweep is running it."""
 
 
 class Job(NamedTuple):
@@ -65,7 +65,7 @@ class GridPoint:
     label: str
     config: Config
     controls: dict[str, str] = field(default_factory=dict)
-    """For a point: by control, the name of its entry."""
+    """Names of the entries of a point's controls, by control."""
 
 
 class Sweep:
@@ -74,9 +74,9 @@ class Sweep:
     def __init__(self, output: Path, base: Config) -> None:
         self.output = output.expanduser().absolute()
         self.base = _bare(base)
-        """The recipe with all overrides, before --over."""
+        """The recipe with all flags except --over."""
         self.entries: dict[str, GridPoint] = {}
-        """By name; all that were ever asked for in this folder, points before controls."""
+        """All entries that were ever planned in this folder, by name."""
         self.seeds: list[int] = []
 
     def plan(self, choices: Mapping[str, Config], seeds: Sequence[int], *, controls: bool = True) -> list[Job]:
@@ -103,17 +103,16 @@ class Sweep:
 
     def members(self) -> list[Entry]:
         """Return all entries with their finished runs for a comparison: points first, then other controls."""
-        held: dict[str, dict[str, Entry]] = {name: {} for name in self.entries}
-        out = {}
+        controls: dict[str, dict[str, Entry]] = {name: {} for name in self.entries}
+        members = {}
         for name, entry in self.entries.items():
             jobs = [self._job(entry, seed) for seed in self.seeds]
-            out[name] = Entry(
-                entry.label, {job.seed: Run(job.folder) for job in jobs if finished_result(job)}, held[name]
-            )
+            finished = {job.seed: Run(job.folder) for job in jobs if finished_result(job)}
+            members[name] = Entry(entry.label, finished, controls[name])
         for name, entry in self.entries.items():
-            held[name] |= {control: out[other] for control, other in entry.controls.items()}
+            controls[name] |= {control: members[other] for control, other in entry.controls.items()}
         points = [name for name, entry in self.entries.items() if entry.controls]
-        return [out[name] for name in dict.fromkeys([*points, *self.entries]) if out[name].runs]
+        return [members[name] for name in dict.fromkeys([*points, *self.entries]) if members[name].runs]
 
     def write_report(self) -> list[Entry]:
         """Write the table and the figure if any run is finished, and return the entries that they compare."""
@@ -133,10 +132,10 @@ class Sweep:
         wanted = tables.flatten(config.to_json())
         for entry in self.entries.values():
             if tables.flatten(entry.config.to_json()) == wanted:
-                entry.config = replace(entry.config, hardware=config.hardware)  # where it goes on may be elsewhere
+                entry.config = replace(entry.config, hardware=config.hardware)  # it may be resumed on other hardware
                 return entry
         stem, number = platforms.safe_name(label, LONGEST, otherwise="point"), 1
-        name, taken = stem, {known.lower() for known in self.entries}  # some file systems do not tell case apart
+        name, taken = stem, {other.lower() for other in self.entries}  # some file systems ignore case
         while name.lower() in taken:
             name, number = f"{stem}-{number + 1}", number + 1
         self.entries[name] = GridPoint(name, label, config)
@@ -151,10 +150,10 @@ class Sweep:
     def _read(self) -> None:
         path = self.output / FILE
         if not path.is_file():
-            strange = sorted(one.name for one in self.output.iterdir() if not one.name.startswith("."))
-            if strange:
+            others = sorted(path.name for path in self.output.iterdir() if not path.name.startswith("."))
+            if others:
                 raise RunError(f"expected a new or empty folder, or that of a sweep, got {self.output} with"
-                               f" {', '.join(strange[:3])}: name another --output")  # fmt: skip
+                               f" {', '.join(others[:3])}: name another --output")  # fmt: skip
             return
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
@@ -212,8 +211,8 @@ def run_job(job: Job, *, waits: bool = False) -> JobResult:
     """Complete the run of a job. A lock ensures that only one process works on it, also across machines.
 
     Args:
-        job: What run, and where.
-        waits: Whether to wait for another process that is at it; else the answer is `busy`.
+        job: The run and its folder.
+        waits: Whether to wait for another process that is running the job. If not, return `busy`.
     """
     started = time.perf_counter()
     job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -239,7 +238,7 @@ def _run_job(job: Job) -> JobStatus:
         return "resumed"
     try:
         Run.require_empty(job.folder, resolve_paths(job.config))
-    except RunError:  # it lost its checkpoints: what there is, is kept aside
+    except RunError:  # the run lost its checkpoints: move its other files away and start again
         platforms.move_folder(job.folder, make_unique_folder(job.folder.parent, f"{job.folder.name}-abandoned"))
     train.train(job.config, job.folder)
     return "trained"
@@ -255,15 +254,15 @@ def _is_begun(folder: Path) -> bool:
 
 
 Results = Generator[tuple[Job, JobResult | Exception], None, None]
-"""Jobs as they end, with what became of them, or with what went wrong."""
+"""Jobs in the order in which they end, each with its result or its error."""
 
 
 def run_all(jobs: Sequence[Job], spread: Callable[[Callable[[Job], JobResult], Sequence[Job]], Results]) -> Results:
     """Yield the result of each job: first of all that are free, then of those that other sweeps were running.
 
     Args:
-        jobs: What there has to be.
-        spread: Does some work on jobs; see `pgp.sweeps.pool`.
+        jobs: The jobs of a sweep.
+        spread: Function that runs jobs, see `pgp.sweeps.pool`.
     """
     busy = []
     with contextlib.closing(spread(run_job, jobs)) as outcomes:
@@ -284,8 +283,8 @@ def _bare(config: Config) -> Config:
 
 def _difference(one: Config, other: Config) -> str:
     """Describe the first setting in which two configurations differ, ignoring hardware and seed."""
-    was, now = tables.flatten(one.to_json()), tables.flatten(other.to_json())
-    for key in dict.fromkeys([*was, *now]):
-        if was.get(key) != now.get(key):
-            return f"{key} {was.get(key)}, as there, got {now.get(key)}"
+    first, second = tables.flatten(one.to_json()), tables.flatten(other.to_json())
+    for key in dict.fromkeys([*first, *second]):
+        if first.get(key) != second.get(key):
+            return f"{key} {first.get(key)}, as there, got {second.get(key)}"
     return ""
