@@ -190,7 +190,7 @@ def test_goes_on_after_a_kill_and_grows(monkeypatch, capsys):
     capsys.readouterr()
     swept(*ENERGIES, *few)
     told = capsys.readouterr().err
-    assert "2 of 6 runs are there already" in told
+    assert "2 of 6 runs are finished already" in told
     assert told.count(": trained in") == 3
     assert told.count(": resumed in") == 1
     after = modified(Path("sweeps/demo"))
@@ -248,7 +248,7 @@ def test_one_failing_run_stops_no_other(monkeypatch, capsys):
     monkeypatch.setattr(train, "train", fail)
     told = fails(capsys, *ENERGIES, "--no-controls", "--seeds", "3")
     assert (
-        "1 of 6 runs failed; the same call tries them again:\npgp: energy-0.5, seed 1: the loss is nan at step 3"
+        "1 of 6 runs failed; repeat the same call to try them again:\npgp: energy-0.5, seed 1: the loss is nan at step 3"
         in told
     )
     table = Path("sweeps/demo/sweep.md").read_text()

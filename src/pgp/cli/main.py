@@ -45,41 +45,41 @@ from pgp.training.tasks import build_scenario
 USAGE = """\
 usage: pgp COMMAND ...
 
-  train RECIPE [overrides]   learn a stream of tasks; pgp train RECIPE --help lists every override
-  train --resume RUN         go on with a run that stopped; --add FOLDER teaches it the classes of a folder
+  train RECIPE [flags]       learn a sequence of tasks; pgp train RECIPE --help lists all flags
+  train --resume RUN         resume a run that stopped; --add FOLDER learns the classes of a folder as one more task
   eval RUN                   evaluate a run's latest checkpoint again
-  audit RUN                  how much of its accuracy is real: the honest protocol beside those that leak the task
-  predict RUN IMAGE ...      name what is on images or in folders of images
-  report RUN ...             tables and figures over runs: mean and deviation over seeds
-  sweep RECIPE --over ...    a grid of runs with its controls, in parallel, in one table; pgp sweep --help
-  list                       recipes, data sets, settings, what each needs and where it is looked for
-  data get RECIPE            download what a recipe learns from, and nothing else
-  data check RECIPE          look at every file of it, before an hour is spent
+  audit RUN                  compare the honest protocol with protocols that leak the task of an image
+  predict RUN IMAGE ...      classify images, or all images in folders
+  report RUN ...             write tables and figures for runs: mean and standard deviation over seeds
+  sweep RECIPE --over ...    run a grid of settings and their controls, and compare them in one table
+  list                       list recipes, data sets and settings, and what each needs
+  data get RECIPE            download the data of a recipe
+  data check RECIPE          verify every image before training
 
-Results go to standard output, bars and notes to standard error. The exit status is 0; 2 if something has to be put
-right, which one line names; 70 for a fault of pgp itself; 128 and the signal's number after Ctrl-C, SIGTERM or SIGHUP,
-such as 130; 141 if whatever reads the output went away. PGP_DEBUG=1 shows where in the code an error comes from."""
+Results go to standard output, progress and notes to standard error. The exit status is 0 for success; 2 for an error
+that you can fix, stated in one line; 70 for a fault of pgp itself; 128 plus the signal number after Ctrl-C, SIGTERM or
+SIGHUP, such as 130; 141 if the reader of the output went away. PGP_DEBUG=1 shows the traceback of an error."""
 
 
 PUBLISHED_USAGE = """\
 usage: python main.py RECIPE [--model NAME] [--output_dir DIR] [--data-path DIR] [--epochs N] [--seed N] [--no_pgp] ...
        python main.py RECIPE --eval
 
-The published command line: the flags that its printed commands use, and all of pgp train. python main.py RECIPE --help
-lists them."""
+This is the command line of the published code. It accepts the flags of the published commands, and all flags of pgp
+train. python main.py RECIPE --help lists them."""
 
 
 HELP = {"-h", "--help"}
 
 
 PUBLISHED_OUTPUT = Path("output")
-"""Where the published command line leaves its run."""
+"""Default output folder of the published command line."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. If it fails, end the process with the exit status that `USAGE` states."""
     words = list(sys.argv[1:] if argv is None else argv)
-    bare = words[0] in ("list", "data") and len(words) < 4 if words else True  # without flags of their own
+    bare = words[0] in ("list", "data") and len(words) < 4 if words else True  # these commands have no flags
     if not words or words[0] in HELP or (bare and words[-1] in HELP):
         exit_status(lambda: show.show_lines(*USAGE.splitlines()))
     elif words[0] == "--version":
@@ -221,27 +221,27 @@ def predict_command(words: list[str]) -> None:
         raise ValueError("expected image files or folders, got none: pgp predict RUN photo.jpg folder/")
     if command.top < 1 or command.batch_size < 1:
         raise ValueError(f"expected --top and --batch-size of at least 1, got {command.top} and {command.batch_size}")
-    told: list[Ignored] = []
-    paths, bad = images_in(command.images, told), 0
-    for line in (line for ignored in told for line in ignored.lines()):
-        show.print_note(line)
+    ignored_files: list[Ignored] = []
+    paths, bad = images_in(command.images, ignored_files), 0
+    for ignored in ignored_files:
+        for line in ignored.lines():
+            show.print_note(line)
     predictor = Predictor(Run.open(command.run), command.readout)
-    with show.progress(hidden=show.is_terminal(sys.stdout)) as bars:  # where answers appear, they are the bar
-        for path, found in track(
-            bars, predictor.predict_paths(paths, command.top, command.batch_size), len(paths), "images"
-        ):
-            if isinstance(found, BadImageError):
+    with show.progress(hidden=show.is_terminal(sys.stdout)) as bars:  # on a terminal, the results show the progress
+        predictions = predictor.predict_paths(paths, command.top, command.batch_size)
+        for path, prediction in track(bars, predictions, len(paths), "images"):
+            if isinstance(prediction, BadImageError):
                 bad += 1
-                show.print_note(f"skipped: {found}")
+                show.print_note(f"skipped: {prediction}")
                 continue
-            scores = dict(zip(found.names, found.probabilities, strict=True))
+            scores = dict(zip(prediction.names, prediction.probabilities, strict=True))
             if command.json:
                 show.show_json({"image": str(path), "classes": scores})
             else:
                 show.show_fields(path, *(f"{name} {100 * score:.1f} %" for name, score in scores.items()))
     if bad == len(paths):
-        why = f"none of {len(paths)} can be read" if paths else "there is none"
-        raise ValueError(f"expected images in {', '.join(map(str, command.images))}, but {why}")
+        reason = f"none of {len(paths)} can be read" if paths else "there is none"
+        raise ValueError(f"expected images in {', '.join(map(str, command.images))}, but {reason}")
 
 
 def report_command(words: list[str]) -> None:
@@ -279,7 +279,7 @@ def sweep_command(words: list[str]) -> None:
     if members := swept.write_report():
         show.show_comparison(members, command.output or Path("sweeps") / first[0])
     if failures:
-        show.print_note(f"{len(failures)} of {len(jobs)} runs failed; the same call tries them again:")
+        show.print_note(f"{len(failures)} of {len(jobs)} runs failed; repeat the same call to try them again:")
         for failure in failures:
             show.print_note(failure)
         sys.exit(2)
@@ -289,7 +289,7 @@ def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[s
     """Run all jobs of a sweep, and return one line for each run that failed."""
     left = [job for job in jobs if not sweep.finished_result(job)]
     if len(left) < len(jobs):
-        show.print_note(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
+        show.print_note(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
     gpus = torch.cuda.device_count() if base.hardware.accelerator != "cpu" else 0
     if command.ray:
         spread = functools.partial(pool.run_on_ray, address=command.ray, gpu=base.hardware.accelerator != "cpu")
@@ -300,7 +300,7 @@ def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[s
         return show.follow_results(sweep.run_all(left, spread), len(left))
     except KeyboardInterrupt as error:
         number = error.number if isinstance(error, Interrupted) else signal.SIGINT
-        raise Interrupted(number, f"{describe(number)}; the same call goes on with the sweep") from None
+        raise Interrupted(number, f"{describe(number)}; repeat the same call to resume the sweep") from None
 
 
 def list_command(words: list[str]) -> None:
@@ -324,7 +324,7 @@ def _get(config: Config) -> None:
     data = config.dataset.read()
     where = next((f", at {place}" for place in config.dataset.search_paths if place.exists()), "")
     show.show_lines(
-        f"there: {len(data.train):,} training and {len(data.test):,} test images of {data.classes:,} classes{where}"
+        f"found {len(data.train):,} training and {len(data.test):,} test images of {data.classes:,} classes{where}"
     )
 
 
@@ -333,12 +333,12 @@ def _check(config: Config) -> None:
     config = resolve_paths(config)
     data = config.dataset.read()
     with show.progress() as bars:
-        census = check_images(config.dataset, bars, data)
-    show.show_lines(*census.lines())
+        report = check_images(config.dataset, bars, data)
+    show.show_lines(*report.lines())
     show.show_tasks(build_scenario(config, data))
-    if not census.is_complete:
-        raise ValueError("the data are not whole; see above")
-    show.show_lines("whole: every image can be read")
+    if not report.is_complete:
+        raise ValueError("the data are not complete; see above")
+    show.show_lines("complete: every image can be read")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -56,10 +56,10 @@ def train_command(words: list[str], program: str) -> TrainCommand:
         raise ValueError(f"expected a recipe, one of {', '.join(recipes.RECIPES)}; or --resume RUN")
     recipe = lookup(recipes.RECIPES, words[0], "recipe", "pgp list")
     if len(words) > 1 and not words[1].startswith("-"):
-        raise ValueError(f"expected flags behind {words[0]}, got {words[1]}: images are named by --data {words[1]}")
+        raise ValueError(f"expected flags after {words[0]}, got {words[1]}: for images, use --data {words[1]}")
     if flag_values(words, "--add"):
-        raise ValueError(f"expected --add beside --resume: it teaches a run that is there one more task. Images for a"
-                         f" new run are named by --data {flag_values(words, '--add')[0]}")  # fmt: skip
+        raise ValueError(f"expected --add with --resume, got it without: it adds a task to an existing run. For the"
+                         f" images of a new run, use --data {flag_values(words, '--add')[0]}")  # fmt: skip
     config = _choose_components(recipe(), words[1:])
     command = parse(
         TrainCommand,
@@ -69,9 +69,9 @@ def train_command(words: list[str], program: str) -> TrainCommand:
         default=TrainCommand(config),
     )
     if command.twin and command.baselines:
-        raise ValueError("expected --twin or --baselines, got both: the baselines hold the twin, as sequential")
+        raise ValueError("expected --twin or --baselines, got both: the baselines include the twin, as sequential")
     if command.twin and (not command.pgp or isinstance(command.config.projection, NoProjection.Config)):
-        raise ValueError("expected a projection beside --twin: a run without one has no other twin than itself")
+        raise ValueError("expected a projection with --twin, got none: the twin would be the same run")
     return command
 
 
@@ -79,20 +79,20 @@ def resume_defaults(words: list[str]) -> ResumeCommand:
     """Return the command for the run that `--resume` names, with the run's own settings."""
     folders = flag_values(words, "--resume")
     if not folders:
-        raise ValueError("expected a run folder behind --resume, such as runs/own-seed42")
+        raise ValueError("expected a run folder after --resume, such as runs/own-seed42, got none")
     folder = Path(folders[0])
     return ResumeCommand(folder, hardware=Run.open(folder).config.hardware)
 
 
 def check_resumable(words: list[str]) -> None:
     """Raise if a flag is given with --resume that can only be given when a run begins."""
-    known = {field.name.replace("_", "-") for kind in (ResumeCommand, Hardware) for field in fields(kind)}
+    allowed = {field.name.replace("_", "-") for kind in (ResumeCommand, Hardware) for field in fields(kind)}
     for word in words:
         name = word.partition("=")[0].removeprefix("--").replace("_", "-")
-        if word.startswith("--") and name.removeprefix("no-") not in known | {"help"}:
-            flags = ", ".join(f"--{flag}" for flag in sorted(known - {"hardware", "resume"}))
-            raise ValueError(f"expected beside --resume only {flags}, got --{name}: what decides results is fixed when"
-                             " a run begins")  # fmt: skip
+        if word.startswith("--") and name.removeprefix("no-") not in allowed | {"help"}:
+            flags = ", ".join(f"--{flag}" for flag in sorted(allowed - {"hardware", "resume"}))
+            raise ValueError(f"expected with --resume only {flags}, got --{name}: settings that decide results are"
+                             " fixed when a run begins")  # fmt: skip
 
 
 def lookup(table: dict[str, Callable[..., Any]], name: str, what: str, where: str) -> Callable[..., Any]:
@@ -109,21 +109,21 @@ def _choose_components(config: Config, words: list[str]) -> Config:
 
     The flags of these components are then known to the parser.
     """
-    if gone := [name for name in flag_values(words, "--projection") if name in ("slower", "frozen")]:
-        raise ValueError(f"expected a projection behind --projection, got {gone[0]}: slower and frozen prompts are a"
-                         f" learning rate, --optimizer.later-prompt-lr-scale 0.1 or 0, or a baseline, --method"
-                         f" {gone[0]}")  # fmt: skip
+    if removed := [name for name in flag_values(words, "--projection") if name in ("slower", "frozen")]:
+        raise ValueError(f"expected a projection after --projection, got {removed[0]}: use"
+                         f" --optimizer.later-prompt-lr-scale 0.1 (slower) or 0 (frozen), or the baseline --method"
+                         f" {removed[0]}")  # fmt: skip
     for name in flag_values(words, "--method"):
         if name in BASELINES:
             config = BASELINES[name](config)
-    for field, shelf in recipes.CHOICES.items():
-        parts = [shelf[name] for name in flag_values(words, f"--{field}") if name in shelf]
-        part: Any = tuple(parts) if field == "readouts" else parts[-1:]
-        if parts:
-            config = replace(config, **{field: part if field == "readouts" else part[0]})
+    for field, choices in recipes.CHOICES.items():
+        chosen = [choices[name] for name in flag_values(words, f"--{field}") if name in choices]
+        if chosen:
+            value: Any = tuple(chosen) if field == "readouts" else chosen[-1]
+            config = replace(config, **{field: value})
         if field == "projection" and isinstance(config.projection, ReleasedBasis.Config):
             config = replace(config, projection=recipes.published_basis(config.method))
-    if places := flag_values(words, "--data"):  # the recipe's number of tasks was that of its own data
+    if places := flag_values(words, "--data"):  # the recipe's number of tasks is for its own data
         config = replace(config, dataset=dataset_from_path(places[-1]), tasks=None)
     return config
 

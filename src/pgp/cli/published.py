@@ -49,7 +49,7 @@ METHOD_FLAGS: dict[type, dict[str, str]] = {
     },
     CLIPPrompt.Config: {"length": "image-prompt"},
 }
-"""By method: published flag, and what it sets of `--method`."""
+"""Published flags of each method, and the fields of `--method` that they set."""
 
 
 SWITCHES = {
@@ -58,7 +58,7 @@ SWITCHES = {
     "shuffle": ("--shuffle", "--no-shuffle"),
     "pin-mem": ("--pin-memory", "--no-pin-memory"),
 }
-"""Published flag: ours where it is true, and where it is false."""
+"""Published switches, and our flags for true and for false."""
 
 
 MODELS: dict[type, dict[str, tuple[str, ...]]] = {
@@ -68,7 +68,7 @@ MODELS: dict[type, dict[str, tuple[str, ...]]] = {
         "ViT-B/16": ("--backbone.model", "ViT-B-16-quickgelu", "--backbone.weights", "openai"),
     },
 }
-"""By encoder: what a published `--model` means."""
+"""Models that the published `--model` stands for, by encoder."""
 
 
 def translate_flags(words: Sequence[str], config: Config) -> list[str]:

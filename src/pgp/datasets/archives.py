@@ -1,4 +1,4 @@
-"""Archives in which data sets are published, and an unpacking that writes nowhere but where it is told."""
+"""Archives of published data sets, and safe unpacking that writes only below the target folder."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from rich.progress import Progress
 
 CHUNK = 1 << 20
 RESERVE = 100_000_000
-"""Bytes of a disk that are left free."""
+"""Number of bytes to leave free on a disk."""
 RATIO = 100
-"""How many times as large as itself an archive may unpack to."""
+"""Maximum ratio of unpacked to packed size."""
 SMALL = 1 << 26
-"""Bytes that any archive may unpack to."""
+"""Unpacked size in bytes that is accepted for any archive."""
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}
-"""Errors that tell of the disk or the system, and not of an archive."""
+"""Numbers of errors that come from the disk or the system, not from an archive."""
 
 
 class ArchiveError(ValueError):
-    """An archive that cannot be had or unpacked; the message says what to do."""
+    """An archive that cannot be downloaded or unpacked. The message says what to do."""
 
 
 class Archive(NamedTuple):
-    """A file that holds a data set."""
+    """A published archive of a data set."""
 
     name: str
-    """What it is called in the data folder, and below a mirror."""
+    """File name in the data folder and on a mirror."""
     url: str
-    """Where its authors publish it."""
+    """URL of its authors."""
     digest: str
-    """Proves it, such as `md5:…` or `sha256:…`."""
+    """Expected digest, such as `md5:…` or `sha256:…`."""
     folder: str
-    """The folder in it that is the data set."""
+    """Folder of the data set inside the archive."""
     size: int | None = None
-    """Bytes, where known."""
+    """Size in bytes, if known."""
 
 
 class _Member(NamedTuple):
@@ -51,7 +51,7 @@ class _Member(NamedTuple):
     name: str
     size: int
     kind: str
-    """`file`, `folder`, or in words what else it is."""
+    """`file`, `folder`, or a description of anything else."""
     open: Callable[[], IO[bytes]]
 
     @property
@@ -82,7 +82,7 @@ def extract(archive: Path, folder: str, target: Path, progress: Progress) -> Non
             progress.remove_task(bar)
     except ArchiveError:
         raise
-    except Exception as error:  # the standard library raises almost anything when it reads a damaged archive
+    except Exception as error:  # the standard library raises errors of many types for damaged archives
         if isinstance(error, OSError) and error.errno in DISK:
             raise
         raise ArchiveError(f"{archive} is damaged ({str(error) or type(error).__name__}): fetch it again") from error
@@ -99,7 +99,7 @@ def _proved(archive: Path, folder: str, members: Iterable[_Member]) -> list[_Mem
         if member.size < 0 or size > most:
             raise ArchiveError(f"{archive} was not unpacked: its members would take more than {most:,} bytes, too"
                                f" many for an archive of {packed:,}")  # fmt: skip
-        path = PureWindowsPath(member.name)  # which knows both slashes and drives
+        path = PureWindowsPath(member.name)  # handles both slashes and drive letters
         if path.anchor or ".." in path.parts or "\0" in member.name:
             raise ArchiveError(f"{archive} was not unpacked: its member {member.name!r} would lie outside the folder")
         if member.kind not in ("file", "folder"):
@@ -154,5 +154,5 @@ def _tar_kind(info: tarfile.TarInfo) -> str:
 
 def _tar_open(tape: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
     file = tape.extractfile(info)
-    assert file is not None  # plain files only come here
+    assert file is not None  # only regular files get here
     return file

@@ -1,4 +1,4 @@
-"""Published archives, fetched once and unpacked whole or not at all, however often it was interrupted.
+"""Download and unpack published archives. Both are atomic, and both can be resumed after an interruption.
 
 What is not finished lies in `.pgp` in the data folder; files of the user are read, and never moved or deleted.
 """
@@ -21,9 +21,9 @@ from pgp.datasets.archives import Archive, ArchiveError, extract
 from pgp.system import platforms
 
 WORK = ".pgp"
-"""Folder, in the data folder, of locks and of what is not finished."""
+"""Folder for locks and unfinished files in the data folder."""
 MIRROR = "PGP_MIRROR"
-"""Environment variable: an address below which archives are fetched by their names, instead of from their authors."""
+"""Environment variable with the URL of a mirror, from which archives are downloaded by name."""
 
 
 def unpacked(archive: Archive, root: Path, progress: Progress | None = None) -> Path:
@@ -44,7 +44,7 @@ def unpacked(archive: Archive, root: Path, progress: Progress | None = None) -> 
             path = _had(archive, root, bars)
             with tempfile.TemporaryDirectory(dir=root / WORK, prefix=_scratch(archive)) as scratch:
                 extract(path, archive.folder, Path(scratch), bars)
-                platforms.sync_all()  # or a power cut could leave a whole folder of empty files
+                platforms.sync_all()  # otherwise a power cut could leave a complete folder of empty files
                 platforms.move_folder(Path(scratch) / archive.folder, folder)
     return folder
 
@@ -77,14 +77,14 @@ def _had(archive: Archive, root: Path, bars: Progress) -> Path:
         _prove(archive, path)
         return path
     whole = _downloaded(archive, root, bars)
-    if path.exists():  # it was put there in the meantime, and is not ours to replace
+    if path.exists():  # someone else put it there in the meantime: do not replace it
         return whole
     platforms.replace(whole, path)
     return path
 
 
 def _prove(archive: Archive, path: Path) -> None:
-    import pooch  # here, for it takes time that those who have their data need not pay
+    import pooch  # imported here, because it is slow and needed only for downloads
 
     if not path.is_file():
         raise ArchiveError(f"expected a file at {path}, got something else: move it away and start again")
@@ -112,7 +112,7 @@ def _downloaded(archive: Archive, root: Path, bars: Progress) -> Path:
             return Path(pooch.retrieve(url, archive.digest, archive.name, work, downloader=transfer))
         except ArchiveError:
             raise
-        except requests.RequestException as error:  # before ValueError, which some of them are too
+        except requests.RequestException as error:  # before ValueError, because some of them are subclasses of it
             kept = f"; {transfer.have:,} bytes of it are kept for the next start" if transfer.have else ""
             raise ArchiveError(
                 f"cannot fetch {archive.name} ({error}){kept}. Without a network, get it from {archive.url}"
@@ -131,7 +131,9 @@ def _alone(archive: Archive, root: Path, bars: Progress) -> Iterator[None]:
     work = root / WORK
     work.mkdir(parents=True, exist_ok=True)
     for path in (work, *work.iterdir()):
-        known = path.is_file() or path.is_dir() or not path.exists()  # another process may have renamed it just now
+        known = (
+            path.is_file() or path.is_dir() or not path.exists()
+        )  # it may be missing because another process has just renamed it
         if path.is_symlink() or not known:
             raise ArchiveError(f"{path} is a link or a device, which pgp never makes there: remove it and start again")
     lock = filelock.FileLock(work / f"{archive.name}.lock")
