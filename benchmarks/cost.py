@@ -1,4 +1,4 @@
-"""Seconds and peak memory of L2P-PGP and DualPrompt-PGP on ViT-B/16, against a plain L2P measured in the same run.
+"""Measure time and peak memory of L2P-PGP and DualPrompt-PGP on ViT-B/16, next to a plain L2P in the same run.
 
     python benchmarks/cost.py                          # everything: docs/results/cost.jsonl, and cost.md from it
     python benchmarks/cost.py --only "L2P evaluation"  # a part, anew

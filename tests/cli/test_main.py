@@ -218,7 +218,7 @@ def test_as_a_module():
 
 
 def test_words_in_the_wrong_place_are_told_where_they_belong(capsys):
-    assert "images are named by --data PHOTOS" in fails(capsys, "train", "own", "PHOTOS")
+    assert "for images, use --data PHOTOS" in fails(capsys, "train", "own", "PHOTOS")
     assert "expected --add with --resume" in fails(capsys, "train", "own", "--add", "NEW")
     assert "expected a run folder after --resume" in fails(capsys, "train", "--resume")
     for words in (["list", "--help"], ["data", "--help"], ["data", "check", "-h"]):
