@@ -248,8 +248,8 @@ def test_one_failing_run_stops_no_other(monkeypatch, capsys):
     monkeypatch.setattr(train, "train", fail)
     told = fails(capsys, *ENERGIES, "--no-controls", "--seeds", "3")
     assert (
-        "1 of 6 runs failed; repeat the same call to try them again:\npgp: energy-0.5, seed 1: the loss is nan at step 3"
-        in told
+        "1 of 6 runs failed; repeat the same call to try them again:\npgp: energy-0.5, seed 1: the loss is nan at"
+        " step 3" in told
     )
     table = Path("sweeps/demo/sweep.md").read_text()
     assert "| energy 0.5 | sequential | 2 |" in table

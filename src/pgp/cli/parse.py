@@ -42,12 +42,12 @@ def parse_known(command: type[Command], words: Sequence[str], program: str) -> t
 
 @contextlib.contextmanager
 def _safe_complaints() -> Iterator[None]:
-    said = io.StringIO()
+    messages = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(messages):
             yield
     finally:
-        show.print_error(said.getvalue())
+        show.print_error(messages.getvalue())
 
 
 def train_command(words: list[str], program: str) -> TrainCommand:

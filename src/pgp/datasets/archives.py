@@ -70,13 +70,13 @@ def extract(archive: Path, folder: str, target: Path, progress: Progress) -> Non
     """
     try:
         with _members(archive) as members:
-            wanted = _proved(archive, folder, members)
-            size = sum(member.size for member in wanted)
+            selected = _proved(archive, folder, members)
+            size = sum(member.size for member in selected)
             if (free := shutil.disk_usage(target).free) < size + RESERVE:
                 raise ArchiveError(f"no room to unpack {archive}: {size:,} bytes are needed and {free:,} are free, of"
                                    f" which {RESERVE:,} are left to others")  # fmt: skip
             bar = progress.add_task(f"unpacking {archive.name}", total=size)
-            for member in wanted:
+            for member in selected:
                 _write(member, target)
                 progress.advance(bar, member.size)
             progress.remove_task(bar)
@@ -104,11 +104,11 @@ def _proved(archive: Path, folder: str, members: Iterable[_Member]) -> list[_Mem
             raise ArchiveError(f"{archive} was not unpacked: its member {member.name!r} would lie outside the folder")
         if member.kind not in ("file", "folder"):
             raise ArchiveError(f"{archive} was not unpacked: its member {member.name!r} is {member.kind}")
-    wanted = [member for member in seen if member.path.parts[:1] == (folder,)]
-    if not any(member.kind == "file" for member in wanted):
+    selected = [member for member in seen if member.path.parts[:1] == (folder,)]
+    if not any(member.kind == "file" for member in selected):
         tops = sorted({member.path.parts[0] for member in seen if member.path.parts})
         raise ArchiveError(f"expected files in a folder {folder} in {archive}, got {tops[:5]}")
-    return wanted
+    return selected
 
 
 def _write(member: _Member, target: Path) -> None:

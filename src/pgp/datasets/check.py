@@ -77,8 +77,8 @@ def check_images(
         pool.shutdown(cancel_futures=True)  # or an interrupt would wait for all the rest
     found = DatasetSize(len(data.train), len(data.test), data.classes)
     there = [set(split.labels.tolist()) for split in (data.train, data.test)]
-    silent = set().union(*(labels - read for labels, read in zip(there, good, strict=True)))
-    unreadable = tuple(data.class_names[label] for label in sorted(silent))
+    unreadable_labels = set().union(*(labels - read for labels, read in zip(there, good, strict=True)))
+    unreadable = tuple(data.class_names[label] for label in sorted(unreadable_labels))
     return IntegrityReport(found, config.expected, _without(data), tuple(bad), unreadable, data.messages())
 
 

@@ -38,10 +38,8 @@ class CUB200(DownloadableDataset):
         if (folder / "images").is_dir():
             return _indexed(folder)
         species = folders_in(folder / "train", SPECIES)
-        if strangers := [name for name in folders_in(folder / "test", SPECIES) if name not in species]:
-            raise ValueError(
-                f"expected every class of {folder / 'test'} in {folder / 'train'}, got {strangers[:5]} too"
-            )
+        if unknown := [name for name in folders_in(folder / "test", SPECIES) if name not in species]:
+            raise ValueError(f"expected every class of {folder / 'test'} in {folder / 'train'}, got {unknown[:5]} too")
         train, test = (
             [(path, label) for label, name in enumerate(species) for path in images_in(folder / part / name)]
             for part in ("train", "test")
@@ -59,8 +57,8 @@ def _indexed(folder: Path) -> Dataset:
         raise ValueError(f"expected the same images in images.txt, image_class_labels.txt and train_test_split.txt of"
                          f" {folder}, and their classes in classes.txt: unpack the archive again")  # fmt: skip
     require_files((folder / "images" / file for file in files.values()), folder / "images.txt")
-    if strange := [number for number in species if not number.isdecimal()]:
-        raise ValueError(f"expected lines of a number and a name in {folder / 'classes.txt'}, got {strange[0]!r}")
+    if malformed := [number for number in species if not number.isdecimal()]:
+        raise ValueError(f"expected lines of a number and a name in {folder / 'classes.txt'}, got {malformed[0]!r}")
     order = sorted(species, key=int)
     pairs = {number: (folder / "images" / file, order.index(labels[number])) for number, file in files.items()}
     train, test = ([pairs[number] for number in files if parts[number] == part] for part in ("1", "0"))

@@ -76,10 +76,10 @@ def _had(archive: Archive, root: Path, bars: Progress) -> Path:
     if path.exists() or path.is_symlink():
         _prove(archive, path)
         return path
-    whole = _downloaded(archive, root, bars)
+    downloaded = _downloaded(archive, root, bars)
     if path.exists():  # someone else put it there in the meantime: do not replace it
-        return whole
-    platforms.replace(whole, path)
+        return downloaded
+    platforms.replace(downloaded, path)
     return path
 
 
@@ -120,8 +120,8 @@ def _downloaded(archive: Archive, root: Path, bars: Progress) -> Path:
             ) from error
         except ValueError as error:  # pooch deleted what has another digest
             if not transfer.continued:
-                said = str(error).partition(". ")[0]
-                raise ArchiveError(f"{url} does not give the published file ({said}). Get {archive.name} elsewhere"
+                reason = str(error).partition(". ")[0]
+                raise ArchiveError(f"{url} does not give the published file ({reason}). Get {archive.name} elsewhere"
                                    f" and put it into {root}") from error  # fmt: skip
 
 

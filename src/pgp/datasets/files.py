@@ -76,6 +76,6 @@ def read_image(path: Path, content: bytes | None = None) -> Tensor:
     try:
         image = decode(path if content is None else content)
     except Exception as error:  # whatever a decoder raises
-        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise BadImageError(f"cannot read the image {path}: {said or type(error).__name__}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise BadImageError(f"cannot read the image {path}: {reason or type(error).__name__}") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

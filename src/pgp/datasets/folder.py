@@ -77,22 +77,22 @@ class Folder(DatasetConfig):
             raise ValueError("; ".join([self._nothing(layout.train), *ignored.lines()]))
         names, domains = train.classes(), train.domains()
         for kind, own, known in (("class", test.classes(), names), ("domain", test.domains(), domains)):
-            if strangers := [name for name in own if name not in known]:
-                raise ValueError(f"expected every {kind} of {layout.test} in {layout.train} too, got {strangers[:5]} in"
+            if unknown := [name for name in own if name not in known]:
+                raise ValueError(f"expected every {kind} of {layout.test} in {layout.train} too, got {unknown[:5]} in"
                                  f" {layout.test.name if layout.test else ''} only")  # fmt: skip
         if missing := [name for name in train.unusable if name not in names]:
-            said = f"expected training images of every class, got none of {missing[:5]}, {len(missing)} in all"
-            raise ValueError("; ".join([f"{said}: add some, or take the class out", *ignored.lines()]))
+            message = f"expected training images of every class, got none of {missing[:5]}, {len(missing)} in all"
+            raise ValueError("; ".join([f"{message}: add some, or take the class out", *ignored.lines()]))
         domains = domains if self.domains else ()
-        whole = train.split(names, domains)
+        all_images = train.split(names, domains)
         if layout.test:
-            splits = whole, test.split(names, domains)
+            splits = all_images, test.split(names, domains)
         else:
-            splits = whole.parted(self.test_share, self.split_seed)
-        spoken = _spoken(root / NAMES, names)
+            splits = all_images.parted(self.test_share, self.split_seed)
+        class_names = _class_names(root / NAMES, names)
         lines = (*layout.notes, *notes.lines(names))
         kept = (ignored,) if ignored else ()
-        return Dataset(*splits, spoken, domains=domains, folder=root, notes=lines, ignored=kept)
+        return Dataset(*splits, class_names, domains=domains, folder=root, notes=lines, ignored=kept)
 
     def _nothing(self, folder: Path) -> str:
         """Say that there are no images in `folder`."""
@@ -189,7 +189,7 @@ def _read(folder: Path, domains: bool, ignored: Ignored, notes: Notes) -> Part:
     return part
 
 
-def _spoken(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
+def _class_names(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     """Return the class names of `folders`."""
     if not os.path.lexists(path):
         return folders
@@ -206,7 +206,7 @@ def _spoken(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
             names[folder] = (line if line.startswith(folder) else line.strip()).removeprefix(folder).strip()
     if without := [folder for folder in folders if folder not in names]:
         raise ValueError(f"expected a line 'FOLDER NAME' in {path} for each folder, got none for {without[:5]}")
-    spoken = tuple(names[folder] for folder in folders)
-    if twice := sorted({name for name in spoken if spoken.count(name) > 1}):
+    class_names = tuple(names[folder] for folder in folders)
+    if twice := sorted({name for name in class_names if class_names.count(name) > 1}):
         raise ValueError(f"expected a name of its own for each folder in {path}, got {twice[:5]} more than once")
-    return spoken
+    return class_names

@@ -53,8 +53,8 @@ class ImageNetR(DownloadableDataset):
         train, test = self._parts(folder)
         named = _names()
         wnids = sorted({name[:9] for name in (*train, *test)})
-        if strangers := [wnid for wnid in wnids if wnid not in named]:
-            raise ValueError(f"expected in {folder} folders of the 200 classes of ImageNet-R, got {strangers[:5]} too")
+        if unknown := [wnid for wnid in wnids if wnid not in named]:
+            raise ValueError(f"expected in {folder} folders of the 200 classes of ImageNet-R, got {unknown[:5]} too")
         if not train or not test:
             raise ValueError(
                 f"expected training and test images of split {self.split} in {folder}, got {len(train)} and"

@@ -61,12 +61,12 @@ class Manifest(DatasetConfig):
         domains, numbers = _numbered([row.domain or row.task for row in rows])
         if "" in domains:
             domains = ()
-        whole = FileSplit(paths, labels, numbers if domains else None)
+        all_images = FileSplit(paths, labels, numbers if domains else None)
         if rows[0].split:
-            train, test = (whole.at(i for i, row in enumerate(rows) if row.split == part) for part in _PARTS)
+            train, test = (all_images.at(i for i, row in enumerate(rows) if row.split == part) for part in _PARTS)
             _check_parts(file, rows)
         else:
-            train, test = whole.parted(self.test_share, self.split_seed)
+            train, test = all_images.parted(self.test_share, self.split_seed)
         taught: dict[str, set[str]] = {}
         for row in rows:
             if row.task:
@@ -176,7 +176,7 @@ def _existing(file: Path, rows: list[Row]) -> list[Path]:
     """Return the absolute paths of all rows, and raise an error if an image is missing, no file, or listed twice."""
     lines: dict[str, Row] = {}
     missing: list[str] = []
-    strange: list[str] = []
+    irregular: list[str] = []
     for row in rows:
         path = _found(file.parent, row.path)
         if (other := lines.setdefault(path, row)) is not row:
@@ -184,8 +184,8 @@ def _existing(file: Path, rows: list[Row]) -> list[Path]:
             raise ValueError(f"expected every image once in {file}, got {row.path!r} in lines {other.line} and"
                              f" {row.line}{leak}")  # fmt: skip
         if not os.path.isfile(path):  # noqa: PTH113  (a Path per image of a long table takes seconds)
-            (strange if os.path.lexists(path) else missing).append(row.path)
-    for paths, what in ((missing, "do not exist"), (strange, "are no files, but folders, pipes or broken links")):
+            (irregular if os.path.lexists(path) else missing).append(row.path)
+    for paths, what in ((missing, "do not exist"), (irregular, "are no files, but folders, pipes or broken links")):
         if paths:
             raise ValueError(f"{len(paths)} of the {len(rows)} images of {file} {what}, such as {paths[:5]}; paths are"
                              f" taken from {file.parent}")  # fmt: skip
@@ -208,5 +208,5 @@ def _check_parts(file: Path, rows: list[Row]) -> None:
         if not labels[part]:
             raise ValueError(f"expected rows with split {part} in {file}, got none; without the column, a test part is"
                              " drawn")  # fmt: skip
-    if strangers := sorted(labels["test"] - labels["train"]):
-        raise ValueError(f"expected training images of every class in {file}, got {strangers[:5]} in test only")
+    if unknown := sorted(labels["test"] - labels["train"]):
+        raise ValueError(f"expected training images of every class in {file}, got {unknown[:5]} in test only")

@@ -40,8 +40,8 @@ def read_text(path: Path, what: str = "") -> str:
         require_file(path)
         content = path.read_bytes()
     except (OSError, ValueError) as error:
-        said = (isinstance(error, OSError) and error.strerror) or error
-        raise ValueError(f"cannot read {called} as a text in UTF-8: {said}") from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ValueError(f"cannot read {called} as a text in UTF-8: {reason}") from error
     for mark, encoding in _OTHER_ENCODINGS.items():
         if content.startswith(mark):
             raise ValueError(f"cannot read {called} as a text in UTF-8, got {encoding}: save it as UTF-8")

@@ -51,14 +51,14 @@ def _test(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
     index = folder / "val" / "val_annotations.txt"
     if index.is_file() and images_in(folder / "val" / "images"):
         lines = [line.split("\t") for line in lines_of(read_text(index)) if line]
-        if strangers := [line for line in lines if len(line) < 2 or line[1] not in wnids]:
+        if unknown := [line for line in lines if len(line) < 2 or line[1] not in wnids]:
             raise ValueError(f"expected lines of an image and a class of {folder / 'train'} in {index}, got"
-                             f" {strangers[0]}")  # fmt: skip
+                             f" {unknown[0]}")  # fmt: skip
         paths = require_files((folder / "val" / "images" / line[0] for line in lines), index)
         return [(path, wnids.index(line[1])) for path, line in zip(paths, lines, strict=True)]
     for part in (folder / "val", folder / "test"):
-        if strangers := [[wnid] for wnid in folders_in(part, WNID) if wnid not in wnids]:
-            raise ValueError(f"expected every class of {part} in {folder / 'train'} too, got {strangers[0]}")
+        if unknown := [[wnid] for wnid in folders_in(part, WNID) if wnid not in wnids]:
+            raise ValueError(f"expected every class of {part} in {folder / 'train'} too, got {unknown[0]}")
         if pairs := [(path, label) for label, wnid in enumerate(wnids) for path in _of_class(part / wnid)]:
             return pairs
     raise ValueError(f"expected test images in {folder}: val/images with val/val_annotations.txt, or"
@@ -75,7 +75,7 @@ def _names(words: Path, wnids: list[str]) -> tuple[str, ...]:
         warnings.warn(f"no {words}: classes are called by their WordNet ids", stacklevel=2)
         return tuple(wnids)
     lines = (line.partition("\t") for line in lines_of(read_text(words)))
-    said = {wnid: synonyms.split(",")[0].strip() for wnid, _, synonyms in lines}
-    if silent := [wnid for wnid in wnids if not said.get(wnid)]:
-        raise ValueError(f"expected a line 'WNID<tab>NAME' in {words} for each class, got none for {silent[:5]}")
-    return tuple(said[wnid] for wnid in wnids)
+    names = {wnid: synonyms.split(",")[0].strip() for wnid, _, synonyms in lines}
+    if unnamed := [wnid for wnid in wnids if not names.get(wnid)]:
+        raise ValueError(f"expected a line 'WNID<tab>NAME' in {words} for each class, got none for {unnamed[:5]}")
+    return tuple(names[wnid] for wnid in wnids)

@@ -129,9 +129,9 @@ class Sweep:
     def _entry(self, label: str, config: Config) -> GridPoint:
         """Return the entry of a configuration; create it if there is none."""
         config = _bare(config)
-        wanted = tables.flatten(config.to_json())
+        settings = tables.flatten(config.to_json())
         for entry in self.entries.values():
-            if tables.flatten(entry.config.to_json()) == wanted:
+            if tables.flatten(entry.config.to_json()) == settings:
                 entry.config = replace(entry.config, hardware=config.hardware)  # it may be resumed on other hardware
                 return entry
         stem, number = platforms.safe_name(label, LONGEST, otherwise="point"), 1
@@ -167,8 +167,8 @@ class Sweep:
             seeds = [int(seed) for seed in tree["seeds"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{path} does not describe a sweep of this pgp ({error}): name another --output") from error
-        if told := _difference(base, self.base):
-            raise RunError(f"{self.output} holds a sweep with other settings: expected {told} now. Give the settings of"
+        if diff := _difference(base, self.base):
+            raise RunError(f"{self.output} holds a sweep with other settings: expected {diff} now. Give the settings of"
                            " before, sweep over this one by --over, or name another --output")  # fmt: skip
         self.entries, self.seeds = {entry.name: entry for entry in entries}, seeds
 
@@ -190,10 +190,10 @@ def check(job: Job) -> None:
     if _is_begun(job.folder):
         return
     config = Run.open(job.folder).config
-    wanted = job.config if job.config.tasks is not None else replace(job.config, tasks=config.tasks)
-    seeds = f"seed {config.seed} there, {wanted.seed}" if config.seed != wanted.seed else ""
-    if told := _difference(config, wanted) or seeds:
-        raise RunError(f"the run at {job.folder} has other settings: expected {told} now. Nothing is overwritten: give"
+    expected = job.config if job.config.tasks is not None else replace(job.config, tasks=config.tasks)
+    seeds = f"seed {config.seed} there, {expected.seed}" if config.seed != expected.seed else ""
+    if diff := _difference(config, expected) or seeds:
+        raise RunError(f"the run at {job.folder} has other settings: expected {diff} now. Nothing is overwritten: give"
                        " the settings of before, or name another --output")  # fmt: skip
 
 
