@@ -380,7 +380,7 @@ def test_precision_is_fixed_when_a_run_begins(whole, capsys):
     assert "precision" not in {field.name for field in fields(Hardware)}
     with pytest.raises(SystemExit):
         main.main(["train", "--resume", str(whole.folder), "--precision", "bf16-mixed"])
-    assert "got --precision: what decides results is fixed when a run begins" in capsys.readouterr().err
+    assert "got --precision: settings that decide results are fixed when a run begins" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("cuda", "expected"), [(True, "cuda"), (False, "cpu")])

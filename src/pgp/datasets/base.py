@@ -23,7 +23,7 @@ class BadImageError(ValueError):
 
 def raise_in_order(error: BadImageError) -> BadImageError:
     """Return the same error with advice on what to do, for a run that it stops."""
-    return BadImageError(f"{error}. --on-bad-image skip goes on without such images (beside --resume, too); pgp data"
+    return BadImageError(f"{error}. --on-bad-image skip leaves such images out (also with --resume); pgp data"
                          " check lists them all")  # fmt: skip
 
 
