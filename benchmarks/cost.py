@@ -1,4 +1,4 @@
-"""Seconds and peak memory of L2P-PGP and DualPrompt-PGP on ViT-B/16, against a plain L2P measured in the same run.
+"""Measure time and peak memory of L2P-PGP and DualPrompt-PGP on ViT-B/16, next to a plain L2P in the same run.
 
     python benchmarks/cost.py                          # everything: docs/results/cost.jsonl, and cost.md from it
     python benchmarks/cost.py --only "L2P evaluation"  # a part, anew
@@ -245,7 +245,7 @@ def peak(act: str, kind: str, precision: Precision, threads: int) -> float:
 
 
 def remember(act: str, kind: str, precision: Precision, scale: Scale) -> float:
-    """Do one thing twice, or a boundary once; return the peak resident memory of this process in GB."""
+    """Do one thing twice, or a boundary once, and return the peak resident memory of this process in GB."""
     if act == "boundary":
         seconds({kind: boundary(kind, precision, scale._replace(observed=scale.remembered))}, 0)
     else:
@@ -256,7 +256,7 @@ def remember(act: str, kind: str, precision: Precision, scale: Scale) -> float:
 def peak_of_this_process() -> float:
     """Return the peak resident memory in GB.
 
-    `getrusage` would report the parent's peak if that was higher.
+    It is not read from `getrusage`, which reports the peak of the parent process if that was higher.
     """
     status = Path("/proc/self/status")
     if not status.is_file():

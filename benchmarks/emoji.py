@@ -1,13 +1,12 @@
-"""The main job on real pictures: 200 emoji as 9 vendors draw them, two vendors held out, 10 tasks of 20 classes.
+"""Train L2P and DualPrompt on 200 emoji drawn by 9 vendors: 10 tasks of 20 classes, two vendors held out for testing.
 
-    python benchmarks/emoji.py tune                 # the learning rate, on the unprojected methods and another vendor
-    python benchmarks/emoji.py run --part 1/2 &     # every row of the table, every seed; two processes
-    share the work
+    python benchmarks/emoji.py tune                 # tune the learning rate, without projection, on another vendor
+    python benchmarks/emoji.py run --part 1/2 &     # run every row of the table with every seed, in two processes
     python benchmarks/emoji.py run --part 2/2
-    python benchmarks/emoji.py table                # docs/results/emoji.md from docs/results/emoji.jsonl
-    python benchmarks/emoji.py run --tiny           # a rehearsal of a few rows on noise, whose figures mean nothing
+    python benchmarks/emoji.py table                # write docs/results/emoji.md from docs/results/emoji.jsonl
+    python benchmarks/emoji.py run --tiny           # test a few rows on noise; the results mean nothing
 
-Needs, beside the checkout and not part of the project: ../shared/data/emoji_renditions_200.npz and
+It needs two files that are not part of the project: ../shared/data/emoji_renditions_200.npz and
 ../shared/backbones/vit_small_patch14_imgfocus.safetensors.
 
 Each finished run is one line of docs/results/emoji.jsonl, and is not run again.
@@ -101,7 +100,7 @@ def folder(held_out: tuple[str, ...], left_out: tuple[str, ...] = ()) -> Path:
 
 
 def base(root: Path, seed: int, *, tiny: bool = False) -> Config:
-    """Return what all rows share."""
+    """Return the settings that all rows share."""
     config = Config(
         name="emoji",
         dataset=Folder(root),
@@ -124,7 +123,7 @@ def base(root: Path, seed: int, *, tiny: bool = False) -> Config:
 
 
 def rows() -> dict[str, dict[str, Any]]:
-    """Return by name how each row of the table differs from `base`."""
+    """Return the configuration of each row of the table, by name."""
     table: dict[str, dict[str, Any]] = {
         "head only": {"method": METHODS["head-only"], "optimizer": Optimizer(lr=BEST_RATE["head-only"])},
         "nearest class mean": {"method": HeadOnly.Config(learns=False), "readouts": (NCM.Config(),)},
@@ -150,7 +149,7 @@ def rows() -> dict[str, dict[str, Any]]:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Run once, in a folder that is thrown away; return the final figures by readout, in [0, 1]."""
+    """Run once, in a temporary folder, and return the final metrics by readout, in [0, 1]."""
     scratch = Path(tempfile.mkdtemp())
     started = time.perf_counter()
     try:
@@ -196,7 +195,7 @@ def drift(run: Run) -> float:
 
 
 def tune(root: Path, results: Path, part: int, parts: int, *, tiny: bool = False) -> None:
-    """Measure each learning rate on the pictures of `root`, which are not those of the test vendors."""
+    """Run each learning rate on the images of `root`, which contain no test vendor."""
     jobs = [(name, method, lr) for name, method in METHODS.items() for lr in RATES]
     for name, method, lr in jobs[part - 1 :: parts]:
         if (name, lr) not in {(line["method"], line["lr"]) for line in records.read(results)}:
@@ -212,7 +211,7 @@ def tune(root: Path, results: Path, part: int, parts: int, *, tiny: bool = False
 def run(
     root: Path, results: Path, part: int, parts: int, seeds: Sequence[int], wanted: Sequence[str], *, tiny: bool = False
 ) -> None:
-    """Run every row of every seed that is not in the results yet; of the `wanted` rows only, if some are named."""
+    """Run every row and seed that is not in the results yet; if rows are `wanted`, only those."""
     jobs = [(name, changes, seed) for seed in seeds for name, changes in rows().items()]
     for name, changes, seed in jobs[part - 1 :: parts]:
         if wanted and name not in wanted:
@@ -285,14 +284,14 @@ def _made(path: Path) -> Path:
 
 
 def get_ready(*needed: Path) -> None:
-    """Take one thread; end the process if something is missing that is not part of the project."""
+    """Set one thread, and end the process if a file is missing that is not part of the project."""
     if missing := [str(path) for path in needed if not path.is_file()]:
         sys.exit(f"skipped: this benchmark needs {', '.join(missing)}, which are not part of the project")
     torch.set_num_threads(1)
 
 
 def share(text: str) -> tuple[int, int]:
-    """Return the numbers of `PART/PARTS`."""
+    """Return the two numbers of `PART/PARTS`."""
     part, parts = map(int, text.split("/"))
     if not 1 <= part <= parts:
         raise ValueError(f"expected PART/PARTS such as 1/2, got {text}")

@@ -1,17 +1,16 @@
-"""Draw a second set of pictures: 200 Chinese characters in 23 typefaces.
+"""Draw a second data set: 200 Chinese characters in 23 typefaces, with random size, position and rotation.
 
-The pictures differ in size, place and tilt. 14 typefaces are for training, 4 for tuning and 5 for testing.
+14 typefaces are for training, 4 for tuning and 5 for testing.
 
-    python benchmarks/kanji_data.py            # fetch some 190 MB by npm, draw data/kanji, print what is in it
-    python benchmarks/kanji_data.py --probe    # and, in 80 s, what closed-form readouts make of frozen features
-    python benchmarks/kanji_data.py --tiny --probe    # a rehearsal with letters of installed fonts, without npm
+    python benchmarks/kanji_data.py            # download about 190 MB with npm, draw data/kanji, print a summary
+    python benchmarks/kanji_data.py --probe    # also print the accuracy of closed-form readouts of frozen features
+    python benchmarks/kanji_data.py --tiny --probe    # test with letters of installed fonts, without npm
 
-Needs npm (it comes with Node.js), of which only `npm pack` is used; the registry is the one that npm is set up for.
-The probe also needs ../shared/backbones/vit_small_patch14_imgfocus.safetensors, beside the checkout and not part of the
-project.
+It needs npm (which comes with Node.js), and uses only `npm pack` with npm's configured registry. The probe takes 80 s
+and needs ../shared/backbones/vit_small_patch14_imgfocus.safetensors, which is not part of the project.
 
 The typefaces are under the SIL Open Font License 1.1 or the Apache License 2.0; data/kanji/SOURCES.txt names their
-authors. They are fetched and drawn, never passed on.
+authors. They are downloaded and drawn, and not redistributed.
 """
 
 from __future__ import annotations
@@ -74,29 +73,29 @@ CHARACTERS = (
 
 
 class Font(NamedTuple):
-    """A typeface, as an npm package holds it."""
+    """A typeface in an npm package."""
 
     part: Part
     name: str
     version: str
     subset: str
-    """Which file of the package has the characters."""
+    """File of the package that contains the characters."""
     sha256: str
-    """Of the package, which npm never changes once it is published."""
+    """Digest of the package, which npm does not change after its publication."""
 
     @property
     def package(self) -> str:
-        """As npm wants it named."""
+        """Name and version of the package for npm."""
         return f"@fontsource/{self.name}@{self.version}"
 
     @property
     def archive(self) -> str:
-        """What npm calls the file of the package."""
+        """File name that npm gives to the package."""
         return f"fontsource-{self.name}-{self.version}.tgz"
 
     @property
     def file(self) -> str:
-        """The typeface in the package."""
+        """Path of the typeface in the package."""
         return f"package/files/{self.name}-{self.subset}-400-normal.woff"
 
 
@@ -155,11 +154,11 @@ hands such as zhi-mang-xing are left out: frozen features read 5 to 9 % of them,
 
 
 class DataError(Exception):
-    """What cannot be fetched or drawn; the message says what to do."""
+    """Something cannot be downloaded or drawn. The message says what to do."""
 
 
 class Collection(NamedTuple):
-    """What is drawn, and where."""
+    """Characters and typefaces to draw, and their folders."""
 
     fonts: tuple[Font, ...]
     characters: str
@@ -168,7 +167,7 @@ class Collection(NamedTuple):
 
     @property
     def packages(self) -> Path:
-        """What was fetched; it may be deleted once the pictures are there."""
+        """Folder of downloaded packages, which may be deleted after drawing."""
         return self.data / "kanji-packages"
 
 
@@ -176,10 +175,10 @@ KANJI = Collection(FONTS, CHARACTERS, ROOT / "data")
 
 
 def folder(held_out: Literal["validation", "test"] = "test", of: Collection = KANJI) -> Path:
-    """Return an image folder, written once.
+    """Return an image folder, which is written once: data/kanji, or data/kanji-validation for tuning.
 
-    It is data/kanji, with the test part `test`; or data/kanji-validation, without those images and with the test part
-    `validation`, to tune on.
+    The first has the test images in its folder `test`. The second has no test image; its folder `validation` takes
+    their place.
 
     Pictures are `<part>/<class>/<typeface>.png`; a class is called by its code point, as in `u6728`, and `names.txt`
     has the character.
@@ -230,7 +229,7 @@ def draw(font: Font, content: bytes, root: Path, characters: str) -> None:
 
 
 def picture(face: ImageFont.FreeTypeFont, character: str, numbers: random.Random) -> Image.Image:
-    """Return one gray picture of `SIDE` pixels each way, with all of the ink in it."""
+    """Return a gray image of `SIDE` x `SIDE` pixels that contains the whole character."""
     left, top, right, bottom = face.getbbox(character)
     sheet = Image.new("L", (2 * FINE, 2 * FINE), 0)  # white on black: that is what turning and cropping fill in
     corner = (FINE - (left + right) // 2, FINE - (top + bottom) // 2)
@@ -275,7 +274,7 @@ def fetch(font: Font, packages: Path) -> Path:
 
 
 def probe(of: Collection, encoder: ViT.Config, size: int) -> None:
-    """Print the accuracy of closed-form readouts of all classes at once, on frozen features and on pixels."""
+    """Print the accuracy of closed-form readouts of all classes at once, on frozen CLS features and on pixels."""
     data = Folder(folder(of=of)).build()
     assert isinstance(data.train, FileSplit)
     assert isinstance(data.test, FileSplit)
@@ -305,7 +304,7 @@ def probe(of: Collection, encoder: ViT.Config, size: int) -> None:
 
 
 def summary(of: Collection) -> str:
-    """Return classes, images by part, and who made them."""
+    """Return the classes, the images by split, and their authors."""
     root = folder(of=of)
     counts = {part: len(list((root / part).glob("*/*.png"))) for part in PARTS}
     each = {part: sum(font.part == part for font in of.fonts) for part in PARTS}
@@ -336,13 +335,13 @@ def _class(character: str) -> str:
 
 
 def _licence(archive: Path) -> str:
-    """Return what the package says of it."""
+    """Return the description of a typeface in its package."""
     licence = json.loads(_member(archive, "package/metadata.json"))["license"]
     return f"{licence['type']}\t{licence['attribution']}"
 
 
 def _member(archive: Path, name: str) -> bytes:
-    """Return one plain file of the package, read and not unpacked: no path in it matters to the disk."""
+    """Return the content of one regular file of the package, without unpacking it to the disk."""
     try:
         with tarfile.open(archive) as package:
             info = package.getmember(name)
@@ -366,7 +365,7 @@ def _digest(path: Path) -> str:
 
 @contextmanager
 def _once(root: Path) -> Iterator[Path]:
-    """Yield a folder to fill, which becomes `root` when all went well and is gone when not."""
+    """Yield a temporary folder, which is renamed to `root` at the end, or deleted after an error."""
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=".partial-") as place:
         partial = Path(place) / root.name  # the one around it can be read by its owner only
@@ -380,7 +379,7 @@ def _once(root: Path) -> Iterator[Path]:
 
 
 def letters(data: Path) -> Collection:
-    """Return a few letters of the typefaces that matplotlib brings, in packages as npm's, for a rehearsal."""
+    """Return a few letters of matplotlib's typefaces, packed as npm does, for `--tiny`."""
     fonts = []
     faces = ("DejaVuSans", "DejaVuSansMono", "DejaVuSerif", "STIXGeneral")
     parts: tuple[Part, ...] = ("train", *PARTS)
@@ -400,7 +399,7 @@ def letters(data: Path) -> Collection:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Fetch, draw and tell."""
+    """Download the typefaces, draw the images, and print a summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--probe", action="store_true", help="also measure frozen features")
     parser.add_argument("--tiny", action="store_true", help="rehearse with a few letters; nothing is kept")

@@ -1,7 +1,7 @@
-"""Images per second of loading (decode, crop, resize to 224 px) against those that a training step takes.
+"""Measure how many images per second are loaded (decoded, cropped, resized to 224 px), and how many are trained on.
 
-    python benchmarks/loading.py           # docs/results/loading.md and loading.jsonl
-    python benchmarks/loading.py --tiny    # a rehearsal in seconds, whose figures mean nothing
+    python benchmarks/loading.py           # write docs/results/loading.md and loading.jsonl
+    python benchmarks/loading.py --tiny    # test in seconds; the results mean nothing
 
 CIFAR-100's images are noise of their size (32 x 32, in memory, as torchvision reads them): cropping and resizing them
 is the same work. Photos are JPEG files of 500 x 375 px, about as large as those of ImageNet-R and CUB-200. The training
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results" / "loading
 
 
 class Scale(NamedTuple):
-    """How much is measured."""
+    """Number of images and rounds of a measurement."""
 
     step: cost.Scale
     images: int
@@ -48,13 +48,13 @@ TINY = Scale(cost.TINY, 8, 2, (0,))
 
 
 def cifar(scale: Scale) -> Split:
-    """Return noise of the size of CIFAR-100's images."""
+    """Return images of noise with the size of CIFAR-100's images."""
     pixels = torch.randint(256, (scale.images, 3, 32, 32), generator=make_generator(0, "pixels"), dtype=torch.uint8)
     return ArraySplit(pixels, torch.zeros(scale.images, dtype=torch.int64))
 
 
 def photos(folder: Path, scale: Scale) -> FileSplit:
-    """Write JPEG files of smooth noise; return them undecoded."""
+    """Write JPEG files of smooth noise, and return them as a split."""
     paths = [folder / f"{number}.jpg" for number in range(scale.images)]
     for number, path in enumerate(paths):
         coarse = torch.randint(256, (47, 63, 3), generator=make_generator(number, "photo"), dtype=torch.uint8)
@@ -73,7 +73,7 @@ def rate(split: Split, workers: int, number: int, scale: Scale) -> float:
 
 
 def measured(scale: Scale) -> Iterator[tuple[str, list[float]]]:
-    """Yield what is measured, and its images per second in each round."""
+    """Yield the name of each measurement, and its images per second in each round."""
     split = cifar(scale)
     for workers in scale.workers:
         yield f"CIFAR-100, {workers} workers", [rate(split, workers, number, scale) for number in range(scale.rounds)]
@@ -90,7 +90,7 @@ def measured(scale: Scale) -> Iterator[tuple[str, list[float]]]:
 
 
 def table(results: Path = RESULTS) -> str:
-    """Return the medians, and how many times the rate of the training step they are."""
+    """Return the medians, and their ratios to the rate of the training step."""
     lines = list(records.read(results))
     medians = {str(line["what"]): statistics.median(line["images_per_second"]) for line in lines}
     step, about = medians["training step"], lines[0]

@@ -1,14 +1,14 @@
-"""What protects: deep prompts under every projection and every control, read by every readout, on two sets of pictures.
+"""Train deep prompts with every projection and every control, and evaluate every readout, on two data sets.
 
-    python benchmarks/protection.py tune --data emoji                # learning rates, on pictures kept for tuning alone
-    python benchmarks/protection.py run --data emoji --part 1/2 &    # rows and seeds that are not in the
-    results yet
+    python benchmarks/protection.py tune --data emoji                # tune learning rates, on images for tuning only
+    python benchmarks/protection.py run --data emoji --part 1/2 &    # run rows and seeds that are not in the results
     python benchmarks/protection.py run --data emoji --part 2/2
-    python benchmarks/protection.py table                            # docs/results/protection.md from protection.jsonl
-    python benchmarks/protection.py run --tiny                       # a rehearsal of a few rows on noise
+    python benchmarks/protection.py table                            # write docs/results/protection.md
+    python benchmarks/protection.py run --tiny                       # test a few rows on noise
 
-`--data emoji`: 200 emoji, needs ../shared/data/emoji_renditions_200.npz beside the checkout. `--data kanji`: 200
-characters, made by benchmarks/kanji_data.py. Both need ../shared/backbones/vit_small_patch14_imgfocus.safetensors.
+`--data emoji` are 200 emoji; it needs ../shared/data/emoji_renditions_200.npz. `--data kanji` are 200 characters, drawn
+by benchmarks/kanji_data.py. Both need ../shared/backbones/vit_small_patch14_imgfocus.safetensors. The files in
+../shared are not part of the project.
 
 Each finished run is one line of docs/results/protection.jsonl (for tune, of protection_tuning.jsonl), and is not run
 again.
@@ -70,14 +70,14 @@ TINY_ROWS = ("head only", "unprojected", "input .99", "random, ranks of input .9
 
 
 def folder(data: str, *, tuning: bool) -> Path:
-    """Return the pictures as an image folder; those for tuning hold none of the test pictures."""
+    """Return the image folder of a data set; the one for tuning contains no test image."""
     if data == "kanji":
         return kanji_data.folder("validation") if tuning else kanji_data.folder()
     return emoji.folder(emoji.VALIDATION, left_out=emoji.TEST) if tuning else emoji.folder(emoji.TEST)
 
 
 def base(data: str, root: Path, seed: int, *, tiny: bool = False) -> Config:
-    """Return what all rows share: 10 tasks of 20 classes at 84 px, deep prompts."""
+    """Return the settings that all rows share: 10 tasks of 20 classes at 84 px, deep prompts."""
     config = emoji.base(root, seed)
     config = replace(
         config,
@@ -92,7 +92,7 @@ def base(data: str, root: Path, seed: int, *, tiny: bool = False) -> Config:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Run once, in a folder that is thrown away; return the final figures by readout, in [0, 1]."""
+    """Run once, in a temporary folder, and return the final metrics by readout, in [0, 1]."""
     scratch = Path(tempfile.mkdtemp())
     started = time.perf_counter()
     try:
@@ -122,13 +122,13 @@ def optimizer(data: str) -> Optimizer:
 
 
 def later_prompt_lr_scale(data: str, scale: float) -> dict[str, Any]:
-    """Return how a row differs from `base` whose prompts learn at `scale` of their rate from the second task on."""
+    """Return `base` with the prompts' learning rate multiplied by `scale` from the second task on."""
     slowed = replace(optimizer(data), later_prompt_lr_scale=scale)
     return {"projection": NoProjection.Config(), "optimizer": slowed}
 
 
 def rows(data: str) -> dict[str, dict[str, Any]]:
-    """Return by name how each row differs from `base`."""
+    """Return the settings of each row that differ from `base`, by name."""
     table: dict[str, dict[str, Any]] = {
         "head only": {"method": HeadOnly.Config(), "projection": NoProjection.Config()},
         "unprojected": {"projection": NoProjection.Config()},
@@ -172,7 +172,7 @@ def rows(data: str) -> dict[str, dict[str, Any]]:
 
 
 def random_of(row: str) -> str:
-    """Return the row of random directions, as many as the projection of this row protects."""
+    """Return the row with random directions, as many as the projection of this row protects."""
     return f"random, ranks of {row}"
 
 
@@ -196,7 +196,7 @@ def run(
     *,
     tiny: bool = False,
 ) -> None:
-    """Run every row of every seed that is not in the results yet; of the `wanted` rows only, if some are named."""
+    """Run every row and seed that is not in the results yet; if rows are `wanted`, only those."""
     jobs = [
         (name, changes, seed) for seed in seeds for name, changes in rows(data).items() if not wanted or name in wanted
     ]
@@ -207,7 +207,7 @@ def run(
 
 
 def is_of(line: dict[str, Any], data: str, row: str, seed: int) -> bool:
-    """Return whether this line of the results answers for a run, by all readouts."""
+    """Return whether this line of the results is that of a run, with all readouts."""
     own = bool((line["data"], line["row"], line["seed"]) == (data, row, seed))
     return own and {readout.name for readout in READOUTS} <= line["figures"].keys()
 
@@ -254,7 +254,7 @@ def accuracies(lines: Lines) -> str:
 
 
 def own_heads(lines: Lines) -> str:
-    """Return what the first target asks: forgetting and accuracy of the own head, less those of other rows."""
+    """Return forgetting and accuracy of the method's head, minus those of other rows (the first target)."""
     others = ("unprojected", "slower .5", "slower .3", "slower .09", "frozen")
     head = ["row", *(f"to {other}: {what}" for other in (*others, RANDOM) for what in ("accuracy", "forgetting"))]
     cells = [
@@ -324,7 +324,7 @@ def way(found: dict[int, float], bound: dict[int, float], floors: list[dict[int,
 
 
 def drifts(lines: Lines) -> str:
-    """Return means over old tasks, over spaces and over seeds; forgetting that is left once the task is known."""
+    """Return means over old tasks, spaces and seeds, and the forgetting if the task is given."""
     cells = []
     for name, own in lines.items():
         course = DriftHistory(name, [{0: line} for line in own.values()])
@@ -360,7 +360,7 @@ def less(
 
 
 def tune(data: str, root: Path, results: Path, part: int, parts: int, *, tiny: bool = False) -> None:
-    """Measure each learning rate of unprojected prompts on the pictures of `root`, which are not those of the test."""
+    """Run each learning rate without projection on the images of `root`, which contain no test image."""
     for lr, share in RATES[data][part - 1 :: parts]:
         if (data, lr, share) not in {
             (line["data"], line["lr"], line["prompt_share"]) for line in records.read(results)

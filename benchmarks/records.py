@@ -1,4 +1,4 @@
-"""Raw results: one JSON object a line, in a file that only grows."""
+"""Raw results of benchmarks: one JSON object per line, in a file that is only appended to."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ RENAMED = {"sequential": "head"}
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of a file; none if there is no file.
-
-    The column `head` was called `sequential` until November 2026.
-    """
+    """Yield the lines of a file; none if it does not exist."""
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             yield json.loads(line, object_hook=lambda tree: {RENAMED.get(key, key): tree[key] for key in tree})
@@ -30,6 +27,6 @@ def append(path: Path, line: dict[str, Any]) -> None:
 
 
 def write_page(results: Path, text: str) -> None:
-    """Write the page that is made from the results, beside them, and print it."""
+    """Write a page made from the results beside them, and print it."""
     results.with_suffix(".md").write_text(text, encoding="utf-8", newline="\n")
     print(text)

@@ -1,4 +1,4 @@
-"""What `--tiny` of every benchmark runs on: an encoder, pictures and runs so small that a test takes a second."""
+"""A tiny encoder, images and runs for `--tiny` of every benchmark, so that a test takes a second."""
 
 from __future__ import annotations
 

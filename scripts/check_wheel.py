@@ -1,6 +1,4 @@
-"""Build the wheel, unpack it as an installer does, and import every module of it.
-
-Neither the source tree nor the extras are there.
+"""Build the wheel, unpack it as an installer does, and import its modules without the source tree and its extras.
 
 python scripts/check_wheel.py           # needs the packages build and setuptools
 python scripts/check_wheel.py --tiny    # prove the check itself on a wheel of one module, without building
@@ -22,7 +20,7 @@ EXTRAS = ("open_clip", "datasets", "ray")
 
 
 def build(folder: Path) -> Path:
-    """Return the wheel, built in `folder` from a copy, so that nothing of an earlier build gets into it."""
+    """Build the wheel in `folder` from a copy of the sources, without files of earlier builds, and return its path."""
     copy = folder / "sources"
     shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
@@ -62,7 +60,7 @@ def check(wheel: Path, package: Path) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Build and check."""
+    """Build the wheel and check it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="check a wheel of one module instead")
     options = parser.parse_args(argv)

@@ -1,7 +1,7 @@
 """Pre-train the small CLIP that pgp ships for its demo, on captioned garments and letters, and measure it on digits.
 
     python scripts/pretrain_demo_clip.py --steps 4000 --output src/pgp/weights
-    python scripts/pretrain_demo_clip.py --tiny --output SCRATCH    # a rehearsal on noise, in seconds
+    python scripts/pretrain_demo_clip.py --tiny --output SCRATCH    # test on noise, in seconds
 
 Pictures: Fashion-MNIST, turned by a multiple of 90 degrees ("a coat turned left"), and letters in matplotlib's fonts
 ("the bold capital letter k"), both jittered. No digit is seen and no digit's name is read. Loss: each picture against
@@ -79,7 +79,7 @@ def batch_of(
 
 
 def train(data: ArraySplit, steps: int, batch: int, lr: float, seed: int) -> tuple[open_clip.CLIP, dict[str, float]]:
-    """Return the trained model, and how long it took."""
+    """Return the trained model, and the training time in seconds."""
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
     glyphs, captions = letters()
@@ -115,7 +115,7 @@ def train(data: ArraySplit, steps: int, batch: int, lr: float, seed: int) -> tup
 
 @torch.no_grad()
 def zero_shot(clip: CLIP, *, tiny: bool = False) -> float:
-    """Return the test accuracy on digits by their names alone; chance is .1."""
+    """Return the zero-shot test accuracy on digits; chance is 0.1."""
     data, view = Digits().build(), Transforms(size=SIZE, resize=SIZE).test()
     count = 50 if tiny else len(data.test)
     images = torch.stack([view(data.test.image(i)) for i in range(count)])

@@ -1,7 +1,7 @@
 """Pre-train the small vision transformer that pgp ships for its demo, on Fashion-MNIST, and measure it on digits.
 
     python scripts/pretrain_demo_vit.py --epochs 10 --output src/pgp/weights
-    python scripts/pretrain_demo_vit.py --tiny --output SCRATCH    # a rehearsal on noise, in seconds
+    python scripts/pretrain_demo_vit.py --tiny --output SCRATCH    # test on noise, in seconds
 
 Task: which of ten garments, turned by which multiple of 90 degrees (40 classes; turning makes it look at shapes), under
 random scale, shift, slant and contrast. It never sees a digit. Writes demo_vit.safetensors (float16) and demo_vit.json,
@@ -40,7 +40,7 @@ OUTPUT = Path(__file__).resolve().parent.parent / "src" / "pgp" / "weights"
 
 
 def garments(*, tiny: bool) -> tuple[ArraySplit, ArraySplit]:
-    """Return the training and test images of Fashion-MNIST; noise in their place for a rehearsal."""
+    """Return the training and test images of Fashion-MNIST, or noise for `--tiny`."""
     if tiny:
         noise = torch.randint(256, (24, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
         return ArraySplit(noise[:16], torch.arange(16) % GARMENTS), ArraySplit(noise[16:], torch.arange(8))
@@ -69,7 +69,7 @@ def augmented(images: torch.Tensor, turns: torch.Tensor, draw: torch.Generator) 
 def train(
     data: ArraySplit, test: ArraySplit, epochs: int, batch: int, lr: float, seed: int
 ) -> tuple[Any, dict[str, float]]:
-    """Return the trained model, and how long it took and how well it reads upright test images."""
+    """Return the trained model, the training time in seconds, and the accuracy on upright test images."""
     torch.manual_seed(seed)
     draw = torch.Generator().manual_seed(seed)
     config = BACKBONES["demo-vit"]

@@ -93,7 +93,7 @@ def test_another_encoder_is_refused(run, tmp_path):
     config = run.config
     other = replace(config.backbone, arguments={**config.backbone.arguments, "mlp_ratio": 2})
     tiny.reconfigure(copy, backbone=other)
-    with pytest.raises(RunError, match="expected the encoder that this run was learned on"):
+    with pytest.raises(RunError, match="expected the encoder of this run"):
         Predictor(copy)
 
 

@@ -255,7 +255,7 @@ def test_slower_and_frozen_are_learning_rates_without_projection():
         config = tiny.config(method=tiny.DUALPROMPT)
         expected = replace(config.optimizer, later_prompt_lr_scale=scale)
         assert BASELINES[name](config) == replace(config, projection=NoProjection.Config(), optimizer=expected)
-        with pytest.raises(ValueError, match=rf"--optimizer.later-prompt-lr-scale .*, --method {name}$"):
+        with pytest.raises(ValueError, match=rf"--optimizer.later-prompt-lr-scale .* --method {name}$"):
             main._train_command(["demo", "--projection", name], "pgp train")
         command = main._train_command(["demo", "--method", name], "pgp train")
         assert command.config.optimizer.later_prompt_lr_scale == scale

@@ -382,7 +382,7 @@ def test_precision_is_fixed_when_a_run_begins(whole, capsys):
     assert "precision" not in {field.name for field in fields(Hardware)}
     with pytest.raises(SystemExit):
         main.main(["train", "--resume", str(whole.folder), "--precision", "bf16-mixed"])
-    assert "got --precision: what decides results is fixed when a run begins" in capsys.readouterr().err
+    assert "got --precision: settings that decide results are fixed when a run begins" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("cuda", "expected"), [(True, "cuda"), (False, "cpu")])
@@ -497,7 +497,7 @@ def test_resuming_says_where(tmp_path):
 
 def test_another_encoder_is_refused(whole, tmp_path):
     other = replace(tiny.BACKBONE, arguments={**tiny.BACKBONE.arguments, "mlp_ratio": 2})
-    with pytest.raises(RunError, match="expected the encoder that this run was learned on"):
+    with pytest.raises(RunError, match="expected the encoder of this run"):
         opened(whole, replace(whole.config, backbone=other))
 
 

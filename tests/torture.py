@@ -375,7 +375,7 @@ def check(case: Case, root: Path) -> tuple[str, str]:
     text, whole = shown(lambda: cli._check(config_of(case, root)))
     ignored = sum(int(found) for found in re.findall(r"^ignored: (\d+)", text, re.MULTILINE))
     bad = len(re.findall("^cannot read the image", text, re.MULTILINE))
-    if not whole and not text.endswith("the data are not whole; see above"):
+    if not whole and not text.endswith("the data are not complete; see above"):
         return "refused", text
     short = f"{bad} bad" if bad else ("whole" if whole else "not whole")
     return short + (f", {ignored} ignored" if ignored else ""), text

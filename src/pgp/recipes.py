@@ -123,7 +123,7 @@ def demo() -> Config:
 
 
 def cifar100_10_l2p_pgp() -> Config:
-    """Train L2P-PGP on CIFAR-100 (10 tasks of 10 classes, ViT-B/16 in21k), published settings, our basis."""
+    """Train L2P-PGP on CIFAR-100 (10 tasks of 10 classes, ViT-B/16), published settings, our basis."""
     return Config(
         name="10cifar100_l2p_pgp",
         dataset=CIFAR100(),
@@ -137,22 +137,22 @@ def cifar100_10_l2p_pgp() -> Config:
 
 
 def cifar100_20_l2p_pgp() -> Config:
-    """Train L2P-PGP on CIFAR-100 (20 tasks of 5 classes, ViT-B/16 in21k), published settings, our basis."""
+    """Train L2P-PGP on CIFAR-100 (20 tasks of 5 classes, ViT-B/16), published settings, our basis."""
     return replace(cifar100_10_l2p_pgp(), name="20cifar100_l2p_pgp", tasks=20, seed=53)
 
 
 def imr_l2p_pgp() -> Config:
-    """Train L2P-PGP on ImageNet-R (10 tasks of 20 classes, ViT-B/16 in21k). No settings for it were published."""
+    """Train L2P-PGP on ImageNet-R (10 tasks of 20 classes, ViT-B/16). No settings for it were published."""
     return replace(cifar100_10_l2p_pgp(), name="imr_l2p_pgp", dataset=ImageNetR())
 
 
 def tinyimagenet_l2p_pgp() -> Config:
-    """Train L2P-PGP on TinyImageNet (10 tasks of 20 classes, ViT-B/16 in21k), published settings, our basis."""
+    """Train L2P-PGP on TinyImageNet (10 tasks of 20 classes, ViT-B/16), published settings, our basis."""
     return replace(cifar100_10_l2p_pgp(), name="tinyimagenet_l2p_pgp", dataset=TinyImageNet(), seed=52)
 
 
 def cub200_l2p_pgp() -> Config:
-    """Train L2P-PGP on CUB-200 (5 tasks of 40 classes, ViT-B/16 in21k), published settings, our basis."""
+    """Train L2P-PGP on CUB-200 (5 tasks of 40 classes, ViT-B/16), published settings, our basis."""
     return replace(
         cifar100_10_l2p_pgp(),
         name="cub200_l2p_pgp",
@@ -168,7 +168,7 @@ def demo_dualprompt() -> Config:
 
 
 def cifar100_10_dualprompt_pgp() -> Config:
-    """Train DualPrompt-PGP on CIFAR-100 (10 tasks of 10 classes, ViT-B/16 in21k), as published but for its reshape."""
+    """Train DualPrompt-PGP on CIFAR-100 (10 tasks of 10 classes, ViT-B/16), as published except for its reshape."""
     return replace(
         cifar100_10_l2p_pgp(),
         name="10cifar100_dualprompt_pgp",
@@ -180,7 +180,7 @@ def cifar100_10_dualprompt_pgp() -> Config:
 
 
 def cifar100_20_dualprompt_pgp() -> Config:
-    """Train DualPrompt-PGP on CIFAR-100 (20 tasks of 5 classes, ViT-B/16 in21k), as published but for its reshape."""
+    """Train DualPrompt-PGP on CIFAR-100 (20 tasks of 5 classes, ViT-B/16), as published except for its reshape."""
     return replace(cifar100_10_dualprompt_pgp(), name="20cifar100_dualprompt_pgp", tasks=20, seed=42)
 
 
@@ -205,7 +205,7 @@ def tinyimagenet_dualprompt_pgp() -> Config:
 
 
 def cub200_dualprompt_pgp() -> Config:
-    """Train DualPrompt-PGP on CUB-200 (5 tasks of 40 classes, ViT-B/16 in21k), as published but for its reshape."""
+    """Train DualPrompt-PGP on CUB-200 (5 tasks of 40 classes, ViT-B/16), as published except for its reshape."""
     return replace(
         cifar100_10_dualprompt_pgp(), name="cub200_dualprompt_pgp", dataset=CUB200(), tasks=5, epochs=10, seed=51
     )
@@ -228,7 +228,7 @@ def demo_vpt() -> Config:
 
 
 def cifar100_10_vpt_pgp() -> Config:
-    """Train VPT with projection on CIFAR-100 (10 tasks of 10 classes, ViT-B/16 in21k) with our own settings."""
+    """Train VPT with projection on CIFAR-100 (10 tasks of 10 classes, ViT-B/16) with our own settings."""
     return replace(with_deep_prompts(cifar100_10_l2p_pgp()), name="10cifar100_vpt_pgp")
 
 
@@ -245,7 +245,7 @@ def demo_clip() -> Config:
 
 
 def cifar100_10_clip_pgp() -> Config:
-    """Train CLIP-PGP on CIFAR-100 (10 tasks of 10 classes, OpenAI's ViT-B/16), published settings, our basis."""
+    """Train CLIP-PGP on CIFAR-100 (10 tasks of 10 classes, OpenAI ViT-B/16), published settings, our basis."""
     return replace(
         cifar100_10_l2p_pgp(),
         name="10cifar100_clip_pgp",

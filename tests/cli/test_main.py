@@ -125,28 +125,28 @@ def test_data_get_and_check(tmp_path, capsys):
             Image.new("RGB", (9, 9), (80 * number, 0, 0)).save(tmp_path / "photos" / label / f"{number}.png")
     words = ["own", "--data", "photos", "--tasks", "2"]
     main.main(["data", "get", *words])
-    assert f"there: 4 training and 2 test images of 2 classes, at {'photos'}" in capsys.readouterr().out
+    assert f"found 4 training and 2 test images of 2 classes, at {'photos'}" in capsys.readouterr().out
     main.main(["data", "check", *words])
     out, err = capsys.readouterr()
     assert out.splitlines() == [
         "4 training and 2 test images of 2 classes",
         "task 1 of 2: 1 classes, 2 training and 1 test images",
         "task 2 of 2: 1 classes, 2 training and 1 test images",
-        "whole: every image can be read",
+        "complete: every image can be read",
     ]
     assert err.splitlines() == [
         "pgp: warning: a single class in task 1 of 2, task 2 of 2: prompts and head learn nothing there, only readouts"
         " from statistics (lda, logistic, ncm) do; give each task two classes at least",
     ]
     main.main(["data", "get", "demo"])
-    assert "there: 72 training and 24 test images of 6 classes" in capsys.readouterr().out
+    assert "found 72 training and 24 test images of 6 classes" in capsys.readouterr().out
     (tmp_path / "photos" / "a" / "1.png").write_bytes(b"")
     with pytest.raises(SystemExit):
         main.main(["data", "check", *words])
     told = capsys.readouterr()
     assert "cannot read the image" in told.out
     assert "1.png" in told.out
-    assert "the data are not whole" in told.err
+    assert "the data are not complete" in told.err
     assert "no data folder at" in fails(capsys, "data", "get", "own", "--data", "nowhere")
     assert "perhaps you meant 'check'" in fails(capsys, "data", "chek", "demo")
     assert "expected pgp data get RECIPE" in fails(capsys, "data")
@@ -165,8 +165,8 @@ def test_data_get_and_check(tmp_path, capsys):
         (["report"], "expected run folders"),
         (["list", "x"], "takes no arguments"),
         (["train", "demo", "--accelerator", "gpu"], "this machine cannot compute with --accelerator gpu"),
-        (["train", "demo", "--twin", "--no-pgp"], "expected a projection beside --twin"),
-        (["train", "demo", "--twin", "--projection", "none"], "expected a projection beside --twin"),
+        (["train", "demo", "--twin", "--no-pgp"], "expected a projection with --twin"),
+        (["train", "demo", "--twin", "--projection", "none"], "expected a projection with --twin"),
         (["train", "demo", "--twin", "--baselines"], "expected --twin or --baselines, got both"),
         (["train", "demo", "--readouts", "lda", "lda"], "readouts with different names"),
     ],
@@ -220,9 +220,9 @@ def test_as_a_module():
 
 
 def test_words_in_the_wrong_place_are_told_where_they_belong(capsys):
-    assert "images are named by --data PHOTOS" in fails(capsys, "train", "own", "PHOTOS")
-    assert "expected --add beside --resume" in fails(capsys, "train", "own", "--add", "NEW")
-    assert "expected a run folder behind --resume" in fails(capsys, "train", "--resume")
+    assert "for images, use --data PHOTOS" in fails(capsys, "train", "own", "PHOTOS")
+    assert "expected --add with --resume" in fails(capsys, "train", "own", "--add", "NEW")
+    assert "expected a run folder after --resume" in fails(capsys, "train", "--resume")
     for words in (["list", "--help"], ["data", "--help"], ["data", "check", "-h"]):
         main.main(words)
         assert capsys.readouterr().out.startswith("usage: pgp COMMAND")
@@ -241,6 +241,6 @@ def test_a_run_that_stopped_says_so(tmp_path, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             main.main(["train", "demo", "--output", "run"])
     main.main(["report", "run"])
-    assert "(unfinished: 1 of 3 tasks; pgp train --resume goes on)" in capsys.readouterr().out
+    assert "(unfinished: 1 of 3 tasks; resume with pgp train --resume)" in capsys.readouterr().out
     main.main(["train", "--resume", "run", "--on-bad-image", "skip"])
     assert "unfinished" not in capsys.readouterr().out

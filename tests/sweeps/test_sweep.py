@@ -191,7 +191,7 @@ def test_goes_on_after_a_kill_and_grows(monkeypatch, capsys):
     capsys.readouterr()
     swept(*ENERGIES, *few)
     told = capsys.readouterr().err
-    assert "2 of 6 runs are there already" in told
+    assert "2 of 6 runs are finished already" in told
     assert told.count(": trained in") == 3
     assert told.count(": resumed in") == 1
     after = modified(Path("sweeps/demo"))
@@ -249,8 +249,8 @@ def test_one_failing_run_stops_no_other(monkeypatch, capsys):
     monkeypatch.setattr(train, "train", fail)
     told = fails(capsys, *ENERGIES, "--no-controls", "--seeds", "3")
     assert (
-        "1 of 6 runs failed; the same call tries them again:\npgp: energy-0.5, seed 1: the loss is nan at step 3"
-        in told
+        "1 of 6 runs failed; repeat the same call to try them again:\npgp: energy-0.5, seed 1: the loss is nan at"
+        " step 3" in told
     )
     table = Path("sweeps/demo/sweep.md").read_text()
     assert "| energy 0.5 | head | 2 |" in table
@@ -278,9 +278,9 @@ def test_a_control_without_the_readout_is_read_by_its_best(tmp_path):
     (run,) = made(tmp_path, "control", {0: [[0.5]]}).values()
     run.save("task-02", {"matrices": {"head": torch.tensor([[0.5]]), "lda": torch.tensor([[0.7]])}})
     control = comparison.Entry("linear-probe", {0: run})
-    assert comparison._fitting(control, "head") == "head"
-    assert comparison._fitting(control, "lda+query+linear") == "lda"
-    assert comparison._fitting(comparison.Entry("none", {}), "lda") is None
+    assert comparison._comparable_column(control, "head") == "head"
+    assert comparison._comparable_column(control, "lda+query+linear") == "lda"
+    assert comparison._comparable_column(comparison.Entry("none", {}), "lda") is None
 
 
 def made(tmp_path, name, matrices):

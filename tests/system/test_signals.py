@@ -124,7 +124,7 @@ def test_a_sweep_goes_on_by_the_same_call(monkeypatch, capfd):
         with pytest.raises(SystemExit) as stop:
             main.main(words)
     assert stop.value.code == 143
-    assert capfd.readouterr().err.endswith("pgp: stopped by SIGTERM; the same call goes on with the sweep\n")
+    assert capfd.readouterr().err.endswith("pgp: stopped by SIGTERM; repeat the same call to resume the sweep\n")
     main.main(words)
     assert "demo, seed 0: resumed in" in capfd.readouterr().err
 

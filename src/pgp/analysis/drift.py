@@ -1,8 +1,9 @@
-"""The drift meter: how far responses to old images move as a model learns on, and what its projection does about it.
+"""The drift meter: how far responses to old images change during training, and what the projection removes.
 
-After each task, evaluation sees the test images of all tasks so far; the meter compares the features of a few of them
-with those of then. Of the rows that enter a protected parameter it keeps random mixtures only: what a step does to them
-is, up to a common factor and on average, what it does to all rows.
+After each task, evaluation processes the test images of all tasks so far. The meter compares the features of a few of
+them with their features right after their own task. Of the inputs of a protected parameter, it stores random sketches
+only: up to a common factor and on average, a step changes its responses to a sketch as much as its responses to all
+inputs.
 """
 
 from __future__ import annotations
@@ -26,29 +27,29 @@ from pgp.scenario import Task
 from pgp.subspace import ProtectedParameter, to_float64
 
 SKETCH_SIZE = 16
-"""Random mixtures of rows that are kept of each task and space."""
+"""Number of random sketches of the inputs of each task and space, K."""
 
 
 class Drift(NamedTuple):
-    """What is measured of the images of one task: what they were answered right after it, and what they are now."""
+    """Measurements on the images of one task."""
 
     indices: Tensor
-    """Where the images are in the test split, `(B,)`."""
+    """Indices of the images in the test split, `(B,)`."""
     features: Tensor
-    """`(B, D)`."""
+    """Features, `(B, D)`."""
     logits: Tensor
-    """Of the method's own head for the classes of then, centred per image, `(B, c)`."""
+    """Logits of the method's own head for the classes seen up to the task, centred per image, `(B, c)`."""
     selected: Tensor | None
-    """Prompts that the images select, `(B, M)` bool; None for a method that selects none."""
+    """Prompts that the images select, `(B, M)` bool; None for a method that does not select."""
 
     def at(self, indices: Tensor) -> Drift:
-        """Return the rows of these images, in their order; all of them are here."""
+        """Return the rows of these images, in their order. All of them must be present."""
         places = torch.searchsorted(self.indices, indices)
         return Drift(*(None if each is None else each[places] for each in self))  # type: ignore[arg-type]
 
 
 class DriftMeter:
-    """Measures drift on a few test images of each task; it changes nothing that is learned.
+    """Measures drift on a few test images of each task. It changes nothing that is learned.
 
     Use: `start_task`, `attach` to the task's optimizer before the projection is attached, `projection_stats` once the
     task is trained, `watch` during evaluation, `end_task`.
@@ -62,21 +63,21 @@ class DriftMeter:
         self.evaluation, self.config, self.projection = evaluation, evaluation.config, projection
         self.micro_batch_size = micro_batch_size or self.config.eval_batch_size
         self.params_at_task_start: dict[str, Tensor] = {}
-        """The protected parameters by space, as the current task found them."""
+        """The protected parameters at the start of the current task, by space."""
         self.energies: dict[str, Tensor] = {}
-        """By space, the `explained_energy` of all of this task's gradients and of all its updates, `(2, 2)`."""
+        """Sums of `explained_energy` over this task's gradients (row 0) and updates (row 1), `(2, 2)`, by space."""
         self.references: dict[int, dict[str, Any]] = {}
-        """By task, what was measured right after it."""
+        """Measurements right after each task, by task."""
         self._watched: dict[int, list[FeatureBatch]] = {}
 
     def start_task(self) -> None:
-        """Take a snapshot of the protected parameters, before anything of the next task changes them."""
-        targets = self.projection.protected
-        self.params_at_task_start = {space: each.parameter.detach().clone() for space, each in targets.items()}
+        """Snapshot the protected parameters at the start of a task."""
+        protected = self.projection.protected
+        self.params_at_task_start = {space: target.parameter.detach().clone() for space, target in protected.items()}
         self.energies = {}
 
     def attach(self, optimizer: torch.optim.Optimizer) -> HookHandle:
-        """Measure the gradients and the updates of every step as they come, until the handle is removed."""
+        """Measure the gradients and the updates of every step, until the returned handle is removed."""
         projection = self.projection
         measured = {space: target for space, target in projection.protected.items() if projection.rank(space)}
         before: dict[str, Tensor] = {}
@@ -104,103 +105,103 @@ class DriftMeter:
         total[row] += values
 
     def projection_stats(self) -> dict[str, dict[str, float | None]]:
-        """Return what the projection did to the task just trained, by space; ask before it learns from that task.
+        """Return what the projection did in the task just trained, by space.
+
+        Call it before the projection's `end_task`.
 
         Returns:
-            A dictionary:
-
-            - gradients, updates: Share of the energy of all gradients, and of all updates, that lay in the protected
-              subspace as they came.
-            - removed: Of those of the two that are projected, the same share: what the projection takes out.
-            - leak: Share of the energy of the whole way from start to end of the task that lies in the protected
-              subspace: what got past the projection.
+            gradients, updates: Fraction of the energy of all gradients, and of all updates, in the protected subspace
+                before the projection.
+            removed: The same fraction for whichever of the two is projected: what the projection removes.
+            leak: Fraction in the protected subspace of the energy of the total change over the task: what the
+                projection did not prevent.
         """
-        gradients, updates = (
-            {space: _ratio(*energy[row]) for space, energy in self.energies.items()} for row in (0, 1)
-        )
+        gradients = {space: _ratio(*energy[0]) for space, energy in self.energies.items()}
+        updates = {space: _ratio(*energy[1]) for space, energy in self.energies.items()}
         removed = updates if self.projection.apply_to == "update" else gradients
         leaks = {}
         for space, target in self.projection.protected.items():
             if space in self.params_at_task_start and self.projection.rank(space):
                 end = to_float64(target.parameter.detach())
-                way = end - self.params_at_task_start[space].to(end)
-                leaks[space] = _ratio(*explained_energy(self.projection, space, way.transpose(target.axis, -1)))
+                change = end - self.params_at_task_start[space].to(end)
+                leaks[space] = _ratio(*explained_energy(self.projection, space, change.transpose(target.axis, -1)))
         self.params_at_task_start, self.energies = {}, {}
         return {"gradients": gradients, "updates": updates, "removed": removed, "leak": leaks}
 
     def sample(self, task: Task) -> Tensor:
-        """Return the test images of `task` on which drift is measured, evenly spaced, `(n,)`."""
+        """Return the indices of the test images of `task` on which drift is measured, evenly spaced, `(n,)`."""
         return task.test[torch.linspace(0, len(task.test) - 1, min(self.config.drift_images, len(task.test))).long()]
 
     def watch(self, task: Task, batch: FeatureBatch) -> None:
-        """Keep what evaluation makes of the images of the sample; the rest of the batch is not needed."""
-        chosen = torch.isin(batch.indices, self.sample(task)).nonzero().flatten()
-        if len(chosen):
-            queries = None if batch.queries is None else batch.queries[chosen].cpu()
-            kept = FeatureBatch(batch.indices[chosen], batch.features[chosen].cpu(), queries)
-            self._watched.setdefault(task.index, []).append(kept)
+        """Store the features of those images of an evaluation batch that are in the sample."""
+        in_sample = torch.isin(batch.indices, self.sample(task)).nonzero().flatten()
+        if len(in_sample):
+            queries = None if batch.queries is None else batch.queries[in_sample].cpu()
+            part = FeatureBatch(batch.indices[in_sample], batch.features[in_sample].cpu(), queries)
+            self._watched.setdefault(task.index, []).append(part)
 
     @torch.no_grad()
     def end_task(self, method: Method, task: Task, progress: Progress) -> dict[str, Any]:
-        """Compare the images of earlier tasks with their references, and make references of those of `task`.
+        """Compare images of earlier tasks with their references, and store references for those of `task`.
 
         Collective: every process must call it.
 
         Returns:
-            A dictionary:
-
-            - features, logits: Relative change, the norm of the difference by the norm of what was, by earlier task.
-              Logits are those of the method's own head for the classes of then, centred per image.
-            - responses: By space, relative change of what the protected parameter answers to old rows.
-            - changed: Share of images that select other prompts; only for methods that select.
-            - held: By space, share of the energy of all old rows in the protected subspace, `task` included.
-            - usage: Share of the images of all tasks that select each prompt.
+            features, logits: Relative change by earlier task: the norm of the difference, divided by the old norm.
+                Logits are those of the method's own head for the classes seen up to that task, centred per image.
+            responses: Relative change of a protected parameter's responses to old inputs, by space.
+            changed: Fraction of images that select other prompts, for methods that select.
+            held: Fraction of the energy of all inputs so far in the protected subspace, by space.
+            usage: Fraction of the images of all tasks that select each prompt, for methods that select.
         """
         fabric, scenario = self.evaluation.fabric, self.evaluation.scenario
         protected, watched = self.projection.protected, all_gather_object(self._watched)
         self._watched = {}
-        now: dict[int, Drift] = {}
-        for each in scenario.tasks[: task.index + 1]:
-            batches_of_all = [batch for process in watched for batch in process.get(each.index, [])]
+        current: dict[int, Drift] = {}
+        for seen_task in scenario.tasks[: task.index + 1]:
+            index = seen_task.index
+            batches_of_all = [batch for process in watched for batch in process.get(index, [])]
             with fabric.autocast():
-                now[each.index] = _measured(method, batches_of_all, scenario.seen_classes(each.index), each)
+                current[index] = _measured(method, batches_of_all, scenario.seen_classes(index), seen_task)
         sketch = self._sketch(method, task, progress)
         responses = {space: _responses(rows, protected[space]) for space, rows in sketch.items()}
-        self.references[task.index] = {**now[task.index]._asdict(), "sketch": sketch, "responses": responses}
+        self.references[task.index] = {**current[task.index]._asdict(), "sketch": sketch, "responses": responses}
 
-        old = [index for index in now if index != task.index]
-        then = {index: Drift(*(self.references[index][name] for name in Drift._fields)) for index in old}
-        pairs = [(now[index], then[index].at(now[index].indices)) for index in old]
-        out: dict[str, Any] = {"tasks": old}
-        out["features"] = [_change(new.features, was.features) for new, was in pairs]
-        out["logits"] = [_change(new.logits, was.logits) for new, was in pairs]
+        old_tasks = [index for index in current if index != task.index]
+        pairs = []
+        for index in old_tasks:
+            reference = Drift(*(self.references[index][name] for name in Drift._fields))
+            pairs.append((current[index], reference.at(current[index].indices)))
+        out: dict[str, Any] = {"tasks": old_tasks}
+        out["features"] = [_change(new.features, old.features) for new, old in pairs]
+        out["logits"] = [_change(new.logits, old.logits) for new, old in pairs]
         out["responses"] = {
             space: [
                 _change(_responses(self.references[i]["sketch"][space], target), self.references[i]["responses"][space])
-                for i in old
+                for i in old_tasks
             ]
             for space, target in protected.items()
         }
-        selected = [each.selected for each in now.values() if each.selected is not None]
+        selected = [measured.selected for measured in current.values() if measured.selected is not None]
         if selected:
             out["changed"] = [
-                float(torch.ne(new.selected, was.selected).any(1).float().mean())
-                for new, was in pairs
-                if new.selected is not None and was.selected is not None
+                float(torch.ne(new.selected, old.selected).any(1).float().mean())
+                for new, old in pairs
+                if new.selected is not None and old.selected is not None
             ]
             out["usage"] = torch.cat(selected).float().mean(0).tolist()
         out["held"] = {}
         for space, target in protected.items():
             if self.projection.rank(space):
-                sketches = [_like_parameter(self.references[i]["sketch"][space], target) for i in now]
-                total = torch.stack([explained_energy(self.projection, space, each) for each in sketches]).sum(0)
+                sketches = [_like_parameter(self.references[i]["sketch"][space], target) for i in current]
+                total = torch.stack([explained_energy(self.projection, space, rows) for rows in sketches]).sum(0)
                 out["held"][space] = _ratio(*total)
         return out
 
     def _sketch(self, method: Method, task: Task, progress: Progress) -> dict[str, Tensor]:
-        """Return, by space, random mixtures `(..., K, D)` of the rows of the sample.
+        """Return random sketches `(..., K, D)` of the inputs of the sample, by space.
 
-        Weights are drawn image by image, so that they are the same however many images are seen together.
+        Weights are drawn image by image, so that they do not depend on the batch size.
         """
         config, evaluation = self.config, self.evaluation
         fabric, title = evaluation.fabric, evaluation.scenario.describe(task)
@@ -231,7 +232,7 @@ class DriftMeter:
         return {space: mixtures.float() for space, mixtures in sketch.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that it remembers."""
+        """Return the state of the meter."""
         return {
             "params_at_task_start": self.params_at_task_start,
             "energies": self.energies,
@@ -245,14 +246,14 @@ class DriftMeter:
 
 
 def explained_energy(projection: Projection, space: str, tensor: Tensor) -> Tensor:
-    """Return the energy of `tensor (..., D)` in the protected subspace of `space`, and all its energy, `(2,)`."""
+    """Return the squared norm of `tensor (..., D)` in the protected subspace of `space`, and in total, `(2,)`."""
     rows = to_float64(tensor)
-    whole, left = rows.square().sum(), projection.project(space, rows).square().sum()
-    return torch.stack([whole - left, whole])
+    total, outside = rows.square().sum(), projection.project(space, rows).square().sum()
+    return torch.stack([total - outside, total])
 
 
 def _measured(method: Method, kept: list[FeatureBatch], classes: tuple[int, ...], task: Task) -> Drift:
-    """Return what images of `task` are answered now, in the order of the split, on the CPU."""
+    """Return measurements on images of `task` with the current parameters, in the order of the split, on the CPU."""
     if not kept:
         raise ValueError(f"expected test images in task {task.index + 1}, but every one of a sample is unreadable")
     device = next(method.parameters()).device
@@ -265,18 +266,18 @@ def _measured(method: Method, kept: list[FeatureBatch], classes: tuple[int, ...]
 
 
 def _responses(sketch: Tensor, target: ProtectedParameter) -> Tensor:
-    """Return the inner products of a protected parameter with rows `(..., K, D)`, on the CPU."""
+    """Return the inner products of a protected parameter with inputs `(..., K, D)`, on the CPU."""
     parameter = target.parameter.detach().float().cpu().transpose(target.axis, -1)
     return sketch.cpu() @ parameter.mT
 
 
 def _like_parameter(sketch: Tensor, target: ProtectedParameter) -> Tensor:
-    """Return rows with as many axes as the parameter that they enter."""
+    """Return inputs with as many axes as the parameter that they are multiplied with."""
     return sketch[(None,) * (target.parameter.dim() - sketch.dim())].to(target.parameter.device)
 
 
 def _change(now: Tensor, then: Tensor) -> float | None:
-    """Return the relative change: the norm of the difference by the norm of what was; None if that is 0."""
+    """Return the relative change: the norm of the difference, divided by the norm of `then`; None if that is 0."""
     return _ratio((now - then).norm(), then.norm())
 
 

@@ -1,4 +1,4 @@
-"""What there is to choose from, in words: recipes, data sets, settings, and what each of them needs."""
+"""The list of recipes, data sets, settings and components, with what each needs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from pgp.scenario import Setting
 from pgp.system.escaping import printable
 
 SETTINGS: dict[Setting, str] = {
-    "cil": "class-incremental: each task brings new classes; at test nothing is known but the image",
-    "til": "task-incremental: as cil, and the task of a test image is known; needs nothing more",
+    "cil": "class-incremental: each task brings new classes; at test, the task of an image is unknown",
+    "til": "task-incremental: as cil, but the task of a test image is given",
     "oil": "online: as cil, but each image is seen once, and predicted before it is learned",
     "dil": "domain-incremental: each task brings the same classes in another domain; needs data with domains",
 }
@@ -32,7 +32,7 @@ assert set(SETTINGS) == set(get_args(Setting))
 
 
 def print_catalogue() -> RenderableType:
-    """Return the catalogue as text."""
+    """Return the whole list, ready to print."""
     return Group(*_sections())
 
 
@@ -41,25 +41,25 @@ def _sections() -> Iterator[RenderableType]:
     for name, recipe in recipes.RECIPES.items():
         config = recipe()
         yield _entry(name, recipe, f"needs {'; '.join(_needs(config))}")
-    yield "\ndata sets, for --dataset NAME; pgp data get RECIPE fetches, pgp data check RECIPE looks at every file"
+    yield "\ndata sets, for --dataset NAME; download with pgp data get RECIPE, verify with pgp data check RECIPE"
     for name, dataset in recipes.DATASETS.items():
         yield _entry(name, type(dataset), _location(dataset))
     yield "\nsettings, for --setting NAME"
     yield _grid(SETTINGS)
-    yield "\nparts, each of which can replace a recipe's own"
-    shelves = {f"--{field}": ", ".join(shelf) for field, shelf in recipes.CHOICES.items() if field != "dataset"}
-    yield _grid(shelves)
+    yield "\ncomponents, each of which can replace that of a recipe"
+    names = {f"--{field}": ", ".join(choices) for field, choices in recipes.CHOICES.items() if field != "dataset"}
+    yield _grid(names)
     yield "\nbaselines of a recipe, for --method NAME; all of them by --baselines"
     yield _grid({name: _summary(baseline) for name, baseline in BASELINES.items()})
 
 
 def _needs(config: Config) -> list[str]:
-    data = next(name for name, shelf in recipes.DATASETS.items() if type(shelf) is type(config.dataset))
+    data = next(name for name, dataset in recipes.DATASETS.items() if type(dataset) is type(config.dataset))
     return [f"data {data}", f"encoder {_encoder(config.backbone)}", f"setting {config.setting}"]
 
 
 def _encoder(backbone: Backbone.Config) -> str:
-    """Return the name of an encoder, and where its weights come from."""
+    """Return the name of the encoder, and the source of its weights."""
     model, weights = (str(getattr(backbone, name, "")) for name in ("model", "weights"))
     if weights.startswith("package:"):
         return f"{weights.removeprefix('package:')}, which pgp ships"
@@ -69,21 +69,18 @@ def _encoder(backbone: Backbone.Config) -> str:
 
 
 def _location(dataset: DatasetConfig) -> str:
-    """Return where a data set is looked for, whether it is there, and what would be downloaded."""
+    """Return where a data set is searched for, whether it was found, and what would be downloaded."""
     if isinstance(dataset, HuggingFace):
         return "on the hub, or at the path that --dataset.name gives"
     if not dataset.search_paths:
         return "needs no files"
     found = next((place for place in dataset.search_paths if place.exists()), None)
     if found is not None and dataset.archives:
-        return f"there, at {found}"
+        return f"found at {found}"
+    paths = ", ".join(map(str, dataset.search_paths))
     sizes = [f"{archive.size / 1e6:,.0f} MB" if archive.size else archive.name for archive in dataset.archives]
-    return (
-        "looked for at "
-        + ", ".join(map(str, dataset.search_paths))
-        + "; else fetched: " * bool(sizes)
-        + ", ".join(sizes)
-    )
+    download = f"; else downloaded: {', '.join(sizes)}" if sizes else ""
+    return f"searched for at {paths}{download}"
 
 
 def _entry(name: str, thing: object, note: str) -> RenderableType:
@@ -96,7 +93,7 @@ def _indented(what: RenderableType) -> Padding:
 
 
 def _summary(thing: object) -> str:
-    """Return the first sentences of a docstring on one line, up to a blank line or a list."""
+    """Return the first paragraph of a docstring on one line."""
     paragraph = (inspect.getdoc(thing) or "").partition("\n\n")[0]
     return " ".join(paragraph.split())
 

@@ -1,4 +1,4 @@
-"""What each command of the command line takes: fields are flags, docstrings are their help."""
+"""Arguments of each command: fields are flags, and their docstrings are the help texts."""
 
 from __future__ import annotations
 
@@ -14,59 +14,59 @@ from pgp.baselines import BASELINES
 from pgp.config import Config, Hardware
 
 Choice = tyro.conf.arg
-"""Short for an argument whose name is not that of its field."""
+"""Annotation of an argument whose name differs from its field."""
 
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Learn a stream of tasks, and leave everything in a run folder."""
+    """Learn a sequence of tasks, and write all results to a run folder."""
 
     config: Annotated[Config, Choice(name="")]
     output: Path | None = None
-    """Run folder, new or empty; a free one below runs/, where not given."""
+    """Run folder, new or empty. If not given, a new folder below runs/."""
     pgp: bool = True
-    """Project; --no-pgp trains the base method."""
+    """Use the projection; --no-pgp trains without it."""
     data: str | None = None
-    """Your own images: a folder, a table of them (CSV, TSV, JSONL), or hf: and the name or path of a Hugging Face data
-    set. Their tasks are those that lie beside them, or --tasks, not the recipe's."""
+    """Your own images: a folder, a table of images (CSV, TSV, JSONL), or hf: followed by the name or path of a Hugging
+    Face data set. Their tasks are defined beside the data or by --tasks, not by the recipe."""
     twin: bool = False
-    """Train the unprojected twin too, all else the same, and report both."""
+    """Also train without projection, with all other settings the same, and report both."""
     baselines: bool = False
-    """Train what the recipe is to be compared with, too, under the same budget, and report all: its prompts without
-    projection, with a random one, slower, and frozen after the first task; a linear head and the nearest class mean on
-    frozen features; and all tasks at once."""
+    """Also train all baselines of the recipe with the same budget, and report all. These are its prompts without
+    projection, with a random projection, with a smaller learning rate after the first task, and frozen after the first
+    task; a linear head and the nearest class mean on frozen features; and joint training on all tasks."""
     method_name: Annotated[
         Literal[tuple(recipes.METHODS | BASELINES)] | None,  # type: ignore[valid-type]
         Choice(name="method"),
     ] = None
-    """Another method than the recipe's, from its defaults; or a baseline of the recipe's own."""
+    """Method to use instead of the recipe's, with its default settings; or a baseline of the recipe."""
     projection_name: Annotated[Literal[tuple(recipes.PROJECTIONS)] | None, Choice(name="projection")] = None  # type: ignore[valid-type]
-    """Another projection than the recipe's, from its defaults."""
+    """Projection to use instead of the recipe's, with its default settings."""
     dataset_name: Annotated[Literal[tuple(recipes.DATASETS)] | None, Choice(name="dataset")] = None  # type: ignore[valid-type]
-    """Another data set than the recipe's."""
+    """Data set to use instead of the recipe's."""
     backbone_name: Annotated[Literal[tuple(recipes.BACKBONES)] | None, Choice(name="backbone")] = None  # type: ignore[valid-type]
-    """Another encoder than the recipe's."""
+    """Encoder to use instead of the recipe's."""
     readout_names: Annotated[tuple[Literal[tuple(recipes.READOUTS)], ...] | None, Choice(name="readouts")] = None  # type: ignore[valid-type]
-    """Other readouts than the recipe's; the first is the headline."""
+    """Readouts to use instead of the recipe's; the first gives the headline accuracy."""
 
 
 @dataclass(frozen=True)
 class ResumeCommand:
-    """Go on with a run from its latest checkpoint. Only where it computes can change, and what a bad image means."""
+    """Resume a run from its latest checkpoint. Only hardware settings and the handling of bad images can change."""
 
     resume: Path
     """Run folder."""
     hardware: Annotated[Hardware, Choice(name="")]
     add: str | None = None
-    """Data to learn as one more task of a finished run: a folder, a table or hf:NAME, as for --data. The run stays as
-    it is until the task is finished."""
+    """Data to learn as one more task of a finished run: a folder, a table or hf:NAME, as for --data. The run does not
+    change before the task is finished."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Where the data of the run lie now, if they have moved: they must be the same, and the run records the place. For
-    a run that learned more by --add, give it once for each data set, in their order."""
+    """New path of the run's data, if they were moved. They must be the same data, and the run records the path. For a
+    run with data added by --add, give the flag once for each data set, in their order."""
     drop: bool = False
-    """Drop the steps of an unfinished task, and go on from the latest finished one."""
+    """Drop the steps of an unfinished task, and resume from the latest finished task."""
     on_bad_image: Literal["error", "skip"] | None = None
-    """Stop at an image that cannot be read, or go on without it; as the run began, where not given."""
+    """How to handle an unreadable image: stop with an error, or skip it. If not given, the setting of the run."""
 
 
 @dataclass(frozen=True)
@@ -76,82 +76,82 @@ class EvalCommand:
     run: tyro.conf.Positional[Path]
     """Run folder."""
     legacy_eval: bool = False
-    """Show the published protocol too (see pgp train --help)."""
+    """Also report the published protocol (see pgp train --help)."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Where the data of the run lie now, if they have moved: they must be the same, and the run records the place. For
-    a run that learned more by --add, give it once for each data set, in their order."""
+    """New path of the run's data, if they were moved. They must be the same data, and the run records the path. For a
+    run with data added by --add, give the flag once for each data set, in their order."""
     every_task: bool = False
-    """Evaluate the checkpoint of each task, not of the latest only: the whole accuracy matrix."""
+    """Evaluate the checkpoints of all tasks, not only the latest, for the full accuracy matrix."""
     batch_size: int | None = None
-    """Test images at once, as in the run where not given; it changes nothing but the legacy columns."""
+    """Images per batch. If not given, as in the run. It changes only the legacy columns."""
 
 
 @dataclass(frozen=True)
 class AuditCommand:
-    """Measure a run's latest checkpoint by the honest protocol and by those that leak the task of a test image."""
+    """Evaluate a run's latest checkpoint with the honest protocol and with protocols that leak the task of an image."""
 
     run: tyro.conf.Positional[Path]
     """Run folder."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Where the data of the run lie now, if they have moved: they must be the same, and the run records the place. For
-    a run that learned more by --add, give it once for each data set, in their order."""
+    """New path of the run's data, if they were moved. They must be the same data, and the run records the path. For a
+    run with data added by --add, give the flag once for each data set, in their order."""
     batch_sizes: tuple[int, ...] = BATCHES
-    """Test images at once that vote for their prompts."""
+    """Batch sizes for the protocols in which the images of a batch vote for their prompts."""
     oracle: bool = False
-    """Also say what readouts from statistics would read if none were stale; this looks at all old training images."""
+    """Also report the accuracy of statistics readouts without drift. This processes all old training images."""
 
 
 @dataclass(frozen=True)
 class PredictCommand:
-    """Name what is on images, by all that a run has learned so far."""
+    """Classify images among all classes that a run has learned so far."""
 
     run: tyro.conf.Positional[Path]
     """Run folder."""
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files, and folders of images at any depth."""
     top: int = 1
-    """How many classes to name, the likeliest first."""
+    """Number of classes to print, the most probable first."""
     json: bool = False
-    """One JSON object a line instead of text."""
+    """Print one JSON object per line instead of text."""
     readout: str | None = None
-    """One of the run's readouts; its first, where not given."""
+    """Name of one of the run's readouts. If not given, the first."""
     batch_size: int = 32
-    """Images at once; it changes no answer."""
+    """Images per batch. It changes no prediction."""
 
 
 @dataclass(frozen=True)
 class ReportCommand:
-    """Tables and figures over runs; runs that differ in their seed only are one line."""
+    """Write tables and figures for runs. Runs that differ only in their seed share one row."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders."""
     output: Path | None = None
-    """Folder for report.md, report.png and drift.png; the run's own where there is a single run, else the working
-    folder."""
+    """Folder for report.md, report.png and drift.png. If not given, the folder of a single run, else the working
+    directory."""
 
 
 @dataclass(frozen=True)
 class SweepCommand:
-    """Run a recipe at every point of a grid and, under the same budget and seeds, its controls.
+    """Run every combination of values, plus the same controls with the same budget and seeds.
 
-    It ends in a table of paired differences, sweep.md, and a figure of accuracy against forgetting, sweep.png. The same
-    call again continues where the last one stopped; more seeds or values let the sweep grow. All settings of pgp train
-    RECIPE can be given, too, for all runs; --num-workers sets the processes that load images.
+    The sweep writes a table of paired differences, sweep.md, and a figure of accuracy against forgetting, sweep.png.
+    Repeat the same call to resume a sweep; add seeds or values to extend it. All settings of pgp train RECIPE can be
+    given and hold for every run; --num-workers sets the number of processes that load images.
     """
 
     over: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """PATH=VALUE,VALUE: a setting as pgp train RECIPE --help spells it, such as projection.energy=.9,.99 or
-    projection=orthogonal,released. Given several times, every choice is run."""
+    """PATH=VALUE,VALUE: a setting as in pgp train RECIPE --help, such as projection.energy=.9,.99 or
+    projection=orthogonal,released. If given several times, every combination is run."""
     seeds: str = "5"
-    """How many, from 0; or a list, such as 3,7,11."""
+    """Number of seeds, counted from 0; or a list, such as 3,7,11."""
     output: Path | None = None
-    """Folder of the sweep; sweeps/RECIPE where not given."""
+    """Folder of the sweep. If not given, sweeps/RECIPE."""
     controls: bool = True
-    """Run what each point is to be compared with, too: its prompts without projection, with a random one, slower, and
-    frozen; linear and nearest class mean on frozen features; all tasks at once."""
+    """Also run all baselines of each point: its prompts without projection, with a random projection, with a smaller
+    learning rate, and frozen; a linear head and the nearest class mean on frozen features; and joint training."""
     workers: int | None = None
-    """Runs at once: processes that share the cores of this machine. One per GPU where there are any, else one per core,
-    where not given."""
+    """Number of processes that run jobs on this machine and share its cores. If not given, one per GPU, or one per core
+    if there is no GPU."""
     ray: str | None = None
-    """Address of a Ray cluster, to spread the runs over; auto finds a running one, local starts one here. Its machines
-    need pgp, the data and --output at the same paths: a file system that they share, and that can lock files."""
+    """Address of a Ray cluster that runs the jobs; auto finds a running cluster, local starts one on this machine. Its
+    machines need pgp, the data and --output at the same paths, on a shared file system with file locks."""

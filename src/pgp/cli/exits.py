@@ -1,4 +1,4 @@
-"""The one place where errors end a command: each in a line, with an exit status that says what kind it is."""
+"""Exit status and error message of a command. Every error ends a command here, with one line on standard error."""
 
 from __future__ import annotations
 
@@ -21,24 +21,21 @@ from pgp.system import escaping, platforms, signals
 from pgp.system.storage import RunError
 
 LOST = re.compile("closed by peer|reset by peer|gloo|NCCL")
-"""What errors of torch say where another process of a run ended."""
+"""Pattern for errors of torch that mean that another process of the run ended."""
 
 
 def exit_status(work: Callable[[], None]) -> None:
-    """Do the work of a command, and end the process with the exit status that `pgp --help` lists.
-
-    An error is one line.
-    """
+    """Run a command. Any error ends in one line on standard error, and in the exit status that `pgp --help` states."""
     _prepare_streams()
     try:
         with warnings.catch_warnings(), signals.handled_by(signals.end_at_once):
             warnings.showwarning = show.warn
-            warnings.filterwarnings("ignore", module="PIL")  # of metadata; an image that cannot be read is an error
+            warnings.filterwarnings("ignore", module="PIL")  # warnings about metadata; an unreadable image is an error
             try:
                 work()
             finally:
                 if sys.stdout is not None:
-                    sys.stdout.flush()  # here, or an error of it would show at the end of the interpreter
+                    sys.stdout.flush()  # flush here, because an error at the interpreter's exit cannot be handled
     except KeyboardInterrupt as error:
         _end_interrupted(error)
     except Exception as error:
@@ -53,7 +50,7 @@ def exit_status(work: Callable[[], None]) -> None:
 
 
 def _end_interrupted(error: KeyboardInterrupt) -> NoReturn:
-    """End as a program that a signal ended, one of several processes in silence."""
+    """End with the exit status of a signal. Child processes print nothing."""
     number = error.number if isinstance(error, signals.Interrupted) else signal.SIGINT
     if distributed.is_child_process():
         sys.exit(0 if isinstance(error, signals.Interrupted) and error.agreed else 128 + number)
@@ -61,7 +58,7 @@ def _end_interrupted(error: KeyboardInterrupt) -> NoReturn:
 
 
 def _interrupt_before(error: BaseException) -> KeyboardInterrupt | None:
-    """Return the interrupt while which an error was raised, such as that a terminal which was closed takes no text."""
+    """Return the interrupt during which an error was raised, such as an error in writing to a closed terminal."""
     earlier = error.__context__
     if earlier is None or isinstance(earlier, KeyboardInterrupt):
         return earlier
@@ -69,7 +66,7 @@ def _interrupt_before(error: BaseException) -> KeyboardInterrupt | None:
 
 
 def _prepare_streams() -> None:
-    """Let the standard streams replace what they cannot encode, and results leave line by line."""
+    """Make the standard streams replace characters that they cannot encode, and buffer only single lines."""
     codecs.register_error("pgp", escaping.encode_error)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -77,8 +74,8 @@ def _prepare_streams() -> None:
 
 
 def _leave_quietly() -> NoReturn:
-    """End as a program does whose reader went away, such as head when it has seen enough."""
-    with contextlib.suppress(OSError, ValueError):  # what is left in a buffer goes nowhere, so that nothing complains
+    """End silently after the reader of the output has closed it, as `head` does."""
+    with contextlib.suppress(OSError, ValueError):  # discard buffered output, so that flushing raises no error
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere, stream.fileno())
@@ -86,7 +83,7 @@ def _leave_quietly() -> NoReturn:
 
 
 def _explained(error: Exception) -> tuple[str, int]:
-    """Return the line for a user's error, and the exit status."""
+    """Return the message of an error for the user, and the exit status."""
     message = str(error) or type(error).__name__
     if isinstance(error, RuntimeError) and distributed.is_distributed() and LOST.search(message):
         return "another process of this run ended, which this one waited for: what it said stands above", 2
@@ -102,7 +99,7 @@ def _explained(error: Exception) -> tuple[str, int]:
 
 
 def _stop(message: str, code: int) -> NoReturn:
-    """Say why the command ends, and end."""
-    with contextlib.suppress(OSError):  # nobody may be there to hear it
+    """Print a message and end the command."""
+    with contextlib.suppress(OSError):  # standard error may be closed
         show.print_note(message)
     sys.exit(code)

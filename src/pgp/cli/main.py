@@ -45,35 +45,39 @@ from pgp.training.tasks import build_scenario
 USAGE = """\
 usage: pgp COMMAND ...
 
-  train RECIPE [overrides]   learn a stream of tasks; pgp train RECIPE --help lists every override
-  train --resume RUN         go on with a run that stopped; --add FOLDER teaches it the classes of a folder
+  train RECIPE [flags]       learn a sequence of tasks; pgp train RECIPE --help lists all flags
+  train --resume RUN         resume a run that stopped; --add FOLDER learns the classes of a folder as one more task
   eval RUN                   evaluate a run's latest checkpoint again
-  audit RUN                  how much of its accuracy is real: the honest protocol beside those that leak the task
-  predict RUN IMAGE ...      name what is on images or in folders of images
-  report RUN ...             tables and figures over runs: mean and deviation over seeds
-  sweep RECIPE --over ...    a grid of runs with its controls, in parallel, in one table; pgp sweep --help
-  list                       recipes, data sets, settings, what each needs and where it is looked for
-  data get RECIPE            download what a recipe learns from, and nothing else
-  data check RECIPE          look at every file of it, before an hour is spent
+  audit RUN                  compare the honest protocol with protocols that leak the task of an image
+  predict RUN IMAGE ...      classify images, or all images in folders
+  report RUN ...             write tables and figures for runs: mean and standard deviation over seeds
+  sweep RECIPE --over ...    run a grid of settings and their controls, and compare them in one table
+  list                       list recipes, data sets and settings, and what each needs
+  data get RECIPE            download the data of a recipe
+  data check RECIPE          verify every image before training
 
-Results go to standard output, bars and notes to standard error. The exit status is 0; 2 if something has to be put
-right, which one line names; 70 for a fault of pgp itself; 128 and the signal's number after Ctrl-C, SIGTERM or SIGHUP,
-such as 130; 141 if whatever reads the output went away. PGP_DEBUG=1 shows where in the code an error comes from."""
+Results go to standard output, progress and notes to standard error. The exit status is 0 for success; 2 for an error
+that you can fix, stated in one line; 70 for a fault of pgp itself; 128 plus the signal number after Ctrl-C, SIGTERM or
+SIGHUP, such as 130; 141 if the reader of the output went away. PGP_DEBUG=1 shows the traceback of an error."""
+
+
 PUBLISHED_USAGE = """\
 usage: python main.py RECIPE [--model NAME] [--output_dir DIR] [--data-path DIR] [--epochs N] [--seed N] [--no_pgp] ...
        python main.py RECIPE --eval
 
-The published command line: the flags that its printed commands use, and all of pgp train. python main.py RECIPE --help
-lists them."""
+This is the command line of the published code. It accepts the flags of the published commands, and all flags of pgp
+train. python main.py RECIPE --help lists them."""
+
+
 HELP = {"-h", "--help"}
 PUBLISHED_OUTPUT = Path("output")
-"""Where the published command line leaves its run."""
+"""Default output folder of the published command line."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; end the process with another status than 0 unless it is done, see `USAGE`."""
+    """Run one command. If it fails, end the process with the exit status that `USAGE` states."""
     words = list(sys.argv[1:] if argv is None else argv)
-    bare = words[0] in ("list", "data") and len(words) < 4 if words else True  # without flags of their own
+    bare = words[0] in ("list", "data") and len(words) < 4 if words else True  # these commands have no flags
     if not words or words[0] in HELP or (bare and words[-1] in HELP):
         exit_status(lambda: show.show_lines(*USAGE.splitlines()))
     elif words[0] == "--version":
@@ -83,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def published_main(argv: Sequence[str] | None = None) -> None:
-    """Run `python main.py RECIPE …`: as `main`, with the flags, the folder and the file names of the published code."""
+    """Run `python main.py RECIPE ...`, with the flags, the folder and the file names of the published code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in HELP:
         exit_status(lambda: show.show_lines(*PUBLISHED_USAGE.splitlines()))
@@ -96,7 +100,7 @@ def published_main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_command(words: list[str]) -> None:
-    """Run `pgp train …`."""
+    """Run `pgp train`."""
     if any(word == "--resume" or word.startswith("--resume=") for word in words):
         asked = not HELP.isdisjoint(words)
         parse.check_resumable(words)
@@ -116,7 +120,7 @@ def train_command(words: list[str]) -> None:
 
 
 def _train_command(words: list[str], program: str) -> TrainCommand:
-    """Parse as `pgp.cli.parse.train_command`, and note what a published flag does not change."""
+    """Parse as `parse.train_command`, and print a note if a published flag is ambiguous."""
     command = parse.train_command(words, program)
     if note := published.explain_model_flag(words[1:], command.config):
         show.print_note(note)
@@ -124,7 +128,7 @@ def _train_command(words: list[str], program: str) -> TrainCommand:
 
 
 def _trained(command: TrainCommand) -> list[Run]:
-    """Return the finished run, and its twin or baselines."""
+    """Train the run of a command, and its unprojected twin or its baselines, and return them."""
     own = command.config if command.pgp else unprojected(command.config)
     configs = {type(own.projection).__module__.rpartition(".")[2]: own}  # by the folder's name, if there are several
     if command.twin:
@@ -145,7 +149,7 @@ def _trained(command: TrainCommand) -> list[Run]:
 
 
 def _published_train(words: list[str]) -> None:
-    """Run `python main.py RECIPE …`: train into `--output_dir`, or into a new folder beside it."""
+    """Train as `python main.py RECIPE ...` in `--output_dir`, or in the next free folder beside it."""
     command = _train_command(words, "python main.py")
     folder = (command.output or PUBLISHED_OUTPUT).absolute()
     own = command.config if command.pgp else unprojected(command.config)
@@ -165,7 +169,7 @@ def _published_train(words: list[str]) -> None:
 
 
 def _published_eval(words: list[str]) -> None:
-    """Run `python main.py RECIPE --eval`: evaluate the newest run of the recipe in `--output_dir`, after each task."""
+    """Evaluate the newest run of the recipe in `--output_dir` after each of its tasks."""
     command = _train_command(words, "python main.py")
     asked = command.config if command.pgp else unprojected(command.config)
     run, config = published.find_latest_run(asked, words[1:], (command.output or PUBLISHED_OUTPUT).absolute())
@@ -209,37 +213,37 @@ def audit_command(words: list[str]) -> None:
 
 
 def predict_command(words: list[str]) -> None:
-    """Run `pgp predict RUN image …`."""
+    """Run `pgp predict RUN IMAGE ...`."""
     command = parse.parse(PredictCommand, words, "pgp predict")
     if not command.images:
         raise ValueError("expected image files or folders, got none: pgp predict RUN photo.jpg folder/")
     if command.top < 1 or command.batch_size < 1:
         raise ValueError(f"expected --top and --batch-size of at least 1, got {command.top} and {command.batch_size}")
-    told: list[Ignored] = []
-    paths, bad = images_in(command.images, told), 0
-    for line in (line for ignored in told for line in ignored.lines()):
-        show.print_note(line)
+    ignored_files: list[Ignored] = []
+    paths, bad = images_in(command.images, ignored_files), 0
+    for ignored in ignored_files:
+        for line in ignored.lines():
+            show.print_note(line)
     predictor = Predictor(Run.open(command.run), command.readout)
-    with show.progress(hidden=show.is_terminal(sys.stdout)) as bars:  # where answers appear, they are the bar
-        for path, found in track(
-            bars, predictor.predict_paths(paths, command.top, command.batch_size), len(paths), "images"
-        ):
-            if isinstance(found, BadImageError):
+    with show.progress(hidden=show.is_terminal(sys.stdout)) as bars:  # on a terminal, the results show the progress
+        predictions = predictor.predict_paths(paths, command.top, command.batch_size)
+        for path, prediction in track(bars, predictions, len(paths), "images"):
+            if isinstance(prediction, BadImageError):
                 bad += 1
-                show.print_note(f"skipped: {found}")
+                show.print_note(f"skipped: {prediction}")
                 continue
-            scores = dict(zip(found.names, found.probabilities, strict=True))
+            scores = dict(zip(prediction.names, prediction.probabilities, strict=True))
             if command.json:
                 show.show_json({"image": str(path), "classes": scores})
             else:
                 show.show_fields(path, *(f"{name} {100 * score:.1f} %" for name, score in scores.items()))
     if bad == len(paths):
-        why = f"none of {len(paths)} can be read" if paths else "there is none"
-        raise ValueError(f"expected images in {', '.join(map(str, command.images))}, but {why}")
+        reason = f"none of {len(paths)} can be read" if paths else "there is none"
+        raise ValueError(f"expected images in {', '.join(map(str, command.images))}, but {reason}")
 
 
 def report_command(words: list[str]) -> None:
-    """Run `pgp report RUN …`."""
+    """Run `pgp report RUN ...`."""
     command = parse.parse(ReportCommand, words, "pgp report")
     if not command.runs:
         raise ValueError("expected run folders, got none: pgp report RUN …")
@@ -256,7 +260,7 @@ def _places(config: Config) -> list[Path]:
 
 
 def sweep_command(words: list[str]) -> None:
-    """Run `pgp sweep RECIPE …`."""
+    """Run `pgp sweep RECIPE ...`."""
     first = [] if not words or words[0].startswith("-") else [words[0]]
     command, others = parse.parse_known(SweepCommand, words[len(first) :], "pgp sweep RECIPE")
     base = parse.parse_point([*first, *others])
@@ -273,17 +277,17 @@ def sweep_command(words: list[str]) -> None:
     if members := swept.write_report():
         show.show_comparison(members, command.output or Path("sweeps") / first[0])
     if failures:
-        show.print_note(f"{len(failures)} of {len(jobs)} runs failed; the same call tries them again:")
+        show.print_note(f"{len(failures)} of {len(jobs)} runs failed; repeat the same call to try them again:")
         for failure in failures:
             show.print_note(failure)
         sys.exit(2)
 
 
 def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[str]:
-    """Run all jobs, and return a line for each that failed."""
+    """Run all jobs of a sweep, and return one line for each run that failed."""
     left = [job for job in jobs if not sweep.finished_result(job)]
     if len(left) < len(jobs):
-        show.print_note(f"{len(jobs) - len(left)} of {len(jobs)} runs are there already")
+        show.print_note(f"{len(jobs) - len(left)} of {len(jobs)} runs are finished already")
     gpus = torch.cuda.device_count() if base.hardware.accelerator != "cpu" else 0
     if command.ray:
         spread = functools.partial(pool.run_on_ray, address=command.ray, gpu=base.hardware.accelerator != "cpu")
@@ -294,7 +298,7 @@ def _swept(command: SweepCommand, base: Config, jobs: list[sweep.Job]) -> list[s
         return show.follow_results(sweep.run_all(left, spread), len(left))
     except KeyboardInterrupt as error:
         number = error.number if isinstance(error, Interrupted) else signal.SIGINT
-        raise Interrupted(number, f"{describe(number)}; the same call goes on with the sweep") from None
+        raise Interrupted(number, f"{describe(number)}; repeat the same call to resume the sweep") from None
 
 
 def list_command(words: list[str]) -> None:
@@ -305,7 +309,7 @@ def list_command(words: list[str]) -> None:
 
 
 def data_command(words: list[str]) -> None:
-    """Run `pgp data get RECIPE …` or `pgp data check RECIPE …`; the data flags are those of pgp train."""
+    """Run `pgp data get RECIPE` or `pgp data check RECIPE`, with the data flags of `pgp train`."""
     actions: dict[str, Callable[[Config], None]] = {"get": _get, "check": _check}
     if not words or words[0].startswith("-"):
         raise ValueError("expected pgp data get RECIPE or pgp data check RECIPE")
@@ -318,21 +322,21 @@ def _get(config: Config) -> None:
     data = config.dataset.read()
     where = next((f", at {place}" for place in config.dataset.search_paths if place.exists()), "")
     show.show_lines(
-        f"there: {len(data.train):,} training and {len(data.test):,} test images of {data.classes:,} classes{where}"
+        f"found {len(data.train):,} training and {len(data.test):,} test images of {data.classes:,} classes{where}"
     )
 
 
 def _check(config: Config) -> None:
-    """Check that the data are complete and make the tasks of the recipe."""
+    """Raise unless the data are complete and give the tasks of the recipe."""
     config = resolve_paths(config)
     data = config.dataset.read()
     with show.progress() as bars:
-        census = check_images(config.dataset, bars, data)
-    show.show_lines(*census.lines())
+        report = check_images(config.dataset, bars, data)
+    show.show_lines(*report.lines())
     show.show_tasks(build_scenario(config, data))
-    if not census.is_complete:
-        raise ValueError("the data are not whole; see above")
-    show.show_lines("whole: every image can be read")
+    if not report.is_complete:
+        raise ValueError("the data are not complete; see above")
+    show.show_lines("complete: every image can be read")
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

@@ -1,4 +1,4 @@
-"""From words to a command: the flags of pgp train, which several commands understand, and grids of them."""
+"""Parsing of the command line: the flags of pgp train, which several commands share, and grids of values."""
 
 from __future__ import annotations
 
@@ -29,39 +29,39 @@ Command = TypeVar("Command")
 
 
 def parse(command: type[Command], words: Sequence[str], program: str, **settings: Any) -> Command:
-    """Return the command that `words` ask for; what is said of words that are wrong is safe for a terminal."""
+    """Return the command for `words`. Error messages are safe for a terminal."""
     with _safe_complaints():
         found: Command = tyro.cli(command, args=words, prog=program, **settings)
     return found
 
 
 def parse_known(command: type[Command], words: Sequence[str], program: str) -> tuple[Command, list[str]]:
-    """Return the command, and those of the words that mean nothing to it."""
+    """Return the command for `words`, and the words that it does not know."""
     with _safe_complaints():
         return tyro.cli(command, args=words, prog=program, return_unknown_args=True)
 
 
 @contextlib.contextmanager
 def _safe_complaints() -> Iterator[None]:
-    said = io.StringIO()
+    messages = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(messages):
             yield
     finally:
-        show.print_error(said.getvalue())
+        show.print_error(messages.getvalue())
 
 
 def train_command(words: list[str], program: str) -> TrainCommand:
-    """Parse `RECIPE --flags`."""
+    """Return the command for `RECIPE --flags`."""
     if not words or words[0].startswith("-"):
         raise ValueError(f"expected a recipe, one of {', '.join(recipes.RECIPES)}; or --resume RUN")
     recipe = lookup(recipes.RECIPES, words[0], "recipe", "pgp list")
     refuse_old_spellings(words[1:])
     if len(words) > 1 and not words[1].startswith("-"):
-        raise ValueError(f"expected flags behind {words[0]}, got {words[1]}: images are named by --data {words[1]}")
+        raise ValueError(f"expected flags after {words[0]}, got {words[1]}: for images, use --data {words[1]}")
     if flag_values(words, "--add"):
-        raise ValueError(f"expected --add beside --resume: it teaches a run that is there one more task. Images for a"
-                         f" new run are named by --data {flag_values(words, '--add')[0]}")  # fmt: skip
+        raise ValueError(f"expected --add with --resume, got it without: it adds a task to an existing run. For the"
+                         f" images of a new run, use --data {flag_values(words, '--add')[0]}")  # fmt: skip
     config = _choose_components(recipe(), words[1:])
     command = parse(
         TrainCommand,
@@ -73,36 +73,33 @@ def train_command(words: list[str], program: str) -> TrainCommand:
     if command.twin and command.baselines:
         raise ValueError("expected --twin or --baselines, got both: the baselines include the twin, as unprojected")
     if command.twin and (not command.pgp or isinstance(command.config.projection, NoProjection.Config)):
-        raise ValueError("expected a projection beside --twin: a run without one has no other twin than itself")
+        raise ValueError("expected a projection with --twin, got none: the twin would be the same run")
     return command
 
 
 def resume_defaults(words: list[str]) -> ResumeCommand:
-    """Return the run that `--resume` names, with its own settings."""
+    """Return the command for the run that `--resume` names, with the run's own settings."""
     folders = flag_values(words, "--resume")
     if not folders:
-        raise ValueError("expected a run folder behind --resume, such as runs/own-seed42")
+        raise ValueError("expected a run folder after --resume, such as runs/own-seed42, got none")
     folder = Path(folders[0])
     return ResumeCommand(folder, hardware=Run.open(folder).config.hardware)
 
 
 def check_resumable(words: list[str]) -> None:
-    """Raise if a flag stands beside --resume that can only be given when a run begins."""
+    """Raise if a flag is given with --resume that can only be given when a run begins."""
     refuse_old_spellings(words)
-    known = {field.name.replace("_", "-") for kind in (ResumeCommand, Hardware) for field in fields(kind)}
+    allowed = {field.name.replace("_", "-") for kind in (ResumeCommand, Hardware) for field in fields(kind)}
     for word in words:
         name = word.partition("=")[0].removeprefix("--").replace("_", "-")
-        if word.startswith("--") and name.removeprefix("no-") not in known | {"help"}:
-            flags = ", ".join(f"--{flag}" for flag in sorted(known - {"hardware", "resume"}))
-            raise ValueError(f"expected beside --resume only {flags}, got --{name}: what decides results is fixed when"
-                             " a run begins")  # fmt: skip
+        if word.startswith("--") and name.removeprefix("no-") not in allowed | {"help"}:
+            flags = ", ".join(f"--{flag}" for flag in sorted(allowed - {"hardware", "resume"}))
+            raise ValueError(f"expected with --resume only {flags}, got --{name}: settings that decide results are"
+                             " fixed when a run begins")  # fmt: skip
 
 
 def lookup(table: dict[str, Callable[..., Any]], name: str, what: str, where: str) -> Callable[..., Any]:
-    """Return the entry of `table` for `name`.
-
-    Raises:     ValueError: If there is none; it suggests the nearest name.
-    """
+    """Return the entry `name` of `table`, and raise an error that suggests the nearest name if there is none."""
     if name not in table:
         near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
         hint = f"perhaps you meant {near[0]!r}; " if near else ""
@@ -111,33 +108,33 @@ def lookup(table: dict[str, Callable[..., Any]], name: str, what: str, where: st
 
 
 def _choose_components(config: Config, words: list[str]) -> Config:
-    """Return `config` with the components that flags such as `--projection none` name.
+    """Return `config` with the components that flags like `--projection none` name.
 
-    Their own flags are known only after that.
+    The flags of these components are then known to the parser.
     """
     for name in flag_values(words, "--projection"):
         if name in ("slower", "reduced-lr", "frozen"):
-            baseline = "frozen" if name == "frozen" else "reduced-lr"
-            raise ValueError(f"expected a projection behind --projection, got {name}: slower and frozen prompts are a"
-                             " learning rate, --optimizer.later-prompt-lr-scale 0.1 or 0, or a baseline, --method"
+            baseline, scale = ("frozen", "0") if name == "frozen" else ("reduced-lr", "0.1")
+            raise ValueError(f"expected a projection after --projection, got {name}: use"
+                             f" --optimizer.later-prompt-lr-scale {scale}, or the baseline --method"
                              f" {baseline}")  # fmt: skip
     for name in flag_values(words, "--method"):
         if name in BASELINES:
             config = BASELINES[name](config)
-    for field, shelf in recipes.CHOICES.items():
-        parts = [shelf[name] for name in flag_values(words, f"--{field}") if name in shelf]
-        part: Any = tuple(parts) if field == "readouts" else parts[-1:]
-        if parts:
-            config = replace(config, **{field: part if field == "readouts" else part[0]})
+    for field, choices in recipes.CHOICES.items():
+        chosen = [choices[name] for name in flag_values(words, f"--{field}") if name in choices]
+        if chosen:
+            value: Any = tuple(chosen) if field == "readouts" else chosen[-1]
+            config = replace(config, **{field: value})
         if field == "projection" and isinstance(config.projection, ReleasedBasis.Config):
             config = replace(config, projection=recipes.published_basis(config.method))
-    if places := flag_values(words, "--data"):  # the recipe's number of tasks was that of its own data
+    if places := flag_values(words, "--data"):  # the recipe's number of tasks is for its own data
         config = replace(config, dataset=dataset_from_path(places[-1]), tasks=None)
     return config
 
 
 def flag_values(words: list[str], wanted: str) -> list[str]:
-    """Return the values of the flag `wanted`, given as `--data a b` or as `--data=a`."""
+    """Return the values after the flag `wanted`, as in `--data a b` or `--data=a`."""
     out: list[str] = []
     taking = False
     for word in words:
@@ -164,7 +161,7 @@ def parse_point(words: list[str]) -> Config:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """Return the seeds that `--seeds` names: a number of seeds from 0, or a list.
+    """Return the seeds of `--seeds`, which is a number of seeds from 0, or a list.
 
     >>> parse_seeds("3"), parse_seeds("3,7")
     ([0, 1, 2], [3, 7])
@@ -176,7 +173,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def parse_grid(over: Sequence[str]) -> list[dict[str, str]]:
-    """Return every combination of one value for each `PATH=v1,v2,…`, as values by path.
+    """Return every combination of the values in `PATH=v1,v2,...`, as values by path.
 
     >>> parse_grid(["a=1,2", "b=x"])
     [{'a': '1', 'b': 'x'}, {'a': '2', 'b': 'x'}]
@@ -196,7 +193,7 @@ def parse_grid(over: Sequence[str]) -> list[dict[str, str]]:
 
 
 def to_flags(choice: Mapping[str, str]) -> list[str]:
-    """Return the flags of `pgp train` for a combination of values."""
+    """Return the flags of `pgp train` for a combination of values; true and false become switches."""
     words = []
     for path, value in choice.items():
         front, dot, last = path.rpartition(".")
@@ -206,9 +203,9 @@ def to_flags(choice: Mapping[str, str]) -> list[str]:
 
 
 def label_choices(choices: Sequence[Mapping[str, str]], configs: Sequence[Config], recipe: str) -> dict[str, Config]:
-    """Return the points by label; equal points count once.
+    """Return the configurations of a grid by label, without duplicates.
 
-    A label has the shortest unique path of each setting, and its value.
+    A label consists of settings, each with as much of its path as is needed to be unique, and its value.
     """
     paths = list(choices[0]) if choices else []
     short = {path: path.rpartition(".")[2] for path in paths}
@@ -222,7 +219,7 @@ def label_choices(choices: Sequence[Mapping[str, str]], configs: Sequence[Config
 
 
 def _value(config: Config, path: str, text: str) -> Any:
-    """Return the value at a path of a configuration, if it is a plain one (.9 equals 0.90), else the text."""
+    """Return the value at a path of the configuration if it is plain (.9 and 0.90 are the same), else its text."""
     place: Any = config
     for part in path.split("."):
         place = place[int(part)] if part.isdecimal() else getattr(place, part, None)

@@ -47,14 +47,18 @@ METHOD_FLAGS: dict[type, dict[str, str]] = {
     },
     CLIPPrompt.Config: {"length": "image-prompt"},
 }
-"""By method: published flag, and what it sets of `--method`."""
+"""Published flags of each method, and the fields of `--method` that they set."""
+
+
 SWITCHES = {
     "pgp": ("--pgp", "--no-pgp"),
     "task-inc": ("--setting til", "--setting cil"),
     "shuffle": ("--shuffle", "--no-shuffle"),
     "pin-mem": ("--pin-memory", "--no-pin-memory"),
 }
-"""Published flag: ours where it is true, and where it is false."""
+"""Published switches, and our flags for true and for false."""
+
+
 MODELS: dict[type, dict[str, tuple[str, ...]]] = {
     ViT.Config: {"vit_base_patch16_224": ("--backbone.model", "vit_base_patch16_224.orig_in21k")},
     CLIP.Config: {
@@ -62,11 +66,11 @@ MODELS: dict[type, dict[str, tuple[str, ...]]] = {
         "ViT-B/16": ("--backbone.model", "ViT-B-16-quickgelu", "--backbone.weights", "openai"),
     },
 }
-"""By encoder: what a published `--model` means."""
+"""Models that the published `--model` stands for, by encoder."""
 
 
 def translate_flags(words: Sequence[str], config: Config) -> list[str]:
-    """Return `words` with every published flag translated; all other words stay.
+    """Return `words` with every published flag translated to ours; other words do not change.
 
     Args:
         words: Arguments behind the recipe's name.
@@ -96,7 +100,7 @@ def translate_flags(words: Sequence[str], config: Config) -> list[str]:
 
 
 def explain_model_flag(words: Sequence[str], config: Config) -> str | None:
-    """Return a sentence on what `--model` among `words` does not set, if that is so."""
+    """Return a note on the weights that `--model` among `words` stands for, or None if it is not needed."""
     for _, name, value in _pairs(words):
         if name == "model" and value in MODELS.get(type(config.backbone), {}):
             return f"--model {value} is {' '.join(_model(value, config)[1::2])}, the published weights"
@@ -104,7 +108,7 @@ def explain_model_flag(words: Sequence[str], config: Config) -> str | None:
 
 
 def find_latest_run(asked: Config, words: Sequence[str], folder: Path) -> tuple[Run, Config]:
-    """Return the newest run of a recipe that fits all flags given, and how to evaluate it.
+    """Return the newest run of a recipe that fits all given flags, and the configuration to evaluate it.
 
     Args:
         asked: The recipe's configuration under all flags.
@@ -157,14 +161,14 @@ def _runs_of(recipe: str, folders: Iterable[Path]) -> tuple[list[Run], list[RunE
 
 
 def _other(asked: Config, trained: Config, given: set[str]) -> list[str]:
-    """Return the flags among `given` that ask for another training than `trained`."""
+    """Return the flags among `given` that ask for a training different from `trained`."""
     free = {"eval-batch-size", "legacy-eval", "dataset.root"}
     names = {"projection" if name in ("pgp", "no-pgp") else name for name in given - free}
     return sorted(name for name in names if _lookup_path(asked, name) != _lookup_path(trained, name))
 
 
 def _lookup_path(config: Config, name: str) -> Any:
-    """Return the path of the setting that a flag changes, such as `optimizer.lr`, or None."""
+    """Return the setting that a flag changes, such as `optimizer.lr`, or None if it changes none."""
     place: Any = config
     for part in name.replace("-", "_").split("."):
         place = place[int(part)] if part.isdecimal() else getattr(place, part, None)
@@ -188,7 +192,7 @@ def export_checkpoints(run: Run) -> list[Path]:
 
 
 def _pairs(words: Sequence[str]) -> Iterator[tuple[list[str], str, str | None]]:
-    """Yield for each word the word, its flag without hyphens, and the one value behind it, or None.
+    """Yield each word with its flag, without leading hyphens, and the single value after it (or None).
 
     A word that is no flag and no such value has the flag "".
     """

@@ -1,7 +1,7 @@
-"""What the command line shows: bars while it works, tables and figures when it is done.
+"""Output of the command line: progress bars, tables and figures.
 
-Results go to standard output, everything else to standard error; nothing that comes from data or files is taken for
-markup or reaches a terminal as a control character.
+Results go to standard output, everything else to standard error. Text from data or files is never interpreted as
+markup, and control characters in it are escaped.
 """
 
 from __future__ import annotations
@@ -36,15 +36,19 @@ from pgp.system.storage import RunError
 from pgp.training.tasks import single_class_warning
 
 NARROW = 80
-"""Columns of a terminal in which results have to be readable."""
+"""Width of a terminal in characters in which results must be readable."""
+
+
 UNLIMITED = 100_000
-"""Columns of what is no terminal: nothing is wrapped there."""
+"""Width in characters if the output is not a terminal, so that nothing is wrapped."""
+
+
 GAP = 2
-"""Columns between two columns of a table."""
+"""Number of spaces between two columns of a table."""
 
 
 class _Errors(Console):
-    """Standard error."""
+    """A console for standard error."""
 
     def on_broken_pipe(self) -> None:
         """Raise the error that rich is handling, so that the program ends as for any other broken pipe."""
@@ -74,7 +78,7 @@ def show_json(value: Any) -> None:
 
 
 def show_rich(renderable: RenderableType) -> None:
-    """Print what rich lays out on standard output, wrapped only on a terminal; markup in names means nothing."""
+    """Print a rich renderable on standard output, wrapped only on a terminal. Markup in names is not interpreted."""
     console = _console()
     with console.capture() as captured:
         console.print(renderable)
@@ -83,7 +87,7 @@ def show_rich(renderable: RenderableType) -> None:
 
 
 def _console() -> Console:
-    """Return rich's console for standard output."""
+    """Return a rich console for standard output."""
     width = None if is_terminal(sys.stdout) else UNLIMITED
     return Console(width=width, markup=False, emoji=False, highlight=False)
 
@@ -94,10 +98,10 @@ def print_note(text: object) -> None:
 
 
 def progress(memory: float = 30, *, hidden: bool = False) -> Progress:
-    """Return progress bars on standard error, with the time that is left by the speed of the last `memory` seconds.
+    """Return progress bars on standard error, with the remaining time estimated from the last `memory` seconds.
 
-    Standard output is left alone, so that a result goes where the user sent it. A result that is printed while bars are
-    shown on the same terminal would be garbled: hide the bars, or print it when they are gone.
+    Standard output is not redirected. Results that are printed on the same terminal while bars are shown would be
+    garbled, so hide the bars, or print results after they are gone.
     """
     console = _Errors(stderr=True)
     columns = (
@@ -119,7 +123,7 @@ def progress(memory: float = 30, *, hidden: bool = False) -> Progress:
 
 
 def warn(message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: object, **__: object) -> None:
-    """Show a warning of ours in a line, one of a library as Python does; see `warnings.showwarning`."""
+    """Print a warning of pgp in one line, and other warnings as Python does; see `warnings.showwarning`."""
     if category is UserWarning:
         print_note(message)
     else:
@@ -127,7 +131,7 @@ def warn(message: Warning | str, category: type[Warning], filename: str, lineno:
 
 
 def print_error(text: str) -> None:
-    """Print what a library says, a text of several lines, on standard error."""
+    """Print a message of a library, which may have several lines, on standard error."""
     for line in text.splitlines():
         print(printable(line), file=sys.stderr)
 
@@ -149,7 +153,7 @@ def _draw(
 
 
 def show_report(runs: Sequence[Run], folder: Path | None = None) -> None:
-    """Print the table over runs, and leave it and the figures in `folder`; of several processes, the first does."""
+    """Print the table of runs, and write it and the figures to `folder`; only the first process does so."""
     if rank() > 0:
         return
     lines, courses = tables.result_rows(runs), drift.drift_histories(runs)
@@ -164,38 +168,38 @@ def show_report(runs: Sequence[Run], folder: Path | None = None) -> None:
     show_lines(f"table:  {folder / 'report.md'}", *(f"figure: {path}" for path in figures))
     for run in runs:
         done, tasks = run.progress()
-        left = "" if done == tasks else f"  (unfinished: {done} of {tasks} tasks; pgp train --resume goes on)"
+        left = "" if done == tasks else f"  (unfinished: {done} of {tasks} tasks; resume with pgp train --resume)"
         show_lines(f"run:    {run.folder}{left}")
 
 
 def follow_results(outcomes: sweep.Results, total: int) -> list[str]:
-    """Print a line for each run that ends, under a bar over all, and return a line for each that failed."""
+    """Print one line for each of `total` runs that ends, and return one line for each that failed."""
     failures = []
     with progress(memory=1e9) as bars, closing(outcomes):
         bar = bars.add_task("runs", total=total)
         for job, done in outcomes:
             if isinstance(done, Exception):
                 failures.append(f"{job.name}, seed {job.seed}: {done}")
-                told = "failed"
+                result = "failed"
             else:
-                told = f"{done.status} in {done.seconds:.0f} s, average accuracy {100 * done.accuracy:.1f} %"
-            print_line(bars, f"{job.name}, seed {job.seed}: {told}")
+                result = f"{done.status} in {done.seconds:.0f} s, average accuracy {100 * done.accuracy:.1f} %"
+            print_line(bars, f"{job.name}, seed {job.seed}: {result}")
             bars.advance(bar)
     return failures
 
 
 def show_comparison(members: Sequence[comparison.Entry], folder: Path) -> None:
-    """Print the table of the sweep in `folder`, and where it and its figure lie."""
+    """Print the table of the sweep in `folder`, and the paths of the table and the figure."""
     rows = comparison.table(members)
     _show_table("in %", comparison.HEAD[:2], comparison.HEAD[2:], rows)
     show_lines(comparison.NOTE.strip(), f"table:  {folder / sweep.TABLE}", f"figure: {folder / sweep.FIGURE}")
 
 
 def show_evaluation(run: Run, matrices: Mapping[str, Tensor]) -> None:
-    """Print accuracies that were measured anew, `(T, T)` by readout, and whether they are those that `run` stores.
+    """Print new accuracy matrices `(T, T)` by readout, and whether they equal those that `run` stores.
 
-    After one task, there is a row for each task; after several, a row for each of these. All accuracies go to
-    `evaluation.csv` in the run folder.
+    If one checkpoint was evaluated, there is a row for each task, else a row for each checkpoint. All accuracies are
+    written to `evaluation.csv` in the run folder.
     """
     measured = next(iter(matrices.values())).isfinite().any(1).nonzero().flatten().tolist()
     if len(measured) == 1:
@@ -221,32 +225,34 @@ def _show_last(run: Run, matrices: Mapping[str, Tensor], t: int) -> None:
 def _show_history(run: Run, matrices: Mapping[str, Tensor], measured: Sequence[int]) -> None:
     """Print a row for each readout and each of the tasks `measured`.
 
-    A row has the accuracy on every task if that fits the width, else on the first, the last and the worst.
+    It has the accuracy on every task if that fits the width, else on the first, the last and the worst task.
     """
     agrees = _agreement(run, matrices)
     names, last = ("readout", "after"), measured[-1] + 1
     headings = [*(f"task {j + 1}" for j in range(last)), "average", "as stored"]
-    whole: list[tuple[str, ...]] = []
+    full: list[tuple[str, ...]] = []
     brief: list[tuple[str, ...]] = []
     for column, matrix in matrices.items():
         for t in measured:
             row = matrix[t, : t + 1]
             worst = int(row.argmin())
             head, tail = (column, f"task {t + 1}"), (_percent(row.mean()), agrees[column, t])
-            whole.append((*head, *map(_percent, row.tolist()), *[""] * (last - t - 1), *tail))
+            full.append((*head, *map(_percent, row.tolist()), *[""] * (last - t - 1), *tail))
             brief.append((*head, _percent(row[0]), _percent(row[t]), _percent(row[worst]), f"{worst + 1}", *tail))
     width = _console().width if is_terminal(sys.stdout) else NARROW
-    if sum(map(sum, _column_widths(names, headings, whole))) > width:
-        headings, whole = ["first task", "last task", "worst", "of task", "average", "as stored"], brief
-    _show_table(f"{run.folder}: accuracy, %", names, headings, whole)
+    if sum(map(sum, _column_widths(names, headings, full))) <= width:
+        _show_table(f"{run.folder}: accuracy, %", names, headings, full)
+    else:
+        headings = ["first task", "last task", "worst", "of task", "average", "as stored"]
+        _show_table(f"{run.folder}: accuracy, %", names, headings, brief)
 
 
-def _percent(share: float | Tensor) -> str:
-    return f"{100 * float(share):.2f}"
+def _percent(accuracy: float | Tensor) -> str:
+    return f"{100 * float(accuracy):.2f}"
 
 
 def _agreement(run: Run, matrices: Mapping[str, Tensor]) -> dict[tuple[str, int], str]:
-    """Return by readout and task whether the accuracies equal those in `run`, or "" if it has none."""
+    """Return by readout and task whether the accuracies equal those that `run` stores; "" if it stores none."""
     stored, out = run.matrices(), {}
     for column, matrix in matrices.items():
         close = ((stored.get(column, matrix) - matrix).abs() < 1e-9).logical_or(torch.ones_like(matrix).tril() == 0)
@@ -266,7 +272,7 @@ def _write_result(run: Run, name: str, write: Callable[[], object]) -> None:
 
 
 def show_tasks(scenario: Scenario) -> None:
-    """Print how large each task is, and what a user should know of them."""
+    """Print the size of each task, and a warning if the tasks are unusual."""
     for task in scenario.tasks:
         show_lines(f"{scenario.describe(task)}: {len(task.classes)} classes, {len(task.train):,} training and"
                    f" {len(task.test):,} test images")  # fmt: skip
@@ -275,7 +281,7 @@ def show_tasks(scenario: Scenario) -> None:
 
 
 def show_audit(run: Run, findings: Sequence[audit.Finding]) -> None:
-    """Print what each protocol says of `run`, and how much of the highest figure is real."""
+    """Print the accuracy of `run` under each protocol, and how much of the highest one comes from leaks."""
     columns = list(dict.fromkeys(finding.column for finding in findings))
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for finding in findings:
@@ -292,7 +298,7 @@ def show_audit(run: Run, findings: Sequence[audit.Finding]) -> None:
 
 
 def show_oracle(run: Run, bounds: Mapping[str, tuple[float, float]]) -> None:
-    """Print what readouts from statistics would read if none were stale, beside what they read."""
+    """Print the accuracy of statistics readouts without drift, next to their accuracy in the run."""
     stored, (_, tasks) = run.matrices(), run.classes()
     rows = []
     for name, (accuracy, stale) in bounds.items():
@@ -305,14 +311,14 @@ def show_oracle(run: Run, bounds: Mapping[str, tuple[float, float]]) -> None:
 def write_audit(
     run: Run, findings: Sequence[audit.Finding], bounds: Mapping[str, tuple[float, float]] | None = None
 ) -> None:
-    """Write what was found to `audit.json` in the run folder, and say so."""
+    """Write the findings to `audit.json` in the run folder, and print its path."""
     _write_result(run, "audit.json", lambda: storage.write(run.folder / "audit.json", audit.to_json(findings, bounds)))
 
 
 def _show_table(title: str, names: Sequence[str], figures: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of names and then figures: as one table if there is no terminal, else as many as its width takes.
+    """Print rows of names and numbers: in one table, or on a terminal in as many as its width needs.
 
-    Figures are never broken over two lines, names only if they take more than half of the width.
+    Numbers are never broken over two lines, names only if they take more than half of the width.
     """
     width = _console().width
     words, widths = _column_widths(names, figures, rows)
@@ -337,7 +343,7 @@ def _show_table(title: str, names: Sequence[str], figures: Sequence[str], rows: 
 def _column_widths(
     names: Sequence[str], figures: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> tuple[list[int], list[int]]:
-    """Return the width of each column in characters, with the gap behind it. Headings break at spaces."""
+    """Return the width of each column of a table, including the gap after it; headings break at spaces."""
     cells = [
         max((cell_len(printable(row[place])) for row in rows), default=0) for place in range(len(names) + len(figures))
     ]

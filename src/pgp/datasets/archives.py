@@ -1,4 +1,4 @@
-"""Archives in which data sets are published, and an unpacking that writes nowhere but where it is told."""
+"""Archives of published data sets, and safe unpacking that writes only below the target folder."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from rich.progress import Progress
 
 CHUNK = 1 << 20
 RESERVE = 100_000_000
-"""Bytes of a disk that are left free."""
+"""Number of bytes to leave free on a disk."""
 RATIO = 100
-"""How many times as large as itself an archive may unpack to."""
+"""Maximum ratio of unpacked to packed size."""
 SMALL = 1 << 26
-"""Bytes that any archive may unpack to."""
+"""Unpacked size in bytes that is accepted for any archive."""
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE}
-"""Errors that tell of the disk or the system, and not of an archive."""
+"""Numbers of errors that come from the disk or the system, not from an archive."""
 
 
 class ArchiveError(ValueError):
-    """An archive that cannot be had or unpacked; the message says what to do."""
+    """An archive that cannot be downloaded or unpacked. The message says what to do."""
 
 
 class Archive(NamedTuple):
-    """A file that holds a data set."""
+    """A published archive of a data set."""
 
     name: str
-    """What it is called in the data folder, and below a mirror."""
+    """File name in the data folder and on a mirror."""
     url: str
-    """Where its authors publish it."""
+    """URL of its authors."""
     digest: str
-    """Proves it, such as `md5:…` or `sha256:…`."""
+    """Expected digest, such as `md5:…` or `sha256:…`."""
     folder: str
-    """The folder in it that is the data set."""
+    """Folder of the data set inside the archive."""
     size: int | None = None
-    """Bytes, where known."""
+    """Size in bytes, if known."""
 
 
 class _Member(NamedTuple):
@@ -51,7 +51,7 @@ class _Member(NamedTuple):
     name: str
     size: int
     kind: str
-    """`file`, `folder`, or in words what else it is."""
+    """`file`, `folder`, or a description of anything else."""
     open: Callable[[], IO[bytes]]
 
     @property
@@ -60,7 +60,7 @@ class _Member(NamedTuple):
 
 
 def extract(archive: Path, folder: str, target: Path, progress: Progress) -> None:
-    """Unpack `folder` of the archive to `target/folder`, and nothing else of it.
+    """Unpack `folder` of the archive to `target/folder`; other members of the archive are left out.
 
     Every member is looked at before anything is written: paths out of the archive, links and devices are refused.
 
@@ -70,26 +70,26 @@ def extract(archive: Path, folder: str, target: Path, progress: Progress) -> Non
     """
     try:
         with _members(archive) as members:
-            wanted = _proved(archive, folder, members)
-            size = sum(member.size for member in wanted)
+            selected = _proved(archive, folder, members)
+            size = sum(member.size for member in selected)
             if (free := shutil.disk_usage(target).free) < size + RESERVE:
                 raise ArchiveError(f"no room to unpack {archive}: {size:,} bytes are needed and {free:,} are free, of"
                                    f" which {RESERVE:,} are left to others")  # fmt: skip
             bar = progress.add_task(f"unpacking {archive.name}", total=size)
-            for member in wanted:
+            for member in selected:
                 _write(member, target)
                 progress.advance(bar, member.size)
             progress.remove_task(bar)
     except ArchiveError:
         raise
-    except Exception as error:  # the standard library raises almost anything when it reads a damaged archive
+    except Exception as error:  # the standard library raises errors of many types for damaged archives
         if isinstance(error, OSError) and error.errno in DISK:
             raise
         raise ArchiveError(f"{archive} is damaged ({str(error) or type(error).__name__}): fetch it again") from error
 
 
 def _proved(archive: Path, folder: str, members: Iterable[_Member]) -> list[_Member]:
-    """Return the members of `folder`, after a check that no member of the archive is harmful."""
+    """Yield the members of `folder`, after checking that all of `members` are harmless."""
     packed = archive.stat().st_size
     most = max(SMALL, RATIO * packed)
     size, seen = 0, []
@@ -99,16 +99,16 @@ def _proved(archive: Path, folder: str, members: Iterable[_Member]) -> list[_Mem
         if member.size < 0 or size > most:
             raise ArchiveError(f"{archive} was not unpacked: its members would take more than {most:,} bytes, too"
                                f" many for an archive of {packed:,}")  # fmt: skip
-        path = PureWindowsPath(member.name)  # which knows both slashes and drives
+        path = PureWindowsPath(member.name)  # handles both slashes and drive letters
         if path.anchor or ".." in path.parts or "\0" in member.name:
             raise ArchiveError(f"{archive} was not unpacked: its member {member.name!r} would lie outside the folder")
         if member.kind not in ("file", "folder"):
             raise ArchiveError(f"{archive} was not unpacked: its member {member.name!r} is {member.kind}")
-    wanted = [member for member in seen if member.path.parts[:1] == (folder,)]
-    if not any(member.kind == "file" for member in wanted):
+    selected = [member for member in seen if member.path.parts[:1] == (folder,)]
+    if not any(member.kind == "file" for member in selected):
         tops = sorted({member.path.parts[0] for member in seen if member.path.parts})
         raise ArchiveError(f"expected files in a folder {folder} in {archive}, got {tops[:5]}")
-    return wanted
+    return selected
 
 
 def _write(member: _Member, target: Path) -> None:
@@ -123,7 +123,7 @@ def _write(member: _Member, target: Path) -> None:
 
 @contextmanager
 def _members(archive: Path) -> Iterator[Iterator[_Member]]:
-    """Yield all members in their order."""
+    """Yield all members in the order of the archive."""
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive) as zipped:
             yield (
@@ -154,5 +154,5 @@ def _tar_kind(info: tarfile.TarInfo) -> str:
 
 def _tar_open(tape: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
     file = tape.extractfile(info)
-    assert file is not None  # plain files only come here
+    assert file is not None  # only regular files get here
     return file

@@ -1,4 +1,4 @@
-"""The contract of a data set: splits of images with labels, and the settings that make them."""
+"""The contract of a data set: splits of images with labels, and the settings that create them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from pgp.system.paths import as_path
 
 
 class BadImageError(ValueError):
-    """An image file that cannot be read; the message names it."""
+    """An image file that cannot be read. The message names it."""
 
 
 def with_advice(error: BadImageError) -> BadImageError:
-    """Return the same error with what to do about it, for a run that it stops."""
-    return BadImageError(f"{error}. --on-bad-image skip goes on without such images (beside --resume, too); pgp data"
+    """Return the same error with advice on what to do, for a run that it stops."""
+    return BadImageError(f"{error}. --on-bad-image skip leaves such images out (also with --resume); pgp data"
                          " check lists them all")  # fmt: skip
 
 
@@ -33,7 +33,7 @@ class Split(abc.ABC):
     labels: Tensor
     """`(n,)`, int64."""
     domains: Tensor | None = None
-    """Number of each image's domain, `(n,)`, where the data have domains."""
+    """Number of each image's domain, `(n,)`; None if the data have no domains."""
 
     @abc.abstractmethod
     def image(self, index: int) -> Tensor:
@@ -44,11 +44,11 @@ class Split(abc.ABC):
         """
 
     def names(self) -> Iterable[str]:
-        """Return the names of the images, in their order; none if they have no names."""
+        """Return the names of the images, in their order; empty if they have no names."""
         return ()
 
     def sources(self) -> tuple[Split, ...]:
-        """Return the splits that it was joined from, or itself."""
+        """Return the splits that this one was concatenated from, or the split itself."""
         return (self,)
 
     def __len__(self) -> int:
@@ -56,7 +56,7 @@ class Split(abc.ABC):
 
 
 class ArraySplit(Split):
-    """Images that lie in memory: `images (n, H, W)` gray or `(n, 3, H, W)`, uint8."""
+    """Images in memory: `images (n, H, W)` gray or `(n, 3, H, W)`, uint8."""
 
     def __init__(self, images: Tensor, labels: Tensor, domains: Tensor | None = None) -> None:
         if len(images) != len(labels):
@@ -70,10 +70,10 @@ class ArraySplit(Split):
 
 
 class ConcatSplit(Split):
-    """Splits one after the other, under labels that they share."""
+    """Two splits, one after the other, with labels over the classes of both."""
 
     def __init__(self, first: Split, second: Split, labels: Tensor) -> None:
-        """Join two splits; `labels` are those of `second` among all classes."""
+        """Concatenate two splits; `labels` are those of `second` among the classes of both."""
         self.first, self.second = first, second
         self.labels = torch.cat([first.labels, labels])
 
@@ -94,15 +94,15 @@ class Dataset(NamedTuple):
     test: Split
     class_names: tuple[str, ...]
     tasks: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    """Tasks that the data themselves propose, in their order: the name and the classes of each."""
+    """Tasks defined by the data, in order: the name and the classes of each."""
     domains: tuple[str, ...] = ()
     """Names of the domains, by number."""
     folder: Path | None = None
-    """Where `class_order.txt` or `tasks.json` may lie."""
+    """Folder that may contain `class_order.txt` or `tasks.json`."""
     notes: tuple[str, ...] = ()
-    """What a user should know of how the data were read, in words."""
+    """Notes for the user on how the data were read."""
     ignored: tuple[Ignored, ...] = ()
-    """What lies beside the images and is not used, for each folder where there is any."""
+    """Files beside the images that are ignored, for each folder that contains any."""
 
     @property
     def classes(self) -> int:
@@ -115,7 +115,7 @@ class Dataset(NamedTuple):
 
 
 class DatasetSize(NamedTuple):
-    """How large a data set is."""
+    """Number of images and classes of a data set."""
 
     train: int
     test: int
@@ -124,18 +124,18 @@ class DatasetSize(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetConfig(abc.ABC):
-    """How to make a data set; `build` is the factory."""
+    """Settings of a data set; `build` creates it."""
 
     tag: ClassVar[str]
-    """Name of this kind of data set in config.json, unique among all of them; it must never change."""
+    """Name of this kind of data set in config.json. It must be unique among data sets and never change."""
 
     archives: ClassVar[tuple[Archive, ...]] = ()
-    """What it is published as, where `fetch` downloads."""
+    """Published archives that `fetch` downloads."""
     expected: ClassVar[DatasetSize | None] = None
-    """Its published size, where it has one."""
+    """Published size of the data set, if it has one."""
 
     def __post_init__(self) -> None:
-        """Take texts for paths; a subclass that checks its settings does so after this."""
+        """Convert texts to paths. A subclass calls this before it checks its settings."""
         for one in fields(self):
             if isinstance(one.default, Path):
                 what = f"dataset.{one.name}"
@@ -143,35 +143,32 @@ class DatasetConfig(abc.ABC):
 
     @abc.abstractmethod
     def build(self) -> Dataset:
-        """Return the data set, downloaded first if it is missing and can be downloaded."""
+        """Return the data set. It is downloaded first if it is missing and can be downloaded."""
 
     def fetch(self, progress: Progress | None = None) -> None:  # noqa: B027 (most sets have nothing to fetch)
         """Download and unpack what `read` needs, if it is missing.
 
         Args:
-            progress: Where to draw bars, in bytes; on the error stream, where None.
+            progress: Where to draw progress bars. If None, on standard error.
         """
 
     def read(self) -> Dataset:
-        """Return the data set as it is on this disk, without a download."""
+        """Return the data set from this disk, without downloading."""
         return self.build()
 
     @property
     def search_paths(self) -> tuple[Path, ...]:
-        """Where it is looked for on this disk, the first place first; none for what needs no files."""
+        """Paths where the data set is searched for, in order; empty for data that need no files."""
         return ()
 
     def with_absolute_paths(self) -> DatasetConfig:
-        """Return the same with absolute paths.
-
-        A run records these, because it may be resumed from another working folder.
-        """
+        """Return the same settings with absolute paths, so that a run can be resumed from another directory."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         paths = {name: value.expanduser().absolute() for name, value in values.items() if isinstance(value, Path)}
         return replace(self, **paths)
 
     def relocated(self, place: str) -> DatasetConfig:
-        """Return the same data set at another place.
+        """Return the same data set at another path.
 
         Raises:
             ValueError: If it needs no files.
@@ -182,15 +179,12 @@ class DatasetConfig(abc.ABC):
         raise ValueError(f"expected no --data for data that need no files, got {place}")
 
     def with_domains(self) -> DatasetConfig:
-        """Return the same with its domains told apart, if that needs another setting."""
+        """Return the same settings with domains, if the data set has a setting for them."""
         return self
 
 
 def require_folder(folder: Path) -> Path:
-    """Return `folder` as an absolute path.
-
-    Raises:     ValueError: If there is no such folder.
-    """
+    """Return `folder` as an absolute path, and raise a ValueError if it does not exist."""
     folder = folder.expanduser()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"expected a folder of images, got {folder.absolute()}, which is none: name another, by"

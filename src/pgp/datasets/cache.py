@@ -1,4 +1,4 @@
-"""Decoded images in memory, so that a file is decoded once and not in every pass."""
+"""A cache of decoded images in memory, so that each file is decoded once instead of in every epoch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,22 @@ from pgp.datasets.free_memory import free_memory
 from pgp.distributed import world_size
 
 SHARE = 0.2
-"""How much of the free memory the images of all splits and all processes together may take."""
+"""Fraction of the free memory for the cached images of all splits and all processes together."""
+
+
 CHECK_EVERY = 1 << 24
-"""Bytes of images after which a store looks again at how much memory is free."""
+"""Number of bytes of images after which a store checks again how much memory is free."""
+
+
 processes = 1
-"""How many processes that do not train together share this machine, such as those of a sweep."""
+"""Number of independent processes that share this machine, such as those of a sweep."""
 
 
 class PixelStore:
-    """Shared memory for images. It fills from the front, and is given back as a whole when nobody uses it any more."""
+    """Shared memory for images. It is filled from the front, and freed as a whole when it is no longer used."""
 
     def __init__(self, budget: int) -> None:
-        """Make room for `budget` bytes; no memory is taken before images are written.
+        """Reserve room for `budget` bytes; memory is used only when images are written.
 
         Raises:
             OSError: If the system does not grant them.
@@ -33,18 +37,18 @@ class PixelStore:
         """
         self.lock = multiprocessing.Lock()
         shared = mmap.mmap(-1, 24 + budget)  # anonymous and shared; pages are taken as they are written
-        # how many bytes are taken, how many may be, and at how many to look again at what is free
+        # bytes used, bytes allowed, and bytes at which to check the free memory again
         self._counts = torch.frombuffer(shared, dtype=torch.int64, count=3)
         self._counts[1] = budget
         self.pixels = torch.frombuffer(shared, dtype=torch.uint8, offset=24)
 
     @property
     def budget(self) -> int:
-        """How many bytes of images the store may hold."""
+        """Maximum number of bytes of images in the store."""
         return int(self._counts[1])
 
     def add(self, image: Tensor) -> int | None:
-        """Copy `image` into the store, whose lock the caller holds.
+        """Copy `image` into the store. The caller must hold its lock.
 
         Returns:
             The number of the byte behind the copy, or None if the store may hold no more.
@@ -54,7 +58,7 @@ class PixelStore:
         if end > budget:
             return None
         if end > check:
-            if end > _budget() + SHARE * taken:  # the memory is needed elsewhere: never grow again
+            if end > _budget() + SHARE * taken:  # other programs need the memory: stop growing
                 self._counts[1] = taken
                 return None
             self._counts[2] = end + CHECK_EVERY
@@ -64,14 +68,14 @@ class PixelStore:
 
 
 class ImageCache:
-    """The images of one split by number; what its store has no room for is decoded again each time.
+    """The images of one split by number. Images that do not fit in the store are decoded again each time.
 
     Forked worker processes of a loader fill and read one memory together. Workers that are spawned decode every time:
     they live for one pass, and what they kept would go with them.
     """
 
     def __init__(self, images: int, store: PixelStore | None = None) -> None:
-        """Keep up to `images` images in `store`. If None, all splits of this process have one store together."""
+        """Keep up to `images` images in `store`. If None, use the store that all splits of this process share."""
         self._store = store or (_common_store() if images else None)
         if self._store is not None:
             try:
@@ -84,11 +88,11 @@ class ImageCache:
 
     @property
     def budget(self) -> int:
-        """How many bytes of images may be kept, together with those of other splits."""
+        """Maximum number of bytes of cached images, including those of other splits."""
         return self._store.budget if self._store else 0
 
     def get_or_decode(self, index: int, decode: Callable[[], Tensor]) -> Tensor:
-        """Return image number `index`, `(3, H, W)` uint8, from the cache or decoded. Do not write to it."""
+        """Return image number `index`, `(3, H, W)` uint8, from the cache or decoded. It must not be written to."""
         if self._store is None:
             return decode()
         with self._store.lock:
@@ -101,12 +105,12 @@ class ImageCache:
                 self._rows[index] = torch.tensor([end, *image.shape[1:]])
         return image
 
-    def __reduce__(self) -> tuple[type[ImageCache], tuple[int]]:  # for processes that are spawned
+    def __reduce__(self) -> tuple[type[ImageCache], tuple[int]]:  # called when the object is sent to a spawned process
         return ImageCache, (0,)
 
 
 def _budget() -> int:
-    """Return how many bytes the images of this process may take of what is free now."""
+    """Return how much of the free memory, in bytes, the images of this process may use."""
     return int(SHARE * free_memory() / (world_size() * processes))
 
 
@@ -114,7 +118,7 @@ _shared: weakref.ref[PixelStore] | None = None
 
 
 def _common_store() -> PixelStore | None:
-    """Return the store that the splits of this process use; None if the system grants no memory."""
+    """Return the store that the splits of this process share, or None if the system refuses the memory."""
     global _shared
     store = _shared() if _shared else None
     if store is None and (budget := _budget()):

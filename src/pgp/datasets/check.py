@@ -1,4 +1,4 @@
-"""Whether a data set on this disk is whole: its size, and every image file of it."""
+"""Check that a data set on this disk is complete: its size, and every image file."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from pgp.system import platforms
 
 
 class IntegrityReport(NamedTuple):
-    """What was found in a data set."""
+    """Result of checking a data set."""
 
     found: DatasetSize
     expected: DatasetSize | None
-    """The published size, where there is one."""
+    """Published size of the data set, if it has one."""
     without: tuple[str, ...]
-    """Classes that lack training or test images."""
+    """Classes without training or test images."""
     bad: tuple[str, ...]
-    """What is wrong with each image that cannot be read."""
+    """Error message for each image that cannot be read."""
     unreadable: tuple[str, ...] = ()
-    """Classes none of whose training images, or none of whose test images, can be read."""
+    """Classes of which no training image, or no test image, can be read."""
     notes: tuple[str, ...] = ()
-    """What a user should know of how the data were read, and what was ignored; it makes them no less whole."""
+    """Notes on how the data were read and what was ignored. They do not mean that anything is missing."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing is missing or broken."""
+        """Whether no image is missing or unreadable."""
         return self.expected in (None, self.found) and not self.without and not self.bad
 
     def lines(self) -> list[str]:
-        """Return the report as text, one finding a line."""
+        """Return the report as text, one finding per line."""
         found = self.found
         lines = [f"{found.train:,} training and {found.test:,} test images of {found.classes:,} classes"]
         if self.expected not in (None, found):
@@ -50,15 +50,15 @@ class IntegrityReport(NamedTuple):
 def check_images(
     config: DatasetConfig, progress: Progress | None = None, data: Dataset | None = None
 ) -> IntegrityReport:
-    """Decode every image file of a data set on this disk, and report what is missing or unreadable.
+    """Decode every image file of a data set on this disk, and report what was found. Nothing is downloaded.
 
     Args:
         config: The data set.
-        progress: Where to draw a bar; nowhere, where None.
-        data: What `config` reads, where it has been read already.
+        progress: Where to draw a progress bar. If None, none is drawn.
+        data: The data set of `config`. If None, it is read.
 
     Raises:
-        ValueError: If the set is not there, or its index names files that are not.
+        ValueError: If the data set is missing, or its index names files that are missing.
     """
     data = data or config.read()
     bad: list[str] = []
@@ -77,8 +77,8 @@ def check_images(
         pool.shutdown(cancel_futures=True)  # or an interrupt would wait for all the rest
     found = DatasetSize(len(data.train), len(data.test), data.classes)
     there = [set(split.labels.tolist()) for split in (data.train, data.test)]
-    silent = set().union(*(labels - read for labels, read in zip(there, good, strict=True)))
-    unreadable = tuple(data.class_names[label] for label in sorted(silent))
+    unreadable_labels = set().union(*(labels - read for labels, read in zip(there, good, strict=True)))
+    unreadable = tuple(data.class_names[label] for label in sorted(unreadable_labels))
     return IntegrityReport(found, config.expected, _without(data), tuple(bad), unreadable, data.messages())
 
 
@@ -92,7 +92,7 @@ def _images(data: Dataset) -> Iterator[_Place]:
 
 
 def _problem(place: _Place) -> tuple[_Place, str | None]:
-    """Return an image and what is wrong with it, or None if it can be read."""
+    """Return an image and the error in reading it, or None if it can be read."""
     split, index = place
     try:
         if isinstance(split, FileSplit):

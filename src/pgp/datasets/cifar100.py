@@ -15,7 +15,7 @@ from pgp.datasets.published import DownloadableDataset
 
 @dataclass(frozen=True)
 class CIFAR100(DownloadableDataset):
-    """Read from `root/cifar-100-python`, downloaded on first use; its checksums are verified every time."""
+    """Colour images of 100 classes, in `root/cifar-100-python`; their checksums are verified every time."""
 
     tag = "cifar100"
 
@@ -31,7 +31,7 @@ class CIFAR100(DownloadableDataset):
     expected: ClassVar[DatasetSize | None] = DatasetSize(50_000, 10_000, 100)
 
     def read(self) -> Dataset:
-        """Return 50,000 training and 10,000 test images, labels in alphabetical order of the names."""
+        """Return 50,000 training and 10,000 test images, with labels in alphabetical order of the class names."""
         folder = self.folder()
         try:
             # torchvision unpickles these files, and only after their md5 has proved them to be the published ones

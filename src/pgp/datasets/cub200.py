@@ -17,7 +17,7 @@ SPECIES = re.compile(r"\d+\..+").fullmatch
 
 @dataclass(frozen=True)
 class CUB200(DownloadableDataset):
-    """Read from `root/CUB_200_2011` by its index files, or, as other tools leave it, from folders train and test."""
+    """Photographs of birds, in `root/CUB_200_2011` with its index files, or in its folders train and test."""
 
     tag = "cub200"
 
@@ -33,15 +33,13 @@ class CUB200(DownloadableDataset):
     expected: ClassVar[DatasetSize | None] = DatasetSize(5_994, 5_794, 200)
 
     def read(self) -> Dataset:
-        """Return 5,994 training and 5,794 test images by the official split, labels by the species' numbers."""
+        """Return 5,994 training and 5,794 test images by the official split, with labels by species number."""
         folder = self.folder()
         if (folder / "images").is_dir():
             return _indexed(folder)
         species = folders_in(folder / "train", SPECIES)
-        if strangers := [name for name in folders_in(folder / "test", SPECIES) if name not in species]:
-            raise ValueError(
-                f"expected every class of {folder / 'test'} in {folder / 'train'}, got {strangers[:5]} too"
-            )
+        if unknown := [name for name in folders_in(folder / "test", SPECIES) if name not in species]:
+            raise ValueError(f"expected every class of {folder / 'test'} in {folder / 'train'}, got {unknown[:5]} too")
         train, test = (
             [(path, label) for label, name in enumerate(species) for path in images_in(folder / part / name)]
             for part in ("train", "test")
@@ -50,7 +48,7 @@ class CUB200(DownloadableDataset):
 
 
 def _indexed(folder: Path) -> Dataset:
-    """Return the data set that the four index files describe."""
+    """Return the data set from its four index files."""
     files, labels, parts, species = (
         _index(folder / name)
         for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")
@@ -59,8 +57,8 @@ def _indexed(folder: Path) -> Dataset:
         raise ValueError(f"expected the same images in images.txt, image_class_labels.txt and train_test_split.txt of"
                          f" {folder}, and their classes in classes.txt: unpack the archive again")  # fmt: skip
     require_files((folder / "images" / file for file in files.values()), folder / "images.txt")
-    if strange := [number for number in species if not number.isdecimal()]:
-        raise ValueError(f"expected lines of a number and a name in {folder / 'classes.txt'}, got {strange[0]!r}")
+    if malformed := [number for number in species if not number.isdecimal()]:
+        raise ValueError(f"expected lines of a number and a name in {folder / 'classes.txt'}, got {malformed[0]!r}")
     order = sorted(species, key=int)
     pairs = {number: (folder / "images" / file, order.index(labels[number])) for number, file in files.items()}
     train, test = ([pairs[number] for number in files if parts[number] == part] for part in ("1", "0"))
@@ -68,7 +66,7 @@ def _indexed(folder: Path) -> Dataset:
 
 
 def _index(path: Path) -> dict[str, str]:
-    """Return the entries of an index file, by number."""
+    """Return the text of each line of an index file by its number."""
     if not path.is_file():
         raise ValueError(f"expected {path} beside the images, got none: unpack the archive again")
     lines = (line.split(maxsplit=1) for line in lines_of(read_text(path)))
@@ -76,7 +74,7 @@ def _index(path: Path) -> dict[str, str]:
 
 
 def _dataset(folder: Path, train: list[tuple[Path, int]], test: list[tuple[Path, int]], species: list[str]) -> Dataset:
-    """Return the data set, unless it is empty."""
+    """Return the data set, after checking that it exists."""
     if not train or not test:
         raise ValueError(
             f"expected training and test images in {folder}, got {len(train)} and {len(test)}: its images lie in"

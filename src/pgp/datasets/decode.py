@@ -19,9 +19,9 @@ from PIL import Image, UnidentifiedImageError
 Image.init()
 _CANDIDATES = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF")
 FORMATS = tuple(name for name in _CANDIDATES if name in Image.OPEN)
-"""What is decoded. Pillow knows more formats, some of which start other programs or accept any bytes."""
+"""Formats that are decoded. Pillow knows more, but some of them start other programs or accept any bytes."""
 SUFFIXES = frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in (*FORMATS, "MPO"))
-"""How the names of image files end, as far as this installation of Pillow can read them."""
+"""Suffixes of image files that this installation of Pillow can read."""
 _ORIENTATION = 0x0112
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,18 +32,18 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image upright, by the value of its orientation tag."""
+"""Operation that turns an image upright, by the value of its orientation tag."""
 _WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I"}
-"""Types of a tag that hold one, with their codes for `struct`."""
+"""Integer types of a tag, with their codes for `struct`."""
 _LARGEST_RETRY = 1 << 28
-"""Bytes of a file up to which it is read again without its metadata."""
+"""Maximum size in bytes of a file that is read again without its metadata."""
 
 
 def decode(source: Path | bytes) -> Image.Image:
-    """Return an image in RGB, upright, transparency over white.
+    """Decode an image to upright RGB, with transparency on white.
 
     Raises:
-        Exception: Whatever a decoder raises, if there are no pixels to be had.
+        Exception: If the image cannot be decoded; its type depends on the decoder.
     """
     if isinstance(source, Path):
         require_file(source)
@@ -87,7 +87,7 @@ def _decode(file: Path | io.BytesIO) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """Return the orientation that the metadata state; 1, upright, if it cannot be read."""
-    if image.format == "TIFF":  # which Pillow turns itself
+    if image.format == "TIFF":  # Pillow turns TIFF images itself
         return 1
     exif, xmp = image.info.get("exif", b""), image.info.get("xmp", b"")
     if not exif and "Raw profile type exif" in image.info:  # of older PNG files: hexadecimal, below three lines
@@ -100,7 +100,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _orientation_of_exif(exif: bytes) -> int | None:
-    """Return what the first directory of Exif states, whatever its other tags hold; None if it states nothing."""
+    """Return the orientation in the first directory of Exif, or None if there is none."""
     body = exif.removeprefix(b"Exif\0\0")
     order = "<" if body[:2] == b"II" else ">"
     with contextlib.suppress(struct.error):
@@ -149,7 +149,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
 
 
 def without_metadata(source: Path | bytes) -> bytes | None:
-    """Return the bytes of an image file without what is not needed for its pixels and orientation.
+    """Return the bytes of an image file without metadata that its pixels and orientation do not need.
 
     None if the file has another format than JPEG, PNG or TIFF, or is not sound enough to be taken apart.
     """
@@ -165,7 +165,7 @@ def without_metadata(source: Path | bytes) -> bytes | None:
 
 
 def _bare_jpeg(data: bytes) -> bytes:
-    """Drop comments and application segments, but not Exif with the orientation, nor Adobe's colour transform."""
+    """Drop comments and application segments, except Exif with the orientation and Adobe's colour transform."""
     kept, place = [data[:2]], 2
     while data[place] == 0xFF and data[place + 1] != 0xDA:  # up to the start of the scan
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
@@ -178,7 +178,7 @@ def _bare_jpeg(data: bytes) -> bytes:
 
 
 def _bare_png(data: bytes) -> bytes:
-    """Drop all chunks that are not critical, but transparency and Exif."""
+    """Drop all chunks that are not critical, except transparency and Exif."""
 
     def chunks() -> Iterator[bytes]:
         place = 8
@@ -246,7 +246,7 @@ _BOXES = {b"heic": "HEIC", b"heix": "HEIC", b"mif1": "HEIF", b"msf1": "HEIF", b"
 
 
 def _kind_of(source: Path | bytes) -> str:
-    """Say what a file is that is no image that can be read."""
+    """Return a description of a file that cannot be read as an image."""
     start = _start_of(source).lower()
     if start[4:8] == b"ftyp" and start[8:12] in _BOXES:
         return f"it is {_BOXES[start[8:12]]}, which the installed Pillow cannot read: convert it to JPEG or PNG"

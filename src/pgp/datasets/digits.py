@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn: real images, no download."""
+"""The 1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn, so that no download is needed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from pgp.rng import make_generator
 
 @dataclass(frozen=True)
 class Digits(DatasetConfig):
-    """Ten digits; every fifth image of a fixed shuffle is held out for the test."""
+    """Images of ten digits, which come with scikit-learn; a fifth of them is held out for testing."""
 
     tag = "digits"
 
     def build(self) -> Dataset:
-        """Return 1,437 training and 360 test images, always the same."""
-        from sklearn.datasets import load_digits  # here, for scikit-learn takes 70 MB that other data need not pay
+        """Return 1,437 training and 360 test images, the same every time."""
+        from sklearn.datasets import load_digits  # imported here, because scikit-learn takes 70 MB of memory
 
         bunch = load_digits()
         images = torch.from_numpy(bunch.images / 16 * 255).round().to(torch.uint8)  # (n, 8, 8), 0 to 16 in the source

@@ -1,4 +1,4 @@
-"""Published archives, fetched once and unpacked whole or not at all, however often it was interrupted.
+"""Download and unpack published archives. Both are atomic, and both can be resumed after an interruption.
 
 What is not finished lies in `.pgp` in the data folder; files of the user are read, and never moved or deleted.
 """
@@ -21,13 +21,13 @@ from pgp.datasets.archives import Archive, ArchiveError, extract
 from pgp.system import platforms
 
 WORK = ".pgp"
-"""Folder, in the data folder, of locks and of what is not finished."""
+"""Folder for locks and unfinished files in the data folder."""
 MIRROR = "PGP_MIRROR"
-"""Environment variable: an address below which archives are fetched by their names, instead of from their authors."""
+"""Environment variable with the URL of a mirror, from which archives are downloaded by name."""
 
 
 def unpacked(archive: Archive, root: Path, progress: Progress | None = None) -> Path:
-    """Return the folder below `root` that `archive` unpacks to; download and unpack it if it is missing.
+    """Return the folder below `root` that `archive` unpacks to. If it is missing, download and unpack the archive.
 
     A folder that is there is taken as it is. The archive stays in `root`, whoever put it there. Of several processes
     that come at once, one fetches and the others wait.
@@ -44,13 +44,13 @@ def unpacked(archive: Archive, root: Path, progress: Progress | None = None) -> 
             path = _had(archive, root, bars)
             with tempfile.TemporaryDirectory(dir=root / WORK, prefix=_scratch(archive)) as scratch:
                 extract(path, archive.folder, Path(scratch), bars)
-                platforms.sync_all()  # or a power cut could leave a whole folder of empty files
+                platforms.sync_all()  # otherwise a power cut could leave a complete folder of empty files
                 platforms.move_folder(Path(scratch) / archive.folder, folder)
     return folder
 
 
 def fetched(archive: Archive, root: Path, progress: Progress | None = None) -> Path:
-    """Return the path of the archive in `root`, verified by its digest; download it if it is missing.
+    """Return the path of the archive in `root`, checked by its digest. If it is missing, download it.
 
     Raises:
         ArchiveError: If it cannot be had, or is not the published one.
@@ -66,7 +66,7 @@ def there(folder: Path) -> bool:
 
 
 def address(archive: Archive) -> str:
-    """Return the URL of the archive: the authors' own, or that of the mirror in the environment."""
+    """Return the URL of the archive: that of its authors, or of the mirror in `PGP_MIRROR`."""
     mirror = os.environ.get(MIRROR)
     return f"{mirror.rstrip('/')}/{archive.name}" if mirror else archive.url
 
@@ -76,15 +76,15 @@ def _had(archive: Archive, root: Path, bars: Progress) -> Path:
     if path.exists() or path.is_symlink():
         _prove(archive, path)
         return path
-    whole = _downloaded(archive, root, bars)
-    if path.exists():  # it was put there in the meantime, and is not ours to replace
-        return whole
-    platforms.replace(whole, path)
+    downloaded = _downloaded(archive, root, bars)
+    if path.exists():  # someone else put it there in the meantime: do not replace it
+        return downloaded
+    platforms.replace(downloaded, path)
     return path
 
 
 def _prove(archive: Archive, path: Path) -> None:
-    import pooch  # here, for it takes time that those who have their data need not pay
+    import pooch  # imported here, because it is slow and needed only for downloads
 
     if not path.is_file():
         raise ArchiveError(f"expected a file at {path}, got something else: move it away and start again")
@@ -98,7 +98,7 @@ def _prove(archive: Archive, path: Path) -> None:
 
 
 def _downloaded(archive: Archive, root: Path, bars: Progress) -> Path:
-    """Return the path of the archive in the working folder, downloaded and verified."""
+    """Download the archive to our working folder, check it, and return its path."""
     import pooch
     import requests
 
@@ -112,7 +112,7 @@ def _downloaded(archive: Archive, root: Path, bars: Progress) -> Path:
             return Path(pooch.retrieve(url, archive.digest, archive.name, work, downloader=transfer))
         except ArchiveError:
             raise
-        except requests.RequestException as error:  # before ValueError, which some of them are too
+        except requests.RequestException as error:  # before ValueError, because some of them are subclasses of it
             kept = f"; {transfer.have:,} bytes of it are kept for the next start" if transfer.have else ""
             raise ArchiveError(
                 f"cannot fetch {archive.name} ({error}){kept}. Without a network, get it from {archive.url}"
@@ -120,18 +120,20 @@ def _downloaded(archive: Archive, root: Path, bars: Progress) -> Path:
             ) from error
         except ValueError as error:  # pooch deleted what has another digest
             if not transfer.continued:
-                said = str(error).partition(". ")[0]
-                raise ArchiveError(f"{url} does not give the published file ({said}). Get {archive.name} elsewhere"
+                reason = str(error).partition(". ")[0]
+                raise ArchiveError(f"{url} does not give the published file ({reason}). Get {archive.name} elsewhere"
                                    f" and put it into {root}") from error  # fmt: skip
 
 
 @contextmanager
 def _alone(archive: Archive, root: Path, bars: Progress) -> Iterator[None]:
-    """Lock the archive in `root` within the block, and remove what an earlier crash left."""
+    """Lock the archive in `root` against other processes, and remove what an earlier crash left."""
     work = root / WORK
     work.mkdir(parents=True, exist_ok=True)
     for path in (work, *work.iterdir()):
-        known = path.is_file() or path.is_dir() or not path.exists()  # another process may have renamed it just now
+        known = (
+            path.is_file() or path.is_dir() or not path.exists()
+        )  # it may be missing because another process has just renamed it
         if path.is_symlink() or not known:
             raise ArchiveError(f"{path} is a link or a device, which pgp never makes there: remove it and start again")
     lock = filelock.FileLock(work / f"{archive.name}.lock")
@@ -155,7 +157,7 @@ def _scratch(archive: Archive) -> str:
 
 @contextmanager
 def _explained(archive: Archive, root: Path) -> Iterator[None]:
-    """Replace errors of the disk within the block by errors that say what to do."""
+    """Convert errors of the disk to errors that say what to do."""
     try:
         yield
     except OSError as error:
@@ -170,7 +172,7 @@ def _explained(archive: Archive, root: Path) -> Iterator[None]:
 
 
 def _shown(progress: Progress | None) -> AbstractContextManager[Progress]:
-    """Yield `progress`, or if None a progress bar on the error stream."""
+    """Return where to draw bars: `progress`, or new bars on standard error."""
     if progress is not None:
         return nullcontext(progress)
     left = (TransferSpeedColumn(), TextColumn("left"), TimeRemainingColumn())

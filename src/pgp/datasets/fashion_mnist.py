@@ -28,14 +28,14 @@ LARGEST = 1 << 30
 
 @dataclass(frozen=True)
 class FashionMNIST(DatasetConfig):
-    """Read in place where its four idx files lie (plain or .gz), else downloaded, in the layout of torchvision."""
+    """Gray images of clothes, from four idx files (plain or .gz) in the layout of torchvision."""
 
     tag = "fashion-mnist"
 
     expected: ClassVar[DatasetSize | None] = DatasetSize(60_000, 10_000, 10)
 
     root: Path = Path("data")
-    """Folder with the files, or where a download goes."""
+    """Folder with the files, and for downloads."""
 
     def build(self) -> Dataset:
         """Return 60,000 training and 10,000 test images."""
@@ -65,7 +65,7 @@ class FashionMNIST(DatasetConfig):
 
     @property
     def search_paths(self) -> tuple[Path, ...]:
-        """See `DatasetConfig.places`."""
+        """See `DatasetConfig.search_paths`."""
         root = self.root.expanduser()
         return (root, root / "FashionMNIST" / "raw", DEBIAN)
 
@@ -94,7 +94,7 @@ def _file(folder: Path, name: str) -> Path | None:
 
 
 def _read(folder: Path, name: str) -> Tensor:
-    """Return the unsigned bytes of an idx file: a magic number with the number of axes, their lengths, the data."""
+    """Read the unsigned bytes of an idx file: magic number, length of each axis, data."""
     path = _file(folder, name)
     if path is None:
         raise ValueError(f"expected {name} or {name}.gz in {folder}, got neither")

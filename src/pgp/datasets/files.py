@@ -27,11 +27,9 @@ class FileSplit(Split):
 
     @classmethod
     def of(cls, folder: Path, names: Sequence[str], domains: Sequence[str] = ()) -> FileSplit:
-        """Return all images below `folder/<name>`, in alphabetical order.
+        """Return all images below `folder/<name>`, or below `folder/<domain>/<name>` if there are domains.
 
-        An image is labelled by the position of its name in `names`.
-
-        With domains, the images are below `folder/<domain>/<name>`.
+        Images of a class are in alphabetical order. The label is the index of the name in `names`.
         """
         found = [
             (path, label, number)
@@ -47,22 +45,18 @@ class FileSplit(Split):
         return cls(paths, labels, numbers if domains else None)
 
     def parted(self, share: float, seed: int) -> tuple[FileSplit, FileSplit]:
-        """Divide the images into training and test images.
-
-        `share` of the images of each class are drawn for the test, at least one; with domains, of each class in each
-        domain.
-        """
+        """Split into training and test images: a fraction `share` of each class (in each domain) is for testing."""
         test = holdout_mask(self, share, seed, lambda place: str(self.paths[place].parent))
         return self.at((~test).nonzero().flatten().tolist()), self.at(test.nonzero().flatten().tolist())
 
     def at(self, places: Iterable[int]) -> FileSplit:
-        """Return the split with these images only, in this order."""
+        """Return the split of the images at these indices, in this order."""
         places = list(places)
         domains = None if self.domains is None else self.domains[places].tolist()
         return FileSplit([self.paths[i] for i in places], self.labels[places].tolist(), domains)
 
     def names(self) -> list[str]:
-        """Return the paths of the images, without the folder that they share."""
+        """Return the paths of the images, without the folder that contains them all."""
         try:
             shared = os.path.commonpath([path.parent for path in self.paths])
         except ValueError:  # on two drives, which share nothing
@@ -75,16 +69,13 @@ class FileSplit(Split):
 
 
 def read_image(path: Path, content: bytes | None = None) -> Tensor:
-    """Return the image at `path`, `(3, H, W)` uint8: upright, in RGB, transparency over white.
+    """Decode the image at `path` to upright RGB, `(3, H, W)` uint8, with transparency on white.
 
-    Where its bytes are at hand as `content`, `path` is only what to call it.
-
-    Raises:
-        BadImageError: Naming `path`, if it cannot be decoded.
+    If its bytes are given as `content`, `path` is only used in error messages.
     """
     try:
         image = decode(path if content is None else content)
     except Exception as error:  # whatever a decoder raises
-        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise BadImageError(f"cannot read the image {path}: {said or type(error).__name__}") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise BadImageError(f"cannot read the image {path}: {reason or type(error).__name__}") from error
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Your own images: a folder per class, and perhaps one per domain."""
+"""Your own images in one folder per class, and optionally one per domain."""
 
 from __future__ import annotations
 
@@ -14,42 +14,44 @@ from pgp.datasets.layout import check_inside, class_folders, find_layout
 from pgp.datasets.scan import contents, images_below
 from pgp.datasets.text import lines_of, normalized, read_text
 
-DEFAULT_TEST_SHARE = (".jpg", ".png", ".gif", ".webp", ".tif")
-"""What images usually end in; there are more in `pgp.datasets.decode.SUFFIXES`."""
+COMMON_SUFFIXES = (".jpg", ".png", ".gif", ".webp", ".tif")
+"""Common suffixes of image files, for messages. All are in `pgp.datasets.decode.SUFFIXES`."""
 NAMES = "names.txt"
-"""Beside the class folders: what the classes are called, a line of a folder and its name each."""
+"""File beside the class folders with the names of classes: in each line a folder and its name."""
 
-KNOWN = (NAMES, "class_order.txt", "tasks.json")
-"""Files that are heeded, here or in `pgp.training.tasks`."""
+SETTINGS_FILES = (NAMES, "class_order.txt", "tasks.json")
+"""Files that are read, here or in `pgp.training.tasks`, so they are not reported as ignored."""
 
 
 @dataclass(frozen=True)
 class Folder(DatasetConfig):
-    """Images in `root/train/<class>/*` and `root/test/<class>/*`, or in `root/<class>/*`.
+    """Images in one folder per class, read in place.
 
-    They are read in place. Without a test folder, some images of each class are held out for the test. The test folder
-    may be called `val`, `valid`, `validation` or `eval`, too, in any case.
+    Training and test images are in `root/train/<class>/*` and `root/test/<class>/*`. The second folder may also be
+    called `val`, `valid`, `validation` or `eval`, in any case. If all images are in `root/<class>/*`, some of each
+    class are held out for testing.
 
-    With domains the folders of a class lie in those of their domain: `root/train/<domain>/<class>/*` and
+    With domains, the folders of classes are inside folders of domains: `root/train/<domain>/<class>/*` and
     `root/test/<domain>/<class>/*`, or `root/<domain>/<class>/*`.
-    A class is called by its folder, or as `root/names.txt` says, where it exists: lines of a folder and its name.
+
+    The name of a class is the name of its folder, unless `root/names.txt` exists, with a folder and its name per line.
     """
 
     tag = "folder"
 
     root: Path = Path("data")
-    """Folder that holds `train` and `test`, or a folder per class."""
+    """Folder with `train` and `test`, or with a folder per class."""
     test_share: float = 0.2
-    """Share of each class that is kept for the test where there is no folder `test`; one image at least."""
+    """Fraction of each class to hold out for testing if there is no folder `test`; at least one image."""
     split_seed: int = 0
-    """Decides which images these are."""
+    """Seed that decides which images are held out."""
     domains: bool = False
-    """Whether the folders of classes lie in folders of domains; --setting dil turns it on."""
+    """Whether the folders of classes are inside folders of domains; --setting dil turns it on."""
     train_folder: str | None = None
-    """Folder of the training images in `root`; `.` for `root` itself, whose folders are all classes. By the usual
-    names, if None."""
+    """Folder of the training images in `root`; `.` if `root` itself contains the class folders. If None, a folder with
+    a common name, such as `train`."""
     test_folder: str | None = None
-    """Folder of the test images in `root`. By the usual names, if None."""
+    """Folder of the test images in `root`. If None, a folder with a common name, such as `test`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,17 +59,17 @@ class Folder(DatasetConfig):
 
     @property
     def search_paths(self) -> tuple[Path, ...]:
-        """See `DatasetConfig.places`."""
+        """See `DatasetConfig.search_paths`."""
         return (self.root,)
 
     def build(self) -> Dataset:
-        """Return the data set; classes and domains are the folders of `train`, or of `root`, in alphabetical order.
+        """Return the images, with classes and domains from the folders of `train`, or of `root`, in alphabetical order.
 
         Raises:
             ValueError: If it is not clear which folders are what, or a class has no training images.
         """
         root = require_folder(self.root)
-        ignored, notes = Ignored(root, KNOWN), Notes()
+        ignored, notes = Ignored(root, SETTINGS_FILES), Notes()
         layout = find_layout(root, self.train_folder, self.test_folder, ignored)
         train = _read(layout.train, self.domains, ignored, notes)
         test = _read(layout.test, self.domains, ignored, notes) if layout.test else Part()
@@ -75,29 +77,27 @@ class Folder(DatasetConfig):
             raise ValueError("; ".join([self._nothing(layout.train), *ignored.lines()]))
         names, domains = train.classes(), train.domains()
         for kind, own, known in (("class", test.classes(), names), ("domain", test.domains(), domains)):
-            if strangers := [name for name in own if name not in known]:
-                raise ValueError(f"expected every {kind} of {layout.test} in {layout.train} too, got {strangers[:5]} in"
+            if unknown := [name for name in own if name not in known]:
+                raise ValueError(f"expected every {kind} of {layout.test} in {layout.train} too, got {unknown[:5]} in"
                                  f" {layout.test.name if layout.test else ''} only")  # fmt: skip
         if missing := [name for name in train.unusable if name not in names]:
-            said = f"expected training images of every class, got none of {missing[:5]}, {len(missing)} in all"
-            raise ValueError("; ".join([f"{said}: add some, or take the class out", *ignored.lines()]))
+            message = f"expected training images of every class, got none of {missing[:5]}, {len(missing)} in all"
+            raise ValueError("; ".join([f"{message}: add some, or take the class out", *ignored.lines()]))
         domains = domains if self.domains else ()
-        whole = train.split(names, domains)
+        all_images = train.split(names, domains)
         if layout.test:
-            splits = whole, test.split(names, domains)
+            splits = all_images, test.split(names, domains)
         else:
-            splits = whole.parted(self.test_share, self.split_seed)
-        spoken = _spoken(root / NAMES, names)
+            splits = all_images.parted(self.test_share, self.split_seed)
+        class_names = _class_names(root / NAMES, names)
         lines = (*layout.notes, *notes.lines(names))
         kept = (ignored,) if ignored else ()
-        return Dataset(*splits, spoken, domains=domains, folder=root, notes=lines, ignored=kept)
+        return Dataset(*splits, class_names, domains=domains, folder=root, notes=lines, ignored=kept)
 
     def _nothing(self, folder: Path) -> str:
         """Say that there are no images in `folder`."""
         if not self.domains:
-            return (
-                f"no images in {folder}/<class>/: expected files ending in {', '.join(DEFAULT_TEST_SHARE)} or the like"
-            )
+            return f"no images in {folder}/<class>/: expected files ending in {', '.join(COMMON_SUFFIXES)} or the like"
         found = contents(folder, links=True).folders
         inside = sorted({path.name for domain in found for path in contents(domain, links=True).folders})
         return (
@@ -106,7 +106,7 @@ class Folder(DatasetConfig):
         )
 
     def with_domains(self) -> Folder:
-        """Return the same with folders of domains."""
+        """Return the same settings with folders of domains."""
         return replace(self, domains=True)
 
 
@@ -189,7 +189,7 @@ def _read(folder: Path, domains: bool, ignored: Ignored, notes: Notes) -> Part:
     return part
 
 
-def _spoken(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
+def _class_names(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     """Return the class names of `folders`."""
     if not os.path.lexists(path):
         return folders
@@ -206,7 +206,7 @@ def _spoken(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
             names[folder] = (line if line.startswith(folder) else line.strip()).removeprefix(folder).strip()
     if without := [folder for folder in folders if folder not in names]:
         raise ValueError(f"expected a line 'FOLDER NAME' in {path} for each folder, got none for {without[:5]}")
-    spoken = tuple(names[folder] for folder in folders)
-    if twice := sorted({name for name in spoken if spoken.count(name) > 1}):
+    class_names = tuple(names[folder] for folder in folders)
+    if twice := sorted({name for name in class_names if class_names.count(name) > 1}):
         raise ValueError(f"expected a name of its own for each folder in {path}, got {twice[:5]} more than once")
-    return spoken
+    return class_names

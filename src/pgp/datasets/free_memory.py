@@ -1,4 +1,4 @@
-"""How much memory this process may still take, within every limit that it lives under."""
+"""Memory that this process may still use, within the limits of the machine, its control groups and the process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PROC = Path("/proc")
 
 
 def free_memory() -> int:
-    """Return how many bytes this process may still take, or 0 if the system does not say.
+    """Return how many bytes of memory this process may still use, or 0 if this is unknown.
 
     This is the smallest of three: what the machine has available, what the control group of this process and each of
     its parents leave (cgroup v1 and v2), and what the limits of this process leave (RLIMIT_AS and RLIMIT_DATA).
@@ -22,7 +22,7 @@ def free_memory() -> int:
 def _left_by_groups() -> Iterator[int]:
     for group in _groups():
         stat = dict(line.split()[:2] for line in _lines(group / "memory.stat") if " " in line)
-        # a page cache that nobody reads any more is given back before the limit kills
+        # the kernel frees inactive page cache before the limit is reached
         cache = int(stat.get("total_inactive_file", stat.get("inactive_file", "0")))
         for limit, used in (
             ("memory.max", "memory.current"),
@@ -30,7 +30,7 @@ def _left_by_groups() -> Iterator[int]:
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),
         ):
             numbers = [line for name in (limit, used) for line in _lines(group / name) if line.isdigit()]
-            if len(numbers) == 2:  # there is no number where there is no limit
+            if len(numbers) == 2:  # the line has no number if there is no limit
                 yield int(numbers[0]) - int(numbers[1]) + cache
 
 

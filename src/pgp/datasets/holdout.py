@@ -1,4 +1,4 @@
-"""What data sets of one's own have in common: a test part where none is given, and the order of what they name."""
+"""Test images for data sets without a test split, and the order of their class names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pgp.scenario import stratified_holdout
 
 
 def holdout_mask(split: Split, share: float, seed: int, where: Callable[[int], str]) -> Tensor:
-    """Return which images of `split` are held out for the test, bool `(n,)`: `share` of each class, in each domain.
+    """Return which images of `split` to hold out for testing, bool `(n,)`: a fraction of each class in each domain.
 
     Raises:
         ValueError: If a class has a single image, which `where` describes by its place.
@@ -28,13 +28,13 @@ def holdout_mask(split: Split, share: float, seed: int, where: Callable[[int], s
 
 
 def check_share(share: float) -> None:
-    """Raise unless `share` can be a data set's `test_share`."""
+    """Raise if `share` is no valid `test_share` of a data set."""
     if not 0 < share < 1:
         raise ValueError(f"expected dataset.test_share between 0 and 1, got {share}")
 
 
 def natural_order(words: Iterable[str]) -> tuple[str, ...]:
-    """Return each word once: by number if all are whole numbers, else in the order of their first appearance.
+    """Return each word once: sorted by number if all are whole numbers, else in the order of first appearance.
 
     >>> natural_order(["10", "9", "10"]), natural_order(["dog", "cat", "dog"])
     (('9', '10'), ('dog', 'cat'))

@@ -1,4 +1,4 @@
-"""Image data sets of the Hugging Face hub, or in its formats on disk. The library comes with the extra `hf`."""
+"""Image data sets of the Hugging Face hub, or in its formats on disk; they need the optional dependency `hf`."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pgp.datasets.holdout import check_share, holdout_mask, natural_order
 from pgp.datasets.text import normalized
 
 HUB = "hf:"
-"""What the name of such a data set begins with, where a folder or a table may stand as well."""
+"""Prefix that marks the name of such a data set among paths of folders and tables."""
 
 
 @dataclass(frozen=True)
 class HuggingFace(DatasetConfig):
-    """A data set of the hub, one that `save_to_disk` left, or a folder of files that the library knows (parquet).
+    """A data set of the hub, or a folder in a format of the library `datasets` (`save_to_disk`, parquet).
 
-    It is tested on its part `test`, else `validation`, else on some of each class of the only part. No code that comes
-    with a data set is ever run: from version 4 on, which pgp asks for, the library cannot.
+    Test images are those of the split `test`, else of `validation`. If there is only one split, some images of each
+    class are held out. Code that comes with a data set is never run: the required version 4 of the library cannot.
     """
 
     tag = "hugging-face"
@@ -34,17 +34,17 @@ class HuggingFace(DatasetConfig):
     name: str = ""
     """Name on the hub, such as `beans`, or a path."""
     subset: str | None = None
-    """Which of its configurations, where it has several."""
+    """Name of the data set's configuration, if it has several."""
     image: str | None = None
-    """Column of the images; the only one with images, where None."""
+    """Column of the images. If None, the only column with images."""
     label: str | None = None
-    """Column of the classes; the only one of type ClassLabel, else `label` or `labels`, where None."""
+    """Column of the classes. If None, the only column of type ClassLabel, else `label` or `labels`."""
     domain: str | None = None
     """Column of the domains, for --setting dil."""
     test_share: float = 0.2
-    """Share of each class that is kept for the test where there is one part only; one image at least."""
+    """Fraction of each class to hold out for testing if there is only one split; at least one image."""
     split_seed: int = 0
-    """Decides which images these are."""
+    """Seed that decides which images are held out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,11 +56,7 @@ class HuggingFace(DatasetConfig):
         _load(self.name, self.subset)
 
     def build(self) -> Dataset:
-        """Return the data set.
-
-        Classes are in the order of its ClassLabel, by number if they are whole numbers, else in the order of
-        appearance.
-        """
+        """Return the images. Classes are in the order of ClassLabel, by number, or as they first appear."""
         parts = _load(self.name, self.subset)
         train = parts.get("train", next(iter(parts.values())))
         columns = self._columns(train.features)
@@ -77,12 +73,12 @@ class HuggingFace(DatasetConfig):
         return Dataset(splits[0], splits[1], names, domains=domains, folder=folder if folder.is_dir() else None)
 
     def with_absolute_paths(self) -> DatasetConfig:
-        """See `DatasetConfig.located`; a name on the hub stays as it is."""
+        """See `DatasetConfig.with_absolute_paths`; a name on the hub does not change."""
         path = Path(self.name).expanduser()
         return replace(self, name=str(path.absolute())) if path.exists() else self
 
     def relocated(self, place: str) -> DatasetConfig:
-        """See `DatasetConfig.moved`."""
+        """See `DatasetConfig.relocated`."""
         return replace(self, name=place.removeprefix(HUB))
 
     def _columns(self, features: Mapping[str, Any]) -> dict[str, str]:
@@ -122,14 +118,14 @@ class HubSplit(Split):
         return read_image(called, cell["bytes"]) if cell.get("bytes") is not None else read_image(Path(cell["path"]))
 
     def at(self, chosen: Tensor) -> HubSplit:
-        """Return the split with the rows for which `chosen`, bool `(n,)`, is true."""
+        """Return the rows that the mask `chosen`, bool `(n,)`, selects."""
         rows = self.rows.select(chosen.nonzero().flatten().tolist())
         domains = None if self.domains is None else self.domains[chosen]
         return HubSplit(self.name, rows, self.column, self.labels[chosen], domains)
 
 
 def _load(name: str, subset: str | None) -> dict[str, Any]:
-    """Return the parts of a data set by name."""
+    """Return the splits of a data set by name."""
     try:
         import datasets
     except ImportError as error:
@@ -156,7 +152,7 @@ def _load(name: str, subset: str | None) -> dict[str, Any]:
 
 
 def _coded(parts: list[Any], column: str) -> tuple[tuple[str, ...], list[Tensor]]:
-    """Return the names of the values of a column, and the number of each row's value, for each part."""
+    """Return the names of the values of a column, and the number of each row's value, for each split."""
     values = [list(part[column]) for part in parts]
     kind = parts[0].features[column]
     if hasattr(kind, "names"):

@@ -1,4 +1,4 @@
-"""What of a data set's folder is not used, and why: counted and named, never dropped in silence."""
+"""Files in a data folder that are not used, counted by reason, so that they can be reported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = 3
-"""How many files or folders of a kind are named."""
+"""Number of files or folders that are named for each reason."""
 REASONS = {
     "unknown_suffix": "files whose suffix is not that of an image",
     "no_suffix": "files without a suffix",
@@ -25,11 +25,11 @@ REASONS = {
     "system": "files and folders of operating systems and storage devices",
     "hidden": "hidden files and folders",
 }
-"""Why something is ignored, by the key that `metrics.jsonl` uses."""
+"""Reasons for ignoring a file, by their keys in `metrics.jsonl`."""
 
 
 class Ignored:
-    """Files and folders below `root` that are not used, by reason; but not those right in it that are in `known`."""
+    """Files and folders below `root` that are not used, by reason. Names in `known` directly in `root` are left out."""
 
     def __init__(self, root: Path, known: Collection[str] = ()) -> None:
         self.root = root
@@ -39,7 +39,7 @@ class Ignored:
         self.suffixes: Counter[str] = Counter()
 
     def add(self, reason: str, path: Path, count: int = 1) -> None:
-        """Count what lies at `path`, for one of `REASONS`."""
+        """Count the file or folder at `path` for one of `REASONS`."""
         if path in self._known:
             return
         self.counts[reason] += count
@@ -50,7 +50,7 @@ class Ignored:
             self.suffixes[path.suffix.lower()] += count
 
     def update(self, other: Ignored) -> None:
-        """Add what `other` counted."""
+        """Add the counts of `other`."""
         for reason, count in other.counts.items():
             self.counts[reason] += count
             named = self.examples.setdefault(reason, [])
@@ -73,7 +73,7 @@ class Ignored:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """Return the same as JSON values, for `metrics.jsonl`."""
+        """Return the counts as JSON values, for `metrics.jsonl`."""
         found: dict[str, Any] = {
             reason: {"count": self.counts[reason], "examples": self.examples[reason]}
             for reason in REASONS

@@ -22,7 +22,7 @@ SPLIT = re.compile(r"shared|folders|random:(\d+)").fullmatch
 
 @dataclass(frozen=True)
 class ImageNetR(DownloadableDataset):
-    """Read from `root/imagenet-r/<wnid>/*`, or, as other tools leave it, from its folders train and test."""
+    """Renditions of ImageNet classes, in `root/imagenet-r/<wnid>/*`, or in its folders train and test."""
 
     tag = "imagenet-r"
 
@@ -37,8 +37,8 @@ class ImageNetR(DownloadableDataset):
     expected: ClassVar[DatasetSize | None] = DatasetSize(24_000, 6_000, 200)
 
     split: str = "shared"
-    """What is for the test. shared: the 6,000 images on a list that several codebases share, wherever they lie.
-    random:SEED: a fifth of the whole set, drawn by the seed. folders: what lies in the folder test."""
+    """Which images are test images. shared: 6,000 images from a list that several codebases use. random:SEED: a random
+    fifth, drawn with this seed. folders: those in the folder test."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,13 +48,13 @@ class ImageNetR(DownloadableDataset):
             )
 
     def read(self) -> Dataset:
-        """Return 24,000 training and 6,000 test images, labels in the order of the WordNet ids."""
+        """Return 24,000 training and 6,000 test images, with labels in the order of the WordNet ids."""
         folder = self.folder()
         train, test = self._parts(folder)
         named = _names()
         wnids = sorted({name[:9] for name in (*train, *test)})
-        if strangers := [wnid for wnid in wnids if wnid not in named]:
-            raise ValueError(f"expected in {folder} folders of the 200 classes of ImageNet-R, got {strangers[:5]} too")
+        if unknown := [wnid for wnid in wnids if wnid not in named]:
+            raise ValueError(f"expected in {folder} folders of the 200 classes of ImageNet-R, got {unknown[:5]} too")
         if not train or not test:
             raise ValueError(
                 f"expected training and test images of split {self.split} in {folder}, got {len(train)} and"
@@ -65,7 +65,7 @@ class ImageNetR(DownloadableDataset):
         return Dataset(splits[0], splits[1], tuple(named[wnid] for wnid in wnids))
 
     def _parts(self, folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
-        """Return the training and the test files, as `<wnid>/<file>`."""
+        """Return training and test files by `<wnid>/<file>`."""
         train, test = _files(folder / "train"), _files(folder / "test")
         if self.split == "folders":
             if both := sorted(set(train) & set(test)):

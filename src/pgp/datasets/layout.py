@@ -1,4 +1,4 @@
-"""How a folder of the user's own is laid out: which folder is for training, which for the test, which are classes."""
+"""Layout of a user's image folder: which subfolders are for training, for testing, and which are classes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pgp.datasets.text import normalized
 TRAIN = ("train", "training")
 TEST = ("test", "testing")
 VALIDATION = ("val", "valid", "validation", "eval")
-"""What the folders of the parts are called, in any case. A test part is preferred to one for validation."""
+"""Names of the folders of each split, in any case. A test folder is preferred to a validation folder."""
 EVERY_FOLDER = "."
-"""As the folder of the training images: the data folder itself, all of whose folders are classes."""
+"""Value of `train_folder` for the data folder itself, whose subfolders are all classes."""
 _HOW = (
     "Name them by --dataset.train-folder NAME and --dataset.test-folder NAME; --dataset.train-folder . takes every"
     " folder for a class. Or leave only train/<class> and test/<class> there"
@@ -23,18 +23,18 @@ _HOW = (
 
 
 class Layout(NamedTuple):
-    """Where the images of a data folder are."""
+    """Training and test folders of a data folder."""
 
     train: Path
-    """Holds a folder per class, or per domain; the data folder itself if it has no parts."""
+    """Folder with a subfolder per class or per domain; the data folder itself if it is not split."""
     test: Path | None
-    """Likewise; None if some training images are to be kept for the test."""
+    """The same for test images; None if some training images are to be held out."""
     notes: tuple[str, ...]
-    """What was decided between several readings, in words."""
+    """Notes on how an ambiguous layout was interpreted."""
 
 
 def find_layout(root: Path, train: str | None, test: str | None, ignored: Ignored) -> Layout:
-    """Return how `root` is laid out.
+    """Return the layout of `root`.
 
     Args:
         root: The data folder.
@@ -74,7 +74,7 @@ def find_layout(root: Path, train: str | None, test: str | None, ignored: Ignore
 
 
 def class_folders(part: Path, ignored: Ignored) -> dict[str, Path]:
-    """Return the folders in `part` by what they are called, in the order of their names; loose images are ignored.
+    """Return the folders in `part` by name, in order; images directly in `part` are ignored.
 
     Raises:
         ValueError: If two folders have the same name in two Unicode forms, or are one folder by a link, or if they
@@ -98,7 +98,7 @@ def class_folders(part: Path, ignored: Ignored) -> dict[str, Path]:
 
 
 def check_inside(folders: Iterable[Path]) -> None:
-    """Raise if a class folder holds folders for training and test: they would be mixed."""
+    """Raise if a class folder contains training and test folders, because their images would be mixed."""
     for folder in folders:
         inside = contents(folder).folders
         trains, tests = _called(TRAIN, inside), _called((*TEST, *VALIDATION), inside)
@@ -109,7 +109,7 @@ def check_inside(folders: Iterable[Path]) -> None:
 
 
 def _test_folder(root: Path, tests: list[Path], validations: list[Path]) -> tuple[Path | None, tuple[str, ...]]:
-    """Return the folder of the test images, if there is one, and what to say about the others."""
+    """Return the folder of the test images, if there is one, and notes about the others."""
     every = (*tests, *validations)
     labelled = [[folder for folder in part if _has_classes(folder)] for part in (tests, validations)]
     good = labelled[0] or labelled[1]
@@ -137,7 +137,7 @@ def _called(names: Sequence[str], folders: Sequence[Path]) -> list[Path]:
 
 
 def _named(root: Path, name: str) -> Path:
-    """Return the folder `name` of `root`, which the settings name."""
+    """Return the folder `name` of `root`, as given in the settings."""
     folder = root / name
     if not folder.is_dir():
         raise ValueError(f"expected a folder {name} in {root}, as --dataset.train-folder or --dataset.test-folder names"

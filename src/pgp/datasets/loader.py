@@ -1,4 +1,4 @@
-"""Batches in a planned order, whose random augmentation depends on the seed and the image only."""
+"""Batches in a planned order, with augmentation that depends only on the seed, the epoch and the image."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pgp.system import platforms
 
 
 class Batch(NamedTuple):
-    """Images that the model sees at once."""
+    """A batch of images with labels."""
 
     images: Tensor
     """`(B, 3, S, S)` float."""
     labels: Tensor
     """`(B,)`."""
     indices: Tensor
-    """Where they are in their split, `(B,)`."""
+    """Indices of the images in their split, `(B,)`."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch with images and labels on another device."""
@@ -33,14 +33,14 @@ class Batch(NamedTuple):
 
 
 class SampleKey(NamedTuple):
-    """An image as a certain pass sees it: where it is in its split, and the pass that decides the augmentation."""
+    """An image in a certain epoch, which decides its augmentation."""
 
     image: int
     epoch: int
 
 
 class TransformedSplit(torch.utils.data.Dataset[tuple[Tensor, int, int] | None]):
-    """A split under a view whose every random draw is addressed by `(seed, *purpose, pass, index)`."""
+    """A split with a transform whose random draws depend only on `(seed, *purpose, epoch, index)`."""
 
     def __init__(
         self, split: Split, view: v2.Transform, seed: int, purpose: tuple[str | int, ...], skip_bad: bool
@@ -48,7 +48,7 @@ class TransformedSplit(torch.utils.data.Dataset[tuple[Tensor, int, int] | None])
         self.split, self.transform, self.seed, self.purpose, self.skip_bad = split, view, seed, purpose, skip_bad
 
     def __getitem__(self, address: SampleKey) -> tuple[Tensor, int, int] | None:
-        """Return image, label and index; None for an image that cannot be read and is to be skipped."""
+        """Return image, label and index; None for a bad image that is to be skipped."""
         try:
             image = self.split.image(address.image)
         except BadImageError as error:
@@ -62,25 +62,25 @@ class TransformedSplit(torch.utils.data.Dataset[tuple[Tensor, int, int] | None])
 
 
 class LoaderOptions(NamedTuple):
-    """How batches are brought to the model."""
+    """Settings for loading batches."""
 
     workers: int = 0
-    """Processes that decode and crop; 0 does it in the training process."""
+    """Number of processes that decode and transform images. If 0, the training process does."""
     on_bad_image: Literal["error", "skip"] = "error"
     rank: int = 0
     world_size: int = 1
-    """This process and how many there are: each takes every world-th image of a batch."""
+    """Number of training processes. Each loads every `world_size`-th image of a batch."""
     pin_memory: bool = True
-    """Whether images go to page-locked memory where there is a GPU."""
+    """Whether images are loaded into page-locked memory if there is a GPU."""
 
 
 def batches(data: TransformedSplit, plan: Sequence[Sequence[SampleKey]], loading: LoaderOptions) -> Iterator[Batch]:
-    """Yield the planned batches in order, in each process its own share. An empty share is a batch without images."""
-    share = [list(batch[loading.rank :: loading.world_size]) for batch in plan]
-    workers = min(loading.workers, len(share))
+    """Yield the planned batches in order. Each process loads its own images of a batch, possibly none."""
+    own_plan = [list(batch[loading.rank :: loading.world_size]) for batch in plan]
+    workers = min(loading.workers, len(own_plan))
     loader = DataLoader(
         data,
-        batch_sampler=share,
+        batch_sampler=own_plan,
         num_workers=workers,
         multiprocessing_context=platforms.loader_start() if workers else None,
         collate_fn=_collate,
@@ -95,9 +95,9 @@ def batches(data: TransformedSplit, plan: Sequence[Sequence[SampleKey]], loading
 
 
 def _let_training_decide(_: int) -> None:
-    """Let a process that loads images survive a signal to all: what happens then is up to the process that trains.
+    """Keep a loader process alive after a signal to all processes: the training process decides what happens.
 
-    A second SIGTERM ends it, for that is how the process that trains gets rid of one that hangs.
+    A second SIGTERM ends the loader, because the training process ends a hanging loader this way.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in platforms.ending_signals():
@@ -105,7 +105,7 @@ def _let_training_decide(_: int) -> None:
 
 
 def sequential_batches(indices: Tensor, batch_size: int, epoch: int = 0) -> list[list[SampleKey]]:
-    """Return the keys of `indices` in their order, batch by batch.
+    """Return a plan that visits `indices` in their order.
 
     >>> sequential_batches(torch.tensor([4, 5, 6]), batch_size=2)[1]
     [SampleKey(image=6, epoch=0)]

@@ -1,4 +1,4 @@
-"""Your own images: a table that lists them."""
+"""Your own images, listed in a table."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
 
 @dataclass(frozen=True)
 class Manifest(DatasetConfig):
-    """Images listed in a CSV, TSV or JSONL file in UTF-8, with columns by these names.
+    """Images listed in a CSV, TSV or JSONL file in UTF-8.
 
-    `path` of the image, from the folder of the file; `label`, its class; `split`, train or test (without it, some of
-    each class are kept for the test); `task`, the name or number of the task that brings the class; `domain`, for
-    --setting dil, where `task` serves as well. Other columns are let be.
+    The columns are `path`, relative to the folder of the file; `label`, the class; `split`, train or test (without this
+    column, some images of each class are held out for testing); `task`, the name or number of the task that brings the
+    class; and `domain`, for --setting dil (without it, `task` is used). Other columns are ignored.
 
-    Classes, tasks and domains come in the order in which they first appear, or by number where all are whole numbers.
+    Classes, tasks and domains are in the order of first appearance, or sorted if all are whole numbers.
     """
 
     tag = "manifest"
 
     file: Path = Path("images.csv")
-    """The table."""
+    """Path of the table."""
     test_share: float = 0.2
-    """Share of each class that is kept for the test where the table has no split; one image at least."""
+    """Fraction of each class to hold out for testing if the table has no column `split`; at least one image."""
     split_seed: int = 0
-    """Decides which images these are."""
+    """Seed that decides which images are held out."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,11 +47,11 @@ class Manifest(DatasetConfig):
 
     @property
     def search_paths(self) -> tuple[Path, ...]:
-        """See `DatasetConfig.places`."""
+        """See `DatasetConfig.search_paths`."""
         return (self.file,)
 
     def build(self) -> Dataset:
-        """Return the data set, with the images in the order of the table."""
+        """Return the images in the order of the table."""
         file = self.file.expanduser().absolute()
         if not os.path.lexists(file):
             raise ValueError(f"no table of images at {file}: name another, by --data, --dataset.file or --add")
@@ -61,12 +61,12 @@ class Manifest(DatasetConfig):
         domains, numbers = _numbered([row.domain or row.task for row in rows])
         if "" in domains:
             domains = ()
-        whole = FileSplit(paths, labels, numbers if domains else None)
+        all_images = FileSplit(paths, labels, numbers if domains else None)
         if rows[0].split:
-            train, test = (whole.at(i for i, row in enumerate(rows) if row.split == part) for part in _PARTS)
+            train, test = (all_images.at(i for i, row in enumerate(rows) if row.split == part) for part in _PARTS)
             _check_parts(file, rows)
         else:
-            train, test = whole.parted(self.test_share, self.split_seed)
+            train, test = all_images.parted(self.test_share, self.split_seed)
         taught: dict[str, set[str]] = {}
         for row in rows:
             if row.task:
@@ -76,7 +76,7 @@ class Manifest(DatasetConfig):
 
 
 class Row(NamedTuple):
-    """A line of the table; "" stands for what it does not say."""
+    """A row of the table; empty cells are ""."""
 
     line: int
     path: str
@@ -90,14 +90,14 @@ _REQUIRED, _OPTIONAL, _PARTS = ("path", "label"), ("split", "task", "domain"), (
 
 
 def _numbered(words: list[str]) -> tuple[tuple[str, ...], list[int]]:
-    """Return each word once, and its number in that order."""
+    """Return each word once, and the number of each word in that order."""
     once = natural_order(words)
     place = {word: number for number, word in enumerate(once)}
     return once, [place[word] for word in words]
 
 
 def _rows(file: Path) -> Iterator[Row]:
-    """Return the rows of the table at `file`, each of them complete."""
+    """Yield the rows of the table at `file`, after checking that they are complete."""
     text = read_text(file, "the table of images")
     count = 0
     full: tuple[str, ...] = ()  # of split and domain, what the first row fills
@@ -173,13 +173,10 @@ def _check_columns(file: Path, line: int, columns: Iterable[str]) -> None:
 
 
 def _existing(file: Path, rows: list[Row]) -> list[Path]:
-    """Return the absolute paths of all rows.
-
-    Raises:     ValueError: If an image is missing, is no file, or is listed twice.
-    """
+    """Return the absolute paths of all rows, and raise an error if an image is missing, no file, or listed twice."""
     lines: dict[str, Row] = {}
     missing: list[str] = []
-    strange: list[str] = []
+    irregular: list[str] = []
     for row in rows:
         path = _found(file.parent, row.path)
         if (other := lines.setdefault(path, row)) is not row:
@@ -187,8 +184,8 @@ def _existing(file: Path, rows: list[Row]) -> list[Path]:
             raise ValueError(f"expected every image once in {file}, got {row.path!r} in lines {other.line} and"
                              f" {row.line}{leak}")  # fmt: skip
         if not os.path.isfile(path):  # noqa: PTH113  (a Path per image of a long table takes seconds)
-            (strange if os.path.lexists(path) else missing).append(row.path)
-    for paths, what in ((missing, "do not exist"), (strange, "are no files, but folders, pipes or broken links")):
+            (irregular if os.path.lexists(path) else missing).append(row.path)
+    for paths, what in ((missing, "do not exist"), (irregular, "are no files, but folders, pipes or broken links")):
         if paths:
             raise ValueError(f"{len(paths)} of the {len(rows)} images of {file} {what}, such as {paths[:5]}; paths are"
                              f" taken from {file.parent}")  # fmt: skip
@@ -196,7 +193,7 @@ def _existing(file: Path, rows: list[Row]) -> list[Path]:
 
 
 def _found(folder: Path, path: str) -> str:
-    """Return the path of `path` below `folder`, in the Unicode form in which the disk has its name."""
+    """Return the path below `folder` that matches `path`, in any Unicode form of its name."""
     place = os.path.normpath(folder / path)
     if path.isascii() or os.path.lexists(place):
         return place
@@ -211,5 +208,5 @@ def _check_parts(file: Path, rows: list[Row]) -> None:
         if not labels[part]:
             raise ValueError(f"expected rows with split {part} in {file}, got none; without the column, a test part is"
                              " drawn")  # fmt: skip
-    if strangers := sorted(labels["test"] - labels["train"]):
-        raise ValueError(f"expected training images of every class in {file}, got {strangers[:5]} in test only")
+    if unknown := sorted(labels["test"] - labels["train"]):
+        raise ValueError(f"expected training images of every class in {file}, got {unknown[:5]} in test only")

@@ -1,4 +1,4 @@
-"""Your own data by where they lie: what `--data` means."""
+"""Data sets from a path, as given by `--data`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pgp.system.paths import Place, as_path
 
 
 def dataset_from_path(place: Place) -> DatasetConfig:
-    """Return the data set at `place`: a table of images, `hf:` and a Hugging Face data set, or a folder.
+    """Return the data set at `place`: a table of images, a folder, or `hf:` with a Hugging Face data set.
 
     >>> dataset_from_path("photos.csv").file.name, dataset_from_path("photos").root.name
     ('photos.csv', 'photos')
@@ -34,7 +34,7 @@ def dataset_from_path(place: Place) -> DatasetConfig:
 
 
 def relocate(config: DatasetConfig, place: Place) -> DatasetConfig:
-    """Return the data set of a run at another place, with its own settings unless another kind of data lies there.
+    """Return the data set of a run at another path, with its own settings unless the new data are of another kind.
 
     >>> relocate(Folder("old", test_share=0.5), "new").test_share, type(relocate(Folder("old"), "new.csv")).__name__
     (0.5, 'Manifest')

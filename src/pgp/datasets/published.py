@@ -1,4 +1,4 @@
-"""What published data sets have in common: they are downloaded where they are missing, and read where they lie."""
+"""The base class of published data sets, which are downloaded if they are missing."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from pgp.datasets.scan import contents
 
 @dataclass(frozen=True)
 class DownloadableDataset(DatasetConfig):
-    """Read in place from `root/<its folder>`, or from `root` where that is the folder itself; else downloaded."""
+    """A data set that is read from `root/<its folder>`, or from `root` if it has that name, or downloaded."""
 
     root: Path = Path("data")
-    """Folder that holds the data set's own folder, or where a download goes."""
+    """Folder that contains the data set's own folder, and for downloads."""
 
     def build(self) -> Dataset:
         """See `DatasetConfig.build`."""
@@ -28,17 +28,18 @@ class DownloadableDataset(DatasetConfig):
         return self.read()
 
     def fetch(self, progress: Progress | None = None) -> None:
-        """See `DatasetConfig.fetch`; a folder that is there is never downloaded again, nor written to."""
+        """Download and unpack the archives if the folder is missing. An existing folder is never written to."""
         if self._found() is None:
             for archive in self.archives:
                 unpacked(archive, self.root, progress)
 
     @property
     def search_paths(self) -> tuple[Path, ...]:
-        """See `DatasetConfig.places`."""
+        """See `DatasetConfig.search_paths`."""
         (archive,) = self.archives
         root = self.root.expanduser().absolute()
-        return (root / archive.folder, *([root] * (root.name == archive.folder)))
+        own_folder = root / archive.folder
+        return (own_folder, root) if root.name == archive.folder else (own_folder,)
 
     @abc.abstractmethod
     def read(self) -> Dataset:
@@ -60,29 +61,27 @@ class DownloadableDataset(DatasetConfig):
 
 
 def labelled(pairs: Iterable[tuple[Path, int]]) -> FileSplit:
-    """Return images with their labels, sorted by label and then by file name, whatever the layout."""
+    """Return images with their labels, ordered by label and file name, so that the folder layout does not matter."""
     ordered = sorted(pairs, key=lambda pair: (pair[1], pair[0].name))
     return FileSplit([path for path, _ in ordered], [label for _, label in ordered])
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Return the image files directly in `folder`, by name; none if it is no folder."""
+    """Return the image files in `folder`, without subfolders, by name; empty if it is not a folder."""
     if not folder.is_dir():
         return []
     return contents(folder).images
 
 
 def folders_in(folder: Path, fits: Callable[[str], object]) -> list[str]:
-    """Return the names of the folders in `folder` that fit, sorted; none if it is no folder."""
+    """Return the sorted names of the folders in `folder` for which `fits` is true; empty if it is not a folder."""
     if not folder.is_dir():
         return []
     return sorted(path.name for path in folder.iterdir() if path.is_dir() and fits(path.name))
 
 
 def require_files(paths: Iterable[Path], index: Path) -> list[Path]:
-    """Return `paths`, which `index` names.
-
-    Raises:     ValueError: If a file is missing.
+    """Return the files `paths`, which `index` names, after checking that they exist.
 
     Raises:
         ValueError: If some are not there; it names the first.

@@ -1,4 +1,4 @@
-"""What lies in a folder of images: the images, the folders, and all that is ignored."""
+"""Listing of an image folder: its images, its subfolders, and ignored files."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ SYSTEM = frozenset(
         *("lost+found", ".thumbnails", ".directory", ".nomedia"),  # Linux and Android
     )
 )
-"""What operating systems and storage devices leave in folders, whatever the case."""
+"""Files and folders that operating systems and storage devices create, in any case."""
 SYSTEM_STARTS = (".trash", "._")
-"""How the names of more of these begin."""
+"""Prefixes of more of these names."""
 
 
 class Contents(NamedTuple):
-    """What lies right in a folder and is not ignored, each in the order of names."""
+    """Subfolders and images directly in a folder, without ignored ones, sorted by name."""
 
     folders: list[Path]
     images: list[Path]
 
 
 def contents(folder: Path, ignored: Ignored | None = None, *, links: bool = False) -> Contents:
-    """Return the folders and image files right in `folder`; what else is there is told to `ignored`.
+    """Return the folders and image files directly in `folder`; other files are added to `ignored`.
 
     Args:
         folder: A folder that exists.
@@ -59,7 +59,7 @@ def images_below(folder: Path, ignored: Ignored | None = None) -> list[Path]:
 
 
 def holds_images(folder: Path) -> bool:
-    """Return whether an image lies at any depth of `folder`."""
+    """Return whether there is an image in `folder` at any depth."""
     return next(_below(folder, None), None) is not None
 
 
@@ -79,7 +79,7 @@ def _below(folder: Path, ignored: Ignored | None) -> Iterator[Path]:
 
 
 def _kinds(folder: Path, links: bool = False) -> Iterator[tuple[Path, str]]:
-    """Yield what lies right in `folder` in the order of names, each a `folder`, an `image`, or why it is ignored."""
+    """Yield the entries of `folder` sorted by name, each with `folder`, `image`, or the reason for ignoring it."""
     try:
         with os.scandir(folder) as entries:
             listed = sorted(entries, key=lambda entry: (normalized(entry.name), entry.name))
@@ -103,7 +103,7 @@ def _kind(entry: os.DirEntry[str], links: bool) -> str:
             return "output" if os.path.lexists(os.path.join(entry.path, MARKER)) else "folder"  # noqa: PTH118
         if not entry.is_file():
             return "special_file" if os.path.exists(entry.path) else "broken_link"  # noqa: PTH110
-    except OSError:  # a link that leads to itself
+    except OSError:  # such as a link to itself
         return "broken_link"
     suffix = os.path.splitext(name)[1]  # noqa: PTH122 (a Path per image of a large set takes seconds)
     if suffix in SUFFIXES:
@@ -114,7 +114,7 @@ def _kind(entry: os.DirEntry[str], links: bool) -> str:
 
 
 def _leads_elsewhere(entry: os.DirEntry[str]) -> bool:
-    """Return whether a link leads to another folder than one that holds the link."""
+    """Return whether a link leads to a folder that does not contain the link itself."""
     return Path(entry.path).resolve() not in Path(entry.path).parent.resolve().joinpath("x").parents
 
 

@@ -1,4 +1,4 @@
-"""Made-up images for tests: each class is a smooth random pattern, each image that pattern under noise."""
+"""Synthetic images for tests: each class is a smooth random pattern, and each image is its pattern with noise."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pgp.rng import make_generator
 
 @dataclass(frozen=True)
 class Synthetic(DatasetConfig):
-    """Learnable in seconds, and never a benchmark."""
+    """Synthetic images for tests, which can be learned in seconds."""
 
     tag = "synthetic"
 
     classes: int = 6
     per_class: int = 12
-    """Training images per class; a third as many more for the test."""
+    """Number of training images per class. There are a third as many test images."""
     size: int = 32
     """Pixels a side."""
     noise: float = 0.15
-    """Standard deviation of the noise, of a value range of 1."""
+    """Standard deviation of the noise, for pixel values in [0, 1]."""
     seed: int = 0
     domains: int = 0
-    """Domains, for --setting dil; each tints all its images in its own way, and has `per_class` of every class."""
+    """Number of domains, for --setting dil. Each has its own tint, and `per_class` images of every class."""
 
     def build(self) -> Dataset:
-        """Return the data set, the same for the same settings."""
+        """Return the images, which are the same for the same settings."""
         patterns = torch.rand(self.classes, 3, 4, 4, generator=make_generator(self.seed, "patterns"))
         patterns = F.interpolate(patterns, self.size, mode="bicubic").clamp(0, 1)
         names = tuple(f"pattern {label}" for label in range(self.classes))

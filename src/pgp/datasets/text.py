@@ -1,4 +1,4 @@
-"""Names and text files of the user's own: names are compared in one Unicode form, files are read as UTF-8."""
+"""Names and text files of users. Names are compared in Unicode NFC, files are read as UTF-8."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\0\0\xfe\xff
 
 
 def normalized(name: str) -> str:
-    """Return a name in the form in which names are compared and kept: Unicode NFC.
+    """Return a name in Unicode NFC, in which names are compared and stored.
 
     What is no text, such as the bytes of a file name that is not UTF-8, becomes U+FFFD.
 
@@ -40,8 +40,8 @@ def read_text(path: Path, what: str = "") -> str:
         require_file(path)
         content = path.read_bytes()
     except (OSError, ValueError) as error:
-        said = (isinstance(error, OSError) and error.strerror) or error
-        raise ValueError(f"cannot read {called} as a text in UTF-8: {said}") from error
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ValueError(f"cannot read {called} as a text in UTF-8: {reason}") from error
     for mark, encoding in _OTHER_ENCODINGS.items():
         if content.startswith(mark):
             raise ValueError(f"cannot read {called} as a text in UTF-8, got {encoding}: save it as UTF-8")

@@ -18,9 +18,9 @@ WNID = re.compile(r"n\d{8}").fullmatch
 
 @dataclass(frozen=True)
 class TinyImageNet(DownloadableDataset):
-    """Read from `root/tiny-imagenet-200`; the test is its `val`, whose labels are published.
+    """Small images of ImageNet classes, in `root/tiny-imagenet-200`; test images are those of `val`.
 
-    Test images lie in `val/images`, or as other tools leave them, in a folder per class in `val` or in `test`.
+    Test images are in `val/images`, or in a folder per class in `val` or in `test`.
     """
 
     tag = "tiny-imagenet"
@@ -37,7 +37,7 @@ class TinyImageNet(DownloadableDataset):
     expected: ClassVar[DatasetSize | None] = DatasetSize(100_000, 10_000, 200)
 
     def read(self) -> Dataset:
-        """Return 100,000 training and 10,000 test images, labels in the order of the WordNet ids."""
+        """Return 100,000 training and 10,000 test images, with labels in the order of the WordNet ids."""
         folder = self.folder()
         wnids = folders_in(folder / "train", WNID)
         train = [(path, label) for label, wnid in enumerate(wnids) for path in _of_class(folder / "train" / wnid)]
@@ -47,18 +47,18 @@ class TinyImageNet(DownloadableDataset):
 
 
 def _test(folder: Path, wnids: list[str]) -> list[tuple[Path, int]]:
-    """Test images and their labels."""
+    """Return the test images and their labels."""
     index = folder / "val" / "val_annotations.txt"
     if index.is_file() and images_in(folder / "val" / "images"):
         lines = [line.split("\t") for line in lines_of(read_text(index)) if line]
-        if strangers := [line for line in lines if len(line) < 2 or line[1] not in wnids]:
+        if unknown := [line for line in lines if len(line) < 2 or line[1] not in wnids]:
             raise ValueError(f"expected lines of an image and a class of {folder / 'train'} in {index}, got"
-                             f" {strangers[0]}")  # fmt: skip
+                             f" {unknown[0]}")  # fmt: skip
         paths = require_files((folder / "val" / "images" / line[0] for line in lines), index)
         return [(path, wnids.index(line[1])) for path, line in zip(paths, lines, strict=True)]
     for part in (folder / "val", folder / "test"):
-        if strangers := [[wnid] for wnid in folders_in(part, WNID) if wnid not in wnids]:
-            raise ValueError(f"expected every class of {part} in {folder / 'train'} too, got {strangers[0]}")
+        if unknown := [[wnid] for wnid in folders_in(part, WNID) if wnid not in wnids]:
+            raise ValueError(f"expected every class of {part} in {folder / 'train'} too, got {unknown[0]}")
         if pairs := [(path, label) for label, wnid in enumerate(wnids) for path in _of_class(part / wnid)]:
             return pairs
     raise ValueError(f"expected test images in {folder}: val/images with val/val_annotations.txt, or"
@@ -70,12 +70,12 @@ def _of_class(folder: Path) -> list[Path]:
 
 
 def _names(words: Path, wnids: list[str]) -> tuple[str, ...]:
-    """Return the first synonym of each class; its WordNet id if there is no words.txt."""
+    """Return the first synonym of each class, or its WordNet id if words.txt is missing."""
     if not words.is_file():
         warnings.warn(f"no {words}: classes are called by their WordNet ids", stacklevel=2)
         return tuple(wnids)
     lines = (line.partition("\t") for line in lines_of(read_text(words)))
-    said = {wnid: synonyms.split(",")[0].strip() for wnid, _, synonyms in lines}
-    if silent := [wnid for wnid in wnids if not said.get(wnid)]:
-        raise ValueError(f"expected a line 'WNID<tab>NAME' in {words} for each class, got none for {silent[:5]}")
-    return tuple(said[wnid] for wnid in wnids)
+    names = {wnid: synonyms.split(",")[0].strip() for wnid, _, synonyms in lines}
+    if unnamed := [wnid for wnid in wnids if not names.get(wnid)]:
+        raise ValueError(f"expected a line 'WNID<tab>NAME' in {words} for each class, got none for {unnamed[:5]}")
+    return tuple(names[wnid] for wnid in wnids)

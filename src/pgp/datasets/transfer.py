@@ -1,4 +1,4 @@
-"""One file over HTTP, in as many attempts as it takes; what has come stays for the next start."""
+"""Download of one file over HTTP, with retries. A partial file is kept and continued at the next start."""
 
 from __future__ import annotations
 
@@ -21,46 +21,46 @@ from pgp.system import platforms
 
 CHUNK = 1 << 16
 TIMEOUT = (15, 60)
-"""Seconds to wait for a connection, and for the next bytes."""
+"""Timeout in seconds for a connection, and for the next bytes."""
 ANSWER = 90.0
-"""Most seconds until a request is answered, where the server leads from one address to the next, too."""
+"""Timeout in seconds until a response begins, including redirects."""
 BUSY = (429, 500, 502, 503, 504)
-"""Statuses of a server that may do better later."""
+"""HTTP status codes of temporary errors."""
 ATTEMPTS = 100
-"""Most requests for one file."""
+"""Maximum number of requests for one file."""
 FAILURES = 5
-"""Most requests in a row that bring too little."""
+"""Maximum number of failed requests in a row."""
 LEAST = 1 << 16
-"""Bytes that each request has to bring, and each minute of it, or it counts as a failure."""
+"""Minimum number of bytes per request, and per `MINUTE`; a request with fewer bytes counts as failed."""
 MINUTE = 60.0
-"""Seconds over which slowness is measured."""
+"""Length in seconds of the window in which the speed is measured."""
 RESTARTS = 3
-"""How often a file is fetched again from its beginning because the server does not continue a part."""
+"""Maximum number of restarts from the first byte, if the server does not continue a partial download."""
 PAUSE = 0.25
-"""Seconds to wait after a request that brought something; after each failure in a row twice as long."""
+"""Seconds to wait before the next request; doubled after each failure in a row."""
 PATIENCE = 300.0
-"""Most seconds to wait between the requests for one file, all together; a server may ask for more."""
+"""Maximum total waiting time in seconds for one file, whatever the server asks for."""
 LARGEST = 1 << 34
-"""Most bytes of a file whose size nobody tells."""
+"""Maximum size in bytes of a file whose size is unknown."""
 
 
 class _FailedError(Exception):
-    """A request that did not bring the rest of the file, though another one may."""
+    """A request that failed, but may succeed if it is repeated."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
-        """Tell the reason, and how many seconds the server asks to wait."""
+        """Store the reason, and the number of seconds that the server asks to wait."""
         super().__init__(f"{reason}, asking to wait {wait:,.0f} seconds" if wait else reason)
         self.wait = wait
 
 
 class _Source(NamedTuple):
-    """What the part that lies here is a part of."""
+    """The file that a partial download belongs to."""
 
     url: str
     version: str | None
-    """ETag or date that the server gave it; only while that holds, it goes on with the part."""
+    """ETag or date of the file; the download continues only if it has not changed."""
     size: int | None
-    """Bytes of the whole."""
+    """Size of the complete file in bytes."""
 
 
 class Transfer:
@@ -69,15 +69,15 @@ class Transfer:
     def __init__(self, part: Path, size: int | None, progress: Progress) -> None:
         self.part, self.size, self.progress = part, size, progress
         self.continued = False
-        """Whether bytes of an earlier start went into the file."""
+        """Whether the file contains bytes of an earlier start."""
         self.restarts = 0
-        """How often the whole file was asked for again, though a part of it was here."""
+        """Number of times that the download was restarted from the first byte."""
         self.anew = False
         """Whether the next request is for the whole file."""
 
     @property
     def have(self) -> int:
-        """Bytes that have come."""
+        """Number of bytes downloaded so far."""
         return self.part.stat().st_size if self.part.is_file() else 0
 
     def __call__(self, url: str, output_file: str, pooch: Any) -> None:
@@ -119,14 +119,14 @@ class Transfer:
         self.progress.remove_task(bar)
 
     def _request(self, session: requests.Session, url: str, bar: Any) -> None:
-        """Make one request for the bytes that are missing; all are here once it returns.
+        """Make one request for the missing bytes. The file is complete when it returns.
 
         Raises:
             _FailedError: If some are still missing.
         """
         source = None if self.anew else self._source(url)
         have = self.have if source else 0
-        if source and have == source.size:  # only the renaming is missing
+        if source and have == source.size:  # complete, but not renamed yet
             return
         headers = {"Accept-Encoding": "identity"}
         if source and have:
@@ -169,10 +169,12 @@ class Transfer:
                            f" {self.part.stem} elsewhere and put it into {self.part.parent.parent}")  # fmt: skip
 
     def _begin(self, answer: requests.Response, url: str) -> _Source:
-        """Start a download from the first byte, and note its source beside the part."""
+        """Record what a download from the first byte belongs to, beside the partial file."""
         tag = answer.headers.get("ETag", "")
-        version = tag if tag.startswith('"') else answer.headers.get("Last-Modified")  # weak tags promise too little
-        length = answer.raw.length_remaining  # None where the server does not tell
+        version = (
+            tag if tag.startswith('"') else answer.headers.get("Last-Modified")
+        )  # weak tags do not guarantee equal bytes
+        length = answer.raw.length_remaining  # None if the server does not say
         if length is not None and (length != self.size if self.size else length > LARGEST):
             self._refuse(url, f"{length:,}")
         self.anew, self.restarts = False, self.restarts + bool(self.have)
@@ -186,21 +188,21 @@ class Transfer:
         return source
 
     def _source(self, url: str) -> _Source | None:
-        """Return the source of the part, or None if there is no part to continue."""
+        """Return what the partial file belongs to, or None if it cannot be continued."""
         try:
             source = _Source(*json.loads(self._note.read_text(encoding="utf-8")))
             return source if source.url == url and (source.size is None or self.have <= source.size) else None
-        except (OSError, ValueError, TypeError, RecursionError):  # none, or cut short by a crash
+        except (OSError, ValueError, TypeError, RecursionError):  # missing, or cut off by a crash
             return None
 
     def _fits(self, answer: requests.Response, source: _Source | None, have: int) -> bool:
-        """Return whether a partial answer begins at the end of the part, and belongs to the same file."""
+        """Return whether a partial response begins where the partial file ends, and belongs to the same file."""
         span, _, total = answer.headers.get("Content-Range", "").partition("/")
         same = source is not None and (total == str(source.size) or total == "*" or source.size is None)
         return same and span.startswith(f"bytes {have}-")
 
     def _check_room(self, size: int) -> None:
-        """Raise unless the disk has room for `size` more bytes."""
+        """Raise if the disk has no room for `size` more bytes."""
         free = shutil.disk_usage(self.part.parent).free
         if free < size + RESERVE:
             raise ArchiveError(f"no room in {self.part.parent.parent} for {self.part.stem}: {size:,} bytes more needed"
@@ -213,7 +215,7 @@ class Transfer:
 
 
 def _answer(session: requests.Session, url: str, headers: dict[str, str]) -> requests.Response:
-    """Make a request and return the answer, whose content is still to come.
+    """Make a request and return the response before its content is read.
 
     Raises:
         _FailedError: If its head has not come after `ANSWER` seconds, however steadily its bytes come.
@@ -226,7 +228,7 @@ def _answer(session: requests.Session, url: str, headers: dict[str, str]) -> req
         except Exception as error:
             box.put(error)
 
-    threading.Thread(target=ask, daemon=True).start()  # requests bounds the time of a byte, not that of a head
+    threading.Thread(target=ask, daemon=True).start()  # requests has no timeout for the whole response header
     try:
         answer = box.get(timeout=ANSWER)
     except queue.Empty:
@@ -238,13 +240,13 @@ def _answer(session: requests.Session, url: str, headers: dict[str, str]) -> req
 
 
 def _chunks(answer: requests.Response) -> Iterator[bytes]:
-    """Yield what comes, as it comes.
+    """Yield the content of a response in chunks, as they arrive.
 
     Raises:
         _FailedError: If it comes too slowly.
     """
     since, count = time.monotonic(), 0
-    # as it lies there: some servers call a .tgz an encoding, and requests would undo it
+    # raw bytes: some servers declare .tgz as an encoding, and requests would decompress it
     while chunk := answer.raw.read1(CHUNK, decode_content=False):
         yield chunk
         count += len(chunk)
@@ -265,7 +267,7 @@ def _retry_after(answer: requests.Response) -> float:
 
 
 def _cause(error: Exception) -> str:
-    """Return what was behind `error`: requests and urllib3 wrap their errors in each other."""
+    """Return the original cause of `error`; requests and urllib3 wrap each other's errors."""
     while error.args and isinstance(inner := getattr(error.args[0], "reason", error.args[0]), Exception):
         error = inner
     return next((text for text in error.args if isinstance(text, str)), str(error))

@@ -1,4 +1,4 @@
-"""What the model sees of an image: random crops in training, the centre in evaluation."""
+"""Transforms of images: random crops in training, the centre crop in evaluation."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2.functional import center_crop
 
 LONGEST = 100
-"""How many times longer than broad an image may be before its ends are cut off in the test view."""
+"""Aspect ratio above which the ends of an image are cropped in the test transform."""
 
 
 @dataclass(frozen=True)
 class Transforms:
-    """What the model sees of an image."""
+    """Size, augmentation and normalisation of images."""
 
     size: int = 224
-    """Pixels a side."""
+    """Pixels a side of the model's input."""
     resize: int | None = None
-    """Test view: the shorter side is resized to this many pixels, bicubic, then the centre is cropped. 256/224 of
-    `size`, where None."""
+    """Test transform: size in pixels to which the shorter side is resized (bicubic) before the centre is cropped. If
+    None, 256/224 of `size`."""
     scale: tuple[float, float] = (0.05, 1.0)
-    """Training view: share of the image's area that a random crop covers."""
+    """Training transform: smallest and largest fraction of the image's area that a random crop covers."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Training view: aspect ratio of the crop."""
+    """Training transform: smallest and largest aspect ratio of the crop."""
     flip: float = 0.5
-    """Training view: probability of a horizontal flip."""
+    """Training transform: probability of a horizontal flip."""
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Subtracted from channels in [0, 1]. The published ViT recipes do not normalise."""
+    """Mean of each channel in [0, 1], which is subtracted. The published ViT recipes do not normalise."""
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Divides the channels after that."""
+    """Standard deviation by which each channel is divided."""
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -48,12 +48,12 @@ class Transforms:
             raise ValueError(f"expected transforms.std above 0, got {self.std}")
 
     def train(self) -> v2.Transform:
-        """Return the training transform: a random crop of `(3, H, W)` uint8, perhaps flipped, `(3, S, S)` float."""
+        """Return the training transform, a random crop and flip: `(3, H, W)` uint8 -> `(3, S, S)` float."""
         crop = v2.RandomResizedCrop(self.size, self.scale, self.ratio, antialias=True)
         return v2.Compose([crop, v2.RandomHorizontalFlip(self.flip), *self._to_float()])
 
     def test(self) -> v2.Transform:
-        """Return the test transform: the centre of the image `(3, H, W)` uint8, `(3, S, S)` float."""
+        """Return the test transform, a resize and centre crop: `(3, H, W)` uint8 -> `(3, S, S)` float."""
         resize = v2.Resize(self.resize or int(self.size * 256 / 224), InterpolationMode.BICUBIC, antialias=True)
         return v2.Compose([v2.Lambda(_without_ends), resize, v2.CenterCrop(self.size), *self._to_float()])
 
@@ -62,9 +62,9 @@ class Transforms:
 
 
 def _without_ends(image: Tensor) -> Tensor:
-    """Cut the ends off an image `(3, H, W)` of more than `LONGEST` times its breadth.
+    """Crop the ends of an image `(3, H, W)` whose length is more than `LONGEST` times its breadth.
 
-    Its centre alone is wanted, and resizing the whole of it would take gigabytes.
+    Only its centre is needed, and resizing the full image would take gigabytes.
     """
     length = LONGEST * min(image.shape[1:])
     if max(image.shape[1:]) <= length:

@@ -1,4 +1,4 @@
-"""Evidence from runs with the same seeds: paired differences to controls, and accuracy against forgetting."""
+"""Comparison of runs with the same seeds: paired differences to controls, and accuracy against forgetting."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ NOTE = (
     " same seed, mean ± standard error of that mean.\n"
 )
 MARKS = "sD^vP*Xh"
-"""Markers of controls in the figure, one after the other."""
+"""Markers of controls in the figure, in order."""
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What is compared: finished runs of one configuration, by seed."""
+    """One configuration in a comparison: its finished runs, by seed."""
 
     label: str
     runs: Mapping[int, Run]
     controls: Mapping[str, Entry] = field(default_factory=dict)
-    """What it is to be compared with, by name; nothing for what is only compared with."""
+    """Entries that this one is compared with, by name; empty for an entry that is only a control."""
 
 
 class PairedDifference(NamedTuple):
-    """Mean difference over the seeds that both have, and its standard error, None for a single seed."""
+    """Mean difference over the seeds that two entries have in common, and its standard error (None for one seed)."""
 
     seeds: int
     mean: float
@@ -46,7 +46,7 @@ class PairedDifference(NamedTuple):
 
 
 def paired(one: Mapping[int, float], other: Mapping[int, float]) -> PairedDifference | None:
-    """Return `one` minus `other`, paired by seed; None if they have no seed in common.
+    """Return the mean difference `one - other` over common seeds, or None if there are none.
 
     >>> difference = paired({0: 0.5, 1: 0.7, 2: 0.9}, {0: 0.4, 1: 0.4, 3: 0.1})
     >>> difference.seeds, round(difference.mean, 4), round(difference.error, 4)
@@ -61,31 +61,31 @@ def paired(one: Mapping[int, float], other: Mapping[int, float]) -> PairedDiffer
     )
 
 
-def frontier(places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points (forgetting, accuracy) that no other point beats in both, by growing forgetting.
+def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the Pareto-optimal points (forgetting, accuracy), from the least forgetting to the most.
 
     >>> frontier([(0.3, 0.8), (0.1, 0.5), (0.2, 0.4), (0.2, 0.7), (0.4, 0.8)])
     [(0.1, 0.5), (0.2, 0.7), (0.3, 0.8)]
     """
-    out: list[tuple[float, float]] = []
-    for x, y in sorted(places, key=lambda place: (place[0], -place[1])):
-        if not out or y > out[-1][1]:
-            out.append((x, y))
-    return out
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or y > best[-1][1]:
+            best.append((x, y))
+    return best
 
 
 def table(members: Sequence[Entry]) -> list[tuple[str, ...]]:
-    """Return the rows below `HEAD`: each entry and readout, and then its differences to each of its controls."""
+    """Return the rows under `HEAD`: each entry and readout, followed by its differences to its controls."""
     return [row for member in members for column in columns(member) for row in _rows(member, column)]
 
 
 def markdown(members: Sequence[Entry]) -> str:
-    """Return the table in Markdown, with a note on what it shows."""
+    """Return the table as Markdown, with a note on how to read it."""
     return f"{tables.markdown_table(HEAD, table(members))}\n{NOTE}"
 
 
 def columns(member: Entry) -> list[str]:
-    """Return the readouts of the entry's runs, the headline first."""
+    """Return the readouts of an entry's runs, the headline first."""
     return list(next(iter(member.runs.values())).matrices()) if member.runs else []
 
 
@@ -93,7 +93,7 @@ def _rows(member: Entry, column: str) -> Iterator[tuple[str, ...]]:
     line = _result_row(member, column)
     yield member.label, column, str(len(line.matrices)), *_cells(line)
     for name, control in member.controls.items():
-        other = _fitting(control, column)
+        other = _comparable_column(control, column)
         if other is None:
             continue
         cells, seeds = [], 0
@@ -105,11 +105,11 @@ def _rows(member: Entry, column: str) -> Iterator[tuple[str, ...]]:
             yield f"minus {name}", column if other == column else f"{column}, {other}", str(seeds), *cells
 
 
-def _fitting(control: Entry, column: str) -> str | None:
-    """Return the readout of a control to compare with `column`: that of the same name, else the best it has."""
-    known = columns(control)
-    best = max(known, key=lambda name: _result_row(control, name).spread("average_accuracy")[0], default=None)
-    return column if column in known else best
+def _comparable_column(control: Entry, column: str) -> str | None:
+    """Return the readout of a control to compare with `column`: the same one, else the control's best."""
+    own = columns(control)
+    best = max(own, key=lambda name: _result_row(control, name).spread("average_accuracy")[0], default=None)
+    return column if column in own else best
 
 
 def _result_row(member: Entry, column: str) -> ResultRow:
@@ -118,12 +118,12 @@ def _result_row(member: Entry, column: str) -> ResultRow:
 
 
 def _is_single_task(line: ResultRow) -> bool:
-    """Return whether all was learned as a single task, so that nothing could be forgotten."""
+    """Return whether everything was learned as a single task, so that nothing could be forgotten."""
     return all(metrics.tasks_learned(matrix) == 1 for matrix in line.matrices)
 
 
 def _values(member: Entry, column: str, figure: str) -> dict[int, float]:
-    """Return a function of `pgp.evaluation.metrics` by seed; nothing for the forgetting of a single task."""
+    """Return a metric of `pgp.evaluation.metrics` by seed; empty for the forgetting of a single task."""
     if figure == "forgetting" and _is_single_task(_result_row(member, column)):
         return {}
     return {seed: getattr(metrics, figure)(run.matrices()[column]) for seed, run in member.runs.items()}
@@ -142,28 +142,31 @@ def _signed(difference: PairedDifference) -> str:
 def draw_comparison(members: Sequence[Entry], path: Path) -> None:
     """Draw accuracy against forgetting as a PNG, with a panel for each readout.
 
-    Entries have their deviation over seeds; their controls are black, with the frontier of these.
+    Entries are drawn with their standard deviation over seeds, controls in black. An entry to the right of and below
+    the frontier of controls is worse than a control.
     """
     members = [member for member in members if member.runs]
-    held = {control for member in members for control in member.controls.values()}
-    points = [member for member in members if member not in held] or members
+    used_as_control = {control for member in members for control in member.controls.values()}
+    points = [member for member in members if member not in used_as_control] or members
     controls = [member for member in members if member not in points]
-    shown = list(dict.fromkeys(column for member in points for column in columns(member)))
-    wide = 1 + 4.6 * len(shown)
-    abreast = max(1, int(wide / (0.6 + 0.055 * max(len(member.label) for member in members))))  # in the legend
-    figure = Figure(figsize=(wide, 5 + 0.17 * (2 + len(members) // abreast)), layout="constrained")
-    panels: Any = figure.subplots(1, len(shown), squeeze=False)
-    for axes, column in zip(panels.flat, shown, strict=True):
-        _panel(axes, column, points, controls)
+    readouts = list(dict.fromkeys(column for member in points for column in columns(member)))
+    width = 1 + 4.6 * len(readouts)
+    longest = max(len(member.label) for member in members)
+    legend_columns = max(1, int(width / (0.6 + 0.055 * longest)))
+    figure = Figure(figsize=(width, 5 + 0.17 * (2 + len(members) // legend_columns)), layout="constrained")
+    panels: Any = figure.subplots(1, len(readouts), squeeze=False)
+    for axes, column in zip(panels.flat, readouts, strict=True):
+        _draw_panel(axes, column, points, controls)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", fontsize=7, ncols=abreast)
+    figure.legend(handles, labels, loc="outside lower center", fontsize=7, ncols=legend_columns)
     figures.save_figure(figure, path)
 
 
-def _panel(axes: Any, column: str, points: Sequence[Entry], controls: Sequence[Entry]) -> None:
+def _draw_panel(axes: Any, column: str, points: Sequence[Entry], controls: Sequence[Entry]) -> None:
+    """Draw one readout: points in colour, controls in black, and their frontier."""
     for number, member in enumerate(points):
         if column in columns(member):
-            _point(
+            _draw_point(
                 axes,
                 _result_row(member, column),
                 member.label,
@@ -171,9 +174,9 @@ def _panel(axes: Any, column: str, points: Sequence[Entry], controls: Sequence[E
                 marker="od"[number // 10 % 2],
                 zorder=3,
             )
-    places = []
+    control_points = []
     for number, control in enumerate(controls):
-        other = _fitting(control, column)
+        other = _comparable_column(control, column)
         if other is None:
             continue
         line = _result_row(control, other)
@@ -182,10 +185,10 @@ def _panel(axes: Any, column: str, points: Sequence[Entry], controls: Sequence[E
             axes.axhline(100 * mean, color="black", linestyle=":", linewidth=1, label=plot_text(control.label))
             continue
         mark = MARKS[number % len(MARKS)]
-        places.append(
-            _point(axes, line, control.label, color="black", marker=mark, markersize=5, markerfacecolor="white")
+        control_points.append(
+            _draw_point(axes, line, control.label, color="black", marker=mark, markersize=5, markerfacecolor="white")
         )
-    if best := frontier(places):
+    if best := frontier(control_points):
         low, right = axes.get_ylim()[0], axes.get_xlim()[1]
         xs = [best[0][0], *(x for x, _ in best), max(right, best[-1][0])]
         ys = [low, *(y for _, y in best), best[-1][1]]
@@ -195,11 +198,13 @@ def _panel(axes: Any, column: str, points: Sequence[Entry], controls: Sequence[E
     axes.grid(alpha=0.3)
 
 
-def _point(axes: Any, line: ResultRow, label: str, **style: Any) -> tuple[float, float]:
-    """Draw a point with its deviations, and return (forgetting, accuracy) in percent."""
-    (y, up), (x, wide) = line.spread("average_accuracy"), line.spread("forgetting")
+def _draw_point(axes: Any, line: ResultRow, label: str, **style: Any) -> tuple[float, float]:
+    """Draw a point with its standard deviations, and return its (forgetting, accuracy) in percent."""
+    accuracy, accuracy_std = line.spread("average_accuracy")
+    forgotten, forgotten_std = line.spread("forgetting")
+    x, y = 100 * forgotten, 100 * accuracy
     axes.errorbar(
-        100 * x, 100 * y, xerr=100 * (wide or 0), yerr=100 * (up or 0), linestyle="", elinewidth=0.8, capsize=2,
+        x, y, xerr=100 * (forgotten_std or 0), yerr=100 * (accuracy_std or 0), linestyle="", elinewidth=0.8, capsize=2,
         label=plot_text(label), **style,
     )  # fmt: skip
-    return 100 * x, 100 * y
+    return x, y

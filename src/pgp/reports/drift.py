@@ -1,4 +1,4 @@
-"""What the drift meter said over the course of runs, as a table and a figure; from run folders only."""
+"""Results of the drift meter over the tasks of runs, as a table and a figure. Only run folders are read."""
 
 from __future__ import annotations
 
@@ -17,71 +17,76 @@ from pgp.runs.run import Run
 from pgp.system.escaping import plot_text
 
 NAMED = 48
-"""Protected spaces that are named beside a panel; of more, every second or third."""
+"""Maximum number of space names at an axis; if there are more, only every second or third is written."""
+
+
 Event = dict[str, Any]
-"""What is logged when a task is closed."""
+"""The event that is logged at the end of a task."""
 
 
 class DriftHistory(NamedTuple):
-    """Runs that differ in nothing but their seed, task after task."""
+    """Results of runs that differ only in their seed, by task."""
 
     label: str
     runs: list[dict[int, Event]]
-    """Of each run, its events by task."""
+    """Events of each run, by task."""
 
     @property
     def end(self) -> int:
-        """The last task that any of the runs has closed."""
+        """The last task that any of the runs has finished."""
         return max(task for events in self.runs for task in events)
 
     @property
     def finals(self) -> list[Event]:
-        """The event of that task, of the runs that have closed it."""
+        """The events of the last task, of all runs that have finished it."""
         return [events[self.end] for events in self.runs if self.end in events]
 
     def curve(self, figure: Callable[[Event], float | None]) -> dict[int, float]:
-        """Return by number of learned tasks the mean of a statistic over the runs that measured it."""
+        """Return the mean of a statistic over the runs, by number of tasks learned.
+
+        Tasks without a value are left out.
+        """
         tasks = sorted({task for events in self.runs for task in events})
         values = {task + 1: [figure(events[task]) for events in self.runs if task in events] for task in tasks}
-        known = {task: [value for value in those if value is not None] for task, those in values.items()}
-        return {task: statistics.mean(those) for task, those in known.items() if those}
+        measured = {task: [value for value in of_runs if value is not None] for task, of_runs in values.items()}
+        return {task: statistics.mean(of_runs) for task, of_runs in measured.items() if of_runs}
 
     def last(self, figure: Callable[[Event], float | None]) -> float | None:
-        """Return the statistic after the last task, or None if no run measured it."""
+        """Return the mean of a statistic after the last task, or None if no run has a value."""
         return self.curve(figure).get(self.end + 1)
 
 
 def drift_histories(runs: Sequence[Run]) -> list[DriftHistory]:
-    """Return a history for each group of runs that measured drift."""
+    """Return the history of each group of runs that measured drift."""
     out = []
     for label, members in group_runs(runs):
         events = [_events(run) for run in members]
         if any(events):
-            out.append(DriftHistory(label, [each for each in events if each]))
+            out.append(DriftHistory(label, [of_run for of_run in events if of_run]))
     return out
 
 
 def _events(run: Run) -> dict[int, Event]:
-    """Return what was logged when the tasks of a run were closed, by task; nothing if it did not measure drift.
+    """Return the event at the end of each task, by task; empty if the run did not measure drift.
 
     Raises:
         RunError: If the log does not hold what pgp writes there.
     """
     events = {event["task"]: event for event in run.events("task") if "drift" in event}
     if events:
-        with reading(run.log_file.path):  # every figure is looked at once, to tell which file is to blame
-            course = DriftHistory("", [events])
-            for figure in STATISTICS.values():
-                course.curve(figure)
+        with reading(run.log_file.path):  # compute every statistic once, so that an error names the file of this run
+            history = DriftHistory("", [events])
+            for statistic in STATISTICS.values():
+                history.curve(statistic)
             for key in PARAMETERS:
-                _by_parameter(course, key)
-            _usage(course)
+                _by_parameter(history, key)
+            _usage(history)
     return events
 
 
 def _mean(values: Sequence[float | None] | Mapping[str, float | None]) -> float | None:
-    known = [v for v in (values.values() if isinstance(values, Mapping) else values) if v is not None]
-    return statistics.mean(known) if known else None
+    measured = [v for v in (values.values() if isinstance(values, Mapping) else values) if v is not None]
+    return statistics.mean(measured) if measured else None
 
 
 def _responses(event: Event) -> float | None:
@@ -89,7 +94,7 @@ def _responses(event: Event) -> float | None:
 
 
 def _headline(figure: str) -> Callable[[Event], float | None]:
-    """Return a statistic of the first readout, averaged over tasks if there is one for each."""
+    """Return a function for a statistic of the first readout, averaged over tasks if it has a value for each."""
 
     def of(event: Event) -> float | None:
         value: Any = next(iter(event[figure].values()))
@@ -110,17 +115,20 @@ STATISTICS: dict[str, Callable[[Event], float | None]] = {
     "forgetting, task known": _headline("forgetting_within"),
     "task identified": _headline("identified"),
 }
-"""By heading, what is told of each closed task: changes since old tasks were closed, as a mean over those tasks (and
-over spaces); then what the projection did, as a mean over spaces; then accuracy by the first readout."""
+"""Statistics at the end of a task, by heading.
+
+First come changes since the end of each old task, averaged over old tasks (and spaces). Then comes what the projection
+did, averaged over spaces, and then the accuracy of the first readout.
+"""
 
 PARAMETERS = {
     "rank": "rank of each protected space",
-    "held": "energy of old inputs that it holds, %",
-    "gradients": "gradients that lie in it, %",
-    "updates": "updates that lie in it, before projection, %",
-    "leak": "leak: a task's whole way that lies in it, %",
+    "held": "captured energy of old inputs, %",
+    "gradients": "gradient energy in it, %",
+    "updates": "update energy in it, before projection, %",
+    "leak": "leakage: energy in it of a task's total change, %",
 }
-"""What is told of each protected space, see `pgp.analysis.drift`."""
+"""Statistics of each protected space by key in the log, with titles; see `pgp.analysis.drift`."""
 
 
 def markdown(table: Sequence[DriftHistory]) -> str:
@@ -133,18 +141,18 @@ def markdown(table: Sequence[DriftHistory]) -> str:
 
 
 def draw_drift(table: Sequence[DriftHistory], path: Path) -> None:
-    """Draw every statistic over tasks as a PNG, and each protected parameter and prompt after the last task.
+    """Draw every statistic over tasks, and each space and prompt after the last task, as a PNG.
 
-    Statistics that no run measured are left out.
+    Statistics that no run has are left out.
     """
     panels: list[Callable[[Any], None]] = []
     changes = {heading: f"change of old {heading}, %" for heading in ("features", "logits", "protected responses")}
-    for heading, what in {**changes, "other prompts": "old images that choose other prompts, %"}.items():
+    for heading, what in {**changes, "other prompts": "old images that select other prompts, %"}.items():
         if any(len(course.curve(STATISTICS[heading])) for course in table):
             panels.append(_curves(table, {heading: "-"}, what))
     forgetting = {"forgetting": "-", "forgetting, task known": "--"}
-    panels.append(_curves(table, forgetting, "forgetting, %; dashed: once the task is known"))
-    panels.append(_curves(table, {"task identified": "-"}, "images whose task is identified, %"))
+    panels.append(_curves(table, forgetting, "forgetting, %; dashed: if the task is given"))
+    panels.append(_curves(table, {"task identified": "-"}, "images with correctly predicted task, %"))
     for key, what in PARAMETERS.items():
         if any(_by_parameter(course, key) for course in table):
             panels.append(_draw_parameters(table, key, what))
@@ -226,9 +234,9 @@ def _by_parameter(course: DriftHistory, key: str) -> dict[str, float]:
 
 
 def _usage(course: DriftHistory) -> list[float]:
-    """Return the share of images that select each prompt after the last task, the mean over runs.
+    """Return the fraction of images that select each prompt after the last task, averaged over runs.
 
-    It is empty without selection.
+    It is empty for methods that do not select prompts.
     """
     of_runs = [event["drift"].get("usage", []) for event in course.finals]
     return [statistics.mean(shares) for shares in zip(*of_runs, strict=True)]

@@ -1,4 +1,4 @@
-"""Figures of accuracy, and what all figures share."""
+"""Figures of accuracy, and helper functions for all figures."""
 
 from __future__ import annotations
 
@@ -21,15 +21,17 @@ from pgp.system import storage
 from pgp.system.escaping import plot_text, printable
 
 NUMBERED = 12
-"""Tasks up to which an accuracy matrix is drawn with numbers; more tasks have a colour bar."""
+"""Maximum number of tasks for which an accuracy matrix is drawn with numbers; larger ones have a colour bar."""
+
+
 DOTTED = 20
-"""Points up to which a curve has dots."""
+"""Maximum number of points for which a curve is drawn with dots."""
 
 
 def draw_accuracy(table: Sequence[ResultRow], path: Path) -> None:
-    """Draw the average accuracy over tasks and each accuracy matrix (mean over seeds) as a PNG.
+    """Draw average accuracy over tasks and each row's accuracy matrix (mean over seeds) as a PNG.
 
-    For online runs, draw the accuracy of predictions before training as well.
+    For online runs, the online accuracy is drawn too.
     """
     matrices = [torch.stack(line.matrices).mean(0) for line in table]
     wide = 2 if len(matrices) == 4 else min(3, len(matrices))
@@ -66,35 +68,35 @@ def draw_accuracy(table: Sequence[ResultRow], path: Path) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG, whole or not at all."""
+    """Write a figure as a PNG, atomically."""
     content = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # it is drawn as a box
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # a missing glyph is drawn as a box
         FigureCanvasAgg(figure).print_png(content)
     storage.write(path, content.getvalue())
 
 
 def marker(points: int) -> str:
-    """Return the marker of a curve: a dot at each of its points, none if they would hide the line."""
+    """Return the marker of a curve: a dot, or none if there are so many points that dots would hide the line."""
     return "o" if points <= DOTTED else ""
 
 
 def whole_numbers(axes: Any) -> None:
-    """Let only whole numbers stand at the x-axis, and no more than there is room for."""
+    """Put ticks of the x-axis at whole numbers only, at most ten of them."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def _draw_online(axes: Any, table: Sequence[ResultRow]) -> None:
-    """Draw the accuracy of predictions before training, a curve for each run; the readouts of a run share it."""
-    known: list[list[dict[int, float]]] = []
+    """Draw the online accuracy of each run. The readouts of a run share one curve."""
+    drawn: list[list[dict[int, float]]] = []
     for line in table:
-        if line.online in known:
+        if line.online in drawn:
             continue
-        known.append(line.online)
+        drawn.append(line.online)
         for number, stream in enumerate(line.online):
             label = plot_text(line.label) if number == 0 else None
-            axes.plot(list(stream), [100 * value for value in stream.values()], color=f"C{len(known) - 1}", label=label)
-    axes.set(xlabel="images that came", ylabel="accuracy along the stream, %", ylim=(0, 102))
+            axes.plot(list(stream), [100 * value for value in stream.values()], color=f"C{len(drawn) - 1}", label=label)
+    axes.set(xlabel="images so far", ylabel="online accuracy, %", ylim=(0, 102))
     axes.legend(fontsize=7, loc="lower left")
     axes.grid(alpha=0.3)
 
@@ -119,13 +121,14 @@ def _draw_matrix(axis: Any, matrix: Tensor, title: str, tasks: Sequence[str], nu
 
 
 def _ticks(tasks: int) -> list[int]:
-    """Return the tasks that are named beside a matrix: all up to twelve, else so many that their names have room.
+    """Return the tasks that are labelled beside a matrix: all up to twelve, else every second, fifth, tenth, ....
 
     >>> _ticks(3), _ticks(100)
     ([0, 1, 2], [0, 9, 19, 29, 39, 49, 59, 69, 79, 89, 99])
     """
     step = next(step for step in itertools.chain((1, 2, 5), itertools.count(10, 10)) if tasks <= 12 * step)
-    return [0] * (step > 2) + list(range(step - 1, tasks, step))
+    ticks = list(range(step - 1, tasks, step))
+    return [0, *ticks] if step > 2 else ticks
 
 
 def _shorten(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Tables and figures, from run folders only."""
+"""Tables of results, from run folders only."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ from pgp.system.storage import RunError
 
 
 class ResultRow(NamedTuple):
-    """Figures of one column (a readout) over the runs that differ in nothing but their seed."""
+    """Results of one column (a readout) over runs that differ only in their seed."""
 
     label: str
     column: str
     matrices: list[Tensor]
     """Accuracy matrix `(T, T)` of each run."""
     tasks: list[str]
-    """What the tasks are called, "" for nothing."""
+    """Name of each task, "" for none."""
     online: list[dict[int, float]]
-    """Of each run, if it is online: accuracy over all images that had come, by their number; see
-    `pgp.evaluation.online`."""
+    """Online accuracy of each online run, by number of images so far; see `pgp.evaluation.online`."""
 
     def spread(self, figure: str) -> tuple[float, float | None]:
-        """Return mean and standard deviation over runs of a function of `pgp.evaluation.metrics`, in [0, 1].
+        """Return mean and standard deviation over runs of a metric of `pgp.evaluation.metrics`, in [0, 1].
 
-        The deviation of a single run is None.
+        The deviation is None for a single run.
         """
         if figure == ONLINE:
             values = [stream[max(stream)] for stream in self.online]
@@ -50,17 +49,19 @@ STATISTICS = {
     "backward_transfer": "backward transfer",
     "average_incremental_accuracy": "average incremental accuracy",
 }
-"""What a table shows: functions of `pgp.evaluation.metrics` and their headings."""
+"""Metrics in a table: functions of `pgp.evaluation.metrics` and their headings."""
+
+
 ONLINE = "stream"
 
 
 def statistics(table: Sequence[ResultRow]) -> dict[str, str]:
-    """Return what `table` shows by name, with headings: `STATISTICS`, and the online accuracy if a run is online."""
+    """Return the metrics in `table` with their headings: `STATISTICS`, and online accuracy if a run is online."""
     return STATISTICS | ({ONLINE: "stream accuracy"} if any(line.online for line in table) else {})
 
 
 def group_runs(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
-    """Return the runs that differ in nothing but their seed, by a label that tells the groups apart."""
+    """Group runs that differ only in their seed. Each group gets a short label of what is special about it."""
     members: dict[str, list[Run]] = {}
     trees: dict[str, dict[str, Any]] = {}
     for run in {run.folder.resolve(): run for run in runs}.values():
@@ -73,7 +74,7 @@ def group_runs(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
 
 
 def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
-    """Return a row for each group of runs and each column.
+    """Return one row per group of runs and per column.
 
     Raises:
         RunError: If the runs of a group have come to different tasks, so that their figures mean different things.
@@ -88,26 +89,26 @@ def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
         for column in matrices[0]:
             own = [m[column] for m in matrices if column in m]
             if len({metrics.tasks_learned(matrix) for matrix in own}) > 1:
-                raise RunError(f"expected runs of {label} that have all come to the same task; finish them first, by"
-                               " pgp train --resume")  # fmt: skip
+                raise RunError(f"expected runs of {label} with the same number of finished tasks, got different ones:"
+                               " finish them first, with pgp train --resume")  # fmt: skip
             out.append(ResultRow(label, column, own, members[0].task_names(), streams))
     return out
 
 
 def markdown(table: Sequence[ResultRow]) -> str:
-    """Return a table in percent, mean ± standard deviation over seeds."""
+    """Return a Markdown table in percent, mean ± standard deviation over seeds."""
     shown = statistics(table)
     rows = [[line.label, line.column, str(len(line.matrices)), *format_row(line, shown)] for line in table]
     return markdown_table(["run", "readout", "seeds", *shown.values()], rows)
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in Markdown."""
+    """Return a Markdown table."""
     return "".join("| " + " | ".join(map(markdown_cell, row)) + " |\n" for row in (head, ["---"] * len(head), *rows))
 
 
 def format_row(line: ResultRow, shown: Mapping[str, str] = STATISTICS) -> list[str]:
-    """Return the statistics of a row in percent; "" for the online accuracy of a run that is not online."""
+    """Return the metrics of a row in percent; an empty cell for the online accuracy of other runs."""
     out = []
     for figure in shown:
         if figure == ONLINE and not line.online:
@@ -119,44 +120,48 @@ def format_row(line: ResultRow, shown: Mapping[str, str] = STATISTICS) -> list[s
 
 
 def _name(line: ResultRow, table: Sequence[ResultRow]) -> str:
-    """Return label and column, as far as they tell rows apart."""
+    """Return label and column of a row, each only if rows of the table differ in it."""
     labels, columns = {one.label for one in table}, {one.column for one in table}
-    parts = [line.label] * (len(labels) > 1) + [line.column] * (len(columns) > 1)
-    return ", ".join(parts) or line.label
+    words = []
+    if len(labels) > 1:
+        words.append(line.label)
+    if len(columns) > 1:
+        words.append(line.column)
+    return ", ".join(words) or line.label
 
 
 def _online_accuracy(run: Run) -> dict[int, float]:
-    """Return the accuracy over all images so far by their number; nothing for a run that is not online."""
+    """Return the online accuracy by number of images so far; empty for a run that is not online."""
     with reading(run.log_file.path):
         looks = {int(event["images"]): float(event["accuracy"]) for event in run.events("stream")}
     return dict(sorted(looks.items()))
 
 
 def _without_paths(tree: dict[str, Any], run: Run) -> dict[str, Any]:
-    """Return the settings `tree` of a run with the fingerprints of its data and tasks instead of their paths."""
-    known = {"data": run.data_fingerprint, "tasks of": None if tree["shuffle"] else run.classes()[1]}
-    return {key: value for key, value in tree.items() if not PLACE.fullmatch(key)} | known
+    """Return the settings `tree` of a run, with fingerprints of its data and tasks instead of their paths."""
+    fingerprints = {"data": run.data_fingerprint, "tasks of": None if tree["shuffle"] else run.classes()[1]}
+    return {key: value for key, value in tree.items() if not PATH_SETTING.fullmatch(key)} | fingerprints
 
 
-PLACE = re.compile(r"(dataset|added\.\d+)\.(root|file)")
-"""Settings that say where data lie."""
+PATH_SETTING = re.compile(r"(dataset|added\.\d+)\.(root|file)")
+"""Settings that are paths of data."""
 
 
 def _shorten_paths(trees: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the settings with paths that differ relative to the folder that holds them all."""
+    """Return the same settings, with differing paths relative to the folder that contains them all."""
     out = [dict(tree) for tree in trees]
-    for key in filter(PLACE.fullmatch, dict.fromkeys(key for tree in trees for key in tree)):
-        placed = [tree for tree in out if tree.get(key)]
-        if len({tree[key] for tree in placed}) > 1:
-            with contextlib.suppress(ValueError):  # two drives share nothing
-                shared = os.path.commonpath([Path(tree[key]).parent for tree in placed])
-                for tree in placed:
+    for key in filter(PATH_SETTING.fullmatch, dict.fromkeys(key for tree in trees for key in tree)):
+        with_path = [tree for tree in out if tree.get(key)]
+        if len({tree[key] for tree in with_path}) > 1:
+            with contextlib.suppress(ValueError):  # paths on two drives have nothing in common
+                shared = os.path.commonpath([Path(tree[key]).parent for tree in with_path])
+                for tree in with_path:
                     tree[key] = str(Path(tree[key]).relative_to(shared))
     return out
 
 
 def flatten(tree: Any, path: str = "") -> dict[str, Any]:
-    """Return a tree of JSON values by dotted path, without leaves that do not tell experiments apart."""
+    """Return the leaves of a JSON tree by dotted path, without those that do not distinguish experiments."""
     if isinstance(tree, list):
         tree = {str(i): item for i, item in enumerate(tree)}
     if not isinstance(tree, dict):
@@ -169,7 +174,7 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def _labels(trees: Sequence[dict[str, Any]]) -> list[str]:
-    """Return what sets each tree apart from the others: components of another kind first, then settings."""
+    """Return a short label for each tree of what distinguishes it: components first, then settings."""
     keys = dict.fromkeys(key for tree in trees for key in tree)
     varying = [key for key in keys if len({repr(tree.get(key)) for tree in trees}) > 1]
     telling = [key for key in varying if not key.startswith("readouts.")] or varying  # readouts have their columns
@@ -184,10 +189,10 @@ def _labels(trees: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _words(key: str, value: Any) -> str:
-    """Return a setting in words.
+    """Return the label of a setting.
 
-    It is `projection none` for `projection.tag`, the name of a switch that is on, "" for one that is off, and else `key
-    value`.
+    It is `projection none` for `projection.tag`, the name of a switch that is on, nothing for one that is off, else
+    `key value`.
     """
     name = key.rpartition(".")[2]
     if key.endswith(".tag"):

@@ -1,1 +1,1 @@
-"""The run folder: its files, its checkpoints, its log and its lock."""
+"""The folder of a run: its files, checkpoints, log and lock."""

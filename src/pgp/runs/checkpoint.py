@@ -1,7 +1,8 @@
-"""The checkpoints of a run: what they are called, how each is written in one atomic move, and how it is read back.
+"""Checkpoints of a run: their names, atomic writing, and reading.
 
-`checkpoints/` holds a folder for each checkpoint, with `state.safetensors` and its record `state.json`; `latest`, which
-names the newest; and `pieces/`, tensors that several checkpoints share, by digest.
+`checkpoints/` holds a folder for each checkpoint, with its tensors in `state.safetensors` and its record in
+`state.json`. The file `latest` names the newest checkpoint. The folder `pieces/` holds tensors that several checkpoints
+share, each under its digest.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ STATE, RECORD, LATEST, PIECES = "state.safetensors", "state.json", "latest", "pi
 
 @dataclass(frozen=True)
 class CheckpointName:
-    """Name of a checkpoint: after so many tasks or, with a step, after so many steps of task number `task`.
+    """Name of a checkpoint: after `task` tasks or, with a step, after so many steps of task number `task`.
 
     >>> str(CheckpointName(3)), CheckpointName.parse("task-04-step-000120")
     ('task-03', CheckpointName(task=4, step=120))
@@ -46,7 +47,7 @@ class CheckpointName:
 
     @classmethod
     def parse(cls, text: str) -> CheckpointName:
-        """Return the name that reads `text`.
+        """Return the checkpoint name that `text` spells.
 
         Raises:
             ValueError: If pgp writes no such name.
@@ -59,7 +60,7 @@ class CheckpointName:
 
     @classmethod
     def at(cls, tasks: int, steps: int) -> CheckpointName:
-        """Return the name for a state with so many finished tasks, and so many steps of the next one."""
+        """Return the name of the checkpoint after so many finished tasks, and so many steps of the next one."""
         return cls(tasks + 1, steps) if steps else cls(tasks)
 
     @property
@@ -72,7 +73,7 @@ class CheckpointName:
 
 @dataclass(frozen=True)
 class Record:
-    """What `state.json` says beside the state itself: all that the run was when the checkpoint was written."""
+    """Content of `state.json` besides the state itself: what the run was when the checkpoint was written."""
 
     run: str
     """Identity of the run."""
@@ -81,9 +82,9 @@ class Record:
     accuracy: str
     """Digest of the `accuracy.csv` of this state."""
     log: tuple[int, str]
-    """How many bytes `metrics.jsonl` had, and their digest."""
+    """Size of `metrics.jsonl` in bytes, and its digest."""
     held: tuple[str, ...] = ()
-    """Lines that belong into `metrics.jsonl` once a task that is being added is finished."""
+    """Lines to be written to `metrics.jsonl` when a task that is being added is finished."""
 
 
 class Checkpoints:
@@ -93,7 +94,7 @@ class Checkpoints:
         self.folder = folder
 
     def latest(self) -> CheckpointName | None:
-        """Return the name of the newest checkpoint; None before there is one.
+        """Return the name of the newest checkpoint, or None if there is none.
 
         Raises:
             RunError: If `latest` names none, or is damaged.
@@ -103,7 +104,7 @@ class Checkpoints:
             return None
         storage.require_folder(self.folder)
         text, _, check = storage.read(path, 4096).decode(errors="replace").strip().partition("\n")
-        if check and check.strip() != storage.digest(text):  # a person who writes a name leaves the digest out
+        if check and check.strip() != storage.digest(text):  # a name written by hand has no digest
             raise RunError(f"{path} was damaged: write the name of one of {self._known()} there, and nothing else")
         try:
             name = CheckpointName.parse(text.strip())
@@ -114,11 +115,11 @@ class Checkpoints:
         return name
 
     def is_empty(self) -> bool:
-        """Return whether there is nothing but what a process that was killed left unfinished."""
+        """Return whether the folder is empty, apart from unfinished files of a killed process."""
         return all(platforms.UNFINISHED.fullmatch(path.name) for path in self._entries())
 
     def is_begun(self) -> bool:
-        """Return whether there is nothing but what is left by a kill before the first checkpoint was the latest."""
+        """Return whether the run was stopped before its first checkpoint became the latest."""
         names = self.names()
         others = {path.name for path in self._entries()} - {*map(str, names), PIECES}
         ours = all(platforms.UNFINISHED.fullmatch(name) or REPLACED.fullmatch(name) for name in others)
@@ -128,7 +129,7 @@ class Checkpoints:
         return list(self.folder.iterdir()) if self.folder.is_dir() else []
 
     def names(self) -> list[CheckpointName]:
-        """Return the names of all checkpoints that are there, oldest first."""
+        """Return the names of all checkpoints in the folder, oldest first."""
         found = []
         for path in self._entries():
             with contextlib.suppress(ValueError):
@@ -142,7 +143,7 @@ class Checkpoints:
         return [name for name in self.names() if name.step is None and name.task <= done]
 
     def written(self) -> float:
-        """Return when the newest checkpoint was written, in seconds."""
+        """Return the time at which the newest checkpoint was written, in seconds since the epoch."""
         return (self.folder / LATEST).lstat().st_mtime
 
     def record(self, name: CheckpointName) -> Record:
@@ -155,7 +156,7 @@ class Checkpoints:
             return self._read(name)[0]
 
     def load(self, name: CheckpointName, parts: Collection[str] | None = None) -> dict[str, Any]:
-        """Return the state of a checkpoint: all of it, or only the `parts` of those names.
+        """Return the state of a checkpoint, or only the entries named by `parts`.
 
         Raises:
             RunError: If a byte of it is not as it was written.
@@ -168,32 +169,32 @@ class Checkpoints:
             return {key: join(item, tensors, self._piece) for key, item in pairs}
 
     def save(self, name: CheckpointName, state: Mapping[str, Any], record: Record) -> None:
-        """Write a checkpoint in one atomic move, make it the latest, and delete the older step of a task.
+        """Write a checkpoint atomically, make it the latest, and delete the previous checkpoint inside the same task.
 
         Raises:
             RunError: If the system refuses; the latest checkpoint is the one of before.
         """
         last = self.latest()
         if name == last:
-            return  # it stands, and the same run makes the same state
+            return  # it is saved already, and the same run gives the same state
         place, partial = self.folder / str(name), platforms.unfinished_name(self.folder / str(name))
         tensors: dict[str, Tensor] = {}
         pieces: dict[str, bytes] = {}
         tree = split(state, "", tensors, pieces)
         data = save(tensors)
-        told = {**vars(record), "format": FORMAT, "name": str(name), "size": len(data), "tensors": storage.digest(data)}
+        header = {"format": FORMAT, "name": str(name), "size": len(data), "tensors": storage.digest(data)}
         try:
             storage.require_folder(self.folder)
             self._write_pieces(pieces)
             storage.remove_folder(partial)
             partial.mkdir()
             storage.write(partial / STATE, data)
-            storage.write(partial / RECORD, json.dumps(storage.sealed({**told, "state": tree})))
+            storage.write(partial / RECORD, json.dumps(storage.sealed({**vars(record), **header, "state": tree})))
             platforms.sync_folder(partial)
-            if storage.exists(place):  # the run was rewound: keep what it was, as long as this process lives
+            if storage.exists(place):  # the run was rewound: keep the old checkpoint until the next process starts
                 _set_aside(place)
             platforms.move_folder(partial, place)
-            platforms.sync_folder(self.folder)  # before `latest` names it
+            platforms.sync_folder(self.folder)  # must be on the disk before `latest` names it
             self._point(name)
         except OSError as error:
             raise storage.write_error("write", place, error) from error
@@ -203,7 +204,7 @@ class Checkpoints:
             storage.remove_folder(self.folder / str(last))
 
     def rewrite(self, change: Callable[[Record], Record]) -> None:
-        """Change the records of the latest checkpoint and of that of the last finished task, and not their states."""
+        """Change the records, but not the states, of the latest checkpoint and of the last finished task."""
         last = self.latest()
         for name in {last, last.finished} if last else ():
             if name is not None:
@@ -212,12 +213,12 @@ class Checkpoints:
                 storage.write(self.folder / str(name) / RECORD, json.dumps(changed))
 
     def keep(self, newest: int) -> None:
-        """Delete the checkpoints of all finished tasks but the newest few."""
+        """Delete the checkpoints of all finished tasks except the newest ones."""
         for name in self.finished()[:-newest]:
             storage.remove_folder(self.folder / str(name))
 
     def drop_step(self) -> None:
-        """Make the last finished task the latest checkpoint again, if the latest is one inside a task."""
+        """Make the checkpoint of the last finished task the latest, if the latest is inside a task."""
         last = self.latest()
         if last is None or last.step is None:
             return
@@ -231,9 +232,9 @@ class Checkpoints:
         storage.remove_folder(self.folder / str(last))
 
     def tidy(self) -> None:
-        """Delete what earlier processes left behind: unfinished and replaced checkpoints, stale steps and pieces.
+        """Delete what earlier processes left: unfinished and replaced checkpoints, old steps, and unused pieces.
 
-        Only the one process that writes to the run may call it.
+        Only the process that has locked the run may call it.
         """
         if not storage.exists(self.folder):
             return
@@ -246,7 +247,7 @@ class Checkpoints:
         self._tidy_pieces()
 
     def _tidy_pieces(self) -> None:
-        """Delete the pieces that no checkpoint needs, unless one of them cannot say what it needs."""
+        """Delete the pieces that no checkpoint needs, unless a checkpoint cannot be read."""
         folder, needed = self.folder / PIECES, set[str]()
         try:
             for name in self.names():
@@ -260,7 +261,7 @@ class Checkpoints:
                 _remove(path)
 
     def _read(self, name: CheckpointName) -> tuple[Record, dict[str, Any]]:
-        """Return the record of a checkpoint, and everything else in its file."""
+        """Return the record of a checkpoint, and the whole content of its file."""
         path = storage.require_folder(storage.require_folder(self.folder) / str(name)) / RECORD
         tree = storage.read_sealed(path)
         if tree.get("format") != FORMAT:
@@ -273,8 +274,15 @@ class Checkpoints:
             _require(int, size, tree["size"])
             _require(str, digest, tree["run"], tree["accuracy"], tree["tensors"], *tree["held"])
             _require(dict, tree["config"], tree["classes"], tree["state"])
-            told = tree["run"], tree["config"], tree["classes"], tree["accuracy"]
-            return Record(*told, (size, digest), tuple(tree["held"])), tree
+            record = Record(
+                run=tree["run"],
+                config=tree["config"],
+                classes=tree["classes"],
+                accuracy=tree["accuracy"],
+                log=(size, digest),
+                held=tuple(tree["held"]),
+            )
+            return record, tree
 
     @property
     def _advice(self) -> str:
@@ -308,7 +316,7 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def reading(place: Path) -> Iterator[None]:
-    """Turn whatever goes wrong where what lies at `place` is put to use into one line that names it."""
+    """Convert errors from using the content of `place` inside a `with` block to a `RunError` with one line."""
     try:
         yield
     except RunError:
@@ -327,7 +335,7 @@ def _require(kind: type, *values: Any) -> None:
 
 
 def _set_aside(path: Path) -> None:
-    """Rename a checkpoint to one of the names in `REPLACED` that is free."""
+    """Rename a checkpoint to the first free name that matches `REPLACED`."""
     number, aside = 1, path.with_name(f"{path.name}-replaced")
     while storage.exists(aside):
         number += 1
@@ -336,7 +344,7 @@ def _set_aside(path: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Delete a file or folder as far as the system lets it; of a link, only itself."""
+    """Delete a file or folder as far as the system permits; of a link, only the link."""
     if path.is_dir() and not path.is_symlink():
         storage.remove_folder(path)
     else:
@@ -345,7 +353,7 @@ def _remove(path: Path) -> None:
 
 
 def _intact(path: Path, digest: str, size: int) -> bytes:
-    """Return the content of a file that has to have this digest and this many bytes."""
+    """Return the content of a file, and raise a RunError if its digest or its size is wrong."""
     data = storage.read(path, size)
     if storage.digest(data) != digest:
         raise RunError(f"{path} was changed or damaged after pgp wrote it")

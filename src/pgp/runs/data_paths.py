@@ -1,4 +1,4 @@
-"""Where the data of a run lie, and what to do if they were moved."""
+"""Paths of a run's data, and how to replace them if the data were moved."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pgp.system.paths import Place
 
 
 def resolve_paths(config: Config) -> Config:
-    """Return `config` as a run records it: with absolute paths, and with domains told apart if needed."""
+    """Return `config` as a run records it: with absolute paths, and with domains if the setting needs them."""
     dataset = config.dataset.with_domains() if config.setting == "dil" else config.dataset
     files = {name: getattr(config, name) for name in ("class_order", "task_file")}
     paths = {name: file.expanduser().absolute() for name, file in files.items() if file is not None}
@@ -27,39 +27,39 @@ def resolve_paths(config: Config) -> Config:
 
 
 FILES = ("class_order", "task_file")
-"""Settings that name files, which may lie beside the data."""
+"""Settings that are paths of files, which may be beside the data."""
 
 
 def with_data_paths(config: Config, places: Sequence[Place]) -> Config:
-    """Return the configuration of a run whose data have moved, files that it names in their folder as well.
+    """Return the configuration of a run with new paths for its data, and for the files beside them.
 
     Args:
-        config: As the run records it.
-        places: Where its data sets lie now, in their order: the one that it began with, then each that was added.
-            Those that are left out lie where they did.
+        config: The configuration that the run records.
+        places: New paths of its data sets, in order: the first one, then each that was added. Data sets without a new
+            path keep the old one.
 
     Raises:
         ValueError: If there are more places than data sets.
     """
-    known = (config.dataset, *config.added)
-    if len(places) > len(known):
-        raise ValueError(f"expected at most {len(known)} places by --data, one for each data set of the run in their"
+    datasets = (config.dataset, *config.added)
+    if len(places) > len(datasets):
+        raise ValueError(f"expected at most {len(datasets)} places by --data, one for each data set of the run in their"
                          f" order, got {len(places)}")  # fmt: skip
-    dataset, *added = (*map(relocate, known, places), *known[len(places) :])
+    dataset, *added = (*map(relocate, datasets, places), *datasets[len(places) :])
     old, new = config.dataset.search_paths[:1], dataset.search_paths[:1]
     files = {name: getattr(config, name) for name in FILES}
-    within = {name: file for name, file in files.items() if file and old and file.is_relative_to(old[0])}
-    paths = {name: new[0] / file.relative_to(old[0]) for name, file in within.items()}
+    beside = {name: file for name, file in files.items() if file and old and file.is_relative_to(old[0])}
+    paths = {name: new[0] / file.relative_to(old[0]) for name, file in beside.items()}
     return resolve_paths(replace(config, dataset=dataset, added=tuple(added), **paths))
 
 
 def record_data_paths(run: Run, config: Config) -> None:
-    """Record where the data lie by `config`, unless it is recorded. The process has to be writing to `run`."""
+    """Record the data paths of `config` if they have changed. The process must have locked `run` for writing."""
 
-    def change(known: Config) -> Config:
+    def change(recorded: Config) -> Config:
         files = {name: getattr(config, name) for name in FILES}
-        return replace(known, dataset=config.dataset, added=config.added[: len(known.added)], **files)
+        return replace(recorded, dataset=config.dataset, added=config.added[: len(recorded.added)], **files)
 
-    known = [run.config_of(run.describe(name)) for name in (run.checkpoints.latest(), None)]
-    if any(change(one) != one for one in known):
+    recorded = [run.config_of(run.describe(name)) for name in (run.checkpoints.latest(), None)]
+    if any(change(one) != one for one in recorded):
         run.change_config(change)

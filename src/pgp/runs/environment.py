@@ -1,4 +1,4 @@
-"""Where a run computes: versions, commit and hardware, for the record."""
+"""Description of the environment of a run: versions, commit and hardware."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pgp.system import platforms
 
 
 def describe_environment() -> dict[str, Any]:
-    """Return versions, commit and hardware, for the record."""
+    """Return versions, commit and hardware."""
     packages = ("prompt-gradient-projection", "torch", "torchvision", "timm", "lightning-fabric", "numpy")
     versions = {}
     for package in packages:
@@ -36,19 +36,19 @@ def describe_environment() -> dict[str, Any]:
 
 
 BF16 = ("avx512_bf16", "amx_bf16", "bf16")
-"""Names, by the kernel, of instructions for products in bfloat16: with others, a seed gives other figures."""
+"""CPU flags for matrix products in bfloat16. Results of a seed differ between CPUs with other flags."""
 
 
 def _processor() -> dict[str, Any]:
-    """Return the processor's name, and what of it decides how products are rounded.
+    """Return the name of the CPU, and the properties that decide how products are rounded.
 
-    Clouds sell several processors under one name.
+    The name alone is not enough, because clouds offer several processors under one name.
     """
-    told = platforms.cpu_facts()
-    flags = {*told.get("flags", "").split(), *told.get("Features", "").split()}
+    facts = platforms.cpu_facts()
+    flags = {*facts.get("flags", "").split(), *facts.get("Features", "").split()}
     return {
-        "processor": told.get("model name") or platform.processor(),
-        "processor_model": " ".join(told[key] for key in ("cpu family", "model", "stepping") if key in told),
+        "processor": facts.get("model name") or platform.processor(),
+        "processor_model": " ".join(facts[key] for key in ("cpu family", "model", "stepping") if key in facts),
         "vectors": " ".join([torch.backends.cpu.get_cpu_capability(), *(name for name in BF16 if name in flags)]),
     }
 

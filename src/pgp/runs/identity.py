@@ -1,4 +1,4 @@
-"""What a run remembers of its data, as JSON values: `classes.json`, and the same in every checkpoint."""
+"""What a run records of its data, as JSON values: in `classes.json` and in every checkpoint."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ PARTS = {
     "images": "number of images in each task",
     "fingerprint": "labels or names of images",
 }
-"""What is remembered, see `pgp.training.tasks.describe_data`, and what it is called."""
+"""Keys of what is recorded (see `pgp.training.tasks.describe_data`), and their names in messages."""
+
+
 KINDS = {"names": list, "tasks": list, "task_names": list, "images": dict, "fingerprint": list}
 
 
 class Identity(NamedTuple):
-    """What a run is, as JSON values: its configuration, and what it remembers of its data."""
+    """Identity of a run as JSON values: its configuration, and what it records of its data."""
 
     run: str
-    """Identity of the run, drawn when it began: files of another run are told by it."""
+    """Random identifier of the run, which distinguishes its files from those of other runs."""
     config: dict[str, Any]
     classes: dict[str, Any]
 
 
 def checked(classes: Mapping[str, Any], place: Path) -> dict[str, Any]:
-    """Return what is remembered of some data.
+    """Return what is recorded of some data, after checking its types.
 
     Raises:
         RunError: Naming `place`, if it is something else.
@@ -48,29 +50,29 @@ def checked(classes: Mapping[str, Any], place: Path) -> dict[str, Any]:
 
 
 def difference(known: Mapping[str, Any], classes: Mapping[str, Any], *, images: bool, tasks: int | None) -> str | None:
-    """Return in words how data differ from what is remembered of them; None if they do not.
+    """Return a description of how data differ from what is recorded of them, or None if they do not differ.
 
     Args:
-        known: What is remembered.
-        classes: The same of the data as they are; what was added and is not known yet comes last.
+        known: What is recorded.
+        classes: The same for the data as they are now. Data that were added and are not recorded yet come last.
         images: Whether to compare numbers of images and fingerprints.
-        tasks: How many of the known tasks to compare; all, if None.
+        tasks: Number of recorded tasks to compare. If None, all.
     """
-    known = _first(known, tasks)
-    now = _first(classes, len(known["tasks"]) if images else None)
-    added = len(known.get("fingerprint", [""])) - 1
-    for tree in (known, now):  # an added task is called by the place of its data, which may have moved
+    recorded = _first(known, tasks)
+    current = _first(classes, len(recorded["tasks"]) if images else None)
+    added = len(recorded.get("fingerprint", [""])) - 1
+    for tree in (recorded, current):  # an added task is named after the path of its data, which may have changed
         if "task_names" in tree:
             tree["task_names"] = tree["task_names"][: len(tree["task_names"]) - added]
     for key, what in PARTS.items():
-        if (images or key not in ("images", "fingerprint")) and known[key] != now[key]:
-            before, after = _differing(known[key], now[key])
+        if (images or key not in ("images", "fingerprint")) and recorded[key] != current[key]:
+            before, after = _differing(recorded[key], current[key])
             return f"the {what} differ ({before} before, {after} now)"
     return None
 
 
 def _first(classes: Mapping[str, Any], tasks: int | None) -> dict[str, Any]:
-    """Return the part of the description that belongs to the first tasks, if later ones were added."""
+    """Return what is recorded of the first tasks only, without tasks that were added later."""
     more = len(classes["tasks"]) - (len(classes["tasks"]) if tasks is None else tasks)
     if more <= 0:
         return dict(classes)

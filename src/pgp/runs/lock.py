@@ -1,4 +1,4 @@
-"""One process at a time writes to a run; a second one is told which."""
+"""A lock that lets one process at a time write to a run."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from pgp.system.outputs import LOCK, WRITER
 from pgp.system.storage import RunError
 
 PATIENCE = 10.0
-"""Seconds to wait for the lock of a process that is dead: those that it started may not have noticed yet."""
+"""Seconds to wait for the lock of a dead process, because its child processes may still hold it."""
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the right to write to a run folder, which has to exist. The system takes it back from a process that dies.
+    """Lock a run folder for writing. The system releases the lock if the process dies.
 
     Raises:
         RunError: If another process holds it.
     """
     path, writer = folder / LOCK, folder / WRITER
     if storage.exists(path):
-        storage.require_file(path)  # a link would be followed; what is locked cannot be read on Windows
+        storage.require_file(path)  # a link would be followed; on Windows, a locked file cannot be read
     else:
         storage.append(path, "")
     lock = filelock.FileLock(path)
     try:
         _acquire(lock, folder)
     except NotImplementedError:
-        warnings.warn(f"the file system of {folder} has no locks: see to it that no other process writes to this run",
+        warnings.warn(f"the file system of {folder} has no locks: make sure that no other process writes to this run",
                       stacklevel=2)  # fmt: skip
         yield
         return
@@ -67,9 +67,9 @@ def _acquire(lock: filelock.BaseFileLock, folder: Path) -> None:
 
 
 def _holder(path: Path) -> tuple[str, int | None, str]:
-    """Return host and number of the process that holds the lock, and since when; None if it does not say so."""
+    """Return host, process id and start time of the process that holds the lock; the id is None if it is unknown."""
     with contextlib.suppress(RunError):
-        told = storage.read_json(path)
-        if isinstance(told, dict) and type(told.get("process")) is int:
-            return f"{told.get('host')!s:.40}", told["process"], f"{told.get('since')!s:.40}"
+        owner = storage.read_json(path)
+        if isinstance(owner, dict) and type(owner.get("process")) is int:
+            return f"{owner.get('host')!s:.40}", owner["process"], f"{owner.get('since')!s:.40}"
     return "", None, ""

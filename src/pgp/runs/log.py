@@ -1,4 +1,4 @@
-"""The log of a run, `metrics.jsonl`: one event a line, only ever appended to."""
+"""The log of a run, `metrics.jsonl`: one event per line, only ever appended to."""
 
 from __future__ import annotations
 
@@ -16,18 +16,17 @@ Event = dict[str, Any]
 class EventLog:
     """Events of a run, oldest first.
 
-    An event `resume_defaults` says where a run goes on; what was logged beyond that point is learned anew and logged
-    anew, and
-    counts no more.
+    An event `resumed` names the checkpoint from which the run was resumed. Earlier events of steps after that
+    checkpoint are ignored, because these steps are trained and logged again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.held: list[str] | None = None
-        """Lines of a task that is being added, which are not written before it is finished; None if none is."""
+        """Lines of a task that is being added, which are written when it is finished; None if no task is added."""
 
     def append(self, event: str, **values: Any) -> None:
-        """Write one line, or hold it back."""
+        """Write one line, or hold it back until `release`."""
         line = json.dumps({"event": event, **values}) + "\n"
         if self.held is None:
             storage.append(self.path, line)
@@ -41,18 +40,20 @@ class EventLog:
         self.held = None
 
     def events(self) -> list[Event]:
-        """Return the events that count; a line that a crash cut off is left out."""
-        found: list[Event] = []
-        for line in storage.read(self.path).splitlines() if storage.exists(self.path) else []:
+        """Return the valid events. A line that a crash cut off is left out."""
+        if not storage.exists(self.path):
+            return []
+        events: list[Event] = []
+        for line in storage.read(self.path).splitlines():
             event = _event(line)
             if event is not None:
                 if event["event"] == "resumed":
-                    found = [one for one in found if not _beyond(one, event)]
-                found.append(event)
-        return found
+                    events = [earlier for earlier in events if not _beyond(earlier, event)]
+                events.append(event)
+        return events
 
     def stamp(self) -> tuple[int, str]:
-        """Return the number of its bytes and their digest, once they are on the disk."""
+        """Return the size of the file in bytes and its digest, after flushing it to the disk."""
         if not storage.exists(self.path):
             return 0, storage.digest(b"")
         data = storage.read(self.path)
@@ -63,7 +64,7 @@ class EventLog:
         return len(data), storage.digest(data)
 
     def check(self, stamp: tuple[int, str]) -> bool:
-        """Return whether the log is there, and begins as it was when it was stamped.
+        """Return whether the file exists, and raise a RunError if it does not begin as it did at `stamp`.
 
         Raises:
             RunError: If it is there, but has been changed since.
@@ -78,7 +79,7 @@ class EventLog:
 
 
 def _event(line: bytes) -> Event | None:
-    """Return the event on a line, None if there is none."""
+    """Return the event on a line, or None if there is none."""
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(line)
         if isinstance(value, dict) and isinstance(value.get("event"), str):
@@ -87,10 +88,13 @@ def _event(line: bytes) -> Event | None:
 
 
 def _beyond(event: Event, resumed: Event) -> bool:
-    """Return whether an event tells of what was not there any more when the run was resumed."""
+    """Return whether an event belongs to a step after the checkpoint from which the run was resumed."""
     if event["event"] not in ("task", "train", "stream"):
         return False
-    task, step, tasks, steps = (one.get(key, 0) for one in (event, resumed) for key in ("task", "step"))
-    if not all(type(value) is int for value in (task, step, tasks, steps)):
+    task, step = event.get("task", 0), event.get("step", 0)
+    resumed_task, resumed_step = resumed.get("task", 0), resumed.get("step", 0)
+    if not all(type(value) is int for value in (task, step, resumed_task, resumed_step)):
         return False
-    return bool(task >= tasks if event["event"] == "task" else (task, step) > (tasks, steps))
+    if event["event"] == "task":
+        return bool(task >= resumed_task)
+    return bool((task, step) > (resumed_task, resumed_step))

@@ -1,4 +1,4 @@
-"""A run on disk: its configuration, log, accuracy matrices and checkpoints. Half-written files never count as whole."""
+"""A run on disk: its configuration, log, accuracy matrices and checkpoints. All files are written atomically."""
 
 from __future__ import annotations
 
@@ -33,10 +33,9 @@ CONFIG, CLASSES, LOG, TABLE = "config.json", "classes.json", "metrics.jsonl", "a
 class Run:
     """A run folder.
 
-    `config.json`, `classes.json`, `environment.json`, `metrics.jsonl` (one event a line), `accuracy.csv` (the full
-    matrices) and `checkpoints/`, see `pgp.runs.checkpoint`. What a run is stands in each of its checkpoints:
-    `config.json`
-    and `classes.json` are for people, and for the time before the first one.
+    It contains `config.json`, `classes.json`, `environment.json`, `metrics.jsonl` (one event per line), `accuracy.csv`
+    (the full matrices) and `checkpoints/`, see `pgp.runs.checkpoint`. Each checkpoint repeats the configuration and the
+    classes. The files `config.json` and `classes.json` are for people, and for the time before the first checkpoint.
     """
 
     def __init__(self, folder: Place) -> None:
@@ -44,24 +43,24 @@ class Run:
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.log_file = EventLog(self.folder / LOG)
         self._identity: Identity | None = None
-        """What the process that writes to the run knows it to be."""
+        """Identity of the run in the process that writes to it."""
         self._adds = False
-        """Whether data join the run with its next finished task."""
+        """Whether data are added to the run when the next task is finished."""
         self._is_writing = False
 
     @classmethod
     def create(cls, folder: Place, config: Config, classes: Mapping[str, Any] | None = None) -> Run:
-        """Return a new run in `folder`; see `start`."""
+        """Create a new run in `folder`; see `start`."""
         run = cls(folder)
         run.start(config, classes or {})
         return run
 
     def start(self, config: Config, classes: Mapping[str, Any]) -> None:
-        """Make a new run, or start over one of the same configuration that has no checkpoint yet.
+        """Create the files of a new run, or of a run with the same configuration that has no checkpoint yet.
 
         Args:
             config: The resolved configuration.
-            classes: What to remember of the data; see `pgp.training.tasks.describe_data`.
+            classes: What to record of the data; see `pgp.training.tasks.describe_data`.
 
         Raises:
             RunError: If anything else is in the folder, or it cannot be written.
@@ -79,11 +78,11 @@ class Run:
 
     @classmethod
     def require_empty(cls, folder: Path, config: Config | None = None) -> None:
-        """Raise unless a new run can begin in `folder`: no run is ever overwritten.
+        """Raise if a new run cannot begin in `folder`. No run is ever overwritten.
 
         Args:
-            folder: Missing or empty; or it holds a run that was stopped before its first checkpoint.
-            config: What such a run has to be; there must be none if None. Where it computes may differ.
+            folder: Folder, which must be missing, empty, or contain a run that was stopped before its first checkpoint.
+            config: Configuration of such a run; hardware settings may differ. If None, no such run is accepted.
         """
         if not storage.exists(folder):
             return
@@ -94,13 +93,13 @@ class Run:
                            f" on with it by --resume {folder}")  # fmt: skip
 
     def require_same_start(self, config: Config) -> None:
-        """Raise unless the run, which has no checkpoint, was stopped before it had one."""
+        """Raise if this run is more than a run that was stopped before its first checkpoint."""
         if not self._is_begun(config):
             raise RunError(f"{self.checkpoints.folder / LATEST} is missing, and nothing of this run will be"
                            " overwritten: write the name of a checkpoint there, or begin another run")  # fmt: skip
 
     def _is_begun(self, config: Config | None) -> bool:
-        """Return whether nothing is here but a run, `config`, that was stopped before it had learned anything."""
+        """Return whether the folder contains only a run of `config` that was stopped before its first checkpoint."""
         ours = {MARKER, LOCK, WRITER}
         left = {path.name for path in self.folder.iterdir() if not platforms.UNFINISHED.fullmatch(path.name)} - ours
         if CONFIG not in left:
@@ -108,14 +107,14 @@ class Run:
         if TABLE in left or not self.checkpoints.is_begun():
             return False
         with contextlib.suppress(RunError):
-            there = self.config
-            wanted = config and replace(config, tasks=config.tasks or there.tasks, hardware=there.hardware)
-            return there == wanted
+            recorded = self.config
+            expected = config and replace(config, tasks=config.tasks or recorded.tasks, hardware=recorded.hardware)
+            return recorded == expected
         return False
 
     @classmethod
     def open(cls, folder: Place) -> Run:
-        """Return the run that lies in `folder`."""
+        """Return the run in `folder`."""
         run = cls(folder)
         if not storage.exists(run.folder / CONFIG) and not storage.exists(run.checkpoints.folder / LATEST):
             raise RunError(f"no run at {run.folder}: expected a folder with {CONFIG}, as pgp train writes it")
@@ -123,7 +122,7 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
-        """Hold the lock of the run within the block, and delete what earlier processes left unfinished.
+        """Lock the run for writing by this process, and delete what earlier processes left unfinished.
 
         Raises:
             RunError: If another process writes to it.
@@ -148,7 +147,7 @@ class Run:
         storage.remove_abandoned(self.folder / "checkpoint")
 
     def describe(self, name: CheckpointName | None = None) -> Identity:
-        """Return what the run was at a checkpoint; at that of the latest finished task, if None.
+        """Return the identity of the run at a checkpoint. If `name` is None, use the latest finished task.
 
         Raises:
             RunError: If what tells it was changed, or belongs to another run.
@@ -169,7 +168,7 @@ class Run:
         return Identity(record.run, record.config, record.classes)
 
     def _file(self, file: str) -> dict[str, Any] | None:
-        """Return what one of the files for people says, None if it is not there."""
+        """Return the content of `config.json` or `classes.json`, or None if the file does not exist."""
         path = self.folder / file
         if not storage.exists(path):
             return None
@@ -183,14 +182,14 @@ class Run:
         return self.config_of(self.describe())
 
     def config_of(self, known: Identity) -> Config:
-        """Return the configuration of what the run was."""
+        """Return the configuration of an identity."""
         try:
             return Config.from_json(known.config)
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise RunError(f"{self.folder} does not describe a run of this pgp: {error}") from error
 
     def change_config(self, change: Callable[[Config], Config]) -> None:
-        """Record a change that decides no result, such as of where the data lie. The process has to be `writing`."""
+        """Record a change that decides no result, such as data paths. The process must be `writing`."""
         self.describe(self.checkpoints.latest())  # raises if it belongs to another run
 
         def changed(record: Record) -> Record:
@@ -203,7 +202,7 @@ class Run:
         self._write_identity()
 
     def accept_config(self, name: CheckpointName | None) -> None:
-        """Continue as the run was at checkpoint `name`; if None, as its files say.
+        """Continue with the identity at a checkpoint. If `name` is None, use that of the files.
 
         Raises:
             RunError: If the log was changed since.
@@ -217,11 +216,11 @@ class Run:
             self._write_identity()  # a crash may have come before
 
     def add(self, config: Config, classes: Mapping[str, Any]) -> None:
-        """Let data join the run, with the next finished task; nothing is written before.
+        """Add data to the run. Nothing is written before the task of these data is finished.
 
         Args:
-            config: That of the run, with what was added.
-            classes: What to remember of all data.
+            config: Configuration of the run with the added data.
+            classes: What to record of all data.
 
         Raises:
             RunError: If the log was changed since the latest checkpoint.
@@ -232,7 +231,7 @@ class Run:
         self.log_file.held = []
 
     def _write_identity(self) -> None:
-        """Write `config.json` and `classes.json`, unless they are there."""
+        """Write `config.json` and `classes.json` if they are missing or differ."""
         known = self._identity
         assert known is not None
         for file, tree, indent in ((CONFIG, known.config, 2), (CLASSES, known.classes, None)):
@@ -247,7 +246,7 @@ class Run:
             self.log_file.append(event, **values)
 
     def events(self, event: str) -> list[dict[str, Any]]:
-        """Return the logged events of one kind, oldest first; of kind `task`, those of finished tasks.
+        """Return the logged events of one kind, oldest first. Of kind `task`, only those of finished tasks.
 
         Raises:
             RunError: If the log was changed since the latest checkpoint.
@@ -258,7 +257,7 @@ class Run:
         return [values for values in found if event != "task" or values.get("task") in range(done.task if done else 0)]
 
     def _check_log(self) -> bool:
-        """Return whether metrics.jsonl is there if it has to be; warn if it is not.
+        """Return whether metrics.jsonl exists if it must, and warn if it does not.
 
         Raises:
             RunError: If it was changed since the latest checkpoint.
@@ -270,7 +269,7 @@ class Run:
         return there
 
     def _stamp_log(self) -> None:
-        """Let a new log begin if somebody moved it away."""
+        """Start a new log if the old one was moved away."""
         if not self._check_log():
             stamp = self.log_file.stamp()
             self.checkpoints.rewrite(lambda record: replace(record, log=stamp))
@@ -281,11 +280,11 @@ class Run:
             storage.write(self.folder / TABLE, metrics.to_csv(matrices))
 
     def _going_on(self, what: str = "") -> contextlib.AbstractContextManager[None]:
-        """Say of an error of the block how to go on after it."""
+        """Add advice on how to resume to errors inside a `with` block."""
         return storage.advised(f"Then go on with pgp train --resume {self.folder}", what)
 
     def matrices(self) -> dict[str, Tensor]:
-        """Return the accuracy matrices `(T, T)` by column, as the latest finished task left them."""
+        """Return the accuracy matrices `(T, T)` by column, as of the latest finished task."""
         name, path = self._finished(), self.folder / TABLE
         if name is None:
             raise RunError(f"{self.folder} has no {TABLE} yet: no task of this run is finished")
@@ -297,18 +296,18 @@ class Run:
         return matrices
 
     def classes(self) -> tuple[list[str], list[list[int]]]:
-        """Return class names by label, and the labels of each task."""
+        """Return the class names by label, and the labels of each task."""
         known = self._classes()
         return known["names"], known["tasks"]
 
     def task_names(self) -> list[str]:
-        """Return what each task is called, "" for nothing."""
+        """Return the name of each task, "" for none."""
         names: list[str] = self._classes()["task_names"]
         return names
 
     @property
     def data_fingerprint(self) -> list[str]:
-        """What its data are known by, wherever they lie: those it began with, and each that was added."""
+        """Fingerprints of the first and of each added data set. They do not depend on paths."""
         fingerprint: list[str] = self._classes()["fingerprint"]
         return fingerprint
 
@@ -323,28 +322,28 @@ class Run:
         tasks: int | None = None,
         known: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raise unless the data are what the run knows: classes and tasks and, if `images`, the images too.
+        """Raise if the data differ from those of the run: in classes, in tasks or, with `images`, in images.
 
         Args:
-            classes: What there is to remember of all data; what was added and is not known yet comes last.
+            classes: What to record of all data. Data that were added and are not recorded yet come last.
             images: Whether to compare numbers of images and fingerprints.
-            tasks: How many of the tasks it knows to compare; all, if None.
-            known: What it knows; what its latest finished task knew, if None.
+            tasks: Number of recorded tasks to compare. If None, all.
+            known: What the run has recorded. If None, what its latest finished task has.
         """
         known = self._classes() if known is None else identity.checked(known, self.folder / CLASSES)
-        if told := identity.difference(known, classes, images=images, tasks=tasks):
-            raise RunError(f"expected the data that {self.folder} began with, but {told}: restore the data, or begin"
+        if reason := identity.difference(known, classes, images=images, tasks=tasks):
+            raise RunError(f"expected the data that {self.folder} began with, but {reason}: restore the data, or begin"
                            " another run")  # fmt: skip
 
     @staticmethod
     def check_encoder(expected: str, got: str) -> None:
-        """Raise unless the encoder's fingerprint is the one that a checkpoint was learned on."""
+        """Raise if the encoder's fingerprint is not the one of the checkpoint."""
         if expected != got:
-            raise RunError(f"expected the encoder that this run was learned on, weights {expected}, got weights {got}:"
-                           " restore the old ones")  # fmt: skip
+            raise RunError(f"expected the encoder of this run, with weights {expected}, got weights {got}: restore the"
+                           " old weights")  # fmt: skip
 
     def save(self, name: CheckpointName | str, state: Mapping[str, Any]) -> None:
-        """Write a checkpoint in one atomic move, and make it the latest; an older step of a task is deleted.
+        """Write a checkpoint atomically, make it the latest, and delete the previous checkpoint inside the same task.
 
         Raises:
             RunError: If the system refuses; the message says what the latest good state is.
@@ -386,12 +385,12 @@ class Run:
         return str(last) if last else None
 
     def progress(self) -> tuple[int, int]:
-        """Return how many tasks are finished, and how many there are."""
+        """Return the number of finished tasks, and the number of all tasks."""
         name = self._finished()
         return name.task if name else 0, len(self.classes()[1])
 
     def load(self, name: CheckpointName | str | None = None, parts: Collection[str] | None = None) -> dict[str, Any]:
-        """Return the state of a checkpoint, the latest if None: all of it, or only `parts`.
+        """Return the state of a checkpoint, or only the entries `parts`. If `name` is None, use the latest.
 
         Raises:
             RunError: If it is damaged, or belongs to another run.

@@ -1,4 +1,4 @@
-"""A state, which is a tree of dicts, lists, tensors and plain values, as JSON and tensors by name."""
+"""Conversion of a state, a tree of dicts, lists, tensors and plain values, to JSON and tensors by name."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from pgp.system import storage
 
 
 class Piece(dict[str, Any]):
-    """A part of a state that later states hold unchanged: its tensors are written once, for all checkpoints."""
+    """A subtree of a state that does not change in later states. Its tensors are written once for all checkpoints."""
 
 
 def read_tensors(data: bytes) -> dict[str, Tensor]:
-    """Return tensors with memory of their own: in that of a file they are not aligned, and products round otherwise."""
+    """Return the tensors of a safetensors file, copied to aligned memory.
+
+    The memory of the file is not aligned, and matrix products of unaligned tensors are rounded differently.
+    """
     return {name: tensor.clone() for name, tensor in load(data).items()}
 
 
 def split(value: Any, path: str, tensors: dict[str, Tensor], pieces: dict[str, bytes]) -> Any:
-    """Return JSON for a tree of dicts, lists and plain values.
+    """Convert a tree of dicts, lists, tensors and plain values to JSON.
 
     Its tensors are moved to `tensors` under their path, and every `Piece` of it to `pieces` under its digest.
     """
@@ -43,7 +46,7 @@ def split(value: Any, path: str, tensors: dict[str, Tensor], pieces: dict[str, b
 
 
 def join(tree: Any, tensors: Mapping[str, Tensor], piece: Callable[[str, int], Piece]) -> Any:
-    """Return the value that `split` took apart."""
+    """Return the tree that `split` converted."""
     if isinstance(tree, dict):
         if "tensor" in tree:
             return tensors[tree["tensor"]]
@@ -56,7 +59,7 @@ def join(tree: Any, tensors: Mapping[str, Tensor], piece: Callable[[str, int], P
 
 
 def pieces_in(tree: Any) -> Iterator[str]:
-    """Yield the digests of the pieces that a state needs."""
+    """Yield the digests of the pieces in the JSON of a state."""
     if isinstance(tree, dict):
         if "piece" in tree:
             yield tree["piece"]

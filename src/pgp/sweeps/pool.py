@@ -1,4 +1,4 @@
-"""Many jobs at once: one after the other, in processes of this machine, or on a Ray cluster."""
+"""Run many jobs: one after the other, in several processes of this machine, or on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from pgp.system.storage import RunError
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Pairs = Generator[tuple[Job, Result | Exception], None, None]
-"""Each job as it ends, with its result, or with why it has none."""
+"""Jobs in the order in which they end, each with its result or its error."""
 
 
 class DiedError(RuntimeError):
-    """The process of a job was killed, or died."""
+    """The process of a job was killed or crashed."""
 
 
 def run_local(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, gpus: int = 0) -> Pairs[Job, Result]:
     """Yield every job with its result, in the order in which they end.
 
     Args:
-        work: What to do with a job; has to be found by its name in a module, for other processes import it.
-        jobs: All of them.
-        workers: How many processes share the cores; a single one is this process.
-        gpus: How many GPUs there are to share; each process sees one of them.
+        work: Function that runs a job. It must be importable by name, because other processes import it.
+        jobs: The jobs.
+        workers: Number of processes that share the cores. If 1, this process runs the jobs.
+        gpus: Number of GPUs to share. Each process sees one of them.
     """
     if workers == 1:
         for job in jobs:
@@ -45,7 +45,7 @@ def run_local(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, 
         return
     suspects: list[Job] = []
     yield from _run_pool(work, jobs, workers, gpus, suspects)
-    for job in suspects:  # whose process died takes all others with it: alone, each answers for itself
+    for job in suspects:  # a process that dies breaks the whole pool, so each suspect is run again alone
         dead: list[Job] = []
         yield from _run_pool(work, [job], 1, gpus, dead)
         if dead:
@@ -55,19 +55,19 @@ def run_local(work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, 
 def run_on_ray(
     work: Callable[[Job], Result], jobs: Sequence[Job], address: str, gpu: bool = False
 ) -> Pairs[Job, Result]:
-    """Yield every job with its result, in the order in which they end; each is a task of the Ray cluster at `address`.
+    """Run each job as a task of the Ray cluster at `address`, and yield it with its result when it ends.
 
     Args:
-        work: As for `run_local`.
-        jobs: All of them.
-        address: Of the cluster; `auto` finds a running one, `local` starts one here.
-        gpu: Whether each job gets a GPU, where the cluster has any.
+        work: Function that runs a job, as for `run_local`.
+        jobs: The jobs.
+        address: Address of the cluster; `auto` finds a running one, `local` starts one on this machine.
+        gpu: Whether each job gets a GPU if the cluster has any.
 
     Raises:
         ValueError: If Ray is not installed, or there is no cluster at `address`.
     """
     try:
-        import ray  # an extra, and heavy
+        import ray  # an optional dependency, slow to import
     except ImportError as error:
         raise ValueError("expected Ray for --ray, which is not installed: pip install"
                          " 'prompt-gradient-projection[ray]'") from error  # fmt: skip
@@ -79,7 +79,7 @@ def run_on_ray(
     running: dict[Any, Job] = {}
     try:
         wants = 1 if gpu and ray.cluster_resources().get("GPU") else 0
-        # a job goes on where it stopped, so one whose machine was lost is worth another try
+        # a job resumes where it stopped, so if its machine fails, it is retried
         remote = ray.remote(num_cpus=1, num_gpus=wants, max_retries=1)(_run_guarded)
         running = {remote.remote(work, job): job for job in jobs}
         while running:
@@ -99,17 +99,17 @@ def run_on_ray(
 def _run_pool(
     work: Callable[[Job], Result], jobs: Sequence[Job], workers: int, gpus: int, suspects: list[Job]
 ) -> Pairs[Job, Result]:
-    """Yield every job with its result; those that were running when a process died go to `suspects` instead."""
+    """Yield every job with its result. Jobs that were running when a process died go to `suspects` instead."""
     left = list(reversed(jobs))
     while left:
         ours = set(multiprocessing.active_children())
-        context = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks, and no CUDA
+        context = multiprocessing.get_context("spawn")  # fork would copy locks held by threads, and breaks CUDA
         settings = (workers, _visible_gpus(gpus), context.Value("i", 0))
         pool = ProcessPoolExecutor(min(workers, len(left)), context, _begin, settings)
         running: dict[Future[Result | Exception], Job] = {}
         try:
             while left or running:
-                while left and len(running) < workers:  # no more than run, so that those that die are known
+                while left and len(running) < workers:  # submit no more than can run, to know which jobs died
                     running[pool.submit(_run_guarded, work, left[-1])] = left[-1]
                     left.pop()
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -120,12 +120,12 @@ def _run_pool(
         finally:
             pool.shutdown(wait=not running, cancel_futures=True)
             for process in set(multiprocessing.active_children()) - ours if running else ():
-                process.terminate()  # interrupted: what is half done goes on from its checkpoint another time
+                process.terminate()  # after an interrupt; unfinished jobs can be resumed from their checkpoints
 
 
 def _begin(workers: int, gpus: list[str], counter: Any) -> None:
-    """Make a new process ready: its share of the machine, and it ends with the process that started it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started it hears Ctrl-C, and ends this one
+    """Prepare a new process: limit its threads, assign a GPU, and end it with the process that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C and ends this one
     torch.set_num_threads(max(1, platforms.cores() // workers))
     cache.processes = workers
     with counter.get_lock():
@@ -139,7 +139,7 @@ def _follow() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        os._exit(1)  # nobody would read the result, and the locks are free for who goes on
+        os._exit(1)  # nobody would read the result, and this releases the locks of the run
 
 
 def _visible_gpus(gpus: int) -> list[str]:
@@ -149,7 +149,7 @@ def _visible_gpus(gpus: int) -> list[str]:
 
 
 def _run_guarded(work: Callable[[Job], Result], job: Job) -> Result | Exception:
-    """Return the result of a job, or its error, so that the others go on."""
+    """Return the result of a job, or its error, so that one failure does not stop the other jobs."""
     try:
         return work(job)
     except Interrupted as error:
@@ -159,5 +159,5 @@ def _run_guarded(work: Callable[[Job], Result], job: Job) -> Result | Exception:
     except Exception as error:
         if os.environ.get("PGP_DEBUG"):
             return RuntimeError("".join(traceback.format_exception(error)))
-        told = isinstance(error, (ValueError, OSError, RunError))  # whose message says what to do
-        return RuntimeError(str(error) if told else f"{type(error).__name__}: {error}")
+        clear = isinstance(error, (ValueError, OSError, RunError))  # these messages say what to do
+        return RuntimeError(str(error) if clear else f"{type(error).__name__}: {error}")

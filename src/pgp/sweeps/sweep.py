@@ -1,4 +1,4 @@
-"""A grid of runs that ends in evidence: which runs there have to be, and how each comes to be whole, once."""
+"""Run a grid of configurations and their controls, each exactly once, and summarise it."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ FILE, TABLE, FIGURE = "sweep.json", "sweep.md", "sweep.png"
 FORMAT = 1
 """Version of sweep.json."""
 LONGEST = 100
-"""Characters of a folder's name."""
+"""Maximum length of a folder's name in characters."""
 
 JobStatus = Literal["kept", "resumed", "trained", "busy"]
-"""How a run came to be whole: it was, it went on, it began; or another sweep is at it."""
+"""How a run was completed: it was complete already (kept), resumed, or trained; busy if another sweep is running it."""
 
 
 class Job(NamedTuple):
-    """One run that there has to be."""
+    """One run of the sweep."""
 
     name: str
     seed: int
@@ -46,7 +46,7 @@ class Job(NamedTuple):
 
 
 class JobResult(NamedTuple):
-    """What became of a job."""
+    """Result of a job."""
 
     status: JobStatus
     seconds: float
@@ -56,28 +56,28 @@ class JobResult(NamedTuple):
 
 @dataclass
 class GridPoint:
-    """A point of the grid or a control, of any seed."""
+    """A configuration of the grid or a control, without its seed."""
 
     name: str
     label: str
     config: Config
     controls: dict[str, str] = field(default_factory=dict)
-    """For a point: by control, the name of its entry."""
+    """Names of the entries of a point's controls, by control."""
 
 
 class Sweep:
-    """A folder with a run for each entry and seed: `<output>/<entry>/seed-<k>`, and what the sweep is in sweep.json."""
+    """A folder with a run for each entry and seed, `<output>/<entry>/seed-<k>`, and the plan in sweep.json."""
 
     def __init__(self, output: Path, base: Config) -> None:
         self.output = output.expanduser().absolute()
         self.base = _bare(base)
-        """The recipe with all overrides, before --over."""
+        """The recipe with all flags except --over."""
         self.entries: dict[str, GridPoint] = {}
-        """By name; all that were ever asked for in this folder, points before controls."""
+        """All entries that were ever planned in this folder, by name."""
         self.seeds: list[int] = []
 
     def plan(self, choices: Mapping[str, Config], seeds: Sequence[int], *, controls: bool = True) -> list[Job]:
-        """Return the jobs for the points and their controls, and record them in sweep.json.
+        """Return the jobs for all points, given by label, and for their controls, and record them in sweep.json.
 
         Raises:
             RunError: If the folder holds something else, or runs with other settings under the same names.
@@ -99,21 +99,20 @@ class Sweep:
         return jobs
 
     def members(self) -> list[Entry]:
-        """Return all entries with their finished runs, for comparison; points before controls that are no points."""
-        held: dict[str, dict[str, Entry]] = {name: {} for name in self.entries}
-        out = {}
+        """Return all entries with their finished runs for a comparison: points first, then other controls."""
+        controls: dict[str, dict[str, Entry]] = {name: {} for name in self.entries}
+        members = {}
         for name, entry in self.entries.items():
             jobs = [self._job(entry, seed) for seed in self.seeds]
-            out[name] = Entry(
-                entry.label, {job.seed: Run(job.folder) for job in jobs if finished_result(job)}, held[name]
-            )
+            finished = {job.seed: Run(job.folder) for job in jobs if finished_result(job)}
+            members[name] = Entry(entry.label, finished, controls[name])
         for name, entry in self.entries.items():
-            held[name] |= {control: out[other] for control, other in entry.controls.items()}
+            controls[name] |= {control: members[other] for control, other in entry.controls.items()}
         points = [name for name, entry in self.entries.items() if entry.controls]
-        return [out[name] for name in dict.fromkeys([*points, *self.entries]) if out[name].runs]
+        return [members[name] for name in dict.fromkeys([*points, *self.entries]) if members[name].runs]
 
     def write_report(self) -> list[Entry]:
-        """Write the table and the figure, if any run is finished, and return what was compared."""
+        """Write the table and the figure if any run is finished, and return the entries that they compare."""
         members = self.members()
         if members:
             storage.write(self.output / TABLE, comparison.markdown(members))
@@ -125,15 +124,15 @@ class Sweep:
         return Job(entry.name, seed, folder, replace(entry.config, seed=seed))
 
     def _entry(self, label: str, config: Config) -> GridPoint:
-        """Return the entry of a configuration, a new one if there is none."""
+        """Return the entry of a configuration; create it if there is none."""
         config = _bare(config)
-        wanted = tables.flatten(config.to_json())
+        settings = tables.flatten(config.to_json())
         for entry in self.entries.values():
-            if tables.flatten(entry.config.to_json()) == wanted:
-                entry.config = replace(entry.config, hardware=config.hardware)  # where it goes on may be elsewhere
+            if tables.flatten(entry.config.to_json()) == settings:
+                entry.config = replace(entry.config, hardware=config.hardware)  # it may be resumed on other hardware
                 return entry
         stem, number = platforms.safe_name(label, LONGEST, otherwise="point"), 1
-        name, taken = stem, {known.lower() for known in self.entries}  # some file systems do not tell case apart
+        name, taken = stem, {other.lower() for other in self.entries}  # some file systems ignore case
         while name.lower() in taken:
             name, number = f"{stem}-{number + 1}", number + 1
         self.entries[name] = GridPoint(name, label, config)
@@ -148,10 +147,10 @@ class Sweep:
     def _read(self) -> None:
         path = self.output / FILE
         if not path.is_file():
-            strange = sorted(one.name for one in self.output.iterdir() if not one.name.startswith("."))
-            if strange:
+            others = sorted(path.name for path in self.output.iterdir() if not path.name.startswith("."))
+            if others:
                 raise RunError(f"expected a new or empty folder, or that of a sweep, got {self.output} with"
-                               f" {', '.join(strange[:3])}: name another --output")  # fmt: skip
+                               f" {', '.join(others[:3])}: name another --output")  # fmt: skip
             return
         try:
             tree = json.loads(path.read_text(encoding="utf-8"))
@@ -165,8 +164,8 @@ class Sweep:
             seeds = [int(seed) for seed in tree["seeds"]]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise RunError(f"{path} does not describe a sweep of this pgp ({error}): name another --output") from error
-        if told := _difference(base, self.base):
-            raise RunError(f"{self.output} holds a sweep with other settings: expected {told} now. Give the settings of"
+        if diff := _difference(base, self.base):
+            raise RunError(f"{self.output} holds a sweep with other settings: expected {diff} now. Give the settings of"
                            " before, sweep over this one by --over, or name another --output")  # fmt: skip
         self.entries, self.seeds = {entry.name: entry for entry in entries}, seeds
 
@@ -180,7 +179,7 @@ class Sweep:
 
 
 def check(job: Job) -> None:
-    """Raise if something else lies where the run of a job belongs."""
+    """Raise if the folder of a job contains something other than its run."""
     if not job.folder.exists():
         return
     if not job.folder.is_dir() or not ((job.folder / "config.json").is_file() or _is_begun(job.folder)):
@@ -188,15 +187,15 @@ def check(job: Job) -> None:
     if _is_begun(job.folder):
         return
     config = Run.open(job.folder).config
-    wanted = job.config if job.config.tasks is not None else replace(job.config, tasks=config.tasks)
-    seeds = f"seed {config.seed} there, {wanted.seed}" if config.seed != wanted.seed else ""
-    if told := _difference(config, wanted) or seeds:
-        raise RunError(f"the run at {job.folder} has other settings: expected {told} now. Nothing is overwritten: give"
+    expected = job.config if job.config.tasks is not None else replace(job.config, tasks=config.tasks)
+    seeds = f"seed {config.seed} there, {expected.seed}" if config.seed != expected.seed else ""
+    if diff := _difference(config, expected) or seeds:
+        raise RunError(f"the run at {job.folder} has other settings: expected {diff} now. Nothing is overwritten: give"
                        " the settings of before, or name another --output")  # fmt: skip
 
 
 def finished_result(job: Job) -> bool:
-    """Return whether the run of a job is finished: its last checkpoint, and every accuracy."""
+    """Return whether the run of a job is complete: its last checkpoint, and every accuracy."""
     run = Run(job.folder)
     name = run.latest_checkpoint()
     if name is None or "-step-" in name or not (job.folder / "accuracy.csv").is_file():
@@ -208,11 +207,11 @@ def finished_result(job: Job) -> bool:
 
 
 def run_job(job: Job, *, waits: bool = False) -> JobResult:
-    """See to it that the run of a job is whole. Only one process at a time does, on any machine that sees the folder.
+    """Complete the run of a job. A lock ensures that only one process works on it, also across machines.
 
     Args:
-        job: What run, and where.
-        waits: Whether to wait for another process that is at it; else the answer is `busy`.
+        job: The run and its folder.
+        waits: Whether to wait for another process that is running the job. If not, return `busy`.
     """
     started = time.perf_counter()
     job.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -238,14 +237,14 @@ def _run_job(job: Job) -> JobStatus:
         return "resumed"
     try:
         Run.require_empty(job.folder, resolve_paths(job.config))
-    except RunError:  # it lost its checkpoints: what there is, is kept aside
+    except RunError:  # the run lost its checkpoints: move its other files away and start again
         platforms.move_folder(job.folder, make_unique_folder(job.folder.parent, f"{job.folder.name}-abandoned"))
     train.train(job.config, job.folder)
     return "trained"
 
 
 def _is_begun(folder: Path) -> bool:
-    """Return whether `folder` holds nothing but what a run leaves that stopped while its folder was made."""
+    """Return whether `folder` contains only what a run leaves if it is stopped while its folder is created."""
     if (folder / "config.json").exists():
         return False
     left = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
@@ -254,15 +253,15 @@ def _is_begun(folder: Path) -> bool:
 
 
 Results = Generator[tuple[Job, JobResult | Exception], None, None]
-"""Jobs as they end, with what became of them, or with what went wrong."""
+"""Jobs in the order in which they end, each with its result or its error."""
 
 
 def run_all(jobs: Sequence[Job], spread: Callable[[Callable[[Job], JobResult], Sequence[Job]], Results]) -> Results:
-    """Run the jobs: first all that are free, then those that other sweeps were running.
+    """Yield the result of each job: first of all that are free, then of those that other sweeps were running.
 
     Args:
-        jobs: What there has to be.
-        spread: Does some work on jobs; see `pgp.sweeps.pool`.
+        jobs: The jobs of a sweep.
+        spread: Function that runs jobs, see `pgp.sweeps.pool`.
     """
     busy = []
     with contextlib.closing(spread(run_job, jobs)) as outcomes:
@@ -277,14 +276,14 @@ def run_all(jobs: Sequence[Job], spread: Callable[[Callable[[Job], JobResult], S
 
 
 def _bare(config: Config) -> Config:
-    """Return a configuration as a run records it, without its seed."""
+    """Return a configuration as a run records it, with seed 0."""
     return replace(resolve_paths(config), seed=0)
 
 
 def _difference(one: Config, other: Config) -> str:
-    """Return a sentence on the first setting in which two configurations differ, apart from hardware and seed."""
-    was, now = tables.flatten(one.to_json()), tables.flatten(other.to_json())
-    for key in dict.fromkeys([*was, *now]):
-        if was.get(key) != now.get(key):
-            return f"{key} {was.get(key)}, as there, got {now.get(key)}"
+    """Describe the first setting in which two configurations differ, ignoring hardware and seed."""
+    first, second = tables.flatten(one.to_json()), tables.flatten(other.to_json())
+    for key in dict.fromkeys([*first, *second]):
+        if first.get(key) != second.get(key):
+            return f"{key} {first.get(key)}, as there, got {second.get(key)}"
     return ""

@@ -1,1 +1,1 @@
-"""The operating system: files that are whole or absent, folders, signals, and text that is safe to print."""
+"""Functions around the operating system: atomic files, folders, signals, and text that is safe to print."""

@@ -1,4 +1,4 @@
-"""Text that comes from data, files and the command line, made safe to print: each function is for one place."""
+"""Escaping of text from data, files and the command line, with one function for each kind of output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories that can move a cursor, hide text, reverse it or break a line; surrogates cannot be encoded."""
 JOINERS = frozenset("\u200c\u200d")
-"""Of these categories, but parts of words in many scripts, and of emoji."""
+"""Characters of these categories that are allowed, because they occur in words of many scripts and in emoji."""
 
 
 def printable(text: object) -> str:
@@ -76,4 +76,4 @@ def encode_error(error: UnicodeError) -> tuple[str, int]:
 
 
 ASCII = {"±": "+-", "–": "-", "…": "...", "│": "|", "─": "-", **dict.fromkeys("╭╮╰╯├┤", "+")}
-"""What stands for characters of our own output on a terminal that has only ASCII."""
+"""Replacements for characters of our own output on a terminal that has only ASCII."""

@@ -1,4 +1,4 @@
-"""Folders that pgp writes: a marker tells them from folders of images, so that no run learns its own figures."""
+"""Output folders. A marker file distinguishes them from image folders, so that no run learns its own figures."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 from pgp.system import storage
 
 MARKER = ".pgp-output"
-"""Name of the file that marks a folder; whatever lies below such a folder is never read as data."""
+"""Name of the file that marks a folder. Files below such a folder are never read as data."""
+
+
 LOCK, WRITER = ".pgp-lock", ".pgp-writer.json"
-"""Names of the files by which one process at a time writes to a run; see `pgp.runs.lock`."""
+"""Names of the lock file of a run, and of the file with the lock's owner; see `pgp.runs.lock`."""
 
 
 def make_output(folder: Path) -> None:
-    """Create `folder` with its parents, and mark it unless it holds something already.
+    """Create `folder` with its parents, and mark it if it is empty.
 
     Raises:
         RunError: If the system refuses.
@@ -28,7 +30,7 @@ def make_output(folder: Path) -> None:
 
 
 def check_outside(folder: Path, data: Iterable[Path]) -> None:
-    """Raise if what is written to `folder` would lie among the images of `data`, in a class folder or the like."""
+    """Raise if `folder` is inside the image folders of `data`."""
     folder = folder.resolve()
     for place in data:
         above = [folder, *folder.parents]
@@ -40,12 +42,12 @@ def check_outside(folder: Path, data: Iterable[Path]) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Return whether `folder` holds nothing but the marker and what a lock leaves behind."""
+    """Return whether `folder` contains only the marker and files of a lock."""
     return all(path.name in (MARKER, LOCK, WRITER) for path in folder.iterdir())
 
 
 def make_unique_folder(parent: Path, stem: str) -> Path:
-    """Make a new folder `parent/stem`, or `parent/stem-2` and so on if that exists, and return it.
+    """Create and return a new folder: `parent/stem`, or `parent/stem-2`, `parent/stem-3`, ... if that exists.
 
     Raises:
         RunError: If `parent` cannot be written.

@@ -1,4 +1,4 @@
-"""Places on disk as callers name them: by a path, or by a text."""
+"""Paths given by callers, as a path object or as text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 Place = str | os.PathLike[str]
-"""What names a file or a folder wherever pgp is called."""
+"""Type of paths in the arguments of public functions."""
 
 
 def as_path(place: Place, what: str) -> Path:

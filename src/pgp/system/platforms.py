@@ -1,4 +1,4 @@
-"""What differs between Linux, macOS and Windows; no other module of the package asks which system it runs on."""
+"""Differences between Linux, macOS and Windows. Only this module asks which system it runs on."""
 
 from __future__ import annotations
 
@@ -19,21 +19,27 @@ from pathlib import Path
 
 WINDOWS: bool = sys.platform == "win32"
 PAUSES = (0.01, 0.03, 0.1, 0.3, 1.0)
-"""Seconds between attempts to rename a file that another program holds open; only Windows refuses that."""
+"""Seconds between attempts to rename a file that another program has opened, which Windows refuses."""
+
+
 RESERVED = frozenset(
     {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(1, 10))}
 )
-"""Names that Windows keeps for devices, in any case and with any suffix."""
+"""Names that Windows reserves for devices, in any case and with any suffix."""
+
+
 HOST = re.sub(r"[^\w-]", "-", socket.gethostname(), flags=re.ASCII)[:40]
-"""Name of this machine, as it stands in the names of unfinished files."""
+"""Name of this machine in the names of unfinished files."""
+
+
 UNFINISHED = re.compile(r"\..+\.(?P<process>[0-9]{1,10})@(?P<host>[\w-]*)", re.DOTALL)
 DAY = 86400.0
-"""Seconds after which an unfinished file of another machine counts as abandoned."""
+"""Age in seconds after which an unfinished file of another machine counts as abandoned."""
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a path beside `path` to write to. The file then becomes `path`, whole and on the disk.
+    """Yield a path beside `path` to write to. Afterwards, the file is flushed to the disk and renamed to `path`.
 
     If the block raises, `path` stays as it was and what was written is deleted.
     """
@@ -47,16 +53,16 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def unfinished_name(path: Path) -> Path:
-    """Return a path beside `path` for what this process has not finished yet; its name says whose it is."""
+    """Return a path beside `path` for an unfinished file. Its name contains the machine and this process."""
     return path.with_name(f".{path.name}.{os.getpid()}@{HOST}")
 
 
 def is_abandoned(path: Path) -> bool:
-    """Return whether `path` is something `unfinished_name` that no living process can be at work on."""
+    """Return whether `path` is an unfinished file whose process no longer runs."""
     found = UNFINISHED.fullmatch(path.name)
     if found is None:
         return False
-    if found["host"] == HOST and not WINDOWS:  # Windows cannot be asked without touching the process
+    if found["host"] == HOST and not WINDOWS:  # asking on Windows would disturb the process
         return not is_alive(int(found["process"]))
     return time.time() - path.lstat().st_mtime > DAY
 
@@ -91,7 +97,7 @@ def move_folder(source: Path, target: Path) -> None:
 
 
 def _retried(move: Callable[[], object]) -> None:
-    """Call `move`, again for a while where an open file forbids it."""
+    """Call `move`, and retry for a while if an open file prevents it."""
     for pause in PAUSES if WINDOWS else ():
         with contextlib.suppress(PermissionError):
             move()
@@ -101,13 +107,13 @@ def _retried(move: Callable[[], object]) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Wait until the content of a file is on the disk."""
+    """Flush the content of a file to the disk."""
     with path.open("r+b") as file:  # Windows refuses to sync what is open for reading only
         os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until the names in a folder are on the disk; Windows offers no way to ask for it."""
+    """Flush the names in a folder to the disk; Windows offers no way to do so."""
     if WINDOWS:
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -118,13 +124,13 @@ def sync_folder(path: Path) -> None:
 
 
 def sync_all() -> None:
-    """Wait until everything written is on the disk, if the system can be asked for it."""
+    """Flush everything to the disk, if the system offers a way to do so."""
     if hasattr(os, "sync"):
         os.sync()
 
 
 def cpu_facts() -> dict[str, str]:
-    """Return what the system says of its first processor, by the kernel's names; nothing where it has no /proc."""
+    """Return the properties of the first CPU by their names in /proc/cpuinfo; empty without /proc."""
     facts: dict[str, str] = {}
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -141,24 +147,24 @@ def cores() -> int:
 
 
 def quoted(path: Path) -> str:
-    """Return a path as a shell of this system takes it."""
+    """Return a path quoted for a shell of this system."""
     return subprocess.list2cmdline([str(path)]) if WINDOWS else shlex.quote(str(path))
 
 
 def is_broken_pipe(error: Exception) -> bool:
-    """Return whether an error says that nobody reads a stream any more, for which Windows has no number of its own."""
+    """Return whether an error means that a stream has no reader any more; Windows has no error number for it."""
     if WINDOWS and isinstance(error, OSError) and error.errno == errno.EINVAL:
-        return error.filename is None  # or it is a name that Windows does not take
+        return error.filename is None  # with a file name, it means that Windows does not accept the name
     return isinstance(error, BrokenPipeError)
 
 
 def ending_signals() -> list[signal.Signals]:
-    """Return the signals, besides that of Ctrl-C, by which this system asks a program to end."""
+    """Return the signals, besides that of Ctrl-C, that ask a program to end on this system."""
     return [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
 
 
 def loader_start() -> str | None:
-    """Return how to start the processes that load images; None for the system's own way.
+    """Return the start method for processes that load images; None for the default.
 
     On Linux they are forked, so that they share decoded images, although Python 3.14 has another default. A program
     that has chosen to spawn its processes keeps its choice.
@@ -167,7 +173,7 @@ def loader_start() -> str | None:
 
 
 def safe_name(text: str, longest: int = 100, otherwise: str = "unnamed") -> str:
-    """Return a short name for a file or folder that every file system takes.
+    """Return a short name for a file or folder that is valid on every file system.
 
     >>> safe_name("projection.energy .9, space: union"), safe_name("Aux.txt"), safe_name("...", otherwise="point")
     ('projection.energy-.9_space--union', '_Aux.txt', 'point')

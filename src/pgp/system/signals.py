@@ -16,20 +16,20 @@ STOPPING = "\npgp: stopping after this step, or after the evaluation of this tas
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asks the program to end; the message says where it stands and how to go on."""
+    """A signal asked the program to end. The message says what was done and how to resume."""
 
     def __init__(self, number: int, message: str = "", *, agreed: bool = False) -> None:
         super().__init__(number, message)
         self.number, self.message = number, message
         self.agreed = agreed
-        """Whether all processes of a run stop together."""
+        """Whether all processes of the run agreed to stop at the same step."""
 
     def __str__(self) -> str:
         return self.message
 
 
 def describe(number: int) -> str:
-    """Return a signal in words.
+    """Return a description of a signal.
 
     >>> describe(signal.SIGINT), describe(signal.SIGTERM)
     ('interrupted', 'stopped by SIGTERM')
@@ -38,7 +38,7 @@ def describe(number: int) -> str:
 
 
 class _Handler:
-    """A signal handler of ours, to be told from those of others."""
+    """A signal handler of pgp, which can be distinguished from those of other libraries."""
 
     def __init__(self, act: Callable[[int], None]) -> None:
         self.act = act
@@ -49,7 +49,7 @@ class _Handler:
 
 @contextlib.contextmanager
 def handled_by(act: Callable[[int], None]) -> Iterator[None]:
-    """Call `act` with the number of a signal that asks the program to end, within the block.
+    """Call `act` with the signal number if a signal asks the program to end inside the `with` block.
 
     Signals that are ignored (`nohup`), or that somebody else handles, are left alone. So are all of them in another
     thread than the main one, which alone can handle signals.
@@ -71,22 +71,22 @@ def handled_by(act: Callable[[int], None]) -> Iterator[None]:
 
 
 def end_at_once(number: int) -> None:
-    """Raise `Interrupted`; a handler."""
+    """Raise `Interrupted`. This is a signal handler."""
     raise Interrupted(number)
 
 
 class StopRequest:
-    """A handler that remembers the first signal and ends at once by the second."""
+    """A signal handler that records the first signal, and ends the program at the second."""
 
     def __init__(self) -> None:
         self.number: int | None = None
-        """The first signal; None if there was none."""
+        """The first signal, or None if there was none."""
 
     def __call__(self, number: int) -> None:
-        """Take a signal."""
+        """Handle a signal."""
         if self.number is not None:
             raise Interrupted(number)
         self.number = number
         if not distributed.is_child_process() and multiprocessing.parent_process() is None:
             with contextlib.suppress(OSError):
-                os.write(2, STOPPING.encode())  # a print could be inside another one
+                os.write(2, STOPPING.encode())  # print is not safe in a signal handler

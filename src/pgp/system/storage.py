@@ -1,4 +1,4 @@
-"""Files of a run on disk: only regular files are read, every file is written whole, and errors name path and cause."""
+"""Files of a run on disk: only regular files are read, writing is atomic, and errors name path and cause."""
 
 from __future__ import annotations
 
@@ -16,9 +16,13 @@ from typing import Any
 from pgp.system import platforms
 
 LARGEST = 1 << 30
-"""Bytes of the largest text or JSON file that is read; no run writes a larger one."""
+"""Maximum size in bytes of a text or JSON file that is read; no run writes larger ones."""
+
+
 DIGEST = "sha256"
-"""Key under which a sealed JSON file carries the digest of everything else in it."""
+"""Key of the digest in a sealed JSON file; the digest is that of the rest of the file."""
+
+
 KINDS = {
     stat.S_IFDIR: "a folder",
     stat.S_IFLNK: "a link",
@@ -38,22 +42,22 @@ ADVICE = {
     errno.ENAMETOOLONG: "choose a shorter path",
     errno.EMFILE: "allow more open files, see ulimit -n",
 }
-"""What to do about an error of the system, by its number."""
+"""Advice for errors of the operating system, by error number."""
 
 
 class RunError(RuntimeError):
-    """A run folder that cannot be used, or a run that had to stop; the message says what to do."""
+    """A run folder that cannot be used, or a run that had to stop. The message says what to do."""
 
 
 def write_error(action: str, path: Path, error: OSError) -> RunError:
-    """Return the error to raise when the system refuses `action` on `path`: with its cause, and what to do about it."""
+    """Return the error for a failed `action` on `path`, with its cause and advice."""
     advice = ADVICE.get(error.errno or 0)
     return RunError(f"cannot {action} {path}: {error.strerror or error}" + (f": {advice}" if advice else ""))
 
 
 @contextlib.contextmanager
 def advised(advice: str, what: str = "") -> Iterator[None]:
-    """Add to the message of an error of the block what was to be done, in front, and what to do about it."""
+    """Add `what` before and `advice` after the message of a RunError inside a `with` block."""
     try:
         yield
     except RunError as error:
@@ -61,7 +65,7 @@ def advised(advice: str, what: str = "") -> Iterator[None]:
 
 
 def exists(path: Path) -> bool:
-    """Return whether anything is at `path`, be it a link that leads nowhere."""
+    """Return whether anything exists at `path`, including a broken link."""
     return os.path.lexists(path)
 
 
@@ -76,7 +80,7 @@ def require_folder(path: Path) -> Path:
 
 
 def require_file(path: Path) -> None:
-    """Raise unless a regular file is at `path`, which is not opened.
+    """Raise if there is no regular file at `path`. The file is not opened.
 
     Raises:
         RunError: If there is none, or only a link to one.
@@ -85,7 +89,7 @@ def require_file(path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, unless it is there.
+    """Create a folder if it does not exist.
 
     Raises:
         RunError: If the system refuses, or there is something else, such as a link to a folder.
@@ -100,14 +104,14 @@ def make_folder(path: Path) -> None:
 
 
 def read(path: Path, largest: int = LARGEST) -> bytes:
-    """Return the content of a regular file. Links are not followed, and what would block is never opened.
+    """Return the content of a regular file. Links are not followed, and pipes and devices are not opened.
 
     Raises:
         RunError: If there is none, it is something else, is larger than `largest`, or cannot be read.
     """
     _require_kind(path, stat.S_IFREG, "a file")
     try:
-        with open(path, "rb", opener=_without_links) as file:  # Path.open takes no opener
+        with open(path, "rb", opener=_without_links) as file:  # Path.open has no argument for an opener
             _require_regular(path, file.fileno())
             if (size := os.fstat(file.fileno()).st_size) > largest:
                 raise RunError(f"{path} has {size:,} bytes, more than the {largest:,} that it may have: restore it")
@@ -124,12 +128,12 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(read(path))
-    except (ValueError, RecursionError) as error:  # also of bytes that are no UTF-8
+    except (ValueError, RecursionError) as error:  # also raised for bytes that are not UTF-8
         raise RunError(f"{path} is damaged, it holds no readable JSON: {error}") from error
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """Write a file whole or not at all, text in UTF-8. A link at `path` is replaced, not followed.
+    """Write a file atomically, text in UTF-8. A link at `path` is replaced, not followed.
 
     Raises:
         RunError: If the system refuses.
@@ -145,7 +149,7 @@ def write(path: Path, content: bytes | str) -> None:
 
 
 def append(path: Path, lines: str) -> None:
-    """Append whole lines to a text file, which is made if it is missing; a last line that was cut off is ended first.
+    """Append lines to a text file, which is created if it is missing. An incomplete last line is ended first.
 
     Raises:
         RunError: If there is something else than a regular file, or the system refuses.
@@ -169,12 +173,12 @@ def digest(content: bytes | str) -> str:
 
 
 def _bytes(content: bytes | str) -> bytes:
-    """Return text in UTF-8, with a question mark for what has no place in it, such as half of a file's name."""
+    """Encode text as UTF-8, with a question mark for characters that cannot be encoded."""
     return content.encode(errors="replace") if isinstance(content, str) else content
 
 
 def sealed(tree: dict[str, Any]) -> dict[str, Any]:
-    """Return `tree` as JSON values, with the digest of its content for `read_sealed` to check."""
+    """Return `tree` as JSON values with a digest of its content, which `read_sealed` checks."""
     plain: dict[str, Any] = json.loads(json.dumps(tree))  # keys as strings, which sort otherwise than numbers
     return {**plain, DIGEST: digest(json.dumps(plain, sort_keys=True))}
 
@@ -200,14 +204,14 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete a folder with everything in it, as far as the system lets it; a link to one is left alone."""
+    """Delete a folder and its content as far as the system permits; a link to a folder is not followed."""
     shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Delete the unfinished files in `folder` that no living process is writing."""
+    """Delete the unfinished files in `folder` whose process no longer runs."""
     for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
-        with contextlib.suppress(OSError):  # who wrote it may have renamed it by now
+        with contextlib.suppress(OSError):  # its process may have renamed it in the meantime
             if platforms.is_abandoned(path) and not path.is_dir():
                 path.unlink()
 
@@ -222,7 +226,7 @@ def _require_kind(path: Path, kind: int, what: str) -> None:
 
 
 def _require_regular(path: Path, descriptor: int) -> None:
-    """Raise unless what was opened is a regular file: it may have been exchanged since it was looked at."""
+    """Raise if an opened file is not regular; it may have been replaced since it was checked."""
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         raise RunError(f"expected a file at {path}, got something else: put back what pgp wrote there")
 
