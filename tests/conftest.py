@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from pathlib import Path
 
@@ -46,6 +48,11 @@ def _quick_figures(request, monkeypatch):
 
 def golden(name: str) -> dict[str, torch.Tensor]:
     """Arrays of the published code, in float64; see ../shared/goldens."""
+    return {key: array.clone() for key, array in _golden_arrays(name).items()}
+
+
+@functools.cache
+def _golden_arrays(name: str) -> dict[str, torch.Tensor]:
     with np.load(GOLDENS / name) as arrays:
         return {key: torch.from_numpy(arrays[key]) for key in arrays.files if arrays[key].dtype.kind != "U"}
 
@@ -80,6 +87,11 @@ def columns(projector):
 
 def golden_clip(dtype: torch.dtype = torch.float64) -> CLIP:
     """The tiny CLIP of the goldens: 32 px, patch 8, 3 layers of width 64 in both towers."""
+    return CLIP(copy.deepcopy(_golden_clip_model())).to(dtype)
+
+
+@functools.cache
+def _golden_clip_model() -> open_clip.CLIP:
     weights = golden("tiny_clip_weights.npz")
     ids, rows = weights.pop("token_embedding.used_ids").long(), weights.pop("token_embedding.used_rows")
     vision = {"image_size": 32, "layers": 3, "width": 64, "head_width": 64, "patch_size": 8}
@@ -88,4 +100,4 @@ def golden_clip(dtype: torch.dtype = torch.float64) -> CLIP:
     others = torch.randn(49408, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights["token_embedding.weight"] = others.index_copy(0, ids, rows)
     model.load_state_dict(weights)
-    return CLIP(model).to(dtype)
+    return model

@@ -60,6 +60,11 @@ def test_equals_open_clip_without_prompts():
     assert torch.equal(clip.project(clip.encode(images())), clip.model.encode_image(images()))
     tokens = clip.tokenize(["a photo of a dog.", "bees"])
     assert torch.equal(clip.encode_text(clip.embed_text(tokens), tokens), clip.model.encode_text(tokens))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_equals_the_published_architecture_without_prompts():
     model = open_clip.create_model("ViT-B-32", load_weights=False).double()
     torch.testing.assert_close(
         CLIP(model).project(CLIP(model).encode(images(2, 224))), model.encode_image(images(2, 224)), rtol=0, atol=1e-12

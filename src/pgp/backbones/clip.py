@@ -6,6 +6,7 @@ Any model of open_clip with a plain vision transformer and CLIP's own text trans
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -63,7 +64,6 @@ class CLIP(VisionLanguage):
         self.embed_dim, self.text_width = int(visual.proj.shape[1]), int(self._text.token_embedding.embedding_dim)
         self.context_length = int(self._text.positional_embedding.shape[0])
         self.logit_scale = float(model.logit_scale.detach().exp())
-        self._tokenizer = _open_clip().SimpleTokenizer(context_length=self.context_length)
         self.freeze()
         _check_towers(self)
 
@@ -146,10 +146,11 @@ class CLIP(VisionLanguage):
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """See `VisionLanguage.tokenize`."""
+        tokenizer = _tokenizer()
         for text in texts:
-            if len(self._tokenizer.encode(text)) > self.context_length - 2:
+            if len(tokenizer.encode(text)) > self.context_length - 2:
                 raise ValueError(f"expected texts of at most {self.context_length - 2} tokens, got {text!r}")
-        tokens: Tensor = self._tokenizer(list(texts))
+        tokens: Tensor = tokenizer(list(texts), self.context_length)
         return tokens
 
     def embed_text(self, tokens: Tensor) -> Tensor:
@@ -253,6 +254,12 @@ def _has(module: Any, name: str) -> bool:
 _NO_PREFIXES = "expected a method without prefixes: a CLIP encoder takes prompts only; choose --backbone vit"
 _VOCABULARY = 49408
 """Number of tokens of CLIP's byte-pair encoding."""
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    """Return CLIP's tokenizer, whose vocabulary takes 0.2 seconds to read."""
+    return _open_clip().SimpleTokenizer()
 
 
 def _open_clip() -> Any:
