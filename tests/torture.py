@@ -307,7 +307,7 @@ NAMES = [
     Case("a class with a tab and spaces around", lambda p: p.classes(names=("a\tb", " dog ")), "whole", ALL, "8"),
     Case("classes called -x and con", lambda p: p.classes(names=("-x", "con")), "whole", ALL, "8"),
     Case("a class of 255 bytes", lambda p: p.classes(names=("x" * 255, "dog")), "whole", ALL, "8"),
-    Case("cat and Cat", lambda p: p.classes(names=("cat", "Cat")), "whole", ALL, "8", "differ in case only"),
+    Case("cat and Cat", lambda p: p.classes(names=("cat", "Cat")), "whole", ALL, "8", "differ only in case"),
     Case("café in two forms, in two parts", lambda p: [p.classes("train", (NFC, "dog")), p.classes("test", (NFD, "dog"))], "whole", "8 + 8 of 2", "16"),
     Case("café in two forms, in one part", lambda p: p.classes(names=(NFC, NFD)), NONE, NONE, "8", "two folders"),
     Case("an image whose name is not UTF-8", beside(file(f"cat/{LATIN}.png", content_of("PNG"))), "whole", "7 + 2 of 2", "9"),

@@ -78,16 +78,16 @@ class Optimizer:
     def build(self, method: Method, batch_size: int) -> torch.optim.Optimizer:
         """Return a new optimizer for all trainable parameters of `method`.
 
-        The factor on the learning rate of each parameter group is stored in the group as `share`.
+        The factor on the learning rate of each parameter group is stored in the group as `lr_scale`.
         """
         lr, trainable = self.rate(0, 1, batch_size), [p for p in method.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": trainable, "share": 1.0}]
+        groups: list[dict[str, Any]] = [{"params": trainable, "lr_scale": 1.0}]
         if self.prompt_lr_scale != 1:
             prompt_ids = {id(parameter) for parameter in method.prompt_parameters()}
             head = [p for p in trainable if id(p) not in prompt_ids]
             prompts = [p for p in trainable if id(p) in prompt_ids]
-            groups = [{"params": head, "share": 1.0}, {"params": prompts, "share": self.prompt_lr_scale}]
-            groups = [group | {"lr": lr * group["share"]} for group in groups if group["params"]]
+            groups = [{"params": head, "lr_scale": 1.0}, {"params": prompts, "lr_scale": self.prompt_lr_scale}]
+            groups = [group | {"lr": lr * group["lr_scale"]} for group in groups if group["params"]]
         if self.name == "sgd":
             return torch.optim.SGD(groups, lr, momentum=self.momentum, weight_decay=self.weight_decay)
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
@@ -96,7 +96,7 @@ class Optimizer:
     def set_rate(self, optimizer: torch.optim.Optimizer, step: int, steps: int, batch_size: int) -> None:
         """Set the learning rate of each parameter group of `optimizer` for `step` of `steps`."""
         for group in optimizer.param_groups:
-            group["lr"] = self.rate(step, steps, batch_size) * group["share"]
+            group["lr"] = self.rate(step, steps, batch_size) * group["lr_scale"]
 
     def rate(self, step: int, steps: int, batch_size: int) -> float:
         """Return the learning rate at `step` of `steps`."""

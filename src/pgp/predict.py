@@ -21,7 +21,7 @@ from pgp.rng import make_generator
 from pgp.runs.checkpoint import reading
 from pgp.runs.run import Run
 from pgp.subspace import float64_device
-from pgp.system.paths import Place, as_path
+from pgp.system.paths import StrPath, as_path
 
 
 class Prediction(NamedTuple):
@@ -47,7 +47,7 @@ class Predictor:
         ValueError: If the run has no such readout, or the machine no such device.
     """
 
-    def __init__(self, run: Run | Place, readout: str | None = None, device: str | None = None) -> None:
+    def __init__(self, run: Run | StrPath, readout: str | None = None, device: str | None = None) -> None:
         run = run if isinstance(run, Run) else Run.open(as_path(run, "a run folder"))
         config, name = run.config, run.latest_finished()
         state = run.load(name, {"backbone", "method", "readouts"})
@@ -79,7 +79,7 @@ class Predictor:
         """Names of the classes learned so far."""
 
     @torch.no_grad()
-    def probabilities(self, images: Sequence[Place | Tensor]) -> Tensor:
+    def probabilities(self, images: Sequence[StrPath | Tensor]) -> Tensor:
         """Return the probabilities `(B, len(classes))` of images, in the order of `classes`.
 
         Args:
@@ -106,7 +106,7 @@ class Predictor:
         """Return a context with the precision of the run."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
-    def __call__(self, images: Sequence[Place | Tensor], top: int = 1) -> list[Prediction]:
+    def __call__(self, images: Sequence[StrPath | Tensor], top: int = 1) -> list[Prediction]:
         """Return the `top` most probable classes of each image; see `probabilities`."""
         if top < 1:
             raise ValueError(f"expected top of at least 1, got {top}")
@@ -117,7 +117,7 @@ class Predictor:
         ]
 
     def predict_paths(
-        self, paths: Sequence[Place], top: int = 1, batch_size: int = 32
+        self, paths: Sequence[StrPath], top: int = 1, batch_size: int = 32
     ) -> Iterator[tuple[Path, Prediction | BadImageError]]:
         """Yield each path with the prediction for its image, or with the error if it cannot be read."""
         if isinstance(paths, str | os.PathLike):
@@ -138,8 +138,8 @@ def _image_or_error(path: Path) -> Tensor | BadImageError:
         return error
 
 
-def _file(place: Place) -> Path:
-    return as_path(place, "an image")
+def _file(path: StrPath) -> Path:
+    return as_path(path, "an image")
 
 
 def _checked(image: Tensor) -> Tensor:
@@ -160,21 +160,21 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def images_in(places: Iterable[Place], ignored_files: list[Ignored] | None = None) -> list[Path]:
-    """Return the files among `places` and all images below the folders among them, each path once.
+def images_in(files_or_folders: Iterable[StrPath], ignored_files: list[Ignored] | None = None) -> list[Path]:
+    """Return the files among `files_or_folders` and all images below the folders among them, each path once.
 
     Images of a folder are sorted alphabetically.
 
     Args:
-        places: Files and folders.
+        files_or_folders: Paths of images, and of folders of them.
         ignored_files: List to which files ignored in folders are added, if not None.
 
     Raises:
-        ValueError: If a place does not exist.
+        ValueError: If a path does not exist.
     """
     paths: dict[Path, None] = {}
-    for place in places:
-        path = as_path(place, "an image or a folder of images")
+    for file_or_folder in files_or_folders:
+        path = as_path(file_or_folder, "an image or a folder of images")
         if path.is_dir():
             ignored = Ignored(path)
             paths |= dict.fromkeys(images_below(path, ignored))

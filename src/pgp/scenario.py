@@ -145,22 +145,22 @@ def split_by_domain(train_labels: Tensor, train_domains: Tensor, test_domains: T
     return Scenario(tuple(tasks))
 
 
-def stratified_holdout(strata: Tensor, share: float, seed: int) -> Tensor:
+def stratified_holdout(strata: Tensor, fraction: float, seed: int) -> Tensor:
     """Return which images are held out for testing, bool `(n,)`.
 
     Args:
         strata: Stratum of each image, `(n,)`, such as its label. Each stratum needs at least 2 images.
-        share: Fraction of each stratum to hold out, in (0, 1); at least one image, and never all of them.
+        fraction: Fraction of each stratum to hold out, in (0, 1); at least one image, and never all of them.
         seed: Decides which images are held out.
 
-    >>> stratified_holdout(torch.tensor([0, 0, 0, 0, 1, 1]), share=0.5, seed=0).tolist()
+    >>> stratified_holdout(torch.tensor([0, 0, 0, 0, 1, 1]), fraction=0.5, seed=0).tolist()
     [True, True, False, False, False, True]
     """
     held_out = torch.zeros(len(strata), dtype=torch.bool)
     for stratum in strata.unique().tolist():
         indices = (strata == stratum).nonzero().flatten()
         order = torch.randperm(len(indices), generator=make_generator(seed, "part", stratum))
-        count = min(len(indices) - 1, max(1, round(share * len(indices))))
+        count = min(len(indices) - 1, max(1, round(fraction * len(indices))))
         held_out[indices[order[:count]]] = True
     return held_out
 

@@ -19,7 +19,7 @@ from pgp.datasets.base import DatasetConfig
 from pgp.datasets.loader import Batch, SampleKey, batches
 from pgp.runs.run import Run
 from pgp.scenario import Task
-from pgp.system.paths import Place
+from pgp.system.paths import StrPath
 from pgp.training import start
 from pgp.training.health import StepHealth, check_finite
 from pgp.training.observe import fit_readout, observe_after_training, observe_before_training
@@ -29,7 +29,7 @@ from pgp.training.stop import is_asked_to_stop, stop_after, stop_within
 from pgp.training.tasks import training_batches
 
 
-def train(config: Config, output: Place | None = None, progress: Progress | None = None) -> Run:
+def train(config: Config, output: StrPath | None = None, progress: Progress | None = None) -> Run:
     """Learn all tasks of `config`, and leave the run in `output`.
 
     Args:
@@ -52,14 +52,14 @@ def train(config: Config, output: Place | None = None, progress: Progress | None
 
 
 def resume(
-    folder: Place,
+    folder: StrPath,
     hardware: Hardware | None = None,
     progress: Progress | None = None,
-    add: DatasetConfig | Place | None = None,
+    add: DatasetConfig | StrPath | None = None,
     on_bad_image: Literal["error", "skip"] | None = None,
     *,
     drop: bool = False,
-    data: Sequence[Place] = (),
+    data: Sequence[StrPath] = (),
 ) -> Run:
     """Resume the run in `folder` from its latest checkpoint. On the same CPU the result is bitwise the same.
 
@@ -78,7 +78,7 @@ def resume(
 
     Raises:
         ValueError: If `add` does not fit.
-        RunError: If the run cannot go on: its data have changed, tasks before `add` are not finished, or another
+        RunError: If the run cannot be resumed: its data have changed, tasks before `add` are not finished, or another
             process writes to it.
         Interrupted: If a signal asks for it, such as Ctrl-C. The state is saved first.
     """
@@ -98,7 +98,7 @@ def fit(session: Session, state: TrainState) -> Run:
 
 
 def fit_task(session: Session, state: TrainState, task: Task) -> None:
-    """Train on one task, from the step at which the run stands."""
+    """Train on one task, from the step that the run has reached."""
     config = session.config
     if state.step == 0:
         begin_task(session, state, task)

@@ -75,7 +75,7 @@ def test_what_a_flag_means_depends_on_the_method_and_the_encoder():
     [
         (["--task_inc", "yes"], "expected --task-inc True or --task-inc False, got 'yes'"),
         (["--pgp", "0"], "expected --pgp True or --pgp False, got '0'"),
-        (["--model", "--eval_batch_size"], "expected a value behind --model, got none"),
+        (["--model", "--eval_batch_size"], "expected a value after --model, got none"),
         (["--lr", "0.1", "--method", "clip", "--backbone", "demo-clip"], "--optimizer.first-lr for CLIP"),
         (["--device", "cuda:1"], "expected --device cuda or cpu, got 'cuda:1'; set CUDA_VISIBLE_DEVICES"),
         (["--top_k", "1", "--method", "head-only"], "--top-k means nothing to HeadOnly, which has no such flags"),

@@ -263,7 +263,7 @@ def test_a_server_that_breaks_for_ever_after_a_little(tape, server, tmp_path, mo
     monkeypatch.setattr(transfer, "ATTEMPTS", 7)
     server.breaks = [10] * 500
     with pytest.raises(
-        ArchiveError, match=r"toy\.tgz \(.*, and it is not whole after 7 requests\); 70 bytes of it are"
+        ArchiveError, match=r"toy\.tgz \(.*, and the file is not complete after 7 requests\); 70 bytes of it are"
     ):
         unpacked(tape, tmp_path / "data")
     server.breaks = []
@@ -274,7 +274,7 @@ def test_a_server_that_breaks_for_ever_after_a_little(tape, server, tmp_path, mo
 def test_a_server_without_ranges_that_breaks_for_ever(tape, server, tmp_path):
     server.ranges, server.breaks = False, [200_000, 400_000] * 50
     with pytest.raises(
-        ArchiveError, match=r"the server has broken off 4 times, and does not go on from where it stopped"
+        ArchiveError, match=r"the server has broken off 4 times, and cannot continue from where it stopped"
     ):
         unpacked(tape, tmp_path / "data")
     assert len(server.requests) == 5

@@ -302,7 +302,7 @@ def test_a_log_counts_as_it_was_when_the_checkpoint_was_written(run):
     with pytest.raises(RunError, match="restore it, or move it away"):  # the next checkpoint would vouch for it
         run.accept_config(CheckpointName(1))
     path.unlink()
-    with pytest.warns(UserWarning, match="is missing: what it told of training is left out"):
+    with pytest.warns(UserWarning, match="is missing: its record of training is left out"):
         assert run.events("task") == []
     with pytest.warns(UserWarning, match="is missing"):
         run.accept_config(CheckpointName(1))  # a new log begins

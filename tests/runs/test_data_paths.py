@@ -129,10 +129,10 @@ def test_other_data_are_refused(run, capsys, command):
     shutil.copytree("new", "other")
     Path("other/ant/0.png").unlink()
     assert "expected the data that run began with, but" in fails(capsys, command, "run", "--data", "other")
-    assert "at most 1 places by --data" in fails(capsys, command, "run", "--data", "new", "--data", "new")
+    assert "at most 1 paths with --data" in fails(capsys, command, "run", "--data", "new", "--data", "new")
 
 
-def test_places_are_those_of_every_data_set_in_order(tmp_path):
+def test_paths_are_those_of_every_data_set_in_order(tmp_path):
     known = config(tmp_path / "a", added=(Manifest(tmp_path / "b.csv"), HuggingFace(str(tmp_path / "c"))))
     now = with_data_paths(known, ["x", "y.csv", "hf:z"])
     assert now.dataset == Folder(Path("x").absolute(), test_share=0.5)

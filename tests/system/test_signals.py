@@ -76,7 +76,7 @@ def ends(capfd, *words):
 
 
 def test_saves_where_training_stands_and_goes_on_bitwise(whole, monkeypatch, capfd):
-    how = f"go on by pgp train --resume {shlex.quote(FOLDER)}"
+    how = f"resume with pgp train --resume {shlex.quote(FOLDER)}"
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     stops = [
         ("train_step", 6, signal.SIGTERM, "stopped by SIGTERM: step 2 of task 2 of 3 is saved"),
@@ -105,7 +105,7 @@ def test_a_second_signal_ends_at_once(monkeypatch, capfd):
     code, told = ends(capfd, "demo", "--output", FOLDER)
     assert code == 143
     saved = Path(FOLDER) / "checkpoints" / "task-01"
-    assert told.startswith(f"pgp: stopped by SIGTERM: what was learned since {saved} is lost; go on by")
+    assert told.startswith(f"pgp: stopped by SIGTERM: what was learned since {saved} is lost; resume with")
 
 
 def test_a_projection_that_cannot_be_saved_inside_a_task_says_so(monkeypatch, capfd):
@@ -113,7 +113,7 @@ def test_a_projection_that_cannot_be_saved_inside_a_task_says_so(monkeypatch, ca
     interrupted(monkeypatch, "train_step", 6, signal.SIGTERM)
     code, told = ends(capfd, "demo", "--output", FOLDER)
     assert code == 143
-    assert "this projection cannot be saved inside a task, so that task 2 of 3 begins anew; go on by" in told
+    assert "this projection cannot be saved inside a task, so that task 2 of 3 begins anew; resume with" in told
     assert Run.open(Path(FOLDER)).latest_checkpoint() == "task-01"
 
 
@@ -204,5 +204,5 @@ def test_several_processes_stop_together(tmp_path, sign, to_all):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 128 + sign, err
     assert "Traceback" not in err
-    assert err.count("of task 1 of 3 is saved; go on by pgp train --resume run") == 1
+    assert err.count("of task 1 of 3 is saved; resume with pgp train --resume run") == 1
     assert "-step-" in Run.open(tmp_path / "run").latest_checkpoint()

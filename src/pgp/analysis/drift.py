@@ -44,8 +44,8 @@ class Drift(NamedTuple):
 
     def at(self, indices: Tensor) -> Drift:
         """Return the rows of these images, in their order. All of them must be present."""
-        places = torch.searchsorted(self.indices, indices)
-        return Drift(*(None if each is None else each[places] for each in self))  # type: ignore[arg-type]
+        positions = torch.searchsorted(self.indices, indices)
+        return Drift(*(None if each is None else each[positions] for each in self))  # type: ignore[arg-type]
 
 
 class DriftMeter:

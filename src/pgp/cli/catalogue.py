@@ -74,7 +74,7 @@ def _location(dataset: DatasetConfig) -> str:
         return "on the hub, or at the path that --dataset.name gives"
     if not dataset.search_paths:
         return "needs no files"
-    found = next((place for place in dataset.search_paths if place.exists()), None)
+    found = next((path for path in dataset.search_paths if path.exists()), None)
     if found is not None and dataset.archives:
         return f"found at {found}"
     paths = ", ".join(map(str, dataset.search_paths))

@@ -86,7 +86,7 @@ def _explained(error: Exception) -> tuple[str, int]:
     """Return the message of an error for the user, and the exit status."""
     message = str(error) or type(error).__name__
     if isinstance(error, RuntimeError) and distributed.is_distributed() and LOST.search(message):
-        return "another process of this run ended, which this one waited for: what it said stands above", 2
+        return "another process of this run ended while this one waited for it; its message is above", 2
     if isinstance(error, RecursionError):
         return f"expected data of a few levels, got something nested too deeply ({message})", 2
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in message:

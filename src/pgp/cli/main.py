@@ -249,14 +249,14 @@ def report_command(words: list[str]) -> None:
         raise ValueError("expected run folders, got none: pgp report RUN …")
     runs = [Run.open(folder) for folder in command.runs]
     output = command.output or (runs[0].folder if len(runs) == 1 else Path())
-    check_outside(output, [place for run in runs for place in _places(run.config)])
+    check_outside(output, [path for run in runs for path in _data_paths(run.config)])
     make_output(output)
     show.show_report(runs, output)
 
 
-def _places(config: Config) -> list[Path]:
+def _data_paths(config: Config) -> list[Path]:
     """Return the paths of all data of a run."""
-    return [place for data in (config.dataset, *config.added) for place in data.search_paths]
+    return [path for data in (config.dataset, *config.added) for path in data.search_paths]
 
 
 def sweep_command(words: list[str]) -> None:
@@ -320,7 +320,7 @@ def data_command(words: list[str]) -> None:
 def _get(config: Config) -> None:
     config.dataset.fetch()
     data = config.dataset.read()
-    where = next((f", at {place}" for place in config.dataset.search_paths if place.exists()), "")
+    where = next((f", at {path}" for path in config.dataset.search_paths if path.exists()), "")
     show.show_lines(
         f"found {len(data.train):,} training and {len(data.test):,} test images of {data.classes:,} classes{where}"
     )

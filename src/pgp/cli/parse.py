@@ -128,8 +128,8 @@ def _choose_components(config: Config, words: list[str]) -> Config:
             config = replace(config, **{field: value})
         if field == "projection" and isinstance(config.projection, ReleasedBasis.Config):
             config = replace(config, projection=recipes.published_basis(config.method))
-    if places := flag_values(words, "--data"):  # the recipe's number of tasks is for its own data
-        config = replace(config, dataset=dataset_from_path(places[-1]), tasks=None)
+    if paths := flag_values(words, "--data"):  # the recipe's number of tasks is for its own data
+        config = replace(config, dataset=dataset_from_path(paths[-1]), tasks=None)
     return config
 
 
@@ -220,7 +220,7 @@ def label_choices(choices: Sequence[Mapping[str, str]], configs: Sequence[Config
 
 def _value(config: Config, path: str, text: str) -> Any:
     """Return the value at a path of the configuration if it is plain (.9 and 0.90 are the same), else its text."""
-    place: Any = config
+    value: Any = config
     for part in path.split("."):
-        place = place[int(part)] if part.isdecimal() else getattr(place, part, None)
-    return place if isinstance(place, bool | int | float | str) else text
+        value = value[int(part)] if part.isdecimal() else getattr(value, part, None)
+    return value if isinstance(value, bool | int | float | str) else text

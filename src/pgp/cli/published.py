@@ -66,14 +66,14 @@ MODELS: dict[type, dict[str, tuple[str, ...]]] = {
         "ViT-B/16": ("--backbone.model", "ViT-B-16-quickgelu", "--backbone.weights", "openai"),
     },
 }
-"""Models that the published `--model` stands for, by encoder."""
+"""Values of the published `--model`, and the encoder that each selects."""
 
 
 def translate_flags(words: Sequence[str], config: Config) -> list[str]:
     """Return `words` with every published flag translated to ours; other words do not change.
 
     Args:
-        words: Arguments behind the recipe's name.
+        words: Arguments after the recipe's name.
         config: The recipe's configuration, whose method and encoder decide what some flags mean.
 
     Raises:
@@ -100,7 +100,7 @@ def translate_flags(words: Sequence[str], config: Config) -> list[str]:
 
 
 def explain_model_flag(words: Sequence[str], config: Config) -> str | None:
-    """Return a note on the weights that `--model` among `words` stands for, or None if it is not needed."""
+    """Return a note on the weights that `--model` in `words` selects, or None if none is needed."""
     for _, name, value in _pairs(words):
         if name == "model" and value in MODELS.get(type(config.backbone), {}):
             return f"--model {value} is {' '.join(_model(value, config)[1::2])}, the published weights"
@@ -112,17 +112,17 @@ def find_latest_run(asked: Config, words: Sequence[str], folder: Path) -> tuple[
 
     Args:
         asked: The recipe's configuration under all flags.
-        words: These flags; those that only say how to evaluate, and where the data lie, are free.
-        folder: Where it lies, or in the folders in there, or in those that stand in for it, `folder-2`, ….
+        words: These flags. Flags for the evaluation and for the path of the data are not compared.
+        folder: The run, or a folder of runs. Runs in `folder-2`, `folder-3`, ... are searched as well.
 
     Raises:
         RunError: If there is none.
     """
     asked = resolve_paths(asked)
-    stands_in = re.compile(re.escape(folder.name) + r"-\d+")
-    twins = [place for place in folder.parent.iterdir() if stands_in.fullmatch(place.name)]
-    places = [place for base in (folder, *twins) if base.is_dir() for place in (base, *base.iterdir())]
-    found, unusable = _runs_of(asked.name, places)
+    numbered = re.compile(re.escape(folder.name) + r"-\d+")
+    siblings = [one for one in folder.parent.iterdir() if numbered.fullmatch(one.name)]
+    folders = [one for base in (folder, *siblings) if base.is_dir() for one in (base, *base.iterdir())]
+    found, unusable = _runs_of(asked.name, folders)
     if not found:
         why = f"{unusable[0]}; or " if unusable else ""
         raise RunError(f"no finished task of {asked.name} in {folder}: {why}train it first, by python main.py"
@@ -169,17 +169,17 @@ def _other(asked: Config, trained: Config, given: set[str]) -> list[str]:
 
 def _lookup_path(config: Config, name: str) -> Any:
     """Return the setting that a flag changes, such as `optimizer.lr`, or None if it changes none."""
-    place: Any = config
+    value: Any = config
     for part in name.replace("-", "_").split("."):
-        place = place[int(part)] if part.isdecimal() else getattr(place, part, None)
-    return place
+        value = value[int(part)] if part.isdecimal() else getattr(value, part, None)
+    return value
 
 
 def export_checkpoints(run: Run) -> list[Path]:
     """Write `checkpoint/task{N}_checkpoint.pth` in the run folder, one for each checkpoint of a finished task.
 
     Each holds `{"model": learned tensors by name, "task": N}` for `torch.load`; ours, in `checkpoints/`, hold more and
-    are the ones that runs go on from.
+    are those from which runs are resumed.
     """
     left, folder = [], run.folder / "checkpoint"
     for name in run.checkpoints.finished():
@@ -212,7 +212,7 @@ def _pairs(words: Sequence[str]) -> Iterator[tuple[list[str], str, str | None]]:
 
 def _given(name: str, value: str | None) -> str:
     if value is None:
-        raise ValueError(f"expected a value behind --{name}, got none")
+        raise ValueError(f"expected a value after --{name}, got none")
     return value
 
 

@@ -315,41 +315,42 @@ def write_audit(
     _write_result(run, "audit.json", lambda: storage.write(run.folder / "audit.json", audit.to_json(findings, bounds)))
 
 
-def _show_table(title: str, names: Sequence[str], figures: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of names and numbers: in one table, or on a terminal in as many as its width needs.
+def _show_table(title: str, labels: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of labels and numbers under these headings: one table, or several where a terminal is too narrow.
 
-    Numbers are never broken over two lines, names only if they take more than half of the width.
+    Numbers are never broken over two lines, labels only if they take more than half of the width.
     """
     width = _console().width
-    words, widths = _column_widths(names, figures, rows)
+    words, widths = _column_widths(labels, numbers, rows)
     room = width - min(sum(words), width // 2)
     show_lines(title)
     start = 0
-    while start < len(figures):
+    while start < len(numbers):
         stop = start + 1
-        while stop < len(figures) and sum(widths[start : stop + 1]) <= room:
+        while stop < len(numbers) and sum(widths[start : stop + 1]) <= room:
             stop += 1
         table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        for heading in names:
+        for heading in labels:
             table.add_column(printable(heading), overflow="fold")
-        for place in range(start, stop):
-            table.add_column(printable(figures[place]), justify="right", width=widths[place] - GAP)
+        for column in range(start, stop):
+            table.add_column(printable(numbers[column]), justify="right", width=widths[column] - GAP)
         for row in rows:
-            table.add_row(*map(printable, (*row[: len(names)], *row[len(names) + start : len(names) + stop])))
+            table.add_row(*map(printable, (*row[: len(labels)], *row[len(labels) + start : len(labels) + stop])))
         show_rich(table)
         start = stop
 
 
 def _column_widths(
-    names: Sequence[str], figures: Sequence[str], rows: Sequence[Sequence[str]]
+    labels: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> tuple[list[int], list[int]]:
     """Return the width of each column of a table, including the gap after it; headings break at spaces."""
     cells = [
-        max((cell_len(printable(row[place])) for row in rows), default=0) for place in range(len(names) + len(figures))
+        max((cell_len(printable(row[column])) for row in rows), default=0)
+        for column in range(len(labels) + len(numbers))
     ]
-    words = [max(cell_len(printable(heading)), cells[place]) + GAP for place, heading in enumerate(names)]
+    words = [max(cell_len(printable(heading)), cells[column]) + GAP for column, heading in enumerate(labels)]
     widths = [
-        max(cells[place], *(cell_len(printable(word)) for word in heading.split())) + GAP
-        for place, heading in enumerate(figures, len(names))
+        max(cells[column], *(cell_len(printable(word)) for word in heading.split())) + GAP
+        for column, heading in enumerate(numbers, len(labels))
     ]
     return words, widths

@@ -112,12 +112,12 @@ def _proved(archive: Path, folder: str, members: Iterable[_Member]) -> list[_Mem
 
 
 def _write(member: _Member, target: Path) -> None:
-    place = target / member.path
+    path = target / member.path
     if member.kind == "folder":
-        place.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         return
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with member.open() as source, place.open("wb") as sink:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with member.open() as source, path.open("wb") as sink:
         shutil.copyfileobj(source, sink, CHUNK)
 
 

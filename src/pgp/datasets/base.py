@@ -167,7 +167,7 @@ class DatasetConfig(abc.ABC):
         paths = {name: value.expanduser().absolute() for name, value in values.items() if isinstance(value, Path)}
         return replace(self, **paths)
 
-    def relocated(self, place: str) -> DatasetConfig:
+    def relocated(self, path: str) -> DatasetConfig:
         """Return the same data set at another path.
 
         Raises:
@@ -175,8 +175,8 @@ class DatasetConfig(abc.ABC):
         """
         for one in fields(self):
             if one.name in ("root", "file"):
-                return replace(self, **{one.name: Path(place)})
-        raise ValueError(f"expected no --data for data that need no files, got {place}")
+                return replace(self, **{one.name: Path(path)})
+        raise ValueError(f"expected no --data for data that need no files, got {path}")
 
     def with_domains(self) -> DatasetConfig:
         """Return the same settings with domains, if the data set has a setting for them."""

@@ -82,26 +82,26 @@ def check_images(
     return IntegrityReport(found, config.expected, _without(data), tuple(bad), unreadable, data.messages())
 
 
-_Place = tuple[Split, int]
+_Location = tuple[Split, int]
 """An image: its split, and its number there."""
 
 
-def _images(data: Dataset) -> Iterator[_Place]:
+def _images(data: Dataset) -> Iterator[_Location]:
     for split in (data.train, data.test):
         yield from ((split, index) for index in range(len(split)))
 
 
-def _problem(place: _Place) -> tuple[_Place, str | None]:
+def _problem(location: _Location) -> tuple[_Location, str | None]:
     """Return an image and the error in reading it, or None if it can be read."""
-    split, index = place
+    split, index = location
     try:
         if isinstance(split, FileSplit):
             read_image(split.paths[index])  # past the memory, which is for training
         else:
             split.image(index)
     except BadImageError as error:
-        return place, str(error)
-    return place, None
+        return location, str(error)
+    return location, None
 
 
 def _without(data: Dataset) -> tuple[str, ...]:

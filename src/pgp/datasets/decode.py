@@ -50,7 +50,7 @@ def decode(source: Path | bytes) -> Image.Image:
     try:
         return _decode(source if isinstance(source, Path) else io.BytesIO(source))
     except Exception as error:
-        with contextlib.suppress(Exception):  # the first error says more
+        with contextlib.suppress(Exception):  # the first error is more precise
             if bare := without_metadata(source):
                 return _decode(io.BytesIO(bare))
         if isinstance(error, UnidentifiedImageError):
@@ -106,10 +106,10 @@ def _orientation_of_exif(exif: bytes) -> int | None:
     with contextlib.suppress(struct.error):
         (start,) = struct.unpack_from(f"{order}I", body, 4)
         (count,) = struct.unpack_from(f"{order}H", body, start)
-        for place in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind, number = struct.unpack_from(f"{order}HHI", body, place)
+        for offset in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, number = struct.unpack_from(f"{order}HHI", body, offset)
             if tag == _ORIENTATION and kind in _WHOLE_NUMBERS and number == 1:
-                (value,) = struct.unpack_from(f"{order}{_WHOLE_NUMBERS[kind]}", body, place + 8)
+                (value,) = struct.unpack_from(f"{order}{_WHOLE_NUMBERS[kind]}", body, offset + 8)
                 return int(value)
     return None
 
@@ -166,26 +166,26 @@ def without_metadata(source: Path | bytes) -> bytes | None:
 
 def _bare_jpeg(data: bytes) -> bytes:
     """Drop comments and application segments, except Exif with the orientation and Adobe's colour transform."""
-    kept, place = [data[:2]], 2
-    while data[place] == 0xFF and data[place + 1] != 0xDA:  # up to the start of the scan
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-        segment = data[place : place + 2 + length]
+    kept, offset = [data[:2]], 2
+    while data[offset] == 0xFF and data[offset + 1] != 0xDA:  # up to the start of the scan
+        marker, length = data[offset + 1], int.from_bytes(data[offset + 2 : offset + 4], "big")
+        segment = data[offset : offset + 2 + length]
         needed = segment[4:8] == b"Exif" if marker == 0xE1 else segment[4:9] == b"Adobe" and len(segment) >= 16
         if marker != 0xFE and (needed or not 0xE0 <= marker <= 0xEF):
             kept.append(segment)
-        place += 2 + length
-    return b"".join((*kept, data[place:]))
+        offset += 2 + length
+    return b"".join((*kept, data[offset:]))
 
 
 def _bare_png(data: bytes) -> bytes:
     """Drop all chunks that are not critical, except transparency and Exif."""
 
     def chunks() -> Iterator[bytes]:
-        place = 8
-        while place < len(data):
-            length = int.from_bytes(data[place : place + 4], "big")
-            yield data[place : place + 12 + length]
-            place += 12 + length
+        offset = 8
+        while offset < len(data):
+            length = int.from_bytes(data[offset : offset + 4], "big")
+            yield data[offset : offset + 12 + length]
+            offset += 12 + length
 
     return data[:8] + b"".join(one for one in chunks() if one[4:5].isupper() or one[4:8] in (b"tRNS", b"eXIf"))
 
@@ -250,9 +250,9 @@ def _kind_of(source: Path | bytes) -> str:
     start = _start_of(source).lower()
     if start[4:8] == b"ftyp" and start[8:12] in _BOXES:
         return f"it is {_BOXES[start[8:12]]}, which the installed Pillow cannot read: convert it to JPEG or PNG"
-    for kind, said in _KINDS.items():
+    for kind, name in _KINDS.items():
         if start == kind or (kind and start.lstrip().startswith(kind)):
-            return said
+            return name
     return f"it is damaged, or no image in one of the formats {', '.join(FORMATS)}"
 
 

@@ -1,6 +1,6 @@
 """Download and unpack published archives. Both are atomic, and both can be resumed after an interruption.
 
-What is not finished lies in `.pgp` in the data folder; files of the user are read, and never moved or deleted.
+Unfinished files are in `.pgp` in the data folder. Files of the user are read, and never moved or deleted.
 """
 
 from __future__ import annotations

@@ -44,16 +44,16 @@ class FileSplit(Split):
         paths, labels, numbers = (list(column) for column in zip(*found, strict=True))
         return cls(paths, labels, numbers if domains else None)
 
-    def parted(self, share: float, seed: int) -> tuple[FileSplit, FileSplit]:
-        """Split into training and test images: a fraction `share` of each class (in each domain) is for testing."""
-        test = holdout_mask(self, share, seed, lambda place: str(self.paths[place].parent))
+    def parted(self, fraction: float, seed: int) -> tuple[FileSplit, FileSplit]:
+        """Split into training and test images: a `fraction` of each class (in each domain) is for testing."""
+        test = holdout_mask(self, fraction, seed, lambda index: str(self.paths[index].parent))
         return self.at((~test).nonzero().flatten().tolist()), self.at(test.nonzero().flatten().tolist())
 
-    def at(self, places: Iterable[int]) -> FileSplit:
+    def at(self, indices: Iterable[int]) -> FileSplit:
         """Return the split of the images at these indices, in this order."""
-        places = list(places)
-        domains = None if self.domains is None else self.domains[places].tolist()
-        return FileSplit([self.paths[i] for i in places], self.labels[places].tolist(), domains)
+        indices = list(indices)
+        domains = None if self.domains is None else self.domains[indices].tolist()
+        return FileSplit([self.paths[i] for i in indices], self.labels[indices].tolist(), domains)
 
     def names(self) -> list[str]:
         """Return the paths of the images, without the folder that contains them all."""

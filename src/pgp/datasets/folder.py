@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pgp.datasets.base import Dataset, DatasetConfig, require_folder
 from pgp.datasets.files import FileSplit
-from pgp.datasets.holdout import check_share
+from pgp.datasets.holdout import check_test_share
 from pgp.datasets.ignored import Ignored
 from pgp.datasets.layout import check_inside, class_folders, find_layout
 from pgp.datasets.scan import contents, images_below
@@ -55,7 +55,7 @@ class Folder(DatasetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share(self.test_share)
+        check_test_share(self.test_share)
 
     @property
     def search_paths(self) -> tuple[Path, ...]:
@@ -161,7 +161,7 @@ class Notes:
         for name in names:
             folded.setdefault(name.casefold(), []).append(name)
         if alike := [both for both in folded.values() if len(both) > 1]:
-            lines.append(f"classes whose names differ in case only are told apart: {', '.join(alike[0])}")
+            lines.append(f"classes whose names differ only in case are different classes: {', '.join(alike[0])}")
         return lines
 
 

@@ -10,27 +10,27 @@ from pgp.datasets.base import Split
 from pgp.scenario import stratified_holdout
 
 
-def holdout_mask(split: Split, share: float, seed: int, where: Callable[[int], str]) -> Tensor:
+def holdout_mask(split: Split, fraction: float, seed: int, where: Callable[[int], str]) -> Tensor:
     """Return which images of `split` to hold out for testing, bool `(n,)`: a fraction of each class in each domain.
 
     Raises:
-        ValueError: If a class has a single image, which `where` describes by its place.
+        ValueError: If a class has a single image, which `where` describes by its index.
     """
     strata = split.labels
     if split.domains is not None:
         strata = strata + (int(strata.max()) + 1) * split.domains
     kinds, counts = strata.unique(return_counts=True)
     if bool((counts < 2).any()):
-        place = int((strata == kinds[counts < 2][0]).nonzero()[0])
+        index = int((strata == kinds[counts < 2][0]).nonzero()[0])
         every = "every class" if split.domains is None else "every class in every domain"
-        raise ValueError(f"expected at least 2 images of {every}, one of them for the test, got one in {where(place)}")
-    return stratified_holdout(strata, share, seed)
+        raise ValueError(f"expected at least 2 images of {every}, one of them for the test, got one in {where(index)}")
+    return stratified_holdout(strata, fraction, seed)
 
 
-def check_share(share: float) -> None:
-    """Raise if `share` is no valid `test_share` of a data set."""
-    if not 0 < share < 1:
-        raise ValueError(f"expected dataset.test_share between 0 and 1, got {share}")
+def check_test_share(test_share: float) -> None:
+    """Raise if `test_share` is no valid setting of a data set."""
+    if not 0 < test_share < 1:
+        raise ValueError(f"expected dataset.test_share between 0 and 1, got {test_share}")
 
 
 def natural_order(words: Iterable[str]) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pgp.datasets.base import BadImageError, Dataset, DatasetConfig, Split
 from pgp.datasets.files import read_image
-from pgp.datasets.holdout import check_share, holdout_mask, natural_order
+from pgp.datasets.holdout import check_test_share, holdout_mask, natural_order
 from pgp.datasets.text import normalized
 
 HUB = "hf:"
@@ -49,7 +49,7 @@ class HuggingFace(DatasetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "name", os.fspath(self.name))
-        check_share(self.test_share)
+        check_test_share(self.test_share)
 
     def fetch(self, progress: Progress | None = None) -> None:
         """See `DatasetConfig.fetch`; the library downloads into its own cache and shows its own bars."""
@@ -77,9 +77,9 @@ class HuggingFace(DatasetConfig):
         path = Path(self.name).expanduser()
         return replace(self, name=str(path.absolute())) if path.exists() else self
 
-    def relocated(self, place: str) -> DatasetConfig:
+    def relocated(self, path: str) -> DatasetConfig:
         """See `DatasetConfig.relocated`."""
-        return replace(self, name=place.removeprefix(HUB))
+        return replace(self, name=path.removeprefix(HUB))
 
     def _columns(self, features: Mapping[str, Any]) -> dict[str, str]:
         """Return the columns of images, labels and domains."""
@@ -163,8 +163,8 @@ def _coded(parts: list[Any], column: str) -> tuple[tuple[str, ...], list[Tensor]
     else:
         texts = [["" if value is None else normalized(str(value)) for value in part] for part in values]
         names = natural_order(text for part in texts for text in part if text)
-        place = {name: number for number, name in enumerate(names)}
-        numbers = [[place.get(text, -1) for text in part] for part in texts]
+        numbers_of = {name: number for number, name in enumerate(names)}
+        numbers = [[numbers_of.get(text, -1) for text in part] for part in texts]
     codes = [torch.tensor([-1 if number is None else number for number in part]) for part in numbers]
     for part in codes:
         if bool((part < 0).any()):

@@ -63,13 +63,13 @@ class Ignored:
     def lines(self) -> list[str]:
         """Return a line for each reason, with the number and the first few."""
         lines = []
-        for reason, said in REASONS.items():
+        for reason, text in REASONS.items():
             if count := self.counts[reason]:
                 kinds = ", ".join(f"{suffix} {n:,}" for suffix, n in self.suffixes.most_common(5))
-                said += f" ({kinds})" if reason == "unknown_suffix" else ""
+                text += f" ({kinds})" if reason == "unknown_suffix" else ""
                 shown = self.examples[reason]
                 rest = ", …" if count > len(shown) else ""
-                lines.append(f"ignored: {count:,} {said}: {', '.join(shown)}{rest}")
+                lines.append(f"ignored: {count:,} {text}: {', '.join(shown)}{rest}")
         return lines
 
     def to_json(self) -> dict[str, Any]:

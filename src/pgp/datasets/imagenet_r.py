@@ -60,8 +60,8 @@ class ImageNetR(DownloadableDataset):
                 f"expected training and test images of split {self.split} in {folder}, got {len(train)} and"
                 f" {len(test)}: its images lie in <wnid>/*.jpg, or in train/<wnid>/*.jpg and test/<wnid>/*.jpg"
             )
-        places = {wnid: label for label, wnid in enumerate(wnids)}
-        splits = [labelled((path, places[name[:9]]) for name, path in part.items()) for part in (train, test)]
+        label_of = {wnid: label for label, wnid in enumerate(wnids)}
+        splits = [labelled((path, label_of[name[:9]]) for name, path in part.items()) for part in (train, test)]
         return Dataset(splits[0], splits[1], tuple(named[wnid] for wnid in wnids))
 
     def _parts(self, folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
@@ -80,7 +80,7 @@ class ImageNetR(DownloadableDataset):
             order = torch.randperm(
                 len(names), generator=make_generator(int(self.split[7:]), "imagenet-r split")
             ).tolist()
-            chosen = {names[place] for place in order[: round(0.2 * len(names))]}
+            chosen = {names[index] for index in order[: round(0.2 * len(names))]}
         return (
             {name: everything[name] for name in names if name not in chosen},
             {name: everything[name] for name in names if name in chosen},

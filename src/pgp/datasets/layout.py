@@ -40,7 +40,7 @@ def find_layout(root: Path, train: str | None, test: str | None, ignored: Ignore
         root: The data folder.
         train: Name of the folder of the training images. If None, it is looked for by the usual names.
         test: Name of the folder of the test images. If None, it is looked for by the usual names.
-        ignored: What is told of all that is not used right in `root`, if it has parts; else `class_folders` does that.
+        ignored: Collects files in `root` itself that are not used, if `root` has parts; else `class_folders` does.
 
     Raises:
         ValueError: Saying what was found, if there are several readings, or none.
@@ -84,13 +84,13 @@ def class_folders(part: Path, ignored: Ignored) -> dict[str, Path]:
     for image in found.images:
         ignored.add("outside_classes", image)
     named: dict[str, Path] = {}
-    places: dict[Path, Path] = {}
+    folders_by_target: dict[Path, Path] = {}
     for folder in found.folders:
         other = named.setdefault(normalized(folder.name), folder)
         if other is not folder:
             raise ValueError(f"expected every class once in {part}, got two folders {normalized(folder.name)!r}, whose"
                              f" names are spelled {other.name!a} and {folder.name!a}: join them")  # fmt: skip
-        other = places.setdefault(folder.resolve(), folder)
+        other = folders_by_target.setdefault(folder.resolve(), folder)
         if other is not folder:
             raise ValueError(f"expected every folder in {part} once, got {folder.name} and {other.name}, which are the"
                              " same by a link: take one away")  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from pgp.datasets.base import Dataset, DatasetConfig
 from pgp.datasets.files import FileSplit
-from pgp.datasets.holdout import check_share, natural_order
+from pgp.datasets.holdout import check_test_share, natural_order
 from pgp.datasets.text import lines_of, normalized, read_text
 
 SUFFIXES = frozenset({".csv", ".tsv", ".jsonl"})
@@ -43,7 +43,7 @@ class Manifest(DatasetConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_share(self.test_share)
+        check_test_share(self.test_share)
 
     @property
     def search_paths(self) -> tuple[Path, ...]:
@@ -67,11 +67,13 @@ class Manifest(DatasetConfig):
             _check_parts(file, rows)
         else:
             train, test = all_images.parted(self.test_share, self.split_seed)
-        taught: dict[str, set[str]] = {}
+        classes_of: dict[str, set[str]] = {}
         for row in rows:
             if row.task:
-                taught.setdefault(row.task, set()).add(row.label)
-        tasks = tuple((task, tuple(name for name in names if name in taught[task])) for task in natural_order(taught))
+                classes_of.setdefault(row.task, set()).add(row.label)
+        tasks = tuple(
+            (task, tuple(name for name in names if name in classes_of[task])) for task in natural_order(classes_of)
+        )
         return Dataset(train, test, names, tasks, domains, file.parent)
 
 
@@ -92,8 +94,8 @@ _REQUIRED, _OPTIONAL, _PARTS = ("path", "label"), ("split", "task", "domain"), (
 def _numbered(words: list[str]) -> tuple[tuple[str, ...], list[int]]:
     """Return each word once, and the number of each word in that order."""
     once = natural_order(words)
-    place = {word: number for number, word in enumerate(once)}
-    return once, [place[word] for word in words]
+    index_of = {word: number for number, word in enumerate(once)}
+    return once, [index_of[word] for word in words]
 
 
 def _rows(file: Path) -> Iterator[Row]:
@@ -109,11 +111,11 @@ def _rows(file: Path) -> Iterator[Row]:
             raise ValueError(f"expected a path and a label in line {line} of {file}, got {record}")
         if row.split and row.split not in _PARTS:
             raise ValueError(f"expected split train or test in line {line} of {file}, got {record['split']!r}")
-        says = tuple(name for name in ("split", "domain") if getattr(row, name))
-        if count and says != full:
-            raise ValueError(f"expected all rows of {file} to fill the same of split and domain, got {list(says)} in"
+        filled = tuple(name for name in ("split", "domain") if getattr(row, name))
+        if count and filled != full:
+            raise ValueError(f"expected all rows of {file} to fill the same of split and domain, got {list(filled)} in"
                              f" line {line} and {list(full)} in the first row")  # fmt: skip
-        count, full = count + 1, says
+        count, full = count + 1, filled
         yield row
     if not count:
         raise ValueError(f"expected rows of images in {file}, got none")
@@ -194,11 +196,11 @@ def _existing(file: Path, rows: list[Row]) -> list[Path]:
 
 def _found(folder: Path, path: str) -> str:
     """Return the path below `folder` that matches `path`, in any Unicode form of its name."""
-    place = os.path.normpath(folder / path)
-    if path.isascii() or os.path.lexists(place):
-        return place
+    found = os.path.normpath(folder / path)
+    if path.isascii() or os.path.lexists(found):
+        return found
     forms = (os.path.normpath(folder / unicodedata.normalize(form, path)) for form in ("NFC", "NFD"))
-    return next((form for form in forms if os.path.lexists(form)), place)
+    return next((form for form in forms if os.path.lexists(form)), found)
 
 
 def _check_parts(file: Path, rows: list[Row]) -> None:

@@ -64,7 +64,7 @@ class _Source(NamedTuple):
 
 
 class Transfer:
-    """Downloads to a part of its own, which it goes on with when a connection broke; pooch calls it."""
+    """Downloader for pooch. It writes to a partial file, and continues it after a broken connection."""
 
     def __init__(self, part: Path, size: int | None, progress: Progress) -> None:
         self.part, self.size, self.progress = part, size, progress
@@ -113,7 +113,7 @@ class Transfer:
                 time.sleep(wait)
                 self.progress.update(bar, description=name)
             else:
-                raise requests.ConnectionError(f"{failed}, and it is not whole after {ATTEMPTS} requests")
+                raise requests.ConnectionError(f"{failed}, and the file is not complete after {ATTEMPTS} requests")
         platforms.replace(self.part, Path(output_file))
         self._note.unlink(missing_ok=True)
         self.progress.remove_task(bar)
@@ -179,7 +179,7 @@ class Transfer:
             self._refuse(url, f"{length:,}")
         self.anew, self.restarts = False, self.restarts + bool(self.have)
         if self.restarts > RESTARTS:
-            raise requests.RequestException(f"the server has broken off {self.restarts} times, and does not go on from"
+            raise requests.RequestException(f"the server has broken off {self.restarts} times, and cannot continue from"
                                             " where it stopped")  # fmt: skip
         source = _Source(url, version, self.size if length is None else length)
         for stale in (self.part, self._note):

@@ -134,9 +134,9 @@ PARAMETERS = {
 def markdown(table: Sequence[DriftHistory]) -> str:
     """Return a table of all statistics after the last task, in percent."""
     rows = []
-    for course in table:
-        values = [course.last(figure) for figure in STATISTICS.values()]
-        rows.append([course.label, str(len(course.finals)), *("" if v is None else f"{100 * v:.2f}" for v in values)])
+    for history in table:
+        values = [history.last(figure) for figure in STATISTICS.values()]
+        rows.append([history.label, str(len(history.finals)), *("" if v is None else f"{100 * v:.2f}" for v in values)])
     return markdown_table(["run", "seeds", *STATISTICS], rows)
 
 
@@ -148,15 +148,15 @@ def draw_drift(table: Sequence[DriftHistory], path: Path) -> None:
     panels: list[Callable[[Any], None]] = []
     changes = {heading: f"change of old {heading}, %" for heading in ("features", "logits", "protected responses")}
     for heading, what in {**changes, "other prompts": "old images that select other prompts, %"}.items():
-        if any(len(course.curve(STATISTICS[heading])) for course in table):
+        if any(len(history.curve(STATISTICS[heading])) for history in table):
             panels.append(_curves(table, {heading: "-"}, what))
     forgetting = {"forgetting": "-", "forgetting, task known": "--"}
     panels.append(_curves(table, forgetting, "forgetting, %; dashed: if the task is given"))
     panels.append(_curves(table, {"task identified": "-"}, "images with correctly predicted task, %"))
     for key, what in PARAMETERS.items():
-        if any(_by_parameter(course, key) for course in table):
+        if any(_by_parameter(history, key) for history in table):
             panels.append(_draw_parameters(table, key, what))
-    if any(_usage(course) for course in table):
+    if any(_usage(history) for history in table):
         panels.append(_prompts(table))
     wide = min(3, len(panels))
     tall = -(-len(panels) // wide)
@@ -176,10 +176,10 @@ def draw_drift(table: Sequence[DriftHistory], path: Path) -> None:
 
 def _curves(table: Sequence[DriftHistory], styles: Mapping[str, str], what: str) -> Callable[[Any], None]:
     def onto(axes: Any) -> None:
-        for number, course in enumerate(table):
-            for place, (heading, style) in enumerate(styles.items()):
-                curve = course.curve(STATISTICS[heading])
-                label = plot_text(course.label) if place == 0 else None
+        for number, history in enumerate(table):
+            for line, (heading, style) in enumerate(styles.items()):
+                curve = history.curve(STATISTICS[heading])
+                label = plot_text(history.label) if line == 0 else None
                 heights = [100 * value for value in curve.values()]
                 style_of = {"marker": marker(len(curve)), "markersize": 3, "color": f"C{number}", "label": label}
                 axes.plot(list(curve), heights, style, **style_of)
@@ -191,13 +191,13 @@ def _curves(table: Sequence[DriftHistory], styles: Mapping[str, str], what: str)
 
 
 def _draw_parameters(table: Sequence[DriftHistory], key: str, what: str) -> Callable[[Any], None]:
-    names = list(dict.fromkeys(space for course in table for space in _by_parameter(course, key)))
+    names = list(dict.fromkeys(space for history in table for space in _by_parameter(history, key)))
 
     def onto(axes: Any) -> None:
-        for number, course in enumerate(table):
-            shares = _by_parameter(course, key)
+        for number, history in enumerate(table):
+            shares = _by_parameter(history, key)
             heights = [shares.get(space, float("nan")) for space in names]
-            axes.plot(range(len(names)), heights, ".", color=f"C{number}", label=plot_text(course.label))
+            axes.plot(range(len(names)), heights, ".", color=f"C{number}", label=plot_text(history.label))
         named = range(0, len(names), -(-len(names) // NAMED))
         axes.set_xticks(named, [names[i] for i in named], rotation=90, fontsize=8 if len(names) <= 12 else 5)
         axes.set_title(what, fontsize=9)
@@ -208,8 +208,8 @@ def _draw_parameters(table: Sequence[DriftHistory], key: str, what: str) -> Call
 
 def _prompts(table: Sequence[DriftHistory]) -> Callable[[Any], None]:
     def onto(axes: Any) -> None:
-        for number, course in enumerate(table):
-            usage = _usage(course)
+        for number, history in enumerate(table):
+            usage = _usage(history)
             axes.plot(range(1, len(usage) + 1), [100 * share for share in usage], ".", color=f"C{number}")
         axes.set_title("images that choose a prompt, %", fontsize=9)
         axes.set(xlabel="prompt", ylim=(0, 103))
@@ -218,25 +218,25 @@ def _prompts(table: Sequence[DriftHistory]) -> Callable[[Any], None]:
     return onto
 
 
-def _by_parameter(course: DriftHistory, key: str) -> dict[str, float]:
+def _by_parameter(history: DriftHistory, key: str) -> dict[str, float]:
     """Return a rank, or a share in percent, of each protected parameter after the last task: the mean over runs."""
 
-    def told(event: Event) -> dict[str, float | None]:
+    def values_of(event: Event) -> dict[str, float | None]:
         shares: dict[str, float | None] = event["ranks"] if key == "rank" else event["drift"].get(key, {})
         return shares
 
     means = {}
-    for space in dict.fromkeys(space for event in course.finals for space in told(event)):
-        mean = course.last(partial(lambda space, event: told(event).get(space), space))
+    for space in dict.fromkeys(space for event in history.finals for space in values_of(event)):
+        mean = history.last(partial(lambda space, event: values_of(event).get(space), space))
         if mean is not None:
             means[space] = mean if key == "rank" else 100 * mean
     return means
 
 
-def _usage(course: DriftHistory) -> list[float]:
+def _usage(history: DriftHistory) -> list[float]:
     """Return the fraction of images that select each prompt after the last task, averaged over runs.
 
     It is empty for methods that do not select prompts.
     """
-    of_runs = [event["drift"].get("usage", []) for event in course.finals]
+    of_runs = [event["drift"].get("usage", []) for event in history.finals]
     return [statistics.mean(shares) for shares in zip(*of_runs, strict=True)]

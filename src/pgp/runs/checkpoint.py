@@ -161,10 +161,10 @@ class Checkpoints:
         Raises:
             RunError: If a byte of it is not as it was written.
         """
-        place = self.folder / str(name)
-        with storage.advised(self._advice), reading(place):
+        path = self.folder / str(name)
+        with storage.advised(self._advice), reading(path):
             _, tree = self._read(name)
-            tensors = read_tensors(_intact(place / STATE, tree["tensors"], tree["size"]))
+            tensors = read_tensors(_intact(path / STATE, tree["tensors"], tree["size"]))
             pairs = [(key, item) for key, item in tree["state"]["pairs"] if parts is None or key in parts]
             return {key: join(item, tensors, self._piece) for key, item in pairs}
 
@@ -177,7 +177,7 @@ class Checkpoints:
         last = self.latest()
         if name == last:
             return  # it is saved already, and the same run gives the same state
-        place, partial = self.folder / str(name), platforms.unfinished_name(self.folder / str(name))
+        path, partial = self.folder / str(name), platforms.unfinished_name(self.folder / str(name))
         tensors: dict[str, Tensor] = {}
         pieces: dict[str, bytes] = {}
         tree = split(state, "", tensors, pieces)
@@ -191,13 +191,13 @@ class Checkpoints:
             storage.write(partial / STATE, data)
             storage.write(partial / RECORD, json.dumps(storage.sealed({**vars(record), **header, "state": tree})))
             platforms.sync_folder(partial)
-            if storage.exists(place):  # the run was rewound: keep the old checkpoint until the next process starts
-                _set_aside(place)
-            platforms.move_folder(partial, place)
+            if storage.exists(path):  # the run was rewound: keep the old checkpoint until the next process starts
+                _set_aside(path)
+            platforms.move_folder(partial, path)
             platforms.sync_folder(self.folder)  # must be on the disk before `latest` names it
             self._point(name)
         except OSError as error:
-            raise storage.write_error("write", place, error) from error
+            raise storage.write_error("write", path, error) from error
         finally:
             storage.remove_folder(partial)
         if last and last.step is not None:
@@ -287,7 +287,9 @@ class Checkpoints:
     @property
     def _advice(self) -> str:
         """What to do about a checkpoint that cannot be used."""
-        return f"Write the name of another checkpoint to {self.folder / LATEST}, and pgp train --resume goes on from it"
+        return (
+            f"Write the name of another checkpoint to {self.folder / LATEST}, and pgp train --resume continues from it"
+        )
 
     def _known(self) -> str:
         return ", ".join(map(str, self.names()[-3:])) or "no checkpoints"
@@ -315,8 +317,8 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def reading(place: Path) -> Iterator[None]:
-    """Convert errors from using the content of `place` inside a `with` block to a `RunError` with one line."""
+def reading(path: Path) -> Iterator[None]:
+    """Convert errors from using the content of `path` inside a `with` block to a `RunError` with one line."""
     try:
         yield
     except RunError:
@@ -324,7 +326,7 @@ def reading(place: Path) -> Iterator[None]:
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError, AssertionError, RuntimeError,
             SafetensorError) as error:  # fmt: skip
         lines = str(error).strip().splitlines() or [""]
-        raise RunError(f"{place} does not hold what pgp writes there for this run ({type(error).__name__}:"
+        raise RunError(f"{path} does not hold what pgp writes there for this run ({type(error).__name__}:"
                        f" {lines[0]:.200})") from error  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pgp.config import Config
 from pgp.datasets.own import relocate
 from pgp.runs.run import Run
-from pgp.system.paths import Place
+from pgp.system.paths import StrPath
 
 
 def resolve_paths(config: Config) -> Config:
@@ -30,27 +30,27 @@ FILES = ("class_order", "task_file")
 """Settings that are paths of files, which may be beside the data."""
 
 
-def with_data_paths(config: Config, places: Sequence[Place]) -> Config:
+def with_data_paths(config: Config, paths: Sequence[StrPath]) -> Config:
     """Return the configuration of a run with new paths for its data, and for the files beside them.
 
     Args:
         config: The configuration that the run records.
-        places: New paths of its data sets, in order: the first one, then each that was added. Data sets without a new
+        paths: New paths of its data sets, in order: the first one, then each that was added. Data sets without a new
             path keep the old one.
 
     Raises:
-        ValueError: If there are more places than data sets.
+        ValueError: If there are more paths than data sets.
     """
     datasets = (config.dataset, *config.added)
-    if len(places) > len(datasets):
-        raise ValueError(f"expected at most {len(datasets)} places by --data, one for each data set of the run in their"
-                         f" order, got {len(places)}")  # fmt: skip
-    dataset, *added = (*map(relocate, datasets, places), *datasets[len(places) :])
+    if len(paths) > len(datasets):
+        raise ValueError(f"expected at most {len(datasets)} paths with --data, one for each data set of the run in"
+                         f" their order, got {len(paths)}")  # fmt: skip
+    dataset, *added = (*map(relocate, datasets, paths), *datasets[len(paths) :])
     old, new = config.dataset.search_paths[:1], dataset.search_paths[:1]
     files = {name: getattr(config, name) for name in FILES}
     beside = {name: file for name, file in files.items() if file and old and file.is_relative_to(old[0])}
-    paths = {name: new[0] / file.relative_to(old[0]) for name, file in beside.items()}
-    return resolve_paths(replace(config, dataset=dataset, added=tuple(added), **paths))
+    moved = {name: new[0] / file.relative_to(old[0]) for name, file in beside.items()}
+    return resolve_paths(replace(config, dataset=dataset, added=tuple(added), **moved))
 
 
 def record_data_paths(run: Run, config: Config) -> None:

@@ -30,13 +30,13 @@ class Identity(NamedTuple):
     classes: dict[str, Any]
 
 
-def checked(classes: Mapping[str, Any], place: Path) -> dict[str, Any]:
+def checked(classes: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Return what is recorded of some data, after checking its types.
 
     Raises:
-        RunError: Naming `place`, if it is something else.
+        RunError: Naming `path`, if it is something else.
     """
-    with reading(place):
+    with reading(path):
         for key, kind in KINDS.items():
             if type(classes[key]) is not kind:
                 raise TypeError(f"expected {key} as a {kind.__name__}")

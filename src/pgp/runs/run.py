@@ -24,7 +24,7 @@ from pgp.runs.log import EventLog
 from pgp.system import platforms, storage
 from pgp.system.outputs import LOCK, MARKER, WRITER, is_empty, make_output
 from pgp.system.outputs import make_unique_folder as make_unique_folder
-from pgp.system.paths import Place, as_path
+from pgp.system.paths import StrPath, as_path
 from pgp.system.storage import RunError as RunError
 
 CONFIG, CLASSES, LOG, TABLE = "config.json", "classes.json", "metrics.jsonl", "accuracy.csv"
@@ -38,7 +38,7 @@ class Run:
     classes. The files `config.json` and `classes.json` are for people, and for the time before the first checkpoint.
     """
 
-    def __init__(self, folder: Place) -> None:
+    def __init__(self, folder: StrPath) -> None:
         self.folder = as_path(folder, "a run folder")
         self.checkpoints = Checkpoints(self.folder / "checkpoints")
         self.log_file = EventLog(self.folder / LOG)
@@ -49,7 +49,7 @@ class Run:
         self._is_writing = False
 
     @classmethod
-    def create(cls, folder: Place, config: Config, classes: Mapping[str, Any] | None = None) -> Run:
+    def create(cls, folder: StrPath, config: Config, classes: Mapping[str, Any] | None = None) -> Run:
         """Create a new run in `folder`; see `start`."""
         run = cls(folder)
         run.start(config, classes or {})
@@ -113,7 +113,7 @@ class Run:
         return False
 
     @classmethod
-    def open(cls, folder: Place) -> Run:
+    def open(cls, folder: StrPath) -> Run:
         """Return the run in `folder`."""
         run = cls(folder)
         if not storage.exists(run.folder / CONFIG) and not storage.exists(run.checkpoints.folder / LATEST):
@@ -265,7 +265,7 @@ class Run:
         last = self.checkpoints.latest()
         there = last is None or self.log_file.check(self.checkpoints.record(last).log)
         if not there:
-            warnings.warn(f"{self.log_file.path} is missing: what it told of training is left out", stacklevel=3)
+            warnings.warn(f"{self.log_file.path} is missing: its record of training is left out", stacklevel=3)
         return there
 
     def _stamp_log(self) -> None:
@@ -281,7 +281,7 @@ class Run:
 
     def _going_on(self, what: str = "") -> contextlib.AbstractContextManager[None]:
         """Add advice on how to resume to errors inside a `with` block."""
-        return storage.advised(f"Then go on with pgp train --resume {self.folder}", what)
+        return storage.advised(f"Then resume with pgp train --resume {self.folder}", what)
 
     def matrices(self) -> dict[str, Tensor]:
         """Return the accuracy matrices `(T, T)` by column, as of the latest finished task."""
@@ -376,7 +376,7 @@ class Run:
         """
         name = self._finished()
         if name is None:
-            raise RunError(f"no task of {self.folder} is finished yet: go on with pgp train --resume {self.folder}")
+            raise RunError(f"no task of {self.folder} is finished yet: resume with pgp train --resume {self.folder}")
         return name
 
     def latest_checkpoint(self) -> str | None:

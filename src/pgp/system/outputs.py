@@ -32,13 +32,13 @@ def make_output(folder: Path) -> None:
 def check_outside(folder: Path, data: Iterable[Path]) -> None:
     """Raise if `folder` is inside the image folders of `data`."""
     folder = folder.resolve()
-    for place in data:
+    for images in data:
         above = [folder, *folder.parents]
-        if place.resolve() not in above[1:] or not folder.is_dir() or is_empty(folder):
+        if images.resolve() not in above[1:] or not folder.is_dir() or is_empty(folder):
             continue
-        if not any((one / MARKER).exists() for one in above[: above.index(place.resolve())]):
-            raise ValueError(f"expected an output folder outside the images of {place}, got {folder}: its figures would"
-                             " be learned as images; name another --output")  # fmt: skip
+        if not any((one / MARKER).exists() for one in above[: above.index(images.resolve())]):
+            raise ValueError(f"expected an output folder outside the images of {images}, got {folder}: its figures"
+                             " would be learned as images; name another --output")  # fmt: skip
 
 
 def is_empty(folder: Path) -> bool:

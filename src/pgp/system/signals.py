@@ -1,4 +1,4 @@
-"""Ctrl-C and the signals that ask a program to end, such as SIGTERM: at once, or after the training step at hand."""
+"""Ctrl-C and the signals that ask a program to end, such as SIGTERM: at once, or after the current training step."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(exist_ok=True)
     except FileExistsError:
-        pass  # told below
+        pass  # reported below
     except OSError as error:
         raise write_error("write", path, error) from error
     require_folder(path)

@@ -22,7 +22,7 @@ from pgp.runs.data_paths import record_data_paths, resolve_paths, with_data_path
 from pgp.runs.environment import describe_environment
 from pgp.runs.run import Run
 from pgp.system.outputs import make_output, make_unique_folder
-from pgp.system.paths import Place
+from pgp.system.paths import StrPath
 from pgp.system.storage import RunError
 from pgp.training.session import Session, build_fabric
 from pgp.training.state import TrainState
@@ -31,7 +31,7 @@ from pgp.training.tasks import check_readable
 
 
 @contextlib.contextmanager
-def start(config: Config, output: Place | None, progress: Progress | None) -> Iterator[tuple[Session, TrainState]]:
+def start(config: Config, output: StrPath | None, progress: Progress | None) -> Iterator[tuple[Session, TrainState]]:
     """Start a run, and hold its lock within the block; see `pgp.train.train`."""
     if not isinstance(config, Config):
         raise TypeError(f"expected a Config, such as pgp.RECIPES['demo'](), got {type(config).__name__}")
@@ -51,14 +51,14 @@ def start(config: Config, output: Place | None, progress: Progress | None) -> It
 
 @contextlib.contextmanager
 def resume(
-    folder: Place,
+    folder: StrPath,
     hardware: Hardware | None,
     progress: Progress | None,
-    add: DatasetConfig | Place | None,
+    add: DatasetConfig | StrPath | None,
     on_bad_image: Literal["error", "skip"] | None,
     *,
     drop: bool,
-    data: Sequence[Place],
+    data: Sequence[StrPath],
 ) -> Iterator[tuple[Session, TrainState]]:
     """Resume the run in `folder`, and hold its lock within the block; see `pgp.train.resume`."""
     run = Run.open(folder)
@@ -158,10 +158,10 @@ def _is_adding(run: Run, name: CheckpointName | None, config: Config, new: Datas
         if config.added[-1] == new:
             return True
         where = ", ".join(map(str, config.added[-1].search_paths))
-        raise RunError(f"{run.folder} has begun to learn {where}: go on with it by pgp train --resume {run.folder}, or"
-                       " drop what was begun by --drop beside --add")  # fmt: skip
+        raise RunError(f"{run.folder} has begun to learn {where}: resume it with pgp train --resume {run.folder}, or"
+                       " drop the unfinished task with --drop and --add")  # fmt: skip
     if inside or finished < tasks:
-        raise RunError(f"expected a run whose tasks are all finished, got {run.folder}: go on with it first, by pgp"
+        raise RunError(f"expected a run whose tasks are all finished, got {run.folder}: first resume it with pgp"
                        f" train --resume {run.folder}")  # fmt: skip
     return False
 

@@ -58,7 +58,7 @@ class TrainState:
         self.within_task: dict[str, Tensor] = {}
         """Matrices like `matrices`, of the accuracy among the classes of an image's own task."""
         self.task, self.step = 0, 0
-        """Where learning goes on: this many tasks are finished, and this many steps of the next are done."""
+        """Position in training: the number of finished tasks, and of finished steps of the next one."""
         self.optimizer: Any = None
         """The current task's, while it is being trained."""
         self.optimizer_state: dict[str, Any] | None = None

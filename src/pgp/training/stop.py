@@ -20,10 +20,10 @@ from pgp.training.state import TrainState
 
 @contextlib.contextmanager
 def stoppable(session: Session) -> Iterator[None]:
-    """Let `session.stop` take the first signal within the block; the error that ends training says how to go on.
+    """Let `session.stop` take the first signal within the block; the error that ends training says how to resume.
 
     Raises:
-        Interrupted: If a second signal comes, or what else the first one reached cannot go on.
+        Interrupted: If a second signal comes, or if code outside the training loop must end as well.
     """
     with handled_by(session.stop):
         try:
@@ -101,4 +101,4 @@ def _lost(run: Run, number: int) -> Interrupted:
 
 
 def _how_to_go_on(run: Run) -> str:
-    return f"go on by pgp train --resume {platforms.quoted(run.folder)}"
+    return f"resume with pgp train --resume {platforms.quoted(run.folder)}"

@@ -126,13 +126,13 @@ def check_readable(data: Dataset, scenario: Scenario, *, skip_bad: bool, learned
                              f" {scenario.describe(task)}: pgp data check lists them")  # fmt: skip
 
 
-def _any_readable(split: Split, places: Tensor, skip_bad: bool) -> bool:
-    return any(_is_readable(split, place, skip_bad) for place in places.tolist())
+def _any_readable(split: Split, indices: Tensor, skip_bad: bool) -> bool:
+    return any(_is_readable(split, index, skip_bad) for index in indices.tolist())
 
 
-def _is_readable(split: Split, place: int, skip_bad: bool) -> bool:
+def _is_readable(split: Split, index: int, skip_bad: bool) -> bool:
     try:
-        split.image(place)
+        split.image(index)
     except BadImageError as error:
         if not skip_bad:
             raise with_advice(error) from error
@@ -217,8 +217,8 @@ def _by_class(config: Config, data: Dataset) -> Scenario:
     order = config.class_order or (None if config.task_file else _file_beside(data, CLASS_ORDER_FILE))
     if groups and order:
         raise ValueError(f"{source} and {order} both decide the order of classes: leave one")
-    if (beside := source if groups else order) and config.shuffle:
-        raise ValueError(f"{beside} decides the order of classes, and so does shuffle: leave one")
+    if (decider := source if groups else order) and config.shuffle:
+        raise ValueError(f"{decider} decides the order of classes, and so does shuffle: leave one")
     if groups:
         _check_count(config, len(groups), source)
         return split_by_group(*labels, groups)
@@ -264,7 +264,7 @@ def _file_beside(data: Dataset, name: str) -> Path | None:
 def _check_count(config: Config, count: int, source: str) -> None:
     if config.tasks not in (None, count):
         raise ValueError(f"expected {count} tasks, as {source} has it, got tasks {config.tasks}: leave --tasks out, or"
-                         " say --tasks None; a run that goes on needs the file that it began with")  # fmt: skip
+                         " use --tasks None; a run that is resumed needs the file with which it began")  # fmt: skip
 
 
 def _read_order(file: Path, names: Sequence[str]) -> list[int]:
@@ -305,13 +305,13 @@ def _require_each_once(words: Sequence[str], names: Sequence[str], source: str, 
     Raises:
         ValueError: Unless the words are the names, each once.
     """
-    places = [_class_index(word, names, source, kind) for word in words]
+    indices = [_class_index(word, names, source, kind) for word in words]
     if twice := [name for name in names if words.count(name) > 1]:
-        more = "; where tasks share their classes, it is --setting dil that is wanted" if kind == "class" else ""
+        more = "; where tasks share their classes, use --setting dil" if kind == "class" else ""
         raise ValueError(f"expected every {kind} once in {source}, got {twice[:5]} again{more}")
     if missing := [name for name in names if name not in words]:
         raise ValueError(f"expected every {kind} in {source}, got none of {missing[:5]}, {len(missing)} in all")
-    return places
+    return indices
 
 
 def _class_index(word: str, names: Sequence[str], source: str, kind: str) -> int:
