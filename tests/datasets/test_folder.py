@@ -233,7 +233,8 @@ class TestNames:
 
     def test_names_that_differ_in_case(self, tmp_path):
         tree(tmp_path, "", classes=("cat", "Cat"))
-        assert Folder(tmp_path).build().notes == ("classes whose names differ only in case are different classes: Cat, cat",)
+        said = "classes whose names differ only in case are different classes: Cat, cat"
+        assert Folder(tmp_path).build().notes == (said,)
 
 
 def test_what_pgp_wrote_is_never_read(tmp_path):
