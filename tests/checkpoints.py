@@ -9,7 +9,7 @@ from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.run import Run
 from pgp.runs.statetree import Piece
 
-CLASSES = tiny.classes("ab", [[0], [1]])
+CLASSES = tiny.described("ab", [[0], [1]])
 
 
 def state(task=1):

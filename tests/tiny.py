@@ -13,6 +13,7 @@ from pgp.methods.l2p import L2P
 from pgp.projections.orthogonal import Orthogonal
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
+from pgp.runs.identity import DataDescription
 from pgp.runs.run import Run
 
 DUALPROMPT = DualPrompt.Config(general_layers=(0,), expert_layers=(1,), pool_size=4)
@@ -38,15 +39,15 @@ def config(**changes) -> Config:
     return replace(base, **changes)
 
 
-def classes(names, tasks, task_names=None, data="0" * 16):
-    """What a run remembers of its data, as `pgp.training.tasks.describe_data` tells it."""
-    images = {part: [len(labels) for labels in tasks] for part in ("train", "test")}
-    told = {"task_names": task_names or [""] * len(tasks), "images": images, "fingerprint": [data]}
-    return {"names": list(names), "tasks": tasks, **told}
+def described(names, tasks, task_names=None, data="0" * 16):
+    """The description of data with one image of each class."""
+    counts = tuple(map(len, tasks))
+    titles = tuple(task_names or [""] * len(tasks))
+    return DataDescription(tuple(names), tuple(map(tuple, tasks)), titles, counts, counts, (data,))
 
 
 def reconfigure(folder, **changes):
-    """Record other settings of a run, as `pgp` itself does of the place of its data."""
+    """Record other settings of a run, as `pgp` itself does of the paths of its data."""
     run = Run.open(folder)
     with run.writing():
         run.change_config(lambda config: replace(config, **changes))

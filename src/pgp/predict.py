@@ -51,7 +51,7 @@ class Predictor:
         run = run if isinstance(run, Run) else Run.open(as_path(run, "a run folder"))
         config, name = run.config, run.latest_finished()
         state = run.load(name, {"backbone", "method", "readouts"})
-        names, tasks = run.classes()
+        names, tasks = run.data.class_names, run.data.tasks
         self.device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         backbone: Backbone = config.backbone.build(config.transforms.size)
         checkpoint = run.checkpoints.folder / str(name)

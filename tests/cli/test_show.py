@@ -22,7 +22,7 @@ READOUTS = ("head", "lda", "lda+query+linear", "logistic+query+linear", "ncm", "
 def long_run(folder, tasks, readouts=READOUTS[:3], spaces=0):
     """A run folder as `tasks` tasks leave it, and its matrices."""
     titles = [f"what task {t + 1} is called" for t in range(tasks)]
-    run = Run.create(folder, tiny.config(), tiny.classes(map(str, range(tasks)), [[t] for t in range(tasks)], titles))
+    run = Run.create(folder, tiny.config(), tiny.described(map(str, range(tasks)), [[t] for t in range(tasks)], titles))
     draws = torch.Generator().manual_seed(0)
     matrices = {}
     for readout in readouts:

@@ -88,7 +88,7 @@ def test_from_files_to_predictions(photos, capsys, kind):
     data = kind(photos)
     main.main(["train", "own", "--data", data.name, "--tasks", "3", "--on-bad-image", "skip", "--output", "run"])
     run = Run.open(Path("run"))
-    assert sorted(run.classes()[0]) == sorted(COLORS)
+    assert sorted(run.data.class_names) == sorted(COLORS)
     assert run.config.tasks == 3
     assert run.config.dataset.with_absolute_paths() == run.config.dataset
     capsys.readouterr()
@@ -117,12 +117,12 @@ def test_words_on_the_command_line_and_files_beside_the_data(photos, capsys):
     Path("new.json").write_text(json.dumps({"drinks": ["café au lait"], "the rest": ["b", "Größe 1"]}))
     words = ["train", "own", "--data", str(as_table(photos)), "--on-bad-image", "skip"]
     main.main([*words, "--task-file", "new.json", "--output", "named"])
-    assert Run.open(Path("named")).task_names() == ["drinks", "the rest"]
+    assert list(Run.open(Path("named")).data.task_names) == ["drinks", "the rest"]
     assert "task 2 of 2 (the rest): average accuracy" in " ".join(capsys.readouterr().err.split())
     (photos.parent / "class_order.txt").write_text("\n".join(COLORS), encoding="utf-8")
     main.main([*words, "--output", "ordered"])
     run = Run.open(Path("ordered"))
-    assert [run.classes()[0][label] for task in run.classes()[1] for label in task] == list(COLORS)
+    assert [run.data.class_names[label] for labels in run.data.tasks for label in labels] == list(COLORS)
     main.main([*words, "--output", "online", "--setting", "oil", "--order", "listed"])
     assert list(Run.open(Path("online")).events("stream"))
 
@@ -136,7 +136,8 @@ def test_folders_of_domains(photos):
                 (Path("domains") / domain / name / path.name).write_bytes(path.read_bytes())
     main.main(["train", "own", "--data", "domains", "--setting", "dil", "--on-bad-image", "skip", "--output", "run"])
     run = Run.open(Path("run"))
-    assert (run.task_names(), run.classes()[1]) == (["phone", "studio"], [[0, 1, 2]] * 2)
+    assert run.data.task_names == ("phone", "studio")
+    assert run.data.tasks == ((0, 1, 2),) * 2
     assert run.config.dataset.domains
 
 

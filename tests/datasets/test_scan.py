@@ -103,7 +103,7 @@ def test_a_run_in_the_photo_folder_is_not_learned(tmp_path, capsys):
     assert (tmp_path / "runs" / "own-seed42" / "accuracy.png").is_file()
     run = train.train(config(tmp_path, seed=7))
     assert run.folder == Path("runs/own-seed7")
-    assert run.classes()[0] == ["cat", "dog"]
+    assert list(run.data.class_names) == ["cat", "dog"]
     (event,) = [event["ignored"] for event in run.events("data") if "ignored" in event]
     assert event == [{"folder": str(tmp_path), "output": {"count": 1, "examples": ["runs"]}}]
     assert "ignored: 1 folders that pgp wrote: runs" in [event.get("warning") for event in run.events("data")]

@@ -34,7 +34,7 @@ def everything(run):
     loaded = run.load()
     rows = [loaded["rows"].tolist(), *(piece["answers"].tolist() for piece in loaded["pieces"].values())]
     figures = run.matrices()["lda"].tolist()
-    return run.config, run.classes(), list(run.events("task")), run.latest_checkpoint(), rows, figures
+    return run.config, run.data, list(run.events("task")), run.latest_checkpoint(), rows, figures
 
 
 HOSTILE = ["task-01-step-1/../../..", "/", "..", ".", "", "task-01/", "task-1", "task-00", "task-01-step-000000"]
@@ -252,8 +252,8 @@ def test_a_hostile_record_with_a_true_digest_is_one_line(run):
     for _ in range(800):
         deep = [deep]
     parts = [{"names": 5, "tasks": []}, {"names": ["a"], "tasks": [[7]]}, {"names": ["a"], "tasks": [[-1]]}]
-    classes = [{}, {"names": ["a", "b"], "tasks": [[0], [1]]}, *({**CLASSES, **part} for part in parts)]
-    changes = [{"classes": value} for value in (*classes, {**CLASSES, "images": "x"})]
+    classes = [{}, {"names": ["a", "b"], "tasks": [[0], [1]]}, *({**CLASSES.to_json(), **part} for part in parts)]
+    changes = [{"classes": value} for value in (*classes, {**CLASSES.to_json(), "images": "x"})]
     rows = [deep, {"tensor": "/nowhere"}, {"piece": "../../config", "size": 9}, {"pairs": [[[], 1]]}]
     states = [5, [], {"pairs": 7}, {"pairs": [[[], 1]]}, *({"pairs": [["rows", value]]} for value in rows)]
     changes += [{"state": value} for value in states]
@@ -367,9 +367,10 @@ def test_how_many_checkpoints_to_keep_is_a_number(keep):
 def test_names_of_any_kind_go_round(tmp_path):
     names = ["caf\udce9", "tab\tline\nend", "[bold]x[/bold]", "\x1b[31mred", "日本"]
     folder = tmp_path / os.fsdecode(b"caf\xe9 [x]")
-    run = Run.create(folder, tiny.config(), tiny.classes(names, [[0, 1, 2, 3, 4]], ["\udce9"]))
+    run = Run.create(folder, tiny.config(), tiny.described(names, [[0, 1, 2, 3, 4]], ["\udce9"]))
     run.log("data", warning=names[0])
     run.save(CheckpointName(1), state())
-    assert (run.classes()[0], run.task_names(), run.events("data")[0]["warning"]) == (names, ["\udce9"], names[0])
+    assert (list(run.data.class_names), run.data.task_names) == (names, ("\udce9",))
+    assert run.events("data")[0]["warning"] == names[0]
     storage.write(folder / "report.md", names[0])
     assert (folder / "report.md").read_text() == "caf?"

@@ -82,10 +82,10 @@ def test_training_goes_on_with_data_that_moved(run, monkeypatch, capsys):
     again = Run.open(run.folder)
     assert again.config.dataset.root == Path("newest").absolute()
     assert again.config.added == (Folder(Path("called otherwise").absolute()),)
-    assert again.task_names() == ["", "", "more"]
+    assert list(again.data.task_names) == ["", "", "more"]
     photos(Path("last"), "gnu", "hen")
     main.main(["train", "--resume", "run", "--add", "last"])
-    assert Run.open(run.folder).task_names() == ["", "", "more", "last"]
+    assert list(Run.open(run.folder).data.task_names) == ["", "", "more", "last"]
 
 
 def test_a_run_that_learned_nothing_yet_goes_on(tmp_path, monkeypatch, capsys):

@@ -123,7 +123,7 @@ def test_free_folders_differ(tmp_path):
 
 def test_matrices_go_round(run):
     matrix = torch.tensor([[0.1, torch.nan, torch.nan], [1 / 3, 0.2, torch.nan], [torch.nan] * 3], dtype=torch.float64)
-    run = Run.create(run.folder.parent / "three", tiny.config(), tiny.classes("abc", [[0], [1], [2]]))
+    run = Run.create(run.folder.parent / "three", tiny.config(), tiny.described("abc", [[0], [1], [2]]))
     run.save("task-02", {"matrices": {"lda": matrix}})
     for kept in (True, False):  # the table, and the checkpoint if the table is gone or not as it was
         torch.testing.assert_close(run.matrices()["lda"], matrix, rtol=0, atol=0, equal_nan=True)

@@ -287,7 +287,7 @@ def made(tmp_path, name, matrices):
     """A finished run for each seed, by its matrix of one column."""
     runs = {}
     for seed, matrix in matrices.items():
-        classes = tiny.classes(map(str, range(len(matrix))), [[t] for t in range(len(matrix))])
+        classes = tiny.described(map(str, range(len(matrix))), [[t] for t in range(len(matrix))])
         run = Run.create(tmp_path / name / str(seed), tiny.config(seed=seed), classes)
         run.save(f"task-{len(matrix):02d}", {"matrices": {"head": torch.tensor(matrix, dtype=torch.float64)}})
         runs[seed] = run

@@ -36,6 +36,10 @@ COLOURS = {
 }
 
 
+def names_and_tasks(run):
+    return list(run.data.class_names), [list(labels) for labels in run.data.tasks]
+
+
 def photos(folder, *names, shade=0):
     for name in names:
         (folder / name).mkdir(parents=True)
@@ -69,8 +73,8 @@ def test_a_finished_run_learns_a_folder(run, tmp_path):
     new = photos(tmp_path / "new classes", "ant", "eel")
     again = train.resume(run.folder, add=Folder(new))
     assert again.config.added == (Folder(new),)
-    assert again.classes() == (["bee", "cat", "dog", "ant", "eel"], [[0, 1], [2], [3, 4]])
-    assert again.task_names() == ["", "", "new classes"]
+    assert names_and_tasks(again) == (["bee", "cat", "dog", "ant", "eel"], [[0, 1], [2], [3, 4]])
+    assert list(again.data.task_names) == ["", "", "new classes"]
     for column, matrix in again.matrices().items():
         assert matrix.shape == (3, 3)
         torch.testing.assert_close(matrix[:2, :2], old[column], rtol=0, atol=0, equal_nan=True)
@@ -151,8 +155,8 @@ def test_an_online_run_and_a_new_domain(tmp_path):
     photos(root / "dusk", "bee", "cat", shade=20)
     run = train.train(config(root, setting="dil", tasks=None), tmp_path / "dil")
     again = train.resume(run.folder, add=Folder(photos(tmp_path / "night", "bee", "cat", shade=25)))
-    assert again.classes() == (["bee", "cat"], [[0, 1]] * 3)
-    assert again.task_names() == ["day", "dusk", "night"]
+    assert names_and_tasks(again) == (["bee", "cat"], [[0, 1]] * 3)
+    assert list(again.data.task_names) == ["day", "dusk", "night"]
     assert again.matrices()["lda"][2].isfinite().all()
 
 
@@ -188,7 +192,7 @@ def test_what_was_added_can_be_mended(run, tmp_path):
     (new / "ant" / "broken.png").unlink()
     assert train.resume(run.folder).progress() == (2, 2)
     again = train.resume(run.folder, add=Folder(new))
-    assert again.classes() == (["bee", "cat", "dog", "ant"], [[0, 1], [2], [3]])
+    assert names_and_tasks(again) == (["bee", "cat", "dog", "ant"], [[0, 1], [2], [3]])
     assert again.latest_checkpoint() == "task-03"
 
 
@@ -234,7 +238,7 @@ def test_what_was_begun_of_a_task_is_gone_on_with_dropped_or_given_again(run, tm
 
     with pytest.raises(RunError, match=r"has begun to learn .*a: resume it .*or drop the unfinished task with --drop"):
         train.resume(stepwise.folder, add=eel)
-    assert train.resume(copied("other"), add=eel, drop=True).classes()[0][-1] == "eel"
+    assert train.resume(copied("other"), add=eel, drop=True).data.class_names[-1] == "eel"
     dropped = train.resume(copied("dropped"), drop=True)
     left = {path: data for path, data in contents(dropped.folder).items() if path.name != "metrics.jsonl"}
     assert left == {path: data for path, data in before.items() if path.name != "metrics.jsonl"}
@@ -243,7 +247,7 @@ def test_what_was_begun_of_a_task_is_gone_on_with_dropped_or_given_again(run, tm
         assert next(iter(gone_on.events("resumed")))["task"] == 2
         assert [event["task"] for event in gone_on.events("task")] == [0, 1, 2]
     Image.new("RGB", (40, 36), COLOURS["ant"]).save(tmp_path / "a" / "ant" / "9.png")
-    with pytest.raises(RunError, match="number of images in each task differ"):
+    with pytest.raises(RunError, match="numbers of training images differ"):
         train.resume(copied("changed"))
     assert train.resume(copied("mended"), add=ant).progress() == (3, 3)
 

@@ -321,8 +321,8 @@ def test_every_method_learns_domain_after_domain(tmp_path, monkeypatch, method):
     changes = {"dataset": DOMAINS, "setting": "dil", "save_every_steps": 2}
     run = train.train(of(method, **changes), tmp_path / "whole")
     assert run.config.tasks == 3
-    assert run.classes()[1] == [[0, 1, 2]] * 3
-    assert run.task_names() == ["tint 0", "tint 1", "tint 2"]
+    assert [list(labels) for labels in run.data.tasks] == [[0, 1, 2]] * 3
+    assert list(run.data.task_names) == ["tint 0", "tint 1", "tint 2"]
     assert [metrics.tasks_learned(matrix) for matrix in run.matrices().values()] == [3, 3]
     assert metrics.average_accuracy(run.matrices()["lda"]) > 0.5  # chance is 1 in 3
     assert Predictor(run).classes == tuple(f"pattern {label}" for label in range(3))
@@ -497,7 +497,7 @@ def test_data_lie_where_they_lay_whatever_the_working_folder(photos, tmp_path, m
     (tmp_path / "mine.json").write_text('{"a": ["ant", "bee", "cat"], "b": ["dog", "eel"]}')
     run = train.train(config(Path("photos"), task_file=Path("mine.json")), tmp_path / "run")
     assert (run.config.dataset.root, run.config.task_file) == (photos, tmp_path / "mine.json")
-    assert (run.config.tasks, run.task_names()) == (2, ["a", "b"])
+    assert (run.config.tasks, list(run.data.task_names)) == (2, ["a", "b"])
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     (run.folder / "checkpoints" / "latest").write_text("task-01")
@@ -511,7 +511,7 @@ def test_a_run_knows_its_data_again(photos, tmp_path):
     spare = photos / "train" / "ant" / "0.png"
     began = rf"expected the data that {run.folder} began with, but the"
     spare.rename(tmp_path / "0.png")
-    with pytest.raises(RunError, match=rf"{began} number of images in each task differ \(9 before, 8 now\): restore"):
+    with pytest.raises(RunError, match=rf"{began} numbers of training images differ \(9 before, 8 now\): restore"):
         train.resume(run.folder)
     (tmp_path / "0.png").rename(spare.with_name("00.png"))
     with pytest.raises(RunError, match=f"{began} labels or names of images differ"):

@@ -212,7 +212,7 @@ def show_evaluation(run: Run, matrices: Mapping[str, Tensor]) -> None:
 def _show_last(run: Run, matrices: Mapping[str, Tensor], t: int) -> None:
     """Print the accuracy on each task after task `t`, a column for each readout."""
     agrees = _agreement(run, matrices)
-    heads = [(f"{j + 1}", name) for j, name in enumerate(run.task_names()[: t + 1])]
+    heads = [(f"{j + 1}", name) for j, name in enumerate(run.data.task_names[: t + 1])]
     rows: list[tuple[str, ...]] = [(*heads[j], *(_percent(m[t, j]) for m in matrices.values())) for j in range(t + 1)]
     rows.append(("average", "", *(_percent(matrix[t, : t + 1].mean()) for matrix in matrices.values())))
     rows.append(("as stored", "", *(agrees[column, t] for column in matrices)))
@@ -299,7 +299,7 @@ def show_audit(run: Run, findings: Sequence[audit.Finding]) -> None:
 
 def show_oracle(run: Run, bounds: Mapping[str, tuple[float, float]]) -> None:
     """Print the accuracy of statistics readouts without drift, next to their accuracy in the run."""
-    stored, (_, tasks) = run.matrices(), run.classes()
+    stored, tasks = run.matrices(), run.data.tasks
     rows = []
     for name, (accuracy, stale) in bounds.items():
         own = metrics.average_accuracy(stored[name])

@@ -91,7 +91,7 @@ def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
             if len({metrics.tasks_learned(matrix) for matrix in own}) > 1:
                 raise RunError(f"expected runs of {label} with the same number of finished tasks, got different ones:"
                                " finish them first, with pgp train --resume")  # fmt: skip
-            out.append(ResultRow(label, column, own, members[0].task_names(), streams))
+            out.append(ResultRow(label, column, own, list(members[0].data.task_names), streams))
     return out
 
 
@@ -139,7 +139,8 @@ def _online_accuracy(run: Run) -> dict[int, float]:
 
 def _without_paths(tree: dict[str, Any], run: Run) -> dict[str, Any]:
     """Return the settings `tree` of a run, with fingerprints of its data and tasks instead of their paths."""
-    fingerprints = {"data": run.data_fingerprint, "tasks of": None if tree["shuffle"] else run.classes()[1]}
+    data = run.data.to_json()
+    fingerprints = {"data": data["fingerprint"], "tasks of": None if tree["shuffle"] else data["tasks"]}
     return {key: value for key, value in tree.items() if not PATH_SETTING.fullmatch(key)} | fingerprints
 
 

@@ -1,28 +1,17 @@
-"""What a run records of its data, as JSON values: in `classes.json` and in every checkpoint."""
+"""What identifies a run: its random identifier, its configuration, and a description of its data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pgp.runs.checkpoint import reading
 
-PARTS = {
-    "names": "classes",
-    "tasks": "classes in each task",
-    "task_names": "names of tasks",
-    "images": "number of images in each task",
-    "fingerprint": "labels or names of images",
-}
-"""Keys of what is recorded (see `pgp.training.tasks.describe_data`), and their names in messages."""
-
-
-KINDS = {"names": list, "tasks": list, "task_names": list, "images": dict, "fingerprint": list}
-
 
 class Identity(NamedTuple):
-    """Identity of a run as JSON values: its configuration, and what it records of its data."""
+    """Identity of a run as JSON values: its configuration, and the description of its data."""
 
     run: str
     """Random identifier of the run, which distinguishes its files from those of other runs."""
@@ -30,68 +19,118 @@ class Identity(NamedTuple):
     classes: dict[str, Any]
 
 
-def checked(classes: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """Return what is recorded of some data, after checking its types.
+@dataclass(frozen=True)
+class DataDescription:
+    """Description of the data of a run, to use its classes without the data, and to recognise the data.
 
-    Raises:
-        RunError: Naming `path`, if it is something else.
+    As JSON values it is in `classes.json` and in every checkpoint. It contains no paths.
     """
-    with reading(path):
-        for key, kind in KINDS.items():
-            if type(classes[key]) is not kind:
-                raise TypeError(f"expected {key} as a {kind.__name__}")
-        names, tasks = classes["names"], classes["tasks"]
-        labels = [label for task in tasks for label in task]
-        if not (tasks and all(type(name) is str for name in names) and all(type(label) is int for label in labels)):
-            raise TypeError("expected names of classes, and labels of each task")
-        if not all(0 <= label < len(names) for label in labels):
-            raise ValueError(f"expected labels below {len(names)}")
-    return dict(classes)
+
+    class_names: tuple[str, ...]
+    """Names of classes, by label."""
+    tasks: tuple[tuple[int, ...], ...]
+    """Labels of the classes of each task."""
+    task_names: tuple[str, ...]
+    """Name of each task, "" for none."""
+    train_images: tuple[int, ...]
+    """Number of training images of each task."""
+    test_images: tuple[int, ...]
+    """Number of test images of each task."""
+    fingerprints: tuple[str, ...]
+    """Digest of labels, domains and file names of the first data set, and of each that was added."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the description as JSON values."""
+        return {
+            "names": list(self.class_names),
+            "tasks": [list(labels) for labels in self.tasks],
+            "task_names": list(self.task_names),
+            "images": {"train": list(self.train_images), "test": list(self.test_images)},
+            "fingerprint": list(self.fingerprints),
+        }
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any], path: Path) -> DataDescription:
+        """Return the description in `tree`, which was read from `path`.
+
+        Raises:
+            RunError: Naming `path`, if `tree` is anything else.
+        """
+        with reading(path):
+            images = tree["images"]
+            description = cls(
+                _tuple(tree["names"], str),
+                tuple(_tuple(labels, int) for labels in _tuple(tree["tasks"], list)),
+                _tuple(tree["task_names"], str),
+                _tuple(images["train"], int),
+                _tuple(images["test"], int),
+                _tuple(tree["fingerprint"], str),
+            )
+            count, labels = len(description.class_names), [label for task in description.tasks for label in task]
+            if not labels or not all(0 <= label < count for label in labels):
+                raise ValueError(f"expected tasks with labels below {count}")
+        return description
+
+    def first_tasks(self, count: int) -> DataDescription:
+        """Return the description without the tasks from number `count` on, each of which was added as a data set."""
+        removed = len(self.tasks) - count
+        if removed <= 0:
+            return self
+        classes = 1 + max(label for labels in self.tasks[:count] for label in labels)
+        return DataDescription(
+            self.class_names[:classes],
+            self.tasks[:count],
+            self.task_names[:count],
+            self.train_images[:count],
+            self.test_images[:count],
+            self.fingerprints[:-removed],
+        )
+
+    def difference(self, current: DataDescription, *, images: bool, tasks: int | None = None) -> str | None:
+        """Return in words how the data differ from this description, or None if they do not.
+
+        Args:
+            current: Description of the data as they are now. Added data that are not recorded yet come last.
+            images: Whether to compare numbers of images and fingerprints.
+            tasks: Number of tasks to compare. If None, all of this description.
+        """
+        recorded = self if tasks is None else self.first_tasks(tasks)
+        current = current.first_tasks(len(recorded.tasks)) if images else current
+        added = len(recorded.fingerprints) - 1
+        recorded, current = recorded._without_names(added), current._without_names(added)
+        for field, what in _COMPARED.items():
+            before, after = getattr(recorded, field), getattr(current, field)
+            if before != after and (images or field not in _ABOUT_IMAGES):
+                return "the {} differ ({} before, {} now)".format(what, *_differing(before, after))
+        return None
+
+    def _without_names(self, added: int) -> DataDescription:
+        """Return the description without the names of added tasks, which come from paths that may have changed."""
+        return replace(self, task_names=self.task_names[: len(self.task_names) - added])
 
 
-def difference(known: Mapping[str, Any], classes: Mapping[str, Any], *, images: bool, tasks: int | None) -> str | None:
-    """Return a description of how data differ from what is recorded of them, or None if they do not differ.
-
-    Args:
-        known: What is recorded.
-        classes: The same for the data as they are now. Data that were added and are not recorded yet come last.
-        images: Whether to compare numbers of images and fingerprints.
-        tasks: Number of recorded tasks to compare. If None, all.
-    """
-    recorded = _first(known, tasks)
-    current = _first(classes, len(recorded["tasks"]) if images else None)
-    added = len(recorded.get("fingerprint", [""])) - 1
-    for tree in (recorded, current):  # an added task is named after the path of its data, which may have changed
-        if "task_names" in tree:
-            tree["task_names"] = tree["task_names"][: len(tree["task_names"]) - added]
-    for key, what in PARTS.items():
-        if (images or key not in ("images", "fingerprint")) and recorded[key] != current[key]:
-            before, after = _differing(recorded[key], current[key])
-            return f"the {what} differ ({before} before, {after} now)"
-    return None
+_COMPARED = {
+    "class_names": "classes",
+    "tasks": "classes in each task",
+    "task_names": "names of tasks",
+    "train_images": "numbers of training images",
+    "test_images": "numbers of test images",
+    "fingerprints": "labels or names of images",
+}
+"""Fields of a description in the order in which they are compared, and their names in messages."""
+_ABOUT_IMAGES = ("train_images", "test_images", "fingerprints")
 
 
-def _first(classes: Mapping[str, Any], tasks: int | None) -> dict[str, Any]:
-    """Return what is recorded of the first tasks only, without tasks that were added later."""
-    more = len(classes["tasks"]) - (len(classes["tasks"]) if tasks is None else tasks)
-    if more <= 0:
-        return dict(classes)
-    count = 1 + max(label for labels in classes["tasks"][:tasks] for label in labels)
-    return {
-        "names": classes["names"][:count],
-        "tasks": classes["tasks"][:tasks],
-        "task_names": classes["task_names"][:tasks],
-        "images": {part: counts[:tasks] for part, counts in classes["images"].items()},
-        "fingerprint": classes["fingerprint"][:-more],
-    }
+def _tuple(values: object, kind: type) -> tuple[Any, ...]:
+    if not isinstance(values, list) or any(type(value) is not kind for value in values):
+        raise TypeError(f"expected a list of {kind.__name__}, got {values!r:.80}")
+    return tuple(values)
 
 
 def _differing(one: Any, other: Any) -> tuple[Any, Any]:
-    """Return the first values in which two JSON values differ."""
-    if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        return next(_differing(one[key], other[key]) for key in one if one[key] != other[key])
-    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return next(_differing(*pair) for pair in zip(one, other, strict=True) if pair[0] != pair[1])
-    if isinstance(one, list) and isinstance(other, list):
+    """Return the first values in which two nested sequences differ, or their lengths."""
+    if not isinstance(one, tuple) or not isinstance(other, tuple):
+        return one, other
+    if len(one) != len(other):
         return f"{len(one)} of them", f"{len(other)}"
-    return one, other
+    return next(_differing(*pair) for pair in zip(one, other, strict=True) if pair[0] != pair[1])

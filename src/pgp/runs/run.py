@@ -15,10 +15,9 @@ from torch import Tensor
 
 from pgp.config import Config
 from pgp.evaluation import metrics
-from pgp.runs import identity
 from pgp.runs.checkpoint import LATEST, CheckpointName, Checkpoints, Record
 from pgp.runs.environment import describe_environment
-from pgp.runs.identity import Identity
+from pgp.runs.identity import DataDescription, Identity
 from pgp.runs.lock import locked
 from pgp.runs.log import EventLog
 from pgp.system import platforms, storage
@@ -49,23 +48,23 @@ class Run:
         self._is_writing = False
 
     @classmethod
-    def create(cls, folder: StrPath, config: Config, classes: Mapping[str, Any] | None = None) -> Run:
+    def create(cls, folder: StrPath, config: Config, data: DataDescription | None = None) -> Run:
         """Create a new run in `folder`; see `start`."""
         run = cls(folder)
-        run.start(config, classes or {})
+        run.start(config, data)
         return run
 
-    def start(self, config: Config, classes: Mapping[str, Any]) -> None:
+    def start(self, config: Config, data: DataDescription | None) -> None:
         """Create the files of a new run, or of a run with the same configuration that has no checkpoint yet.
 
         Args:
             config: The resolved configuration.
-            classes: What to record of the data; see `pgp.training.tasks.describe_data`.
+            data: Description of the data, if they are known.
 
         Raises:
             RunError: If anything else is in the folder, or it cannot be written.
         """
-        identity = Identity(uuid.uuid4().hex, config.to_json(), dict(classes))
+        identity = Identity(uuid.uuid4().hex, config.to_json(), data.to_json() if data else {})
         self.require_empty(self.folder, config)
         begun = storage.exists(self.folder / CONFIG)
         make_output(self.folder)
@@ -209,24 +208,24 @@ class Run:
         """
         self._stamp_log()
         self._identity = known = self.describe(name)
-        if name is not None and name.step is not None and len(known.classes["tasks"]) > len(self.classes()[1]):
+        if name is not None and name.step is not None and len(self.data_of(known).tasks) > len(self.data.tasks):
             self._adds = True
             self.log_file.held = list(self.checkpoints.record(name).held)
         elif name is not None:
             self._write_identity()  # a crash may have come before
 
-    def add(self, config: Config, classes: Mapping[str, Any]) -> None:
+    def add(self, config: Config, data: DataDescription) -> None:
         """Add data to the run. Nothing is written before the task of these data is finished.
 
         Args:
             config: Configuration of the run with the added data.
-            classes: What to record of all data.
+            data: Description of all data.
 
         Raises:
             RunError: If the log was changed since the latest checkpoint.
         """
         self._stamp_log()
-        self._identity = self.describe()._replace(config=config.to_json(), classes=dict(classes))
+        self._identity = self.describe()._replace(config=config.to_json(), classes=data.to_json())
         self._adds = True
         self.log_file.held = []
 
@@ -291,47 +290,36 @@ class Run:
         if storage.exists(path):
             text = storage.read(path)
             if storage.digest(text) == self.checkpoints.record(name).accuracy:
-                return metrics.from_csv(text.decode(), len(self.classes()[1]))
+                return metrics.from_csv(text.decode(), len(self.data.tasks))
         matrices: dict[str, Tensor] = self.checkpoints.load(name, {"matrices"})["matrices"]  # a crash came before it
         return matrices
 
-    def classes(self) -> tuple[list[str], list[list[int]]]:
-        """Return the class names by label, and the labels of each task."""
-        known = self._classes()
-        return known["names"], known["tasks"]
-
-    def task_names(self) -> list[str]:
-        """Return the name of each task, "" for none."""
-        names: list[str] = self._classes()["task_names"]
-        return names
-
     @property
-    def data_fingerprint(self) -> list[str]:
-        """Fingerprints of the first and of each added data set. They do not depend on paths."""
-        fingerprint: list[str] = self._classes()["fingerprint"]
-        return fingerprint
+    def data(self) -> DataDescription:
+        """Description of the data, with class names, tasks and fingerprints."""
+        return self.data_of(self.describe())
 
-    def _classes(self) -> dict[str, Any]:
-        return identity.checked(self.describe().classes, self.folder / CLASSES)
+    def data_of(self, known: Identity) -> DataDescription:
+        """Return the description of the data of an identity."""
+        return DataDescription.from_json(known.classes, self.folder / CLASSES)
 
     def check_data(
         self,
-        classes: Mapping[str, Any],
+        current: DataDescription,
         *,
         images: bool = True,
         tasks: int | None = None,
-        known: Mapping[str, Any] | None = None,
+        recorded: DataDescription | None = None,
     ) -> None:
         """Raise if the data differ from those of the run: in classes, in tasks or, with `images`, in images.
 
         Args:
-            classes: What to record of all data. Data that were added and are not recorded yet come last.
+            current: Description of all data. Data that were added and are not recorded yet come last.
             images: Whether to compare numbers of images and fingerprints.
             tasks: Number of recorded tasks to compare. If None, all.
-            known: What the run has recorded. If None, what its latest finished task has.
+            recorded: Description that the run has recorded. If None, that of its latest finished task.
         """
-        known = self._classes() if known is None else identity.checked(known, self.folder / CLASSES)
-        if reason := identity.difference(known, classes, images=images, tasks=tasks):
+        if reason := (recorded or self.data).difference(current, images=images, tasks=tasks):
             raise RunError(f"expected the data that {self.folder} began with, but {reason}: restore the data, or begin"
                            " another run")  # fmt: skip
 
@@ -387,7 +375,7 @@ class Run:
     def progress(self) -> tuple[int, int]:
         """Return the number of finished tasks, and the number of all tasks."""
         name = self._finished()
-        return name.task if name else 0, len(self.classes()[1])
+        return name.task if name else 0, len(self.data.tasks)
 
     def load(self, name: CheckpointName | str | None = None, parts: Collection[str] | None = None) -> dict[str, Any]:
         """Return the state of a checkpoint, or only the entries `parts`. If `name` is None, use the latest.

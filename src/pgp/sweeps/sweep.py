@@ -200,7 +200,7 @@ def finished_result(job: Job) -> bool:
     name = run.latest_checkpoint()
     if name is None or "-step-" in name or not (job.folder / "accuracy.csv").is_file():
         return False
-    tasks = len(run.classes()[1])
+    tasks = len(run.data.tasks)
     return name == str(CheckpointName(tasks)) and all(
         metrics.tasks_learned(m) == tasks for m in run.matrices().values()
     )

@@ -25,6 +25,7 @@ from pgp.progress import print_line, track
 from pgp.rng import make_generator
 from pgp.runs.checkpoint import CheckpointName, reading
 from pgp.runs.data_paths import resolve_paths
+from pgp.runs.identity import DataDescription
 from pgp.runs.run import Run
 from pgp.scenario import Task
 from pgp.system.signals import StopRequest
@@ -118,8 +119,8 @@ class Session:
         return track(self.progress, stream, len(plan), f"{self.scenario.describe(task)}, training")
 
     @property
-    def description(self) -> dict[str, Any]:
-        """What the run records of its data."""
+    def description(self) -> DataDescription:
+        """Description of the data, which the run records."""
         return describe_data(self.data, self.scenario)
 
     @property

@@ -16,7 +16,6 @@ from pgp.config import Config, Hardware
 from pgp.datasets.base import DatasetConfig
 from pgp.datasets.own import dataset_from_path
 from pgp.progress import no_progress, print_line
-from pgp.runs import identity
 from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.data_paths import record_data_paths, resolve_paths, with_data_paths
 from pgp.runs.environment import describe_environment
@@ -169,20 +168,20 @@ def _is_adding(run: Run, name: CheckpointName | None, config: Config, new: Datas
 def _restore(session: Session, state: TrainState, name: CheckpointName, new: DatasetConfig | None) -> None:
     """Restore the checkpoint `name`; or the one before it, if `new` data were begun and have changed since."""
     run, is_first = session.run, session.fabric.is_global_zero
-    recorded = run.describe(name)
-    tasks = len(recorded.classes["tasks"])
+    recorded = run.data_of(run.describe(name))
+    tasks = len(recorded.tasks)
     adds = len(session.scenario) > tasks
-    if new and not adds and identity.difference(recorded.classes, session.description, images=True, tasks=None):
+    if new and not adds and recorded.difference(session.description, images=True):
         adds, tasks = True, tasks - 1
-    run.check_data(session.description, tasks=tasks, known=recorded.classes)
+    run.check_data(session.description, tasks=tasks, recorded=recorded)
     if is_first:
         record_data_paths(run, session.config)
         if adds:
             run.checkpoints.drop_step()
             kept = run.config
             config = replace(session.config, hardware=kept.hardware, on_bad_image=kept.on_bad_image)
-            names = [*recorded.classes["task_names"][:tasks], *session.description["task_names"][tasks:]]
-            run.add(config, session.description | {"task_names": names})
+            names = (*recorded.task_names[:tasks], *session.description.task_names[tasks:])
+            run.add(config, replace(session.description, task_names=names))
             _log_data_warnings(session, run)
         else:
             run.accept_config(name)

@@ -9,7 +9,6 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from pgp.datasets.base import BadImageError, ConcatSplit, Dataset, DatasetConfig
 from pgp.datasets.loader import SampleKey, sequential_batches
 from pgp.datasets.text import lines_of, normalized, read_text
 from pgp.rng import make_generator
+from pgp.runs.identity import DataDescription
 from pgp.scenario import Groups, Scenario, Task, class_order, split_by_class, split_by_domain, split_by_group
 
 CLASS_ORDER_FILE, TASKS_FILE = "class_order.txt", "tasks.json"
@@ -166,19 +166,16 @@ def _check_classes(data: Dataset) -> None:
         warnings.warn(f"no test images of {missing[1][:5]}: accuracy says nothing about them", stacklevel=2)
 
 
-def describe_data(data: Dataset, scenario: Scenario) -> dict[str, Any]:
-    """Return what a run records of its data, as JSON values.
-
-    These are the names of classes and tasks, to use them without the data; and the number of images in each task and a
-    fingerprint of all labels, domains and file names of each data set, to recognise the data.
-    """
-    return {
-        "names": list(data.class_names),
-        "tasks": [list(task.classes) for task in scenario.tasks],
-        "task_names": [task.name for task in scenario.tasks],
-        "images": {part: [len(getattr(task, part)) for task in scenario.tasks] for part in ("train", "test")},
-        "fingerprint": [_digest(*both) for both in zip(data.train.sources(), data.test.sources(), strict=True)],
-    }
+def describe_data(data: Dataset, scenario: Scenario) -> DataDescription:
+    """Return the description of the data that a run records."""
+    return DataDescription(
+        data.class_names,
+        tuple(task.classes for task in scenario.tasks),
+        tuple(task.name for task in scenario.tasks),
+        tuple(len(task.train) for task in scenario.tasks),
+        tuple(len(task.test) for task in scenario.tasks),
+        tuple(_digest(*both) for both in zip(data.train.sources(), data.test.sources(), strict=True)),
+    )
 
 
 def training_batches(config: Config, task: Task, world_size: int) -> list[list[SampleKey]]:
