@@ -22,7 +22,7 @@ from pgp.datasets.base import BadImageError
 from pgp.datasets.loader import batches, sequential_batches
 from pgp.datasets.synthetic import Synthetic
 from pgp.evaluation import metrics
-from pgp.evaluation.accuracy import Evaluator
+from pgp.evaluation.accuracy import Evaluator, FeatureBatch
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
 from pgp.projections.base import NoProjection
@@ -211,8 +211,8 @@ def test_predictions_at_batch_1_equal_those_at_batch_64_image_by_image(whole):
         with torch.no_grad():
             for batch in batches(split, sequential_batches(order, size), session.evaluator.loader_options):
                 evaluation, method = session.evaluator, state.method
-                query = evaluation.query(method, batch.images, batch.indices)
-                seen = evaluation.features(method, batch.images, batch.indices, query)
+                frozen = evaluation.frozen(method, batch.images, batch.indices)
+                seen = FeatureBatch(batch.indices, evaluation.features(method, batch.images, frozen))
                 logits = dict(evaluation.logits(method, state.readouts, batch.images, seen, task, 2))
                 rows.append(torch.stack([value.argmax(1) for value in logits.values()], dim=1))
         predicted[size] = torch.cat(rows)

@@ -172,6 +172,9 @@ class Config:
     """Images per step, over all devices."""
     eval_batch_size: int = 32
     """Images per batch in evaluation. It changes no result."""
+    views: int = 0
+    """Number of augmented views of each training image that readouts observe after the training of a task, in addition
+    to the image in its test view. Each costs one more pass without gradients."""
     drift_images: int = 16
     """Number of test images of each task on which drift is measured, at the end of the task and of every later one; 0
     turns it off. The results are in metrics.jsonl and pgp report."""
@@ -194,7 +197,7 @@ class Config:
         for name in positive:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"expected {name} of at least 1, got {value}")
-        for name in ("save_every_steps", "drift_images"):
+        for name in ("save_every_steps", "drift_images", "views"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"expected {name} of at least 0, got {value}")
         if self.order == "listed" and self.setting != "oil":

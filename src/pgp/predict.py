@@ -15,7 +15,7 @@ from pgp.datasets.base import BadImageError
 from pgp.datasets.files import read_image
 from pgp.datasets.ignored import Ignored
 from pgp.datasets.scan import images_below
-from pgp.evaluation.accuracy import extract_features, extract_query
+from pgp.evaluation.accuracy import extract_features, extract_frozen
 from pgp.methods.base import mask_logits
 from pgp.rng import make_generator
 from pgp.runs.checkpoint import reading
@@ -70,6 +70,7 @@ class Predictor:
         settings = readouts[readout or next(iter(readouts))]
         self._readout = settings.build(self._method.head, len(names), config.seed)
         self._uses_query = self._method.uses_query or settings.uses_query
+        self._uses_patches = settings.uses_patches
         with reading(checkpoint):
             readout_state, readout_device = state["readouts"][self._readout.name], float64_device(self.device)
             self._readout.load_state_dict({key: tensor.to(readout_device) for key, tensor in readout_state.items()})
@@ -96,9 +97,11 @@ class Predictor:
             return torch.empty(0, len(self.classes))
         pixels = [_checked(image) if isinstance(image, Tensor) else read_image(_file(image)) for image in images]
         batch = torch.stack([self._transform(image) for image in pixels]).to(self.device)  # (B, 3, S, S)
-        query = extract_query(self._method, batch, self._autocast) if self._uses_query else None
-        features = extract_features(self._method, batch, query, self._autocast)
-        logits = self._readout.logits(self._readout.select_features(features, query))  # (B, C)
+        frozen = None
+        if self._uses_query or self._uses_patches:
+            frozen = extract_frozen(self._method, batch, self._autocast, patches=self._uses_patches)
+        features = extract_features(self._method, batch, frozen, self._autocast)
+        logits = self._readout.logits(self._readout.select_features(features))  # (B, C)
         logits = mask_logits(logits, self._learned)[:, self._learned]  # (B, len(classes))
         return logits.softmax(-1).cpu()
 

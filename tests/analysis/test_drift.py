@@ -22,6 +22,7 @@ from pgp.projections.base import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.random import RandomBasis
 from pgp.projections.released import ReleasedBasis
+from pgp.readouts.base import Features
 from pgp.readouts.head import MethodHead
 from pgp.reports import drift
 from pgp.subspace import ProtectedInputs, ProtectedParameter
@@ -105,7 +106,7 @@ def test_it_costs_one_pass_over_a_sample_of_the_new_task(tmp_path, monkeypatch):
     monkeypatch.setattr(
         type(state.method), "activations", lambda *args: passes.append(len(args[1])) or activations(*args)
     )
-    watched = FeatureBatch(torch.arange(len(session.data.test)), torch.randn(len(session.data.test), 48), None)
+    watched = FeatureBatch(torch.arange(len(session.data.test)), Features(torch.randn(len(session.data.test), 48)))
     for task in session.scenario.tasks:
         state.meter.watch(task, watched)
     monkeypatch.setattr(type(state.method), "selected_prompts", lambda *_: None)

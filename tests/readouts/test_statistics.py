@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from rich.progress import Progress
@@ -13,8 +15,10 @@ from pgp.analysis.audit import audit_run
 from pgp.analysis.checkpoints import evaluate_checkpoints
 from pgp.backbones.base import Backbone
 from pgp.datasets.synthetic import Synthetic
+from pgp.methods.head_only import HeadOnly
 from pgp.methods.vpt import VPT
 from pgp.predict import Predictor
+from pgp.readouts.base import Features
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
 from pgp.readouts.logistic import Logistic
@@ -187,15 +191,26 @@ def test_a_run_follows_its_features_and_goes_on_inside_a_task_bitwise(tmp_path, 
 def test_the_query_is_read_beside_the_features_and_never_moves():
     readout = LDA(5, LDA.Config(query=True, compensate="linear"))
     queries, labels = drawn([0, 1, 2])
-    readout.observe(readout.select_features(drifted(queries), queries), labels)
+    readout.observe(readout.select_features(Features(drifted(queries), queries)), labels)
     readout.end_task()
     before = readout.means.clone()
     images, _ = drawn([3, 4])
-    readout.compensate(readout.select_features(images, images), readout.select_features(images + 3, images))
+    moved = [readout.select_features(Features(features, images)) for features in (images, images + 3)]
+    readout.compensate(*moved)
     assert readout.config.name == "lda+query+linear"
     torch.testing.assert_close(readout.means[:3, D:], before[:3, D:], rtol=0, atol=1e-9)
     torch.testing.assert_close(readout.means[:3, :D], before[:3, :D] + 3, rtol=0, atol=1e-9)
-    assert LDA(5).select_features(images, queries) is images
+    assert torch.equal(LDA(5).select_features(Features(images, queries)), images)
+
+
+def test_each_part_that_a_readout_uses_is_scaled_to_length_one():
+    images = Features(torch.full((2, 4), 3.0), torch.tensor([[0.0, 2.0], [5.0, 0.0]]), torch.tensor([[4.0, 3.0]] * 2))
+    readout = LDA(5, LDA.Config(query=True, patches=True, normalize=True))
+    assert readout.name == "lda+query+patches+normalize"
+    expected = torch.tensor([[0.5, 0.5, 0.5, 0.5, 0.0, 1.0, 0.8, 0.6], [0.5, 0.5, 0.5, 0.5, 1.0, 0.0, 0.8, 0.6]])
+    torch.testing.assert_close(readout.select_features(images), expected)
+    plain = LDA(5, LDA.Config(patches=True))
+    assert torch.equal(plain.select_features(images), torch.cat([images.features, images.patches], 1))
 
 
 def test_a_query_tells_where_features_went():
@@ -204,11 +219,11 @@ def test_a_query_tells_where_features_went():
     missed = {}
     for query in (False, True):
         readout = LDA(5, LDA.Config(query=query, compensate="linear", ridge=1e-6))
-        readout.observe(readout.select_features(1e-3 * old[0][:, :1].expand(-1, D), old[0]), old[1])
+        readout.observe(readout.select_features(Features(1e-3 * old[0][:, :1].expand(-1, D), old[0])), old[1])
         readout.end_task()
         readout.compensate(
-            readout.select_features(1e-3 * new[0][:, :1].expand(-1, D), new[0]),
-            readout.select_features(drifted(new[0]), new[0]),
+            readout.select_features(Features(1e-3 * new[0][:, :1].expand(-1, D), new[0])),
+            readout.select_features(Features(drifted(new[0]), new[0])),
         )
         missed[query] = float((readout.means[:3, :D] - drifted(MEANS[:3])).norm())
     assert missed[True] < 1
@@ -252,3 +267,22 @@ def test_shift_follows_the_nearest_image_where_old_classes_have_no_spread():
     readout.compensate(before, before + 0.1)
     readout.end_task()
     assert bool(readout.logits(before).isfinite().all())
+
+
+def test_views_are_observed_by_readouts_and_predicted_from_alike(tmp_path):
+    """A run with views has as many observations; what reads patches is the same in training, evaluation, prediction."""
+    readouts = (LDA.Config(patches=True, normalize=True), LDA.Config(query=True))
+    config = tiny.config(dataset=Synthetic(noise=0.05), method=HeadOnly.Config(learns=False), readouts=readouts)
+    plain, run = (train.train(replace(config, views=views), tmp_path / str(views)) for views in (0, 2))
+    name = readouts[0].name
+    states = [one.load()["readouts"][name] for one in (plain, run)]
+    assert torch.equal(states[1]["counts"], 3 * states[0]["counts"])
+    assert not torch.allclose(*(state["sums"] / state["counts"][:, None] for state in states))
+    torch.testing.assert_close(evaluate_checkpoints(run, run.config)[name][2], run.matrices()[name][2])
+    data = run.config.dataset.build()
+    images = [data.test.image(index) for index in range(len(data.test))]
+    for readout in readouts:
+        guesses = [prediction.names[0] for prediction in Predictor(run, readout.name)(images)]
+        expected = [data.class_names[label] for label in data.test.labels.tolist()]
+        hits = [guess == name for guess, name in zip(guesses, expected, strict=True)]
+        assert sum(hits) / len(hits) == pytest.approx(float(run.matrices()[readout.name][2].mean()))

@@ -21,7 +21,7 @@ from pgp.readouts.base import Readout
 from pgp.readouts.statistics import StatisticsReadout
 from pgp.runs.run import Run
 from pgp.scenario import Task
-from pgp.training.observe import observe
+from pgp.training.observe import observe, observe_views
 from pgp.training.session import Session
 from pgp.training.start import load_latest
 from pgp.training.state import TrainState
@@ -108,6 +108,7 @@ def oracle(run: Run, progress: Progress, config: Config | None = None) -> dict[s
             fresh[-1].name = setting.name
     for task in session.scenario.tasks[: state.task]:
         observe(session, state, task, None, fresh)
+        observe_views(session, state, task, fresh)
     for readout in fresh:
         readout.end_task()
     row = session.evaluator.evaluate(state.method, fresh, state.task - 1, progress)
@@ -155,16 +156,16 @@ def _features(session: Session, state: TrainState, size: int | None) -> Iterator
     for (task, _), batch in zip(plan, stream, strict=True):
         if len(batch.indices):
             images = batch.images.to(session.fabric.device)
-            query = evaluator.query(state.method, images, batch.indices)
-            features = evaluator.features(state.method, images, batch.indices, query, by_vote=size is not None)
-            yield task, features, batch.labels.to(images.device)
+            frozen = evaluator.frozen(state.method, images, batch.indices)
+            features = evaluator.features(state.method, images, frozen, by_vote=size is not None)
+            yield task, FeatureBatch(batch.indices, features), batch.labels.to(images.device)
 
 
 def _logits(session: Session, state: TrainState, batch: FeatureBatch, task: Task) -> Iterator[tuple[str, str, Tensor]]:
     """Yield readout, scope and logits `(B, C)`. A task-incremental run knows the task in every scope."""
     scenario, is_til = session.scenario, session.config.setting == "til"
     for readout in state.readouts:
-        logits = readout.logits(readout.select_features(batch.features, batch.queries))
+        logits = readout.logits(readout.select_features(batch.images))
         scopes = {
             "seen": task.classes if is_til else scenario.seen_classes(state.task - 1),
             "all": range(session.data.classes),

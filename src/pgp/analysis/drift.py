@@ -136,9 +136,7 @@ class DriftMeter:
         """Store the features of those images of an evaluation batch that are in the sample."""
         in_sample = torch.isin(batch.indices, self.sample(task)).nonzero().flatten()
         if len(in_sample):
-            queries = None if batch.queries is None else batch.queries[in_sample].cpu()
-            part = FeatureBatch(batch.indices[in_sample], batch.features[in_sample].cpu(), queries)
-            self._watched.setdefault(task.index, []).append(part)
+            self._watched.setdefault(task.index, []).append(batch.rows(in_sample).cpu())
 
     @torch.no_grad()
     def end_task(self, method: Method, task: Task, progress: Progress) -> dict[str, Any]:
@@ -214,9 +212,9 @@ class DriftMeter:
             if not len(batch.indices):
                 continue
             images = batch.images.to(fabric.device)
-            query = evaluation.query(method, images, batch.indices)
+            frozen = evaluation.frozen(method, images, batch.indices)
             with fabric.autocast():
-                activations = method.activations(images, query)
+                activations = method.activations(images, frozen and frozen.query)
             for space in self.projection.protected:
                 rows = activations[space]
                 weights = [
@@ -257,11 +255,11 @@ def _measured(method: Method, kept: list[FeatureBatch], classes: tuple[int, ...]
     if not kept:
         raise ValueError(f"expected test images in task {task.index + 1}, but every one of a sample is unreadable")
     device = next(method.parameters()).device
-    indices, order = torch.cat([batch.indices for batch in kept]).sort()
-    features = torch.cat([batch.features for batch in kept])[order]
+    batch = FeatureBatch.concat(kept)
+    batch = batch.rows(batch.indices.argsort())
+    indices, (features, query, _) = batch.indices, batch.images
     logits = method.head(features.to(device))[:, list(classes)].float().cpu()
-    queries = [batch.queries for batch in kept if batch.queries is not None]
-    selected = method.selected_prompts(torch.cat(queries)[order].to(device)) if queries else None
+    selected = None if query is None else method.selected_prompts(query.to(device))
     return Drift(indices, features, logits - logits.mean(1, keepdim=True), None if selected is None else selected.cpu())
 
 

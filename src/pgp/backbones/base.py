@@ -163,6 +163,12 @@ class Backbone(nn.Module, abc.ABC):
             tokens: Tensor = self(images, num_tokens=1)
             return tokens[:, 0]
 
+    def encode_with_patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the final CLS token and the mean of the final patch tokens without prompts, each `(B, D)`."""
+        with torch.no_grad():
+            tokens: Tensor = self(images)
+            return tokens[:, 0], tokens[:, 1:].mean(1)
+
     def freeze(self) -> None:
         """Stop training of all weights and switch to evaluation mode."""
         self.requires_grad_(False)

@@ -19,7 +19,7 @@ from pgp.datasets.base import Dataset
 from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
 from pgp.methods.base import Method, mask_logits
 from pgp.progress import track
-from pgp.readouts.base import Readout
+from pgp.readouts.base import Features, Readout
 from pgp.scenario import Scenario, Task
 
 Autocast = Callable[[], AbstractContextManager[None]]
@@ -29,19 +29,34 @@ LEGACY = "/legacy"
 
 
 class FeatureBatch(NamedTuple):
-    """Some images as the model sees them."""
+    """Features of some images of a split."""
 
     indices: Tensor
-    """Where they are in their split, `(B,)`."""
-    features: Tensor
-    """`(B, D)`."""
-    queries: Tensor | None
-    """`(B, Q)`, if the method or a readout needs them."""
+    """Indices of the images in their split, `(B,)`."""
+    images: Features
+
+    def rows(self, selected: Tensor) -> FeatureBatch:
+        """Return the batch of the images `selected`: a mask `(B,)`, or indices into this batch."""
+        return FeatureBatch(self.indices[selected], self.images.apply(lambda tensor: tensor[selected]))
 
     def cpu(self) -> FeatureBatch:
         """Return the same batch on the CPU."""
-        queries = None if self.queries is None else self.queries.cpu()
-        return FeatureBatch(self.indices, self.features.cpu(), queries)
+        return FeatureBatch(self.indices, self.images.apply(Tensor.cpu))
+
+    @staticmethod
+    def concat(batches: Sequence[FeatureBatch]) -> FeatureBatch:
+        """Return the images of all `batches` as one batch."""
+        indices = torch.cat([batch.indices for batch in batches])
+        return FeatureBatch(indices, Features.concat([batch.images for batch in batches]))
+
+
+class FrozenFeatures(NamedTuple):
+    """Features of `B` images without prompts, which never change."""
+
+    query: Tensor
+    """CLS token, `(B, D)`."""
+    patches: Tensor | None
+    """Mean of the patch tokens, `(B, D)`, if a readout uses it."""
 
 
 class TaskAccuracies(NamedTuple):
@@ -56,18 +71,22 @@ class TaskAccuracies(NamedTuple):
     `within_task` is competition between tasks in the classifier."""
 
 
-def extract_query(method: Method, images: Tensor, autocast: Autocast) -> Tensor:
-    """Return the queries `(B, D)` of images `(B, 3, S, S)`, float32."""
+def extract_frozen(method: Method, images: Tensor, autocast: Autocast, *, patches: bool) -> FrozenFeatures:
+    """Return the query `(B, D)` of images `(B, 3, S, S)`, float32, and the mean of their patch tokens if `patches`."""
     with autocast():
-        return method.query(images).float()
+        if patches:
+            query, mean = method.query_and_patches(images)
+            return FrozenFeatures(query.float(), mean.float())
+        return FrozenFeatures(method.query(images).float(), None)
 
 
 def extract_features(
-    method: Method, images: Tensor, query: Tensor | None, autocast: Autocast, *, by_vote: bool = False
-) -> Tensor:
-    """Return the features `(B, D)` of images `(B, 3, S, S)`, float32; see `Method.features`."""
+    method: Method, images: Tensor, frozen: FrozenFeatures | None, autocast: Autocast, *, by_vote: bool = False
+) -> Features:
+    """Return the features of images `(B, 3, S, S)`, float32; see `Method.features`."""
+    query, patches = frozen or (None, None)
     with autocast():
-        return method.features(images, query, by_vote=by_vote).float()
+        return Features(method.features(images, query, by_vote=by_vote).float(), query, patches)
 
 
 class Evaluator:
@@ -75,7 +94,7 @@ class Evaluator:
 
     def __init__(self, fabric: Fabric, config: Config, data: Dataset, scenario: Scenario) -> None:
         self.fabric, self.config, self.data, self.scenario = fabric, config, data, scenario
-        self._queries: dict[int, Tensor] = {}  # by test image, (D,)
+        self._frozen: dict[int, list[Tensor]] = {}  # by test image, query and patches (D,)
 
     @torch.no_grad()
     def evaluate(
@@ -114,7 +133,8 @@ class Evaluator:
                 continue
             counts[task.index] += len(batch.indices)
             images, own_classes = batch.images.to(self.fabric.device), torch.tensor(task.classes)
-            features = self.features(method, images, batch.indices, self.query(method, images, batch.indices))
+            frozen = self.frozen(method, images, batch.indices)
+            features = FeatureBatch(batch.indices, self.features(method, images, frozen))
             if watch:
                 watch(task, features)
             for column, logits in self.logits(method, readouts, images, features, task, t):
@@ -134,33 +154,36 @@ class Evaluator:
         skip_bad = self.config.on_bad_image == "skip"
         return TransformedSplit(self.data.test, self.config.transforms.test(), 0, ("test",), skip_bad)
 
-    def query(self, method: Method, images: Tensor, indices: Tensor | None = None) -> Tensor | None:
-        """Return the queries `(B, D)` of images; None if neither the method nor a readout uses them.
+    def frozen(self, method: Method, images: Tensor, indices: Tensor | None = None) -> FrozenFeatures | None:
+        """Return the frozen features of images; None if neither the method nor a readout uses them.
 
         Args:
             method: What computes them.
             images: `(B, 3, S, S)`.
-            indices: For test images, where they are in their split, `(B,)`: their queries are cached.
+            indices: For test images, their indices in their split, `(B,)`. Their frozen features are cached.
         """
-        if not (method.uses_query or any(readout.uses_query for readout in self.config.readouts)):
+        readouts = self.config.readouts
+        patches = any(readout.uses_patches for readout in readouts)
+        if not (method.uses_query or patches or any(readout.uses_query for readout in readouts)):
             return None
         keys = [] if indices is None else indices.tolist()
-        if not keys or not all(key in self._queries for key in keys):
-            query = extract_query(method, images, self.fabric.autocast)
+        if not keys or not all(key in self._frozen for key in keys):
+            frozen = extract_frozen(method, images, self.fabric.autocast, patches=patches)
             if not keys:
-                return query
-            self._queries.update(zip(keys, query.cpu(), strict=True))
-        return torch.stack([self._queries[key] for key in keys]).to(images.device)
+                return frozen
+            rows = zip(*(tensor.cpu() for tensor in frozen if tensor is not None), strict=True)
+            self._frozen.update(zip(keys, map(list, rows), strict=True))
+        found = [torch.stack(column).to(images.device) for column in zip(*map(self._frozen.get, keys), strict=True)]
+        return FrozenFeatures(found[0], found[1] if patches else None)
 
     def features(
-        self, method: Method, images: Tensor, indices: Tensor, query: Tensor | None, *, by_vote: bool = False
-    ) -> FeatureBatch:
-        """Return the features `(B, D)` of images `(B, 3, S, S)` with their queries, from `query`.
+        self, method: Method, images: Tensor, frozen: FrozenFeatures | None, *, by_vote: bool = False
+    ) -> Features:
+        """Return the features of images `(B, 3, S, S)`, with their frozen features.
 
         If `by_vote`, the prompts are selected by the published protocol, see `Method.features`.
         """
-        features = extract_features(method, images, query, self.fabric.autocast, by_vote=by_vote)
-        return FeatureBatch(indices, features, query)
+        return extract_features(method, images, frozen, self.fabric.autocast, by_vote=by_vote)
 
     def logits(
         self, method: Method, readouts: Sequence[Readout], images: Tensor, batch: FeatureBatch, task: Task, t: int
@@ -169,12 +192,13 @@ class Evaluator:
         allowed = task.classes if self.config.setting == "til" else self.scenario.seen_classes(t)
         voted = None
         if self.config.legacy_eval:
-            voted = self.features(method, images, batch.indices, batch.queries, by_vote=True)
+            frozen = None if batch.images.query is None else FrozenFeatures(batch.images.query, batch.images.patches)
+            voted = self.features(method, images, frozen, by_vote=True)
         for readout in readouts:
-            logits = readout.logits(readout.select_features(batch.features, batch.queries))
+            logits = readout.logits(readout.select_features(batch.images))
             yield readout.name, mask_logits(logits, allowed)
             if voted is not None:
-                logits = readout.logits(readout.select_features(voted.features, voted.queries))
+                logits = readout.logits(readout.select_features(voted))
                 yield readout.name + LEGACY, mask_logits(logits, self._legacy_classes(method, task))
 
     @property

@@ -81,6 +81,10 @@ class Method(nn.Module, abc.ABC):
         """
         return self.backbone.encode(images)
 
+    def query_and_patches(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the query, and the mean of the patch tokens of the frozen encoder, each `(B, D)`."""
+        return self.backbone.encode_with_patches(images)
+
     def selected_prompts(self, query: Tensor) -> Tensor | None:
         """Return which prompts each image selects, `(B, M)` bool, or None if the method does not select prompts."""
         return None

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+
+class Features(NamedTuple):
+    """What a readout may use of `B` images."""
+
+    features: Tensor
+    """Features of the method, with its prompts, `(B, D)`."""
+    query: Tensor | None = None
+    """CLS token of the frozen encoder without prompts, `(B, Q)`, if the method or a readout uses it."""
+    patches: Tensor | None = None
+    """Mean of the patch tokens of the frozen encoder without prompts, `(B, Q)`, if a readout uses it."""
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> Features:
+        """Return the results of `change` for each tensor, such as some of the rows."""
+        return Features(*(None if tensor is None else change(tensor) for tensor in self))  # type: ignore[arg-type]
+
+    @staticmethod
+    def concat(batches: Sequence[Features]) -> Features:
+        """Return the features of all `batches` as one batch."""
+        columns = (None if column[0] is None else torch.cat(column) for column in zip(*batches, strict=True))
+        return Features(*columns)  # type: ignore[arg-type]
 
 
 class Readout(abc.ABC):
@@ -43,6 +65,11 @@ class Readout(abc.ABC):
             """Whether the readout uses the query of an image in addition to its features."""
             return False
 
+        @property
+        def uses_patches(self) -> bool:
+            """Whether the readout uses the mean patch token of the frozen encoder in addition to the features."""
+            return False
+
         @abc.abstractmethod
         def build(self, head: nn.Module, classes: int, seed: int) -> Readout:
             """Return a readout over `classes` labels.
@@ -53,18 +80,16 @@ class Readout(abc.ABC):
                 seed: The run's seed, which decides every random draw of the readout.
             """
 
-    def select_features(self, features: Tensor, query: Tensor | None) -> Tensor:
-        """Return the input of the other functions, from features `(B, D)` and queries `(B, Q)` of images.
-
-        By default, it is the features.
-        """
-        return features
+    def select_features(self, images: Features) -> Tensor:
+        """Return the input of the other functions for these images, `(B, D)`: by default, the method's features."""
+        return images.features
 
     @abc.abstractmethod
     def observe(self, features: Tensor, labels: Tensor) -> None:
         """Observe a batch of the current task: features `(B, D)` from `select_features`, and labels `(B,)`.
 
-        The images are training images in their test view, after the training of the task.
+        The images are training images after the training of the task: in their test view and, if the configuration asks
+        for it, in augmented views.
         """
 
     def compensate(self, before: Tensor, after: Tensor) -> None:

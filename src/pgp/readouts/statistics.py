@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pgp.distributed import all_reduce_sum_
-from pgp.readouts.base import Readout
+from pgp.readouts.base import Features, Readout
 from pgp.subspace import to_float64
 
 
@@ -31,6 +31,10 @@ class StatisticsReadout(Readout):
         query: bool = False
         """Append the query of an image, its features without prompts, to its features with prompts. The query never
         drifts, so half of the statistics stay correct, and the drift of the other half is estimated better."""
+        patches: bool = False
+        """Append the mean of the patch tokens of the frozen encoder without prompts. It never drifts either."""
+        normalize: bool = False
+        """Scale each of these parts to length 1: features, query, and mean patch token."""
         compensate: Literal["none", "shift", "linear"] = "none"
         """How to correct old statistics for the drift of features, estimated on the images of each new task. shift:
         move each mean by the average drift of the images near it (Yu et al., CVPR 2020). linear: transform means and
@@ -46,15 +50,20 @@ class StatisticsReadout(Readout):
 
         @property
         def suffix(self) -> str:
-            """Suffix of the readout's name for its query and compensation, such as `+query+shift`."""
-            query = "+query" if self.query else ""
-            compensate = "" if self.compensate == "none" else f"+{self.compensate}"
-            return query + compensate
+            """Suffix of the readout's name for these settings, such as `+query+shift`."""
+            flags = [name for name in ("query", "patches", "normalize") if getattr(self, name)]
+            flags += [] if self.compensate == "none" else [self.compensate]
+            return "".join(f"+{flag}" for flag in flags)
 
         @property
         def uses_query(self) -> bool:
             """See `Readout.Config.uses_query`."""
             return self.query
+
+        @property
+        def uses_patches(self) -> bool:
+            """See `Readout.Config.uses_patches`."""
+            return self.patches
 
     def __init__(self, classes: int, config: StatisticsReadout.Config) -> None:
         self.classes, self.settings = classes, config
@@ -62,12 +71,13 @@ class StatisticsReadout(Readout):
         self.state: dict[str, Tensor] = {}
         self._task: dict[str, Tensor] = {}
 
-    def select_features(self, features: Tensor, query: Tensor | None) -> Tensor:
-        """Return features `(B, D)`, or features and queries `(B, D + Q)`."""
-        if not self.settings.query:
-            return features
-        assert query is not None, "the caller passes queries if uses_query"
-        return torch.cat([features, query.to(features)], 1)  # (B, D + Q)
+    def select_features(self, images: Features) -> Tensor:
+        """Return the features, and the queries and mean patch tokens if they are used, `(B, D + Q + Q)`."""
+        settings = self.settings
+        used = [images.features, images.query if settings.query else None, images.patches if settings.patches else None]
+        parts = [part.to(images.features) for part in used if part is not None]
+        assert len(parts) == 1 + settings.query + settings.patches, "the caller passes what the settings use"
+        return torch.cat([nn.functional.normalize(part) for part in parts] if settings.normalize else parts, 1)
 
     def observe(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch to the counts `(C,)`, sums `(C, D)` and pooled products `(D, D)` of this task, in float64."""

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgp.datasets.loader import batches, sequential_batches
+from pgp.datasets.loader import TransformedSplit, batches, sequential_batches
 from pgp.distributed import all_gather_object, all_gather_rows
 from pgp.evaluation.accuracy import FeatureBatch
 from pgp.progress import track
 from pgp.projections.base import ObservationSpec, Projection
-from pgp.readouts.base import Readout
+from pgp.readouts.base import Features, Readout
 from pgp.scenario import Task
 from pgp.training.session import Session
 from pgp.training.state import TrainState
@@ -46,12 +46,23 @@ def observe_after_training(session: Session, state: TrainState, task: Task) -> N
         if observes:
             observe(session, state, task, projection, [])
         kept = observe(session, state, task, None, readouts, keep) if readouts else []
+    observe_views(session, state, task, readouts)
     if state.features_before is not None:
         before, after = _align_by_index(state.features_before, _gather_features(kept))
         for readout in readouts:
-            old = readout.select_features(before, after.queries)
-            readout.compensate(old, readout.select_features(after.features, after.queries))
+            old = readout.select_features(after._replace(features=before))
+            readout.compensate(old, readout.select_features(after))
         state.features_before = None
+
+
+def observe_views(session: Session, state: TrainState, task: Task, readouts: Sequence[Readout]) -> None:
+    """Show augmented views of the task's images to readouts, as many as the configuration asks for.
+
+    Collective: every process must call it.
+    """
+    views = session.transformed("train", "readout views", task)
+    for view in range(session.config.views if readouts else 0):
+        observe(session, state, task, None, readouts, views=views, view=view)
 
 
 def fit_readout(readout: Readout) -> dict[str, Any]:
@@ -73,10 +84,23 @@ def observe(
     projection: Projection | None,
     readouts: Sequence[Readout],
     keep: bool = False,
+    views: TransformedSplit | None = None,
+    view: int = 0,
 ) -> list[FeatureBatch]:
     """Show the images of a task to a projection, to readouts, or to both in one pass.
 
     Collective: every process must call it.
+
+    Args:
+        session: Data and devices.
+        state: The method.
+        task: The task.
+        projection: The projection, which says how it observes, or None.
+        readouts: The readouts.
+        keep: Whether to return the features.
+        views: Augmented images, of which the view number `view` is shown. If None, images as the projection asks for
+            them, by default in their test view.
+        view: Number of the view.
 
     Returns:
         The features of this process's images, batch by batch, if `keep`.
@@ -86,28 +110,28 @@ def observe(
     """
     fabric, evaluator = session.fabric, session.evaluator
     spec = (projection.observation if projection else None) or ObservationSpec()
-    split = session.transformed(spec.view, "observed", task)
+    split = views or session.transformed(spec.view, "observed", task)
     batch_size = (session.micro_batch_size or session.config.eval_batch_size) * fabric.world_size
     kept: list[FeatureBatch] = []
-    for epoch in itertools.count() if spec.repeat else range(1):
+    for epoch in itertools.count() if spec.repeat else [view]:
         plan, num_images = sequential_batches(task.train, batch_size, epoch), 0
         stream = batches(split, plan, evaluator.loader_options)
         for batch in track(session.progress, stream, len(plan), f"{session.scenario.describe(task)}, looking at it"):
             if len(batch.indices):
                 num_images += len(batch.indices)
                 images, labels, indices = batch.to(fabric.device)
-                query = evaluator.query(state.method, images) if projection or readouts else None
+                frozen = evaluator.frozen(state.method, images) if projection or readouts else None
                 if projection:
                     with fabric.autocast():
-                        activations = state.method.activations(images, query)
+                        activations = state.method.activations(images, frozen and frozen.query)
                     for space, inputs in activations.items():
                         projection.observe(space, inputs)
                 if readouts or keep:
-                    features = evaluator.features(state.method, images, indices, query)
+                    features = evaluator.features(state.method, images, frozen)
                     for readout in readouts:
-                        readout.observe(readout.select_features(features.features, query), labels)
+                        readout.observe(readout.select_features(features), labels)
                     if keep:
-                        kept.append(features.cpu())
+                        kept.append(FeatureBatch(indices, features).cpu())
             if spec.repeat and projection and projection.has_enough():
                 return kept
         _check_seen(all_gather_object(num_images), task)
@@ -128,25 +152,18 @@ def _gather_features(kept: list[FeatureBatch]) -> FeatureBatch:
 
     Collective: every process must call it.
     """
-    indices, features = (
-        all_gather_rows(torch.cat(parts)) for parts in ([k.indices for k in kept], [k.features for k in kept])
-    )
-    queries = [each.queries for each in kept if each.queries is not None]
-    order = indices.argsort()
-    return FeatureBatch(
-        indices[order], features[order], all_gather_rows(torch.cat(queries))[order] if queries else None
-    )
+    own = FeatureBatch.concat(kept)
+    batch = FeatureBatch(all_gather_rows(own.indices), own.images.apply(all_gather_rows))
+    return batch.rows(batch.indices.argsort())
 
 
-def _align_by_index(before: dict[str, Tensor], after: FeatureBatch) -> tuple[Tensor, FeatureBatch]:
+def _align_by_index(before: dict[str, Tensor], after: FeatureBatch) -> tuple[Tensor, Features]:
     """Return features `(n, D)` before, and all that is known after, of the images that could be read both times."""
     common_before = torch.isin(before["indices"], after.indices)
     common_after = torch.isin(after.indices, before["indices"])
     if not bool(common_before.any()):
         raise ValueError("expected images of this task that can be read before and after its training, got none")
-    queries = None if after.queries is None else after.queries[common_after]
-    features = FeatureBatch(after.indices[common_after], after.features[common_after], queries)
-    return before["features"][common_before], features
+    return before["features"][common_before], after.rows(common_after).images
 
 
 def _observes_at(projection: Projection, when: str) -> bool:

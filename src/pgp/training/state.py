@@ -91,7 +91,7 @@ class TrainState:
 
     def keep_features(self, batch: FeatureBatch) -> None:
         """Keep the features of the current task's images until its training has changed them."""
-        self.features_before = {"indices": batch.indices, "features": batch.features}
+        self.features_before = {"indices": batch.indices, "features": batch.images.features}
 
     def finish_task(self, task: Task, row: TaskAccuracies) -> None:
         """Count `task` as finished, with the accuracies of all tasks up to it."""
