@@ -103,7 +103,7 @@ class Predictor:
         features = extract_features(self._method, batch, frozen, self._autocast)
         logits = self._readout.logits(self._readout.select_features(features))  # (B, C)
         logits = mask_logits(logits, self._learned)[:, self._learned]  # (B, len(classes))
-        return logits.softmax(-1).cpu()
+        return self._readout.probabilities(logits).cpu()
 
     def _autocast(self) -> torch.autocast:
         """Return a context with the precision of the run."""

@@ -19,6 +19,7 @@ from pgp.methods.head_only import HeadOnly
 from pgp.methods.vpt import VPT
 from pgp.predict import Predictor
 from pgp.readouts.base import Features
+from pgp.readouts.calibration import TEMPERATURES
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
 from pgp.readouts.logistic import Logistic
@@ -184,7 +185,7 @@ def test_a_run_follows_its_features_and_goes_on_inside_a_task_bitwise(tmp_path, 
     assert not torch.equal(one["lda"]["sums"], one["lda+shift"]["sums"])
     assert not torch.equal(one["lda+shift"]["sums"], one["lda+linear"]["sums"])
     *_, last = whole.events("task")
-    assert last["readouts"]["lda"]["bytes"] == 8 * (6 + 6 * 48 + 48 * 48)
+    assert last["readouts"]["lda"]["bytes"] == 8 * (6 + 6 * 48 + 48 * 48 + len(TEMPERATURES))
     assert last["readouts"]["logistic"]["seconds"] > 0
 
 

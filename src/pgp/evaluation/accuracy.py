@@ -20,6 +20,7 @@ from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequen
 from pgp.methods.base import Method, mask_logits
 from pgp.progress import track
 from pgp.readouts.base import Features, Readout
+from pgp.readouts.calibration import NUM_BINS, calibration_bins
 from pgp.scenario import Scenario, Task
 
 Autocast = Callable[[], AbstractContextManager[None]]
@@ -69,6 +70,8 @@ class TaskAccuracies(NamedTuple):
     task_id_accuracy: dict[str, Tensor]
     """Share of images whose predicted class belongs to their own task. Forgetting that shows here and not in
     `within_task` is competition between tasks in the classifier."""
+    calibration: dict[str, Tensor]
+    """Bins of confidence over the images of all tasks, `(NUM_BINS, 3)`; see `pgp.readouts.calibration`."""
 
 
 def extract_frozen(method: Method, images: Tensor, autocast: Autocast, *, patches: bool) -> FrozenFeatures:
@@ -120,10 +123,11 @@ class Evaluator:
             ValueError: If a task has no test image that can be read.
         """
         tasks = self.scenario.tasks[: t + 1]
-        columns = self._columns(readouts)
-        hits = TaskAccuracies(
-            *({column: torch.zeros(t + 1, dtype=torch.float64) for column in columns} for _ in range(3))
-        )
+        columns, by_name = self._columns(readouts), {readout.name: readout for readout in readouts}
+        zeros = torch.zeros(t + 1, dtype=torch.float64)
+        hits = [{column: zeros.clone() for column in columns} for _ in range(3)]
+        correct, correct_within, correct_task = hits
+        bins = {readout.name: torch.zeros(NUM_BINS, 3, dtype=torch.float64) for readout in readouts}
         counts = torch.zeros(t + 1, dtype=torch.float64)
         plan = [(task, batch) for task in tasks for batch in sequential_batches(task.test, self.config.eval_batch_size)]
         stream = batches(self.test_split(), [batch for _, batch in plan], self.loader_options)
@@ -140,14 +144,17 @@ class Evaluator:
             for column, logits in self.logits(method, readouts, images, features, task, t):
                 predicted = logits.argmax(1).cpu()
                 within_task = mask_logits(logits, task.classes).argmax(1).cpu()
-                hits.accuracy[column][task.index] += (predicted == batch.labels).sum()
-                hits.within_task[column][task.index] += (within_task == batch.labels).sum()
-                hits.task_id_accuracy[column][task.index] += torch.isin(predicted, own_classes).sum()
+                correct[column][task.index] += (predicted == batch.labels).sum()
+                correct_within[column][task.index] += (within_task == batch.labels).sum()
+                correct_task[column][task.index] += torch.isin(predicted, own_classes).sum()
+                if column in bins:
+                    bins[column] += calibration_bins(by_name[column].probabilities(logits).cpu(), batch.labels)
         counts = self._sum(counts)
         if not bool((counts > 0).all()):
             empty = (counts == 0).nonzero().flatten().tolist()
             raise ValueError(f"expected test images in every task, got none in {empty}")
-        return TaskAccuracies(*({column: self._sum(count) / counts for column, count in kind.items()} for kind in hits))
+        rates = [{column: self._sum(count) / counts for column, count in kind.items()} for kind in hits]
+        return TaskAccuracies(rates[0], rates[1], rates[2], {name: self._sum(table) for name, table in bins.items()})
 
     def test_split(self) -> TransformedSplit:
         """Return the test images as every evaluation sees them."""

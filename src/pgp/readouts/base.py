@@ -37,8 +37,9 @@ class Readout(abc.ABC):
 
     Shapes: `B` images, `D` feature width, `Q` query width, `C` classes (of all tasks, including future ones).
 
-    The order of calls after the training of each task is `observe` for all its images, `compensate` if the readout
-    `needs_drift`, then `end_task`, which fits it. `logits` may be called after the first task.
+    The order of calls after the training of each task is `observe` for all its images, with `hold_out` for some of
+    them, `compensate` if the readout `needs_drift`, then `end_task`, which fits it. `logits` may be called after the
+    first task.
     """
 
     name: str
@@ -92,6 +93,18 @@ class Readout(abc.ABC):
         for it, in augmented views.
         """
 
+    def hold_out(self, features: Tensor, labels: Tensor, *, augmented: bool) -> None:
+        """Use images for calibration that `observe` has shown as well: fit without them, score them, then fit to all.
+
+        By default, it does nothing.
+
+        Args:
+            features: Features `(B, D)` from `select_features`.
+            labels: Labels `(B,)`.
+            augmented: Whether these are augmented views. Only images in their test view are scored.
+        """
+        return
+
     def compensate(self, before: Tensor, after: Tensor) -> None:
         """Correct what is stored of old classes for the drift of features in the training of the current task.
 
@@ -114,6 +127,15 @@ class Readout(abc.ABC):
     @abc.abstractmethod
     def logits(self, features: Tensor) -> Tensor:
         """Return the logits `(B, C)` of features `(B, D)`; -inf for classes that were never observed."""
+
+    @property
+    def temperature(self) -> float:
+        """Number that logits are divided by before `softmax`, so that probabilities are calibrated. By default, 1."""
+        return 1.0
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return the probabilities `(B, C)` of logits `(B, C)`, some of which may be masked by -inf."""
+        return (logits / self.temperature).softmax(-1)
 
     @abc.abstractmethod
     def state_dict(self) -> dict[str, Tensor]:

@@ -57,6 +57,7 @@ class Logistic(StatisticsReadout):
         super().__init__(classes, self.config)
         self.name, self.head, self.seed = self.config.name, head, seed
         self._weight = self._bias = torch.empty(0)  # (C, D), (C,)
+        self._previously_seen: Tensor | None = None
 
     def logits(self, features: Tensor) -> Tensor:
         """Return `W x + b`, `(B, C)`; -inf for classes that were never observed.
@@ -73,7 +74,7 @@ class Logistic(StatisticsReadout):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the statistics and the classifier."""
-        return {**self.state, "weight": self._weight, "bias": self._bias} if self.state else {}
+        return {**super().state_dict(), "weight": self._weight, "bias": self._bias} if self.state else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state_dict`. It may cover only the first classes."""
@@ -85,15 +86,23 @@ class Logistic(StatisticsReadout):
             self._bias = torch.cat([bias, bias.new_zeros(missing)])
             super().load_state_dict(statistics)
 
-    def _fit(self) -> None:
-        """Do nothing: `end_task` trains, and a restored classifier is trained already."""
-
     def end_task(self) -> None:
         """Update the statistics as `StatisticsReadout.end_task`, then train on samples from them."""
-        previously_seen = self.seen if self.state else torch.zeros(0, dtype=torch.bool)
+        self._previously_seen = self.seen if self.state else torch.zeros(0, dtype=torch.bool)
         super().end_task()
-        self._initialise(previously_seen)
-        self._train()
+        self._previously_seen = None
+
+    def _calibrate(self) -> None:
+        """See `StatisticsReadout._calibrate`. Training to all images then starts where this training started."""
+        weight, bias = self._weight.clone(), self._bias.clone()
+        super()._calibrate()
+        self._weight, self._bias = weight, bias
+
+    def _fit(self) -> None:
+        """Train on samples from the statistics, inside `end_task`. A restored classifier is trained already."""
+        if self._previously_seen is not None:
+            self._initialise(self._previously_seen)
+            self._train()
 
     def _initialise(self, previously_seen: Tensor) -> None:
         """Initialise the weights of new classes from the method's head, if it is linear.

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pgp.distributed import all_reduce_sum_
 from pgp.readouts.base import Features, Readout
+from pgp.readouts.calibration import TEMPERATURES, losses_by_temperature
 from pgp.subspace import to_float64
 
 
@@ -70,6 +71,10 @@ class StatisticsReadout(Readout):
         self.needs_drift = config.compensate != "none"
         self.state: dict[str, Tensor] = {}
         self._task: dict[str, Tensor] = {}
+        self._held_out: dict[str, Tensor] = {}
+        self._scored: list[tuple[Tensor, Tensor]] = []
+        self.losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
+        """Cross-entropy of all held-out images by temperature, each scored when its task ended."""
 
     def select_features(self, images: Features) -> Tensor:
         """Return the features, and the queries and mean patch tokens if they are used, `(B, D + Q + Q)`."""
@@ -81,11 +86,18 @@ class StatisticsReadout(Readout):
 
     def observe(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch to the counts `(C,)`, sums `(C, D)` and pooled products `(D, D)` of this task, in float64."""
+        _accumulate(self._task, self._statistics(features, labels))
+
+    def hold_out(self, features: Tensor, labels: Tensor, *, augmented: bool) -> None:
+        """See `Readout.hold_out`."""
+        _accumulate(self._held_out, self._statistics(features, labels))
+        if not augmented:
+            self._scored.append((features.detach(), labels))
+
+    def _statistics(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         features = to_float64(features.detach())
         one_hot = nn.functional.one_hot(labels, self.classes).to(features)  # (B, C)
-        _accumulate(
-            self._task, {"counts": one_hot.sum(0), "sums": one_hot.T @ features, "products": features.T @ features}
-        )
+        return {"counts": one_hot.sum(0), "sums": one_hot.T @ features, "products": features.T @ features}
 
     def end_task(self) -> None:
         """Add the statistics of this task to those of earlier tasks, and fit to them.
@@ -101,7 +113,34 @@ class StatisticsReadout(Readout):
             all_reduce_sum_(tensor)
         _accumulate(self.state, self._task)
         self._task = {}
+        self._calibrate()
         self._fit()
+
+    def _calibrate(self) -> None:
+        """Score the held-out images of the task with a fit to all other images. They are then forgotten.
+
+        Collective: every process must call it.
+        """
+        held_out, scored = self._held_out, self._scored
+        self._held_out, self._scored = {}, []
+        for name, tensor in self.state.items():
+            held_out[name] = all_reduce_sum_(held_out.get(name, torch.zeros_like(tensor)))
+        if not bool(held_out["counts"].any()):
+            return
+        total, self.state = self.state, {name: tensor - held_out[name] for name, tensor in self.state.items()}
+        if self.state["counts"].sum() > self.seen.sum():  # some class has two images left, so features vary
+            self._fit()
+            losses = torch.zeros_like(self.losses)
+            for features, labels in scored:
+                rows = self.seen[labels]
+                losses += losses_by_temperature(self.logits(features[rows]), labels[rows]).cpu()
+            self.losses = self.losses + all_reduce_sum_(losses.to(total["counts"].device)).cpu()
+        self.state = total
+
+    @property
+    def temperature(self) -> float:
+        """The temperature that minimises the cross-entropy of all held-out images; 1 if there were none."""
+        return float(TEMPERATURES[self.losses.argmin()]) if bool(self.losses.any()) else 1.0
 
     def compensate(self, before: Tensor, after: Tensor) -> None:
         """Correct the statistics of old classes for the drift of the features `(n, D)`; see `Readout.compensate`."""
@@ -123,12 +162,13 @@ class StatisticsReadout(Readout):
         self.state = {"counts": counts, "sums": sums, "products": within + means.T @ sums}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return counts, sums and products."""
-        return dict(self.state)
+        """Return counts, sums and products, and the losses of held-out images."""
+        return {**self.state, "losses": self.losses} if self.state else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state_dict` and fit to it. It may cover only the first classes."""
         self.state = dict(state)
+        self.losses = self.state.pop("losses", torch.zeros_like(self.losses)).cpu()
         for name in ("counts", "sums") if state else ():
             missing = self.classes - len(state[name])
             self.state[name] = torch.cat([state[name], state[name].new_zeros(missing, *state[name].shape[1:])])

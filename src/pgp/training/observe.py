@@ -128,8 +128,12 @@ def observe(
                         projection.observe(space, inputs)
                 if readouts or keep:
                     features = evaluator.features(state.method, images, frozen)
+                    held_out = torch.isin(batch.indices, session.held_out(task)).to(labels.device)
                     for readout in readouts:
-                        readout.observe(readout.select_features(features), labels)
+                        selected = readout.select_features(features)
+                        readout.observe(selected, labels)
+                        if bool(held_out.any()):
+                            readout.hold_out(selected[held_out], labels[held_out], augmented=views is not None)
                     if keep:
                         kept.append(FeatureBatch(indices, features).cpu())
             if spec.repeat and projection and projection.has_enough():

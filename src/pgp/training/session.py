@@ -13,6 +13,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from rich.progress import Progress
+from torch import Tensor
 
 from pgp.analysis.drift import DriftMeter
 from pgp.config import Config, Hardware
@@ -22,16 +23,20 @@ from pgp.evaluation import metrics
 from pgp.evaluation.accuracy import Evaluator, TaskAccuracies
 from pgp.evaluation.online import OnlineAccuracy
 from pgp.progress import print_line, track
+from pgp.readouts.calibration import expected_calibration_error
 from pgp.rng import make_generator
 from pgp.runs.checkpoint import CheckpointName, reading
 from pgp.runs.data_paths import resolve_paths
 from pgp.runs.identity import DataDescription
 from pgp.runs.run import Run
-from pgp.scenario import Task
+from pgp.scenario import Task, stratified_holdout
 from pgp.system.signals import StopRequest
 from pgp.system.storage import RunError
 from pgp.training.state import TrainState
 from pgp.training.tasks import build_tasks, describe_data, single_class_warning
+
+HELD_OUT = 0.2
+"""Fraction of the training images of each class that readouts hold out for calibration, before the fit to all."""
 
 
 class Session:
@@ -112,6 +117,14 @@ class Session:
         transform = transforms.train() if which == "train" else transforms.test()
         skip_bad = self.config.on_bad_image == "skip"
         return TransformedSplit(self.data.train, transform, self.config.seed, (purpose, task.index), skip_bad)
+
+    def held_out(self, task: Task) -> Tensor:
+        """Return the indices of training images that readouts hold out for calibration: a fifth of each class.
+
+        A class of a single image has none.
+        """
+        labels = self.data.train.labels[task.train]
+        return task.train[stratified_holdout(labels, HELD_OUT, self.config.seed)]
 
     def training_stream(self, task: Task, plan: Sequence[Sequence[SampleKey]]) -> Iterator[Batch]:
         """Yield this process's share of the planned batches, under a progress bar."""
@@ -221,6 +234,7 @@ class Session:
             "forgetting": {column: metrics.forgetting(matrix) for column, matrix in state.matrices.items()},
             "forgetting_within": {column: metrics.forgetting(matrix) for column, matrix in state.within_task.items()},
             "within": {column: values.tolist() for column, values in row.within_task.items()},
+            "calibration": {column: calibration_to_json(bins) for column, bins in row.calibration.items()},
             "identified": {column: values.tolist() for column, values in row.task_id_accuracy.items()},
         }
         if drift is not None:
@@ -242,6 +256,13 @@ class Session:
         """Write `accuracy.csv`."""
         if state.matrices and self.fabric.is_global_zero:
             self.run.write_matrices(state.matrices)
+
+
+def calibration_to_json(bins: Tensor) -> dict[str, Any]:
+    """Return the expected calibration error in [0, 1], and the bins that it is computed from."""
+    images, confidence, hits = bins.T.tolist()
+    error = expected_calibration_error(bins)
+    return {"error": error, "images": images, "confidence": confidence, "hits": hits}
 
 
 def build_fabric(config: Config) -> Fabric:

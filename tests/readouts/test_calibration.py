@@ -1,0 +1,180 @@
+"""Probabilities: the temperature from images held out, and the calibration error of a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
+
+import tiny
+from pgp import train
+from pgp.datasets.synthetic import Synthetic
+from pgp.methods.head_only import HeadOnly
+from pgp.predict import Predictor
+from pgp.readouts.calibration import (
+    NUM_BINS,
+    TEMPERATURES,
+    calibration_bins,
+    expected_calibration_error,
+    losses_by_temperature,
+)
+from pgp.readouts.head import MethodHead
+from pgp.readouts.lda import LDA, NCM
+from pgp.readouts.logistic import Logistic
+
+D, CLASSES = 6, 5
+READOUTS = (LDA.Config(), NCM.Config(), Logistic.Config())
+
+
+def drawn(each=40, classes=CLASSES, noise=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    means = 1.5 * torch.randn(CLASSES, D, generator=torch.Generator().manual_seed(9))
+    labels = torch.arange(classes).repeat_interleave(each)
+    return means[labels] + noise * torch.randn(len(labels), D, generator=generator), labels
+
+
+def test_the_temperature_minimises_the_loss():
+    logits = 3 * torch.randn(200, CLASSES, generator=torch.Generator().manual_seed(0))
+    labels = torch.distributions.Categorical(logits=logits / 4).sample()
+    array, one = logits.double().numpy(), np.arange(200)
+
+    def loss(log_temperature):
+        scaled = array / np.exp(log_temperature)
+        return float((logsumexp(scaled, axis=1) - scaled[one, labels.numpy()]).sum())
+
+    losses = losses_by_temperature(logits, labels)
+    np.testing.assert_allclose(losses.numpy(), [loss(np.log(t)) for t in TEMPERATURES.numpy()], rtol=1e-10)
+    best = np.exp(minimize_scalar(loss, bounds=(-3, 5), method="bounded").x)
+    assert float(TEMPERATURES[losses.argmin()]) == pytest.approx(best, rel=0.1)
+    halves = losses_by_temperature(logits[:90], labels[:90]) + losses_by_temperature(logits[90:], labels[90:])
+    torch.testing.assert_close(halves, losses)
+
+
+def test_the_calibration_error_is_that_of_its_definition():
+    probabilities = torch.randn(500, 4, generator=torch.Generator().manual_seed(0)).softmax(1)
+    labels = torch.arange(500) % 4
+    confidence, predicted = (tensor.numpy() for tensor in probabilities.max(1))
+    hit = predicted == labels.numpy()
+    expected = 0.0
+    for number in range(NUM_BINS):
+        inside = (confidence >= number / NUM_BINS) & (confidence < (number + 1) / NUM_BINS)
+        if inside.any():
+            expected += inside.mean() * abs(hit[inside].mean() - confidence[inside].mean())
+    bins = calibration_bins(probabilities, labels)
+    assert expected_calibration_error(bins) == pytest.approx(expected)
+    halves = calibration_bins(probabilities[:123], labels[:123]) + calibration_bins(probabilities[123:], labels[123:])
+    torch.testing.assert_close(halves, bins)
+    assert calibration_bins(torch.ones(1, 1), torch.zeros(1, dtype=torch.long))[-1].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("config", READOUTS, ids=lambda config: config.tag)
+def test_what_is_held_out_sets_the_temperature_and_nothing_else(config):
+    """Fitting without the held-out images scores them; the fit that stays has seen all of them."""
+    features, labels = drawn()
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    held_out[::5] = True
+    head = torch.nn.Linear(D, CLASSES)
+    readout, plain, without = (config.build(head, CLASSES, 0) for _ in range(3))
+    readout.observe(features, labels)
+    readout.hold_out(features[held_out][:11], labels[held_out][:11], augmented=False)
+    readout.hold_out(features[held_out][11:], labels[held_out][11:], augmented=False)
+    plain.observe(features, labels)
+    without.observe(features[~held_out], labels[~held_out])
+    for one in (readout, plain, without):
+        one.end_task()
+    torch.testing.assert_close(readout.logits(features), plain.logits(features))
+    expected = losses_by_temperature(without.logits(features[held_out]), labels[held_out])
+    torch.testing.assert_close(readout.losses, expected, rtol=1e-4, atol=1e-4)
+    assert plain.temperature == 1
+    assert readout.temperature == float(TEMPERATURES[expected.argmin()])
+    again = config.build(head, CLASSES, 0)
+    again.load_state_dict(readout.state_dict())
+    assert again.temperature == readout.temperature
+    logits = readout.logits(features)
+    torch.testing.assert_close(readout.probabilities(logits), (logits / readout.temperature).softmax(1))
+
+
+def test_augmented_views_of_held_out_images_are_left_out_and_not_scored():
+    features, labels = drawn()
+    views = features + 0.1
+    held_out = torch.arange(len(labels)) % 5 == 0
+    readout, without = LDA(CLASSES), LDA(CLASSES)
+    for rows, augmented in ((features, False), (views, True)):
+        readout.observe(rows, labels)
+        readout.hold_out(rows[held_out], labels[held_out], augmented=augmented)
+        without.observe(rows[~held_out], labels[~held_out])
+    readout.end_task()
+    without.end_task()
+    expected = losses_by_temperature(without.logits(features[held_out]), labels[held_out])
+    torch.testing.assert_close(readout.losses, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_few_images_leave_the_temperature_at_one(recwarn):
+    """One image a class has none to hold out; of two, one is left, which says nothing of the variance."""
+    for each in (1, 2):
+        features, labels = drawn(each=each)
+        readout = LDA(CLASSES)
+        readout.observe(features, labels)
+        held_out = torch.arange(len(labels)) % 2 == 0
+        if each == 2:
+            readout.hold_out(features[held_out], labels[held_out], augmented=False)
+        readout.end_task()
+        assert readout.temperature == 1
+    assert len([warning for warning in recwarn if "do not vary" in str(warning.message)]) == 1
+
+
+def test_tasks_add_up_and_only_their_losses_are_kept():
+    features, labels = drawn()
+    readout = LDA(CLASSES)
+    total = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
+    for classes in ([0, 1], [2, 3, 4]):
+        rows = torch.isin(labels, torch.tensor(classes))
+        held_out = rows & (torch.arange(len(labels)) % 4 == 0)
+        without = LDA(CLASSES)
+        seen = torch.isin(labels, torch.arange(max(classes) + 1))
+        without.observe(features[seen & ~held_out], labels[seen & ~held_out])
+        without.end_task()
+        total += losses_by_temperature(without.logits(features[held_out]), labels[held_out])
+        readout.observe(features[rows], labels[rows])
+        readout.hold_out(features[held_out], labels[held_out], augmented=False)
+        readout.end_task()
+    torch.testing.assert_close(readout.losses, total, rtol=1e-4, atol=1e-4)
+    assert set(readout.state_dict()) == {"counts", "sums", "products", "losses"}
+
+
+def test_a_run_is_calibrated_and_says_so(tmp_path):
+    """On pictures with much noise, LDA is sure of what it gets wrong; its temperature brings the loss down."""
+    data = Synthetic(noise=0.8)
+    config = tiny.config(dataset=data, method=HeadOnly.Config(), readouts=(LDA.Config(), MethodHead.Config()), epochs=1)
+    run = train.train(config, tmp_path / "run")
+    *_, last = run.events("task")
+    assert set(last["calibration"]) == {"lda", "head"}
+    found = last["calibration"]["lda"]
+    images, hits = sum(found["images"]), sum(found["hits"])
+    assert images == len(config.dataset.build().test)
+    assert hits / images == pytest.approx(last["average_accuracy"]["lda"])
+    errors = [abs(hit - sure) for hit, sure in zip(found["hits"], found["confidence"], strict=True)]
+    assert found["error"] == pytest.approx(sum(errors) / images)
+    predictor = Predictor(run, "lda")
+    assert predictor._readout.temperature > 1
+    split = config.dataset.build().test
+    given = probabilities(predictor, split)
+    bins = calibration_bins(given, true_columns(predictor, split))
+    assert expected_calibration_error(bins) == pytest.approx(found["error"], abs=1e-6)
+    more = replace(data, per_class=120).build().test
+    given, columns = probabilities(predictor, more), true_columns(predictor, more)
+    raw = (given.clamp(min=1e-30).log() * predictor._readout.temperature).softmax(1)
+    calibrated, raw_loss = (torch.nn.functional.nll_loss(p.log(), columns) for p in (given, raw))
+    assert calibrated < raw_loss - 0.3
+
+
+def probabilities(predictor, split):
+    return predictor.probabilities([split.image(index) for index in range(len(split))])
+
+
+def true_columns(predictor, split):
+    return torch.tensor([predictor.classes.index(f"pattern {label}") for label in split.labels.tolist()])
