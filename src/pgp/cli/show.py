@@ -137,7 +137,7 @@ def print_error(text: str) -> None:
 
 
 def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
-    """Draw the figures over runs to files in `folder`: accuracy and, if any run measured it, drift."""
+    """Draw the figures over runs to files in `folder`: accuracy; calibration and drift, if any run measured them."""
     return _draw(runs, folder, tables.result_rows(runs), drift.drift_histories(runs))
 
 
@@ -146,9 +146,12 @@ def _draw(
 ) -> list[Path]:
     paths = [folder / ("accuracy.png" if len(runs) == 1 and folder == runs[0].folder else "report.png")]
     figures.draw_accuracy(lines, paths[0])
+    if any(line.calibration for line in lines):
+        paths.append(folder / "calibration.png")
+        figures.draw_calibration(lines, paths[-1])
     if courses:
         paths.append(folder / "drift.png")
-        drift.draw_drift(courses, paths[1])
+        drift.draw_drift(courses, paths[-1])
     return paths
 
 

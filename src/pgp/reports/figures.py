@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pgp.evaluation import metrics
-from pgp.reports.tables import ResultRow, _name
+from pgp.reports.tables import CALIBRATION, ResultRow, _name
 from pgp.system import storage
 from pgp.system.escaping import plot_text, printable
 
@@ -64,6 +64,30 @@ def draw_accuracy(table: Sequence[ResultRow], path: Path) -> None:
             image = _draw_matrix(axis, matrices[i], plot_text(_name(table[i], table)), table[i].tasks, numbered)
     if not numbered:
         right.colorbar(image, ax=list(grid.flat), label="accuracy, %", shrink=0.7)
+    save_figure(figure, path)
+
+
+def draw_calibration(table: Sequence[ResultRow], path: Path) -> None:
+    """Draw accuracy over confidence for each row (a reliability diagram) as a PNG. On the diagonal they are equal.
+
+    The area of a dot is proportional to the number of images in its bin.
+    """
+    figure = Figure(figsize=(5.2, 5.2), layout="constrained")
+    axes: Any = figure.subplots()
+    axes.plot((0, 100), (0, 100), color="0.6", linewidth=1, label="calibrated")
+    for line in table:
+        if not line.calibration:
+            continue
+        bins = torch.stack(list(line.calibration)).sum(0)  # (NUM_BINS, 3), over seeds
+        images, confidence, hits = bins[bins[:, 0] > 0].T
+        x, y = 100 * confidence / images, 100 * hits / images
+        error, _ = line.spread(CALIBRATION)
+        label = f"{plot_text(_name(line, table))}: error {100 * error:.1f} %"
+        (curve,) = axes.plot(x.numpy(), y.numpy(), linewidth=1, label=label)
+        axes.scatter(x.numpy(), y.numpy(), 200 * (images / images.sum()).numpy() + 4, color=curve.get_color())
+    axes.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 102), ylim=(0, 102))
+    figure.legend(fontsize=7, loc="outside lower center", ncols=2)
+    axes.grid(alpha=0.3)
     save_figure(figure, path)
 
 

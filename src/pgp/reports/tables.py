@@ -10,9 +10,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from pgp.evaluation import metrics
+from pgp.readouts.calibration import expected_calibration_error
 from pgp.runs.checkpoint import reading
 from pgp.runs.run import Run
 from pgp.system.escaping import markdown_cell
@@ -30,14 +32,22 @@ class ResultRow(NamedTuple):
     """Name of each task, "" for none."""
     online: list[dict[int, float]]
     """Online accuracy of each online run, by number of images so far; see `pgp.evaluation.online`."""
+    calibration: Sequence[Tensor] = ()
+    """Bins of confidence of each run that logged them, as of its last finished task; see `pgp.readouts.calibration`."""
+
+    def has(self, figure: str) -> bool:
+        """Return whether the runs measured `figure`."""
+        return bool({ONLINE: self.online, CALIBRATION: self.calibration}.get(figure, True))
 
     def spread(self, figure: str) -> tuple[float, float | None]:
-        """Return mean and standard deviation over runs of a metric of `pgp.evaluation.metrics`, in [0, 1].
+        """Return mean and standard deviation over runs of a metric in `statistics`, in [0, 1].
 
         The deviation is None for a single run.
         """
         if figure == ONLINE:
             values = [stream[max(stream)] for stream in self.online]
+        elif figure == CALIBRATION:
+            values = [expected_calibration_error(bins) for bins in self.calibration]
         else:
             values = [getattr(metrics, figure)(matrix) for matrix in self.matrices]
         return mean(values), stdev(values) if len(values) > 1 else None
@@ -52,12 +62,15 @@ STATISTICS = {
 """Metrics in a table: functions of `pgp.evaluation.metrics` and their headings."""
 
 
-ONLINE = "stream"
+ONLINE, CALIBRATION = "stream", "calibration"
+"""Keys of metrics that only some runs have."""
+SOMETIMES = {CALIBRATION: "calibration error", ONLINE: "stream accuracy"}
+"""Headings of metrics that only some runs have."""
 
 
 def statistics(table: Sequence[ResultRow]) -> dict[str, str]:
-    """Return the metrics in `table` with their headings: `STATISTICS`, and online accuracy if a run is online."""
-    return STATISTICS | ({ONLINE: "stream accuracy"} if any(line.online for line in table) else {})
+    """Return the metrics in `table` with their headings: `STATISTICS`, and those of `SOMETIMES` that a row has."""
+    return STATISTICS | {figure: text for figure, text in SOMETIMES.items() if any(line.has(figure) for line in table)}
 
 
 def group_runs(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
@@ -91,7 +104,8 @@ def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
             if len({metrics.tasks_learned(matrix) for matrix in own}) > 1:
                 raise RunError(f"expected runs of {label} with the same number of finished tasks, got different ones:"
                                " finish them first, with pgp train --resume")  # fmt: skip
-            out.append(ResultRow(label, column, own, list(members[0].data.task_names), streams))
+            bins = [found for run in members if (found := _calibration(run, column)) is not None]
+            out.append(ResultRow(label, column, own, list(members[0].data.task_names), streams, bins))
     return out
 
 
@@ -108,10 +122,10 @@ def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def format_row(line: ResultRow, shown: Mapping[str, str] = STATISTICS) -> list[str]:
-    """Return the metrics of a row in percent; an empty cell for the online accuracy of other runs."""
+    """Return the metrics of a row in percent; an empty cell for a metric that it does not have."""
     out = []
     for figure in shown:
-        if figure == ONLINE and not line.online:
+        if not line.has(figure):
             out.append("")
             continue
         mean, deviation = line.spread(figure)
@@ -135,6 +149,16 @@ def _online_accuracy(run: Run) -> dict[int, float]:
     with reading(run.log_file.path):
         looks = {int(event["images"]): float(event["accuracy"]) for event in run.events("stream")}
     return dict(sorted(looks.items()))
+
+
+def _calibration(run: Run, column: str) -> Tensor | None:
+    """Return the bins of confidence `(NUM_BINS, 3)` after the last finished task, or None if they were not logged."""
+    with reading(run.log_file.path):
+        found = [event["calibration"] for event in run.events("task") if "calibration" in event]
+        if not found or column not in found[-1]:
+            return None
+        bins = found[-1][column]
+        return torch.tensor([bins[key] for key in ("images", "confidence", "hits")], dtype=torch.float64).T
 
 
 def _without_paths(tree: dict[str, Any], run: Run) -> dict[str, Any]:
