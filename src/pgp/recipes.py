@@ -61,6 +61,7 @@ READOUTS: dict[str, Readout.Config] = {
             for kind in (LDA, Logistic)
             for how in ("none", "shift", "linear")
         ),
+        LDA.Config(patches=True, normalize=True),
         NCM.Config(),
     )
 }
@@ -270,9 +271,36 @@ def own() -> Config:
     )
 
 
+def without_training(config: Config) -> Config:
+    """Return `config` with a classifier in closed form on frozen features, so that nothing is trained.
+
+    The result does not depend on the order of the tasks.
+    """
+    return replace(
+        config,
+        method=HeadOnly.Config(learns=False),
+        projection=NoProjection.Config(),
+        readouts=(LDA.Config(patches=True, normalize=True),),
+        views=2,
+        drift_images=0,
+    )
+
+
+def quick() -> Config:
+    """Learn your own images in one pass, without gradients, with ViT-B/16: pgp train quick --data ./photos."""
+    return replace(without_training(own()), name="quick")
+
+
+def demo_quick() -> Config:
+    """Learn digits in 5 tasks of 2 classes in one pass, without gradients, with a small encoder. Seconds, offline."""
+    return replace(without_training(demo()), name="demo-quick")
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "demo": demo,
     "own": own,
+    "quick": quick,
+    "demo-quick": demo_quick,
     "10cifar100_l2p_pgp": cifar100_10_l2p_pgp,
     "20cifar100_l2p_pgp": cifar100_20_l2p_pgp,
     "imr_l2p_pgp": imr_l2p_pgp,

@@ -111,7 +111,8 @@ def observe(
     fabric, evaluator = session.fabric, session.evaluator
     spec = (projection.observation if projection else None) or ObservationSpec()
     split = views or session.transformed(spec.view, "observed", task)
-    batch_size = (session.micro_batch_size or session.config.eval_batch_size) * fabric.world_size
+    at_once = (projection and session.micro_batch_size) or session.config.eval_batch_size  # activations take memory
+    batch_size = at_once * fabric.world_size
     kept: list[FeatureBatch] = []
     for epoch in itertools.count() if spec.repeat else [view]:
         plan, num_images = sequential_batches(task.train, batch_size, epoch), 0
