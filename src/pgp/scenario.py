@@ -40,6 +40,11 @@ class Task:
     name: str = ""
     """Name of the task; empty if it has none."""
 
+    @property
+    def is_missing(self) -> bool:
+        """Whether the task was learned from images that are not available any more."""
+        return not len(self.train) and not len(self.test)
+
 
 @dataclass(frozen=True)
 class Scenario:

@@ -158,6 +158,8 @@ class DriftMeter:
         current: dict[int, Drift] = {}
         for seen_task in scenario.tasks[: task.index + 1]:
             index = seen_task.index
+            if seen_task.is_missing:
+                continue
             batches_of_all = [batch for process in watched for batch in process.get(index, [])]
             with fabric.autocast():
                 current[index] = _measured(method, batches_of_all, scenario.seen_classes(index), seen_task)

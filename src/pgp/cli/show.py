@@ -6,6 +6,7 @@ markup, and control characters in it are escaped.
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -251,7 +252,7 @@ def _show_history(run: Run, matrices: Mapping[str, Tensor], measured: Sequence[i
 
 
 def _percent(accuracy: float | Tensor) -> str:
-    return f"{100 * float(accuracy):.2f}"
+    return tables.NOT_MEASURED if math.isnan(float(accuracy)) else f"{100 * float(accuracy):.2f}"
 
 
 def _agreement(run: Run, matrices: Mapping[str, Tensor]) -> dict[tuple[str, int], str]:

@@ -108,7 +108,7 @@ class Evaluator:
         progress: Progress,
         watch: Callable[[Task, FeatureBatch], None] | None = None,
     ) -> TaskAccuracies:
-        """Evaluate each task up to task t.
+        """Evaluate each task up to task t. The accuracy on a missing task is NaN.
 
         Collective: every process must call it.
 
@@ -150,8 +150,7 @@ class Evaluator:
                 if column in bins:
                     bins[column] += calibration_bins(by_name[column].probabilities(logits).cpu(), batch.labels)
         counts = self._sum(counts)
-        if not bool((counts > 0).all()):
-            empty = (counts == 0).nonzero().flatten().tolist()
+        if empty := [task.index for task in tasks if not task.is_missing and not counts[task.index]]:
             raise ValueError(f"expected test images in every task, got none in {empty}")
         rates = [{column: self._sum(count) / counts for column, count in kind.items()} for kind in hits]
         return TaskAccuracies(rates[0], rates[1], rates[2], {name: self._sum(table) for name, table in bins.items()})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,9 @@ from pgp.runs.checkpoint import reading
 from pgp.runs.run import Run
 from pgp.system.escaping import markdown_cell
 from pgp.system.storage import RunError
+
+NOT_MEASURED = "not measured"
+"""Text for an accuracy on images that were missing when it was to be measured."""
 
 
 class ResultRow(NamedTuple):
@@ -129,6 +133,9 @@ def format_row(line: ResultRow, shown: Mapping[str, str] = STATISTICS) -> list[s
             out.append("")
             continue
         mean, deviation = line.spread(figure)
+        if math.isnan(mean):
+            out.append(NOT_MEASURED)
+            continue
         out.append(f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}"))
     return out
 

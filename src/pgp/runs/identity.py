@@ -86,6 +86,23 @@ class DataDescription:
             self.fingerprints[:-removed],
         )
 
+    def source(self, number: int) -> DataDescription:
+        """Return the description of data set `number`, as if it were the only one; 0 is the first, then the added."""
+        first = self.first_tasks(len(self.tasks) - len(self.fingerprints) + 1)
+        if number == 0:
+            return first
+        index = len(first.tasks) + number - 1
+        task = slice(index, index + 1)
+        names = tuple(self.class_names[label] for label in self.tasks[index])
+        return DataDescription(
+            names,
+            (tuple(range(len(names))),),
+            self.task_names[task],
+            self.train_images[task],
+            self.test_images[task],
+            self.fingerprints[number : number + 1],
+        )
+
     def difference(self, current: DataDescription, *, images: bool, tasks: int | None = None) -> str | None:
         """Return in words how the data differ from this description, or None if they do not.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -45,7 +46,14 @@ class Session:
     Only `pgp.training` assigns to its members.
     """
 
-    def __init__(self, fabric: Fabric, config: Config, progress: Progress, run: Run | None = None) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        config: Config,
+        progress: Progress,
+        run: Run | None = None,
+        learned: DataDescription | None = None,
+    ) -> None:
         """Open the data of `config`, and divide them into tasks.
 
         Args:
@@ -53,9 +61,11 @@ class Session:
             config: What to do.
             progress: Where to draw progress bars.
             run: The run folder. If None, `open_run` has to come before anything is logged or saved.
+            learned: Description of data that are learned already, and whose images may be missing; see `build_tasks`.
         """
         config = resolve_paths(config)
-        self.data, self.scenario = build_tasks(config)
+        self.data, self.scenario = build_tasks(config, learned)
+        self._learned = learned
         self.config = config if config.joint else replace(config, tasks=len(self.scenario) - len(config.added))
         self.fabric, self.progress = fabric, progress
         self.micro_batch_size = config.hardware.micro_batch_size or (4 if fabric.device.type == "cpu" else None)
@@ -134,7 +144,7 @@ class Session:
     @property
     def description(self) -> DataDescription:
         """Description of the data, which the run records."""
-        return describe_data(self.data, self.scenario)
+        return describe_data(self.data, self.scenario, self._learned)
 
     @property
     def data_warnings(self) -> list[str]:
@@ -241,13 +251,13 @@ class Session:
             record["drift"] = drift
         if state.online:
             record["stream_accuracy"] = state.online.accuracy(task)
-        self.log("task", **record)
+        self.log("task", **_without_nan(record))
         self._seconds = {}
 
     def print_accuracy(self, state: TrainState, task: Task) -> None:
         """Print the average accuracy after `task`."""
         averages = {column: metrics.average_accuracy(matrix) for column, matrix in state.matrices.items()}
-        text = ", ".join(f"{100 * average:.1f} % ({column})" for column, average in averages.items())
+        text = ", ".join(f"{_percent(average)} ({column})" for column, average in averages.items())
         if state.online:
             text += f"; along the stream {100 * state.online.accuracy(task):.1f} %"
         print_line(self.progress, f"{self.scenario.describe(task)}: average accuracy {text}")
@@ -256,6 +266,19 @@ class Session:
         """Write `accuracy.csv`."""
         if state.matrices and self.fabric.is_global_zero:
             self.run.write_matrices(state.matrices)
+
+
+def _percent(accuracy: float) -> str:
+    return "not measured" if math.isnan(accuracy) else f"{100 * accuracy:.1f} %"
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a tree of values with None for NaN, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(one) for one in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def calibration_to_json(bins: Tensor) -> dict[str, Any]:

@@ -83,11 +83,13 @@ def resume(
         new = add.with_absolute_paths() if add else None
         if new and not _is_adding(run, name, config, new):
             config = replace(config, added=(*config.added, new))
-        session = Session(fabric, adapted(config), _progress_of_first(progress, fabric.is_global_zero))
+        adds, first = len(config.added) > len(recorded.added), fabric.is_global_zero
+        learned = run.data if adds and not data else None  # what is learned needs no images; new paths are checked
+        session = Session(fabric, adapted(config), _progress_of_first(progress, first), learned=learned)
         state = session.new_state()
-        learned = name.finished.task if name and name.finished else 0
+        finished = name.finished.task if name and name.finished else 0
         skip_bad = session.config.on_bad_image == "skip"
-        check_readable(session.data, session.scenario, skip_bad=skip_bad, learned=learned)
+        check_readable(session.data, session.scenario, skip_bad=skip_bad, learned=finished)
         if name is None:
             run.require_same_start(recorded)
             if data and fabric.is_global_zero:

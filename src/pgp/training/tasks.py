@@ -8,19 +8,22 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from pgp.config import Config
-from pgp.datasets.base import BadImageError, ConcatSplit, Dataset, DatasetConfig, Split, with_advice
+from pgp.datasets.base import ArraySplit, BadImageError, ConcatSplit, Dataset, DatasetConfig, Split, with_advice
 from pgp.datasets.loader import SampleKey, sequential_batches
 from pgp.datasets.text import lines_of, normalized, read_text
 from pgp.rng import make_generator
 from pgp.runs.identity import DataDescription
 from pgp.scenario import Groups, Scenario, Task, class_order, split_by_class, split_by_domain, split_by_group
 
+T = TypeVar("T")
 CLASS_ORDER_FILE, TASKS_FILE = "class_order.txt", "tasks.json"
 """Files beside the data that decide the tasks, if they exist: class names in the order of learning, one a line; and a
 JSON object of task names, in the order of learning, each with a list of its class names (under dil, of its domains)."""
@@ -28,28 +31,62 @@ DEFAULT_TASKS = 5
 """Largest number of tasks, if neither the settings nor the data say how many; each task has at least two classes."""
 
 
-def build_tasks(config: Config) -> tuple[Dataset, Scenario]:
+def build_tasks(config: Config, learned: DataDescription | None = None) -> tuple[Dataset, Scenario]:
     """Return all data of a run and their tasks: those of its data set, and one more for each data set that was added.
+
+    Args:
+        config: Configuration of the run.
+        learned: Description of the data that are learned already. Their images are needed for evaluation only. A data
+            set of these that cannot be read or has changed has no images, and its tasks are missing; it is a warning.
 
     Raises:
         ValueError: If the data do not fit the settings.
     """
-    data = config.dataset.build()
-    scenario = build_scenario(config, data)
-    if config.joint:
-        scenario = scenario.joint()
-    for more in config.added:
-        data, scenario = _append_dataset(data, scenario, more, config)
+    known = [learned.source(number) for number in range(len(learned.fingerprints))] if learned else []
+    data = _build(config.dataset, known[0] if known else None)
+    if len(data.train):
+        scenario = build_scenario(config, data)
+        scenario = scenario.joint() if config.joint else scenario
+    else:
+        scenario = _missing_tasks(known[0])
+    for number, more in enumerate(config.added, start=1):
+        recorded = known[number] if number < len(known) else None
+        data, scenario = _append_dataset(data, scenario, more, recorded, config)
     return data, scenario
 
 
-def _append_dataset(data: Dataset, scenario: Scenario, more: DatasetConfig, config: Config) -> tuple[Dataset, Scenario]:
-    """Return the data with `more` joined, and the scenario with a task for it.
+def _build(dataset: DatasetConfig, recorded: DataDescription | None) -> Dataset:
+    """Return a data set. If it is `recorded` and cannot be read or has changed, return it without images, and warn."""
+    if recorded is None:
+        return dataset.build()
+    where = ", ".join(map(str, dataset.search_paths))
+    try:
+        data = dataset.read()
+        if _digest(data.train, data.test) == recorded.fingerprints[0]:
+            return data
+        reason = "they are other images than those that were learned"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    warnings.warn(f"the old images in {where} are not evaluated: {reason}", stacklevel=2)
+    empty = ArraySplit(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
+    return Dataset(empty, empty, recorded.class_names)
+
+
+def _missing_tasks(recorded: DataDescription) -> Scenario:
+    """Return tasks without images."""
+    none, named = torch.zeros(0, dtype=torch.long), zip(recorded.tasks, recorded.task_names, strict=True)
+    return Scenario(tuple(Task(i, classes, none, none, name) for i, (classes, name) in enumerate(named)))
+
+
+def _append_dataset(
+    data: Dataset, scenario: Scenario, more: DatasetConfig, recorded: DataDescription | None, config: Config
+) -> tuple[Dataset, Scenario]:
+    """Return the data with those of `more` joined, and the scenario with a task for them.
 
     Raises:
         ValueError: If its classes are known already, or under dil if one of them is not.
     """
-    new, where = more.build(), ", ".join(map(str, more.search_paths))
+    new, where = _build(more, recorded), ", ".join(map(str, more.search_paths))
     known = [name for name in new.class_names if name in data.class_names]
     if known and config.setting != "dil":
         raise ValueError(f"expected new classes in {where}, got {known[:5]}, which this run has learned already: give"
@@ -60,11 +97,11 @@ def _append_dataset(data: Dataset, scenario: Scenario, more: DatasetConfig, conf
     names = (*data.class_names, *(name for name in new.class_names if name not in known))
     labels = torch.tensor([names.index(name) for name in new.class_names])
     train, test = (labels[split.labels] for split in (new.train, new.test))
-    if not len(train) or not len(test):
+    if recorded is None and not (len(train) and len(test)):
         raise ValueError(f"expected training and test images in {where}, got {len(train)} and {len(test)}")
     task = Task(
         len(scenario),
-        tuple(train.unique().tolist()),
+        tuple(train.unique().tolist()) or tuple(labels.tolist()),
         torch.arange(len(train)) + len(data.train),
         torch.arange(len(test)) + len(data.test),
         normalized(more.search_paths[0].stem) if more.search_paths else "",
@@ -121,7 +158,7 @@ def check_readable(data: Dataset, scenario: Scenario, *, skip_bad: bool, learned
                 f" all, in {scenario.describe(task)}: pgp data check lists them"
             )
     for task in scenario.tasks:
-        if not _any_readable(data.test, task.test, skip_bad):
+        if not task.is_missing and not _any_readable(data.test, task.test, skip_bad):
             raise ValueError(f"expected test images in every task that can be read, got none of {len(task.test)} in"
                              f" {scenario.describe(task)}: pgp data check lists them")  # fmt: skip
 
@@ -166,16 +203,34 @@ def _check_classes(data: Dataset) -> None:
         warnings.warn(f"no test images of {missing[1][:5]}: accuracy says nothing about them", stacklevel=2)
 
 
-def describe_data(data: Dataset, scenario: Scenario) -> DataDescription:
-    """Return the description of the data that a run records."""
-    return DataDescription(
+def describe_data(data: Dataset, scenario: Scenario, learned: DataDescription | None = None) -> DataDescription:
+    """Return the description of the data that a run records.
+
+    If `learned` describes the first tasks, data without images keep their description.
+    """
+    sources = list(zip(data.train.sources(), data.test.sources(), strict=True))
+    description = DataDescription(
         data.class_names,
         tuple(task.classes for task in scenario.tasks),
         tuple(task.name for task in scenario.tasks),
         tuple(len(task.train) for task in scenario.tasks),
         tuple(len(task.test) for task in scenario.tasks),
-        tuple(_digest(*both) for both in zip(data.train.sources(), data.test.sources(), strict=True)),
+        tuple(_digest(*both) for both in sources),
     )
+    if learned is None:
+        return description
+    missing = [task.is_missing for task in scenario.tasks]
+    return replace(
+        description,
+        train_images=_keep(description.train_images, learned.train_images, missing),
+        test_images=_keep(description.test_images, learned.test_images, missing),
+        fingerprints=_keep(description.fingerprints, learned.fingerprints, [not len(train) for train, _ in sources]),
+    )
+
+
+def _keep(current: tuple[T, ...], learned: tuple[T, ...], missing: Sequence[bool]) -> tuple[T, ...]:
+    """Return `current` with the values of `learned` where they are missing."""
+    return tuple(learned[i] if lost else value for i, (value, lost) in enumerate(zip(current, missing, strict=True)))
 
 
 def training_batches(config: Config, task: Task, world_size: int) -> list[list[SampleKey]]:
