@@ -20,7 +20,7 @@ def unprojected(config: Config) -> Config:
 
 
 def random(config: Config) -> Config:
-    """Protect random directions, as many as the recipe's projection would protect.
+    """Project onto the complement of as many random directions as the recipe's projection protects.
 
     The number of directions is that of `orthogonal`, with its defaults if the configuration has another projection.
     """

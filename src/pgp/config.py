@@ -41,7 +41,7 @@ class Optimizer:
     lr: float = 0.03
     """Learning rate per 256 images: the effective rate is `lr * batch_size / 256`."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of the running averages of adam and adamw."""
+    """Coefficients of the running averages of adam and adamw."""
     momentum: float = 0.9
     """Momentum of sgd."""
     weight_decay: float = 0.0
@@ -57,8 +57,8 @@ class Optimizer:
     """Factor on the learning rate of all parameters outside the head. Deep prompts may need a far smaller rate than the
     head."""
     later_prompt_lr_scale: float | None = None
-    """Another factor on the learning rate of all parameters outside the head, from the second task on; 0 freezes the
-    prompts. If None, 1."""
+    """Additional factor on the learning rate of all parameters outside the head, from the second task on; 0 freezes
+    the prompts. If None, 1."""
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and self.prompt_lr_scale >= 0 and self.clip >= 0 and self.weight_decay >= 0):
@@ -106,7 +106,7 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Devices and processes of a run. They decide its speed; results change by rounding only."""
+    """Devices and processes of a run. They affect speed, and results only by rounding."""
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Device type. auto: a CUDA GPU if there is one, else the CPU. gpu: CUDA. mps: Apple's GPU, which has no float64,
@@ -116,10 +116,10 @@ class Hardware:
     workers: int = 0
     """Number of processes that load images, per device."""
     pin_memory: bool = True
-    """Load images into page-locked memory if there is a GPU. Copies to the GPU are faster, but take RAM."""
+    """Use pinned (page-locked) memory for batches if there is a GPU. Copies are faster, but use more RAM."""
     micro_batch_size: int | None = None
-    """Number of images whose activations are in memory at once, in training and at task boundaries. The gradient of a
-    batch is the sum over its micro-batches. If None, 4 on a CPU and the whole batch on a GPU."""
+    """Images per forward and backward pass; gradients are accumulated over a batch. Task boundaries use it too. If
+    None, 4 on a CPU and the whole batch on a GPU."""
 
     def __post_init__(self) -> None:
         if self.devices < 1 or self.workers < 0 or (self.micro_batch_size is not None and self.micro_batch_size < 1):
@@ -128,64 +128,64 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides the result of a run."""
+    """Settings that determine the result of a run, and its hardware."""
 
     name: str
-    """Name of the recipe that the configuration was created from."""
+    """Name of the recipe. It also names the default run folder, runs/NAME-seedSEED."""
     dataset: DatasetConfig
     backbone: Backbone.Config
     method: Method.Config
     projection: Projection.Config
     readouts: tuple[Readout.Config, ...]
-    """Classifiers of features at test. All are evaluated in the same run; the first gives the headline accuracy."""
+    """Classifiers on the features. All are evaluated; tables and figures show the first one first."""
     transforms: Transforms = field(default_factory=Transforms)
     optimizer: Optimizer = field(default_factory=Optimizer)
     hardware: Annotated[Hardware, tyro.conf.arg(name="")] = field(default_factory=Hardware)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Number format of the forward and backward pass. It changes results, so it is fixed when a run begins."""
+    """Precision of the forward and backward pass. It affects results, so it cannot change when a run is resumed."""
     tasks: int | None = 10
     """Number of tasks into which the classes are split. If None, as many as the data define (domains, tasks), else
     5."""
     setting: Setting = "cil"
-    """Setting of continual learning. cil: class-incremental. til: task-incremental, the task of a test image is given.
-    dil: domain-incremental, each task brings all classes in a new domain. oil: online, each image is seen once and
-    predicted before it is learned."""
+    """Scenario. cil: class-incremental. til: task-incremental; the task of a test image is known. dil:
+    domain-incremental; every task has all classes, in a new domain. oil: online; each image is seen once, and predicted
+    before training on it."""
     seed: int = 42
     """Seed of every random draw."""
     shuffle: bool = False
-    """Shuffle the order of the classes (dil: of the domains) by the seed. If not, the order is natural."""
+    """Shuffle the classes (dil: the domains) with the seed. If not, they stay in the order of the data set."""
     class_order: Path | None = None
-    """Text file with the classes in the order of learning, one per line. If None, class_order.txt beside the data, if
-    it exists."""
+    """Text file with one class per line, in the order of learning. If None, class_order.txt in the data folder, or next
+    to the table of images, if it exists."""
     task_file: Path | None = None
     """JSON file with the tasks in the order of learning: an object of task names, each with its list of classes (dil:
-    of domains). If None, tasks.json beside the data, if it exists."""
+    of domains). If None, tasks.json in the data folder, or next to the table of images, if it exists."""
     order: Literal["shuffled", "listed"] = "shuffled"
-    """Order of the images of a task in setting oil: shuffled by the seed, or as listed by the data."""
+    """Order of the images within a task, for --setting oil: shuffled with the seed, or as listed in the data."""
     added: Annotated[tuple[DatasetConfig, ...], tyro.conf.Suppress] = ()
     """Data sets added to a finished run, each as one more task; pgp train --resume RUN --add PLACE appends one."""
     joint: bool = False
-    """Learn the images of all tasks at once, as a single task. This is not continual learning, but its upper bound."""
+    """Train on all tasks at once, as a single task: joint training, an upper bound for continual learning."""
     epochs: int = 5
     """Epochs per task; setting `oil` always makes one."""
     batch_size: int = 16
     """Images per step, over all devices."""
     eval_batch_size: int = 32
-    """Images per batch in evaluation. It changes no result."""
+    """Images per batch in evaluation. It changes only the results of --legacy-eval."""
     views: int = 0
-    """Number of augmented views of each training image that readouts observe after the training of a task, in addition
-    to the image in its test view. Each costs one more pass without gradients."""
+    """Number of augmented views of each training image to which readouts are fitted after a task, in addition to the
+    unaugmented image. Each view costs one forward pass per image."""
     drift_images: int = 16
     """Number of test images of each task on which drift is measured, at the end of the task and of every later one; 0
     turns it off. The results are in metrics.jsonl and pgp report."""
     on_bad_image: Literal["error", "skip"] = "error"
     """How to handle an unreadable image: stop with an error, or skip it."""
     legacy_eval: bool = False
-    """Also report the published protocol, in columns named legacy. It selects prompts by one majority vote for each
-    test batch of `eval_batch_size` images of one task, and scores over all classes, seen or not (for CLIP, over the
-    classes up to the batch's task). It leaks the task."""
+    """Also report accuracy as the published code computes it, in columns named legacy. A test batch holds images of one
+    task, and selects prompts by majority vote. Logits cover all classes, seen or not (CLIP: up to the task of the
+    batch). This leaks the task."""
     log_every_steps: int = 20
-    """Steps between two log entries of the loss. Each entry waits for the device."""
+    """Steps between two log entries of the loss. Each entry synchronises with the GPU."""
     save_every_steps: int = 0
     """Steps between two checkpoints inside a task; 0 saves only after each task."""
     keep_checkpoints: str = "all"

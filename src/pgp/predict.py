@@ -29,7 +29,7 @@ class Prediction(NamedTuple):
 
     names: tuple[str, ...]
     probabilities: tuple[float, ...]
-    """Probabilities in [0, 1]. Over all classes learned so far they sum to 1."""
+    """Probabilities in [0, 1], of a distribution over all classes learned so far."""
 
 
 class Predictor:

@@ -272,7 +272,7 @@ def own() -> Config:
 
 
 def without_training(config: Config) -> Config:
-    """Return `config` with a classifier in closed form on frozen features, so that nothing is trained.
+    """Return `config` with LDA on frozen features, so that nothing is trained by gradients.
 
     The result does not depend on the order of the tasks.
     """
@@ -287,12 +287,12 @@ def without_training(config: Config) -> Config:
 
 
 def quick() -> Config:
-    """Learn your own images in one pass, without gradients, with ViT-B/16: pgp train quick --data ./photos."""
+    """Learn your own images in three passes, without gradients, with ViT-B/16: pgp train quick --data ./photos."""
     return replace(without_training(own()), name="quick")
 
 
 def demo_quick() -> Config:
-    """Learn digits in 5 tasks of 2 classes in one pass, without gradients, with a small encoder. Seconds, offline."""
+    """Learn digits in 5 tasks of 2 classes in three passes, without gradients, by a small encoder. Seconds, offline."""
     return replace(without_training(demo()), name="demo-quick")
 
 

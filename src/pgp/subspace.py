@@ -38,6 +38,7 @@ class ProtectedParameter(NamedTuple):
     axis: int = -1
     """Axis of length D, the width of the inputs. Axes before the last two match the heads of the inputs."""
     role: Literal["prompt", "key", "value"] = "prompt"
+    """Which energy threshold applies: `energy`, `key_energy` or `value_energy`."""
 
 
 class ProtectedInputs(NamedTuple):
@@ -46,15 +47,15 @@ class ProtectedInputs(NamedTuple):
     inputs: Tensor
     """Rows that the parameter is multiplied with, `(B, ..., N, D)`."""
     prompts: Tensor | None = None
-    """Prompts in the same sequence as the inputs, as they entered it, `(B, ..., L, D)`."""
+    """Prompts in the same sequence, as they enter the block, `(B, ..., L, D)`."""
     head_maps: Tensor | None = None
-    """Constant maps `(H, d, D)`. If given, the inputs are `(B, H, N, d)`, and head h multiplies the parameter with
-    `inputs[:, h] @ head_maps[h]`. Second moments are then accumulated per head with width `d`, and mapped at the
-    end."""
+    """Constant maps `(H, d, D)` from the inputs of each head to the inputs of the parameter. If given, the inputs are
+    `(B, H, N, d)`, and head h multiplies the parameter with `inputs[:, h] @ head_maps[h]`. Second moments are then
+    accumulated per head with width `d`, and mapped at the end."""
 
     @property
     def expanded(self) -> Tensor:
-        """The inputs as the parameter receives them, `(B, ..., N, D)`; with maps, the mapped rows of all heads."""
+        """The inputs after `head_maps`, `(B, ..., N, D)`; without maps, `inputs`."""
         if self.head_maps is None:
             return self.inputs
         return (self.inputs.to(self.head_maps) @ self.head_maps).flatten(1, 2)  # (B, H * N, D)

@@ -34,8 +34,8 @@ def train(config: Config, output: StrPath | None = None, progress: Progress | No
 
     Args:
         config: What to do; `pgp.recipes` has complete configurations.
-        output: Run folder: new or empty, or with a run of the same configuration that was stopped before its first
-            checkpoint, which is started over. If None, a new folder in `runs/`.
+        output: Run folder. It must be new, empty, or a run of the same configuration that was stopped before its first
+            checkpoint. If None, a new folder in `runs/`.
         progress: Where to draw progress bars. If None, nowhere.
 
     Returns:
@@ -45,7 +45,7 @@ def train(config: Config, output: StrPath | None = None, progress: Progress | No
         ValueError: If the configuration cannot be carried out.
         RunError: If `output` holds something else or another process writes to it, if the loss is not finite, or if the
             disk is full.
-        Interrupted: If a signal asks for it, such as Ctrl-C. The state is saved first.
+        Interrupted: After a signal such as Ctrl-C. The state is saved first.
     """
     with start.start(config, output, progress) as (session, state):
         return fit(session, state)
@@ -70,7 +70,7 @@ def resume(
         add: Data to learn as one more task, or their path, once all tasks so far are finished. The run stays as it is
             until that task is finished.
         on_bad_image: Replaces the run's own setting. No other setting can change.
-        drop: Resume from the latest finished task, and drop what was begun of the next one.
+        drop: Discard an unfinished task, and resume after the latest finished one.
         data: Where the data of the run are now, if they were moved; see `pgp.runs.data_paths.with_data_paths`.
 
     Returns:
@@ -80,7 +80,7 @@ def resume(
         ValueError: If `add` does not fit.
         RunError: If the run cannot be resumed: its data have changed, tasks before `add` are not finished, or another
             process writes to it.
-        Interrupted: If a signal asks for it, such as Ctrl-C. The state is saved first.
+        Interrupted: After a signal such as Ctrl-C. The state is saved first.
     """
     with start.resume(folder, hardware, progress, add, on_bad_image, drop=drop, data=data) as (session, state):
         return fit(session, state)
@@ -141,7 +141,7 @@ def fit_task(session: Session, state: TrainState, task: Task) -> None:
 
 
 def begin_task(session: Session, state: TrainState, task: Task) -> None:
-    """Prepare for training on a task: measure, observe its images if that comes first, initialise its prompts."""
+    """Prepare a task: record references for drift, observe its images if needed before training, initialise prompts."""
     if state.meter:
         state.meter.start_task()
     observe_before_training(session, state, task)
@@ -155,16 +155,13 @@ def begin_task(session: Session, state: TrainState, task: Task) -> None:
 def predict_before_training(
     session: Session, state: TrainState, task: Task, plan: Sequence[Sequence[SampleKey]]
 ) -> Iterator[None]:
-    """Predict the images of one batch of `plan` after the other, each when it is asked for, in an online run.
-
-    In other runs, nothing is predicted.
-    """
+    """Predict each batch of `plan` in an online run, when the training loop asks for it. Else, predict nothing."""
     if state.online is None:
         yield from itertools.repeat(None, len(plan))
         return
     fabric, seen_classes = session.fabric, session.scenario.seen_classes(task.index)
     stream = batches(session.transformed("test", "arriving", task), plan, session.evaluator.loader_options)
-    left = len(task.train) - state.step * session.config.batch_size  # more images than these fill the last batch up
+    left = len(task.train) - state.step * session.config.batch_size  # without the padding of the last batch
     for batch, keys in zip(stream, plan, strict=True):
         images, labels, _ = batch.to(fabric.device)
         own = len(range(fabric.global_rank, min(left, len(keys)), fabric.world_size))
@@ -193,8 +190,8 @@ def train_step(
         The loss and the norm of the gradients before clipping, `(2,)`, left on the device.
 
     Raises:
-        RunError: On a CPU, if either is not finite; nothing is changed then. On a GPU, where reading them would wait
-            for the device, `check_finite` is called whenever losses are logged and before anything is saved.
+        RunError: On a CPU, if either is not finite; parameters are then unchanged. On a GPU, `check_finite` is called
+            only when losses are logged and before anything is saved, to avoid synchronisation.
     """
     fabric, method, model, clip = session.fabric, state.method, session.model, session.config.optimizer.clip
     images, labels, _ = batch.to(fabric.device)
@@ -230,7 +227,7 @@ def train_step(
 
 
 def end_task(session: Session, state: TrainState, task: Task) -> None:
-    """Learn what to protect of a trained task, fit the readouts, evaluate all tasks so far, and save."""
+    """Extend the projection, fit the readouts, evaluate all tasks so far, and save a checkpoint."""
     method, meter = state.method, state.meter
     with session.fabric.autocast():
         method.end_task(task)
@@ -247,7 +244,8 @@ def end_task(session: Session, state: TrainState, task: Task) -> None:
         with session.timed("drift"):
             drift = meter.end_task(method, task, session.progress) | stats
     state.finish_task(task, row)
-    session.log_task(state, task, row, ranks=ranks, readouts=fitted, drift=drift)  # before the state: a kill loses none
+    # logged before the state is saved, so that a kill loses no line
+    session.log_task(state, task, row, ranks=ranks, readouts=fitted, drift=drift)
     session.save(state)
     session.write_accuracy(state)
     session.print_accuracy(state, task)

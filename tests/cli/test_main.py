@@ -45,7 +45,7 @@ def test_train_eval_report_and_resume(tmp_path, capsys):
     assert capsys.readouterr().out.count("yes") == 2
     main.main(["report", "1", "2", "--output", "out"])
     text = (tmp_path / "out" / "report.md").read_text()
-    assert text.count("±") == 2 * 4
+    assert text.count("±") == 2 * 5
     assert (tmp_path / "out" / "report.png").is_file()
     (tmp_path / "1" / "checkpoints" / "latest").write_text("task-02")
     main.main(["train", "--resume", "1", "--workers", "0"])

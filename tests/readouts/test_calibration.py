@@ -13,15 +13,10 @@ from scipy.special import logsumexp
 import tiny
 from pgp import train
 from pgp.datasets.synthetic import Synthetic
+from pgp.evaluation.calibration import NUM_BINS, calibration_bins, expected_calibration_error
 from pgp.methods.head_only import HeadOnly
 from pgp.predict import Predictor
-from pgp.readouts.calibration import (
-    NUM_BINS,
-    TEMPERATURES,
-    calibration_bins,
-    expected_calibration_error,
-    losses_by_temperature,
-)
+from pgp.readouts.calibration import TEMPERATURES, losses_by_temperature
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA, NCM
 from pgp.readouts.logistic import Logistic

@@ -1,4 +1,4 @@
-"""How much of a run's number is real: its latest checkpoint under the honest protocol and under those that leak."""
+"""Audit of a run: accuracy without leaks, and with each protocol that leaks the task of an image."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Finding(NamedTuple):
 
     column: str
     choice: str
-    """`image`: each image has prompts of its own choice. `vote`: a test batch, of one task, has one choice."""
+    """`image`: prompts are selected per image. `vote`: by majority vote over a test batch of one task."""
     batch: int | None
     """Images of a test batch, where they vote."""
     scope: str
@@ -72,7 +72,7 @@ def audit_run(
     session, state = _load_finished(run, progress, config or run.config)
     last = state.task
     out = []
-    for size in (None, *(sizes if state.method.uses_query else ())):  # a method that selects no prompts has no votes
+    for size in (None, *(sizes if state.method.uses_query else ())):  # votes need a prompt selection
         hits: dict[tuple[str, str], Tensor] = {}
         counts = torch.zeros(last, dtype=torch.float64)  # of images that can be read
         for task, features, labels in _features(session, state, size):
@@ -162,7 +162,7 @@ def _features(session: Session, state: TrainState, size: int | None) -> Iterator
 
 
 def _logits(session: Session, state: TrainState, batch: FeatureBatch, task: Task) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield readout, scope and logits `(B, C)`. A task-incremental run knows the task in every scope."""
+    """Yield readout, scope and logits `(B, C)`. In a task-incremental run the task is given in every scope."""
     scenario, is_til = session.scenario, session.config.setting == "til"
     for readout in state.readouts:
         logits = readout.logits(readout.select_features(batch.images))

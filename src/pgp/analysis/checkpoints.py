@@ -1,4 +1,4 @@
-"""Accuracy of the checkpoints of a run, measured anew."""
+"""Accuracy of the checkpoints of a run, evaluated again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pgp.training.start import load_latest
 def evaluate_checkpoints(
     run: Run, config: Config, progress: Progress | None = None, *, every_task: bool = False
 ) -> dict[str, Tensor]:
-    """Return the accuracy matrices `(T, T)` by column, measured anew on one device; NaN if nothing was measured.
+    """Return the accuracy matrices `(T, T)` by column, evaluated again on one device; NaN if nothing was measured.
 
     Args:
         run: A run with at least one finished task.

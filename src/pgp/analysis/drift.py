@@ -34,7 +34,7 @@ class Drift(NamedTuple):
     """Measurements on the images of one task."""
 
     indices: Tensor
-    """Indices of the images in the test split, `(B,)`."""
+    """Indices of the images among the test images of the task, `(B,)`, ascending."""
     features: Tensor
     """Features, `(B, D)`."""
     logits: Tensor
@@ -259,7 +259,7 @@ def _measured(method: Method, kept: list[FeatureBatch], classes: tuple[int, ...]
     device = next(method.parameters()).device
     batch = FeatureBatch.concat(kept)
     batch = batch.rows(batch.indices.argsort())
-    indices, (features, query, _) = batch.indices, batch.images
+    indices, (features, query, _) = torch.searchsorted(task.test.sort().values, batch.indices), batch.images
     logits = method.head(features.to(device))[:, list(classes)].float().cpu()
     selected = None if query is None else method.selected_prompts(query.to(device))
     return Drift(indices, features, logits - logits.mean(1, keepdim=True), None if selected is None else selected.cpu())

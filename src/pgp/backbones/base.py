@@ -1,4 +1,4 @@
-"""The contract of a frozen pre-trained encoder. Only this folder imports timm and open_clip."""
+"""Base classes of frozen pre-trained encoders. Only this folder imports timm and open_clip."""
 
 from __future__ import annotations
 

@@ -25,29 +25,30 @@ class TrainCommand:
     output: Path | None = None
     """Run folder, new or empty. If not given, a new folder below runs/."""
     pgp: bool = True
-    """Use the projection; --no-pgp trains without it."""
+    """Train with the projection of the recipe. --no-pgp is short for --projection none."""
     data: str | None = None
-    """Your own images: a folder, a table of images (CSV, TSV, JSONL), or hf: followed by the name or path of a Hugging
-    Face data set. Their tasks are defined beside the data or by --tasks, not by the recipe."""
+    """Your own images: a folder, a table (CSV, TSV, JSONL), or hf:NAME for a Hugging Face data set (a name or path).
+    Tasks come from the data (such as tasks.json next to them) or from --tasks, not from the recipe."""
     twin: bool = False
-    """Also train without projection, with all other settings the same, and report both."""
+    """Also train the same run without projection, and report both."""
     baselines: bool = False
-    """Also train all baselines of the recipe with the same budget, and report all. These are its prompts without
-    projection, with a random projection, with a smaller learning rate after the first task, and frozen after the first
-    task; a linear head and the nearest class mean on frozen features; and joint training on all tasks."""
+    """Also train all baselines with the same budget, and report all: without projection; with a random projection; with
+    a tenth of the prompt learning rate after the first task; with prompts frozen after the first task; a linear head
+    and the nearest class mean on frozen features; joint training on all tasks."""
     method_name: Annotated[
         Literal[tuple(recipes.METHODS | BASELINES)] | None,  # type: ignore[valid-type]
         Choice(name="method"),
     ] = None
-    """Method to use instead of the recipe's, with its default settings; or a baseline of the recipe."""
+    """Replace the method of the recipe, with default settings; or train one baseline of the recipe."""
     projection_name: Annotated[Literal[tuple(recipes.PROJECTIONS)] | None, Choice(name="projection")] = None  # type: ignore[valid-type]
-    """Projection to use instead of the recipe's, with its default settings."""
+    """Replace the projection of the recipe, with default settings."""
     dataset_name: Annotated[Literal[tuple(recipes.DATASETS)] | None, Choice(name="dataset")] = None  # type: ignore[valid-type]
-    """Data set to use instead of the recipe's."""
+    """Replace the data set of the recipe."""
     backbone_name: Annotated[Literal[tuple(recipes.BACKBONES)] | None, Choice(name="backbone")] = None  # type: ignore[valid-type]
-    """Encoder to use instead of the recipe's."""
+    """Replace the encoder of the recipe."""
     readout_names: Annotated[tuple[Literal[tuple(recipes.READOUTS)], ...] | None, Choice(name="readouts")] = None  # type: ignore[valid-type]
-    """Readouts to use instead of the recipe's; the first gives the headline accuracy."""
+    """Classifiers of the features (readouts), instead of those of the recipe. Tables and figures show the first one
+    first."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ class ResumeCommand:
     """Run folder."""
     hardware: Annotated[Hardware, Choice(name="")]
     add: str | None = None
-    """Data to learn as one more task of a finished run: a folder, a table or hf:NAME, as for --data. The run does not
-    change before the task is finished."""
+    """Data to learn as one more task of a finished run: a folder, a table or hf:NAME, as for --data. The old images are
+    not needed; accuracy on those that are missing is not measured. The run does not change before the task is
+    finished. pgp add RUN DATA is short for pgp train --resume RUN --add DATA."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """New path of the run's data, if they were moved. They must be the same data, and the run records the path. For a
     run with data added by --add, give the flag once for each data set, in their order."""
@@ -88,7 +90,7 @@ class EvalCommand:
 
 @dataclass(frozen=True)
 class AuditCommand:
-    """Evaluate a run's latest checkpoint with the honest protocol and with protocols that leak the task of an image."""
+    """Compare the accuracy of a run's latest checkpoint with and without leaking the task label at test."""
 
     run: tyro.conf.Positional[Path]
     """Run folder."""
@@ -126,13 +128,13 @@ class ReportCommand:
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run folders."""
     output: Path | None = None
-    """Folder for report.md, report.png and drift.png. If not given, the folder of a single run, else the working
-    directory."""
+    """Folder for report.md, report.png, calibration.png and drift.png. If not given, the folder of a single run, else
+    the working directory."""
 
 
 @dataclass(frozen=True)
 class SweepCommand:
-    """Run every combination of values, plus the same controls with the same budget and seeds.
+    """Run every combination of values, plus the same baselines with the same budget and seeds.
 
     The sweep writes a table of paired differences, sweep.md, and a figure of accuracy against forgetting, sweep.png.
     Repeat the same call to resume a sweep; add seeds or values to extend it. All settings of pgp train RECIPE can be
@@ -147,8 +149,9 @@ class SweepCommand:
     output: Path | None = None
     """Folder of the sweep. If not given, sweeps/RECIPE."""
     controls: bool = True
-    """Also run all baselines of each point: its prompts without projection, with a random projection, with a smaller
-    learning rate, and frozen; a linear head and the nearest class mean on frozen features; and joint training."""
+    """Also run all baselines of each point: without projection; with a random projection; with a tenth of the prompt
+    learning rate after the first task; with prompts frozen after the first task; a linear head and the nearest class
+    mean on frozen features; joint training on all tasks."""
     workers: int | None = None
     """Number of processes that run jobs on this machine and share its cores. If not given, one per GPU, or one per core
     if there is no GPU."""

@@ -46,19 +46,20 @@ USAGE = """\
 usage: pgp COMMAND ...
 
   train RECIPE [flags]       learn a sequence of tasks; pgp train RECIPE --help lists all flags
-  train --resume RUN         resume a run that stopped; --add FOLDER learns the classes of a folder as one more task
+  train --resume RUN         resume a run that stopped
+  add RUN DATA               train a finished run on new classes; the old images are not needed
   eval RUN                   evaluate a run's latest checkpoint again
-  audit RUN                  compare the honest protocol with protocols that leak the task of an image
+  audit RUN                  compare accuracy with and without leaking the task label at test
   predict RUN IMAGE ...      classify images, or all images in folders
   report RUN ...             write tables and figures for runs: mean and standard deviation over seeds
-  sweep RECIPE --over ...    run a grid of settings and their controls, and compare them in one table
-  list                       list recipes, data sets and settings, and what each needs
+  sweep RECIPE --over ...    run a grid of settings and their baselines, and compare them in one table
+  list                       list recipes, data sets, scenarios (cil, til, dil, oil) and components
   data get RECIPE            download the data of a recipe
   data check RECIPE          verify every image before training
 
-Results go to standard output, progress and notes to standard error. The exit status is 0 for success; 2 for an error
-that you can fix, stated in one line; 70 for a fault of pgp itself; 128 plus the signal number after Ctrl-C, SIGTERM or
-SIGHUP, such as 130; 141 if the reader of the output went away. PGP_DEBUG=1 shows the traceback of an error."""
+Results go to standard output; progress and notes go to standard error.
+Exit status: 0 success; 2 an error that you can fix; 70 a bug in pgp; 130 Ctrl-C; 143 SIGTERM; 129 SIGHUP; 141 the
+output pipe was closed. PGP_DEBUG=1 prints the traceback of an error."""
 
 
 PUBLISHED_USAGE = """\
@@ -119,6 +120,17 @@ def train_command(words: list[str]) -> None:
         show.show_report(_trained(command), command.output)
 
 
+def add_command(words: list[str]) -> None:
+    """Run `pgp add RUN DATA`."""
+    if not HELP.isdisjoint(words):
+        train_command(["--resume", "RUN", "--help"])
+        return
+    if len(words) < 2 or any(word.startswith("-") for word in words[:2]):
+        raise ValueError("expected a run folder and new images, as in pgp add runs/quick-seed42 new-photos, got"
+                         f" {' '.join(words) or 'neither'}")  # fmt: skip
+    train_command(["--resume", words[0], "--add", words[1], *words[2:]])
+
+
 def _train_command(words: list[str], program: str) -> TrainCommand:
     """Parse as `parse.train_command`, and print a note if a published flag is ambiguous."""
     command = parse.train_command(words, program)
@@ -128,14 +140,14 @@ def _train_command(words: list[str], program: str) -> TrainCommand:
 
 
 def _trained(command: TrainCommand) -> list[Run]:
-    """Train the run of a command, and its unprojected twin or its baselines, and return them."""
+    """Train the run of a command, and the same run without projection or its baselines; return all runs."""
     own = command.config if command.pgp else unprojected(command.config)
     configs = {type(own.projection).__module__.rpartition(".")[2]: own}  # by the folder's name, if there are several
     if command.twin:
         configs["none"] = unprojected(own)
     if command.baselines:
         configs |= matching_baselines(own)
-    own.dataset.fetch()  # with bars of its own
+    own.dataset.fetch()  # fetch() draws its own progress bars
     if command.output and len(configs) > 1:
         make_output(command.output)
     runs = []
@@ -270,7 +282,7 @@ def sweep_command(words: list[str]) -> None:
     if command.workers is not None and command.workers < 1:
         raise ValueError(f"expected --workers of at least 1, got {command.workers}")
     for data in {repr(config.dataset): config.dataset for config in configs}.values():
-        data.fetch()  # once, with bars of its own
+        data.fetch()  # once; fetch() draws its own progress bars
     swept = sweep.Sweep(command.output or Path("sweeps") / first[0], base)
     jobs = swept.plan(points, seeds, controls=command.controls)
     failures = _swept(command, base, jobs)
@@ -341,6 +353,7 @@ def _check(config: Config) -> None:
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train": train_command,
+    "add": add_command,
     "eval": eval_command,
     "audit": audit_command,
     "predict": predict_command,

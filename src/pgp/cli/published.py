@@ -1,4 +1,4 @@
-"""The published command line, `python main.py RECIPE --flags`, in words of ours; and the files that it used to leave.
+"""The published command line, `python main.py RECIPE --flags`, translated to pgp flags, and its output files.
 
 A published flag is an alias: it means one of ours, which one depends on the method. Booleans take a value, as they did,
 and `--task_inc False` is false.

@@ -1,4 +1,4 @@
-"""Old spellings of flags and values, each answered with the new one."""
+"""Renamed flags and values: errors that name the new spelling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where images come from: one file per data set or source, and the contract in `base`.
+"""Where images come from: one file per data set or source, and the base class in `base`.
 
 torchvision and PIL are imported in this folder and nowhere else.
 """

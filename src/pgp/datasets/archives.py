@@ -62,7 +62,7 @@ class _Member(NamedTuple):
 def extract(archive: Path, folder: str, target: Path, progress: Progress) -> None:
     """Unpack `folder` of the archive to `target/folder`; other members of the archive are left out.
 
-    Every member is looked at before anything is written: paths out of the archive, links and devices are refused.
+    Every member is checked before writing: paths outside the target, links and devices are refused.
 
     Raises:
         ArchiveError: If the archive is damaged or refused, or the disk has too little room.

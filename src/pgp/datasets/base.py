@@ -1,4 +1,4 @@
-"""The contract of a data set: splits of images with labels, and the settings that create them."""
+"""Base class of data sets: splits of images with labels, and the settings that create them."""
 
 from __future__ import annotations
 

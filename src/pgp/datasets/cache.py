@@ -51,7 +51,7 @@ class PixelStore:
         """Copy `image` into the store. The caller must hold its lock.
 
         Returns:
-            The number of the byte behind the copy, or None if the store may hold no more.
+            The offset of the end of the copy, or None if the store is full.
         """
         taken, budget, check = self._counts.tolist()
         end: int = taken + image.numel()

@@ -1,6 +1,6 @@
 """Decode image files to RGB: only formats of photographs and drawings, and only their first frame.
 
-Metadata are needed for the orientation only. Damaged metadata never cost the pixels; what costs them is an error.
+Metadata are needed for the orientation only. Damaged metadata are ignored; damaged pixels are an error.
 """
 
 from __future__ import annotations

@@ -29,11 +29,11 @@ MIRROR = "PGP_MIRROR"
 def unpacked(archive: Archive, root: Path, progress: Progress | None = None) -> Path:
     """Return the folder below `root` that `archive` unpacks to. If it is missing, download and unpack the archive.
 
-    A folder that is there is taken as it is. The archive stays in `root`, whoever put it there. Of several processes
-    that come at once, one fetches and the others wait.
+    An existing folder is used without checks. The archive stays in `root`. Only one process downloads; others wait for
+    it.
 
     Raises:
-        ArchiveError: If the archive cannot be had, is not the published one, or cannot be unpacked.
+        ArchiveError: If the archive cannot be downloaded, is not the published one, or cannot be unpacked.
     """
     root = root.expanduser().absolute()
     folder = root / archive.folder

@@ -15,7 +15,7 @@ _OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\0\0\xfe\xff
 def normalized(name: str) -> str:
     """Return a name in Unicode NFC, in which names are compared and stored.
 
-    What is no text, such as the bytes of a file name that is not UTF-8, becomes U+FFFD.
+    Bytes that are not valid UTF-8, such as in a file name, become U+FFFD.
 
     >>> normalized("cafe\u0301") == normalized("caf\u00e9")
     True

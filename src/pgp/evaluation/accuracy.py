@@ -1,6 +1,6 @@
-"""Accuracy on the tasks learned so far, image by image; the only owner of evaluation masks.
+"""Accuracy on the tasks learned so far, per image, without task labels in the forward pass.
 
-Nothing about an image's prediction depends on its batch, and no task label enters the forward pass.
+Nothing about an image's prediction depends on its batch. Only this module masks logits in evaluation.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 from pgp.config import Config
 from pgp.datasets.base import Dataset
 from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
+from pgp.evaluation.calibration import NUM_BINS, calibration_bins
 from pgp.methods.base import Method, mask_logits
 from pgp.progress import track
 from pgp.readouts.base import Features, Readout
-from pgp.readouts.calibration import NUM_BINS, calibration_bins
 from pgp.scenario import Scenario, Task
 
 Autocast = Callable[[], AbstractContextManager[None]]
@@ -61,7 +61,7 @@ class FrozenFeatures(NamedTuple):
 
 
 class TaskAccuracies(NamedTuple):
-    """What one evaluation measures of each task up to t, `(t + 1)` by column."""
+    """Accuracies of tasks 0 to t, `(t + 1)`, by readout (and by readout + `LEGACY`)."""
 
     accuracy: dict[str, Tensor]
     """Accuracy among all classes that an image may have."""
@@ -71,7 +71,7 @@ class TaskAccuracies(NamedTuple):
     """Share of images whose predicted class belongs to their own task. Forgetting that shows here and not in
     `within_task` is competition between tasks in the classifier."""
     calibration: dict[str, Tensor]
-    """Bins of confidence over the images of all tasks, `(NUM_BINS, 3)`; see `pgp.readouts.calibration`."""
+    """Bins of confidence over the images of all tasks, `(NUM_BINS, 3)`; see `pgp.evaluation.calibration`."""
 
 
 def extract_frozen(method: Method, images: Tensor, autocast: Autocast, *, patches: bool) -> FrozenFeatures:

@@ -1,4 +1,4 @@
-"""The contract of a method: what learns on top of a frozen encoder, and which of its parameters to protect.
+"""Base class of methods: trainable parameters on a frozen encoder, and which of them to protect.
 
 A method names the parameters to protect and returns their inputs. It never projects anything itself.
 """
@@ -35,7 +35,7 @@ class Method(nn.Module, abc.ABC):
     """Whether features depend on the query. If not, the query is computed only for readouts that use it."""
     legacy_scope: Literal["all", "cut"] = "all"
     """Classes over which the published evaluation scores. `all`: every class, seen or not. `cut`: the classes up to the
-    task of the test batch, which leaks the task. Both are reported only next to the honest accuracy."""
+    task of the test batch, which leaks the task. Both are reported only next to the accuracy without leaks."""
 
     @dataclass(frozen=True)
     class Config(abc.ABC):
@@ -118,7 +118,7 @@ class Method(nn.Module, abc.ABC):
         return {"query": self.query(images)} if self.uses_query else {}
 
     def batch_constants(self, task: Task) -> dict[str, Tensor]:
-        """Return tensors shared by all micro-batches of a step, by name, with their graph. It is called once a step."""
+        """Return tensors shared by all micro-batches of a step, with gradients, by name. Called once per step."""
         return {}
 
     @abc.abstractmethod
@@ -136,14 +136,15 @@ class Method(nn.Module, abc.ABC):
     def protected(self) -> dict[str, ProtectedParameter]:
         """Return the parameters whose responses to old inputs must not change, by name.
 
-        Such a name is called a space. The names and the parameter objects stay the same for the lifetime of the method.
+        A name is called a space, because each parameter has its own protected subspace. The names and the parameter
+        objects stay the same for the lifetime of the method.
         """
         return {}
 
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
         """Return the inputs of each protected parameter for these images, by space.
 
-        The keys are those of `protected`. The tensors have no graph.
+        The keys are those of `protected`. The tensors are detached.
 
         Args:
             images: Images `(B, 3, S, S)`.

@@ -58,19 +58,20 @@ class DualPrompt(Method):
         top_k: int = 1
         """Number of experts that an image selects, k."""
         pull: float = 1.0
-        """Weight of the loss term that pulls the selected keys toward the queries."""
+        """Weight of the key-query similarity in the loss."""
         expert_type: Literal["prefix", "token"] = "prefix"
         """Whether experts are keys and values of attention (prefix), or tokens that are inserted before their layer
         (token)."""
         same_key_and_value: bool = False
         """Use one parameter for both the keys and the values of a prefix."""
         selection: Literal["image", "batch"] = "image"
-        """How experts are selected in training: by each image for itself (image), or by majority vote for the whole
-        batch (batch, as published). At test, each image always selects for itself."""
+        """Expert selection in training: per image (image), or by majority vote over the batch (batch, as published). At
+        test, selection is per image, except in --legacy-eval and pgp audit."""
         prompt_mask: bool = True
-        """Train task t with experts kt to kt + k - 1 only. Once the pool is used up, images select by similarity."""
+        """Train task t (from 0) with experts t * k to t * k + k - 1 only. Past the end of the pool, images select by
+        similarity."""
         shared_pool: bool = True
-        """Initialise the experts of task t with a copy of those of task t - 1."""
+        """Before task t, copy the experts of task t - 1 to those of task t. This is intended for prompt_mask."""
         protect: Literal["keys", "keys+values"] = "keys"
         """What a projection protects of a prefix. keys: its keys, with the attention queries of old images as inputs
         (the paper). keys+values: also its values, with the attention weights of old images as inputs; the attention

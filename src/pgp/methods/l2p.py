@@ -44,24 +44,24 @@ class L2P(Method):
         top_k: int = 5
         """Number of prompts that an image selects, k."""
         pull: float = 0.1
-        """Weight of the loss term that pulls the selected keys toward the queries."""
+        """Weight of the key-query similarity in the loss (L2P's lambda)."""
         head_type: Literal["prompt", "token", "token+prompt"] = "prompt"
         """Input of the head: the mean of the prompts' output tokens (prompt), CLS (token), or the mean of both
         (token+prompt)."""
         keys: Literal["learned", "mean"] = "learned"
         """Key of a prompt: a parameter of its own (learned), or the mean of the prompt's tokens (mean)."""
         selection: Literal["image", "batch"] = "image"
-        """How prompts are selected in training: by each image for itself (image), or by majority vote for the whole
-        batch (batch, as published). At test, each image always selects for itself."""
+        """Prompt selection in training: per image (image), or by majority vote over the batch (batch, as published). At
+        test, selection is per image, except in --legacy-eval and pgp audit."""
         prompt_mask: bool = False
-        """Train task t with prompts kt to kt + k - 1 only. Once the pool is used up, images select by similarity."""
+        """Train task t (from 0) with prompts t * k to t * k + k - 1 only. Past the end of the pool, images select by
+        similarity."""
         shared_pool: bool = False
-        """Initialise the prompts of task t with a copy of those of task t - 1."""
+        """Before task t, copy the prompts of task t - 1 to those of task t. This is intended for prompt_mask."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
-        """What updates of the prompts must be orthogonal to. tokens: the tokens of old images as they enter the first
-        block (the paper). affinity: the directions that change the attention scores of old images there.
-        affinity+aggregation: these directions, and the old attention weights along the prompts. The last two hold for
-        the first block only; after it, prompts are processed like other tokens."""
+        """What prompt updates must be orthogonal to. tokens: tokens of old images at the input of the first block (the
+        paper). affinity: directions that change attention scores. affinity+aggregation: also the attention weights of
+        the prompts, along the prompt axis. The last two are conditions of NSP2, and hold in the first block only."""
 
         def __post_init__(self) -> None:
             for name in ("pool_size", "length", "top_k"):

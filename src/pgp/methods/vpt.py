@@ -27,8 +27,8 @@ class VPT(Method):
     prompt does not change.
 
     Differs from NSP2 in two points. The rows S are divided by the standard deviation of each prompt, so that
-    aggregation is exact if prompts have different deviations. The penalty does not restrict the means of prompts, which
-    LayerNorm subtracts anyway.
+    aggregation is exact if prompts have different standard deviations. The penalty does not restrict the means of
+    prompts, which LayerNorm subtracts anyway.
     """
 
     uses_query = False
@@ -44,9 +44,9 @@ class VPT(Method):
         layers: tuple[int, ...] | None = None
         """Blocks with prompts, counted from 0. If None, all."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
-        """What updates of the prompts must be orthogonal to. tokens: the tokens of old images in that block (PGP).
-        affinity: the directions that change the attention scores of old images. affinity+aggregation: these directions,
-        and the old attention weights along the prompts (NSP2)."""
+        """What prompt updates must be orthogonal to. tokens: tokens of old images at the input of the block (PGP).
+        affinity: directions that change attention scores. affinity+aggregation: also the attention weights of the
+        prompts, along the prompt axis (NSP2)."""
         prompts_after_norm: bool = False
         """Learn the prompts as they are after the block's LayerNorm instead of before it. Their standard deviations
         then cannot change, so affinity and aggregation protect exactly."""
@@ -92,7 +92,7 @@ class VPT(Method):
         return cls
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
-        """Return the cross-entropy over the classes of `task`, plus the penalty on changed deviations."""
+        """Return the cross-entropy over the classes of `task`, plus the penalty on changed standard deviations."""
         loss = F.cross_entropy(mask_logits(self(images), task.classes), labels)
         if self.config.norm_penalty:
             change = self._current_deviations() - self.deviations  # (layers, L)
@@ -142,7 +142,7 @@ class VPT(Method):
     def _normed_prompts(self) -> list[tuple[Tensor, Tensor]]:
         """Return the prompts of each layer after the norm, `(L, D)`, and their standard deviations before it, `(L,)`.
 
-        The deviations are 1 for prompts that are learned after the norm.
+        The standard deviations are 1 for prompts that are learned after the norm.
         """
         if self.config.prompts_after_norm:
             return [(prompts, torch.ones_like(prompts[:, 0])) for prompts in self.prompts]

@@ -1,4 +1,4 @@
-"""The contract of a projection: learn the subspace of each task's inputs, and keep later steps orthogonal to it."""
+"""Base class of projections, which learn the subspace of each task's inputs, and keep later steps orthogonal to it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ObservationSpec(NamedTuple):
     view: Literal["train", "test"] = "test"
     """Whether images are augmented as in training, or transformed as for testing."""
     repeat: bool = False
-    """Pass over the images again, with new augmentations, until the projection `has_enough`."""
+    """Repeat with new augmentations until `has_enough()` returns True."""
 
 
 class HookHandle:
@@ -53,7 +53,7 @@ class Projection(abc.ABC):
 
         @abc.abstractmethod
         def build(self, protected: Mapping[str, ProtectedParameter], seed: int = 0) -> Projection:
-            """Return a projection that has seen no task yet.
+            """Return a projection without any protected directions.
 
             Args:
                 protected: The parameters to protect, by space, as returned by `Method.protected`.

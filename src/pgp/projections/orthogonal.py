@@ -31,23 +31,24 @@ class Orthogonal(Projection):
 
     @dataclass(frozen=True)
     class Config(Projection.Config):
-        """Size of the protected subspaces, and whether gradients or updates are projected."""
+        """Settings of PGP: how large the protected subspaces are, and what is projected."""
 
         tag = "orthogonal"
 
         basis: Literal["sum", "union", "input"] = "sum"
-        """How old inputs x and old prompts p form a subspace. sum: the subspace of all sums x + p (the paper). union:
-        the subspace of x, extended by that of p, so that both conditions hold. input: the subspace of x alone (GPM)."""
+        """Span of old inputs x and old prompts p. sum: all sums x + p (the paper). union: x, then p; both conditions
+        hold. input: x alone (GPM)."""
         energy: float = 0.5
-        """Fraction in [0, 1] of the trace of the second moment that the basis must capture (the paper's epsilon)."""
+        """Fraction of the inputs' energy (trace of the second moment) that the basis captures, in [0, 1]: the paper's
+        epsilon."""
         key_energy: float = 0.97
         """The same fraction for the keys of prompts, whose inputs are the queries."""
         apply_to: Literal["gradient", "update"] = "gradient"
         """Project the gradient before the optimizer's step (the paper), or the change of the parameter by the step.
         Only the latter is exact for Adam, momentum and weight decay."""
         value_energy: float | None = None
-        """The same fraction for parameters whose inputs are old attention weights: values of prefixes, and prompts
-        along their other axis. If None, `energy`."""
+        """The same fraction where the inputs are attention weights: values of prefixes, and prompts along the prompt
+        axis. If None, `energy`."""
         preserve_key_norms: bool = False
         """Also keep the norms of prompt keys, if updates are projected. Images select keys by cosine similarity, which
         depends on the norm of a key even if its inner products with old queries do not change."""
@@ -64,7 +65,7 @@ class Orthogonal(Projection):
                 )
 
         def build(self, protected: Mapping[str, ProtectedParameter], seed: int = 0) -> Orthogonal:
-            """Return a projection that has seen no task yet."""
+            """Return a projection without any protected directions."""
             return Orthogonal(protected, self, seed)
 
         def energy_of(self, role: str) -> float:

@@ -26,7 +26,7 @@ class RandomBasis(Orthogonal):
         tag = "random"
 
         def build(self, protected: Mapping[str, ProtectedParameter], seed: int = 0) -> RandomBasis:
-            """Return a projection that has seen no task yet."""
+            """Return a projection without any protected directions."""
             return RandomBasis(protected, self, seed)
 
     def __init__(

@@ -56,7 +56,7 @@ class ReleasedBasis(Projection):
                     raise ValueError(f"expected projection.{name} of at least 1, got {getattr(self, name)}")
 
         def build(self, protected: Mapping[str, ProtectedParameter], seed: int = 0) -> ReleasedBasis:
-            """Return a projection that has seen no task yet."""
+            """Return a projection without any protected directions."""
             return ReleasedBasis(protected, self, seed)
 
     apply_to = "gradient"

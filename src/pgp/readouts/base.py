@@ -1,4 +1,4 @@
-"""The contract of a readout: the classifier that turns features into logits at test."""
+"""Base class of readouts, the classifiers that turn features into logits at test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Features(NamedTuple):
-    """What a readout may use of `B` images."""
+    """Features that readouts use, for `B` images."""
 
     features: Tensor
     """Features of the method, with its prompts, `(B, D)`."""
@@ -82,31 +82,31 @@ class Readout(abc.ABC):
             """
 
     def select_features(self, images: Features) -> Tensor:
-        """Return the input of the other functions for these images, `(B, D)`: by default, the method's features."""
+        """Return the features that `observe` and `logits` expect, `(B, D)`: by default, `images.features`."""
         return images.features
 
     @abc.abstractmethod
     def observe(self, features: Tensor, labels: Tensor) -> None:
         """Observe a batch of the current task: features `(B, D)` from `select_features`, and labels `(B,)`.
 
-        The images are training images after the training of the task: in their test view and, if the configuration asks
-        for it, in augmented views.
+        The images are training images after the training of the task: without augmentation and, if the configuration
+        asks for it, in augmented views.
         """
 
     def hold_out(self, features: Tensor, labels: Tensor, *, augmented: bool) -> None:
-        """Use images for calibration that `observe` has shown as well: fit without them, score them, then fit to all.
+        """Use these images, which were passed to `observe` too, for calibration: fit without them, score, refit.
 
         By default, it does nothing.
 
         Args:
             features: Features `(B, D)` from `select_features`.
             labels: Labels `(B,)`.
-            augmented: Whether these are augmented views. Only images in their test view are scored.
+            augmented: Whether these are augmented views. Only images without augmentation are scored.
         """
         return
 
     def compensate(self, before: Tensor, after: Tensor) -> None:
-        """Correct what is stored of old classes for the drift of features in the training of the current task.
+        """Correct the stored statistics of old classes for the drift during the current task.
 
         It is called once for each task from the second on, before `end_task`, with the same tensors in every process.
         By default, it does nothing.
@@ -130,7 +130,7 @@ class Readout(abc.ABC):
 
     @property
     def temperature(self) -> float:
-        """Number that logits are divided by before `softmax`, so that probabilities are calibrated. By default, 1."""
+        """Softmax temperature, for calibrated probabilities. By default, 1."""
         return 1.0
 
     def probabilities(self, logits: Tensor) -> Tensor:

@@ -13,8 +13,6 @@ from pgp.subspace import to_float64
 
 TEMPERATURES = 2.0 ** (torch.arange(-80, 65, dtype=torch.float64) / 8)
 """Temperatures that are tried, from 2^-10 to 2^8 in steps of 9 %, `(G,)`."""
-NUM_BINS = 15
-"""Number of bins of equal width for the expected calibration error."""
 
 
 def losses_by_temperature(logits: Tensor, labels: Tensor) -> Tensor:
@@ -29,27 +27,3 @@ def losses_by_temperature(logits: Tensor, labels: Tensor) -> Tensor:
     logits = to_float64(logits)
     temperatures = TEMPERATURES.to(logits.device)
     return torch.stack([F.cross_entropy(logits / t, labels, reduction="sum") for t in temperatures])
-
-
-def calibration_bins(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Return, for each bin of confidence, the number of images and the sums of confidences and hits, `(NUM_BINS, 3)`.
-
-    The confidence of an image is the probability of its predicted class. Bins of different images may be added.
-
-    Args:
-        probabilities: `(B, C)`.
-        labels: `(B,)`.
-    """
-    confidence, predicted = to_float64(probabilities).max(1)
-    bins = (confidence * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-    values = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).to(confidence)], 1)  # (B, 3)
-    return torch.zeros(NUM_BINS, 3, dtype=torch.float64, device=values.device).index_add(0, bins, values)
-
-
-def expected_calibration_error(bins: Tensor) -> float:
-    """Return the mean difference between confidence and accuracy, in [0, 1], from `calibration_bins`.
-
-    >>> expected_calibration_error(calibration_bins(torch.tensor([[0.75, 0.25]] * 2), torch.tensor([0, 1])))
-    0.25
-    """
-    return float((bins[:, 1] - bins[:, 2]).abs().sum() / bins[:, 0].sum())

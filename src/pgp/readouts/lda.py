@@ -26,7 +26,7 @@ class LDA(StatisticsReadout):
         tag = "lda"
 
         shrinkage: float = 0.1
-        """Weight a of the isotropic term of the covariance, in (0, 1]; 1 predicts the nearest class mean."""
+        """Weight a of the isotropic part of the covariance, in (0, 1]. With 1, LDA becomes the nearest class mean."""
 
         def __post_init__(self) -> None:
             super().__post_init__()

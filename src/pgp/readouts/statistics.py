@@ -35,7 +35,7 @@ class StatisticsReadout(Readout):
         patches: bool = False
         """Append the mean of the patch tokens of the frozen encoder without prompts. It never drifts either."""
         normalize: bool = False
-        """Scale each of these parts to length 1: features, query, and mean patch token."""
+        """Normalise each part (features, query, mean patch token) to length 1."""
         compensate: Literal["none", "shift", "linear"] = "none"
         """How to correct old statistics for the drift of features, estimated on the images of each new task. shift:
         move each mean by the average drift of the images near it (Yu et al., CVPR 2020). linear: transform means and
@@ -117,7 +117,7 @@ class StatisticsReadout(Readout):
         self._fit()
 
     def _calibrate(self) -> None:
-        """Score the held-out images of the task with a fit to all other images. They are then forgotten.
+        """Fit without the held-out images of the task, and score them for calibration. They are not stored.
 
         Collective: every process must call it.
         """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pgp.evaluation import metrics
-from pgp.readouts.calibration import expected_calibration_error
+from pgp.evaluation.calibration import expected_calibration_error
 from pgp.runs.checkpoint import reading
 from pgp.runs.run import Run
 from pgp.system.escaping import markdown_cell
@@ -37,7 +37,7 @@ class ResultRow(NamedTuple):
     online: list[dict[int, float]]
     """Online accuracy of each online run, by number of images so far; see `pgp.evaluation.online`."""
     calibration: Sequence[Tensor] = ()
-    """Bins of confidence of each run that logged them, as of its last finished task; see `pgp.readouts.calibration`."""
+    """Bins of confidence of each run that logged them, after its last finished task; see `evaluation.calibration`."""
 
     def has(self, figure: str) -> bool:
         """Return whether the runs measured `figure`."""

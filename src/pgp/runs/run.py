@@ -149,7 +149,7 @@ class Run:
         """Return the identity of the run at a checkpoint. If `name` is None, use the latest finished task.
 
         Raises:
-            RunError: If what tells it was changed, or belongs to another run.
+            RunError: If the files were changed, or belong to another run.
         """
         files = {file: self._file(file) for file in (CONFIG, CLASSES)}
         name = name or self._finished()
@@ -188,7 +188,10 @@ class Run:
             raise RunError(f"{self.folder} does not describe a run of this pgp: {error}") from error
 
     def change_config(self, change: Callable[[Config], Config]) -> None:
-        """Record a change that decides no result, such as data paths. The process must be `writing`."""
+        """Change the recorded configuration, if results do not depend on it (such as data paths).
+
+        The process must be `writing`.
+        """
         self.describe(self.checkpoints.latest())  # raises if it belongs to another run
 
         def changed(record: Record) -> Record:

@@ -80,7 +80,7 @@ class Sweep:
         """Return the jobs for all points, given by label, and for their controls, and record them in sweep.json.
 
         Raises:
-            RunError: If the folder holds something else, or runs with other settings under the same names.
+            RunError: If the folder contains other files, or runs with other settings.
         """
         make_output(self.output)
         with filelock.FileLock(self.output / ".sweep.lock"):

@@ -1,4 +1,4 @@
-"""Losses and gradient norms of the latest steps: logged now and then, and checked before anything is saved."""
+"""Loss and gradient norm of recent steps: logged regularly, and checked before anything is saved."""
 
 from __future__ import annotations
 

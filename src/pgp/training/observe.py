@@ -56,7 +56,7 @@ def observe_after_training(session: Session, state: TrainState, task: Task) -> N
 
 
 def observe_views(session: Session, state: TrainState, task: Task, readouts: Sequence[Readout]) -> None:
-    """Show augmented views of the task's images to readouts, as many as the configuration asks for.
+    """Pass augmented views of the task's images to readouts, as many as the configuration asks for.
 
     Collective: every process must call it.
     """
@@ -87,7 +87,7 @@ def observe(
     views: TransformedSplit | None = None,
     view: int = 0,
 ) -> list[FeatureBatch]:
-    """Show the images of a task to a projection, to readouts, or to both in one pass.
+    """Pass the images of a task to a projection, to readouts, or to both at once.
 
     Collective: every process must call it.
 
@@ -98,8 +98,8 @@ def observe(
         projection: The projection, which says how it observes, or None.
         readouts: The readouts.
         keep: Whether to return the features.
-        views: Augmented images, of which the view number `view` is shown. If None, images as the projection asks for
-            them, by default in their test view.
+        views: Augmented images, of which the view number `view` is passed. If None, images as the projection asks for
+            them, by default without augmentation.
         view: Number of the view.
 
     Returns:
@@ -111,7 +111,8 @@ def observe(
     fabric, evaluator = session.fabric, session.evaluator
     spec = (projection.observation if projection else None) or ObservationSpec()
     split = views or session.transformed(spec.view, "observed", task)
-    at_once = (projection and session.micro_batch_size) or session.config.eval_batch_size  # activations take memory
+    needs_memory = views is None and state.is_trainable  # a projection may hold the activations of these images
+    at_once = (needs_memory and session.micro_batch_size) or session.config.eval_batch_size
     batch_size = at_once * fabric.world_size
     kept: list[FeatureBatch] = []
     for epoch in itertools.count() if spec.repeat else [view]:

@@ -22,9 +22,9 @@ from pgp.datasets.base import DatasetSize
 from pgp.datasets.loader import Batch, SampleKey, TransformedSplit, batches
 from pgp.evaluation import metrics
 from pgp.evaluation.accuracy import Evaluator, TaskAccuracies
+from pgp.evaluation.calibration import expected_calibration_error
 from pgp.evaluation.online import OnlineAccuracy
 from pgp.progress import print_line, track
-from pgp.readouts.calibration import expected_calibration_error
 from pgp.rng import make_generator
 from pgp.runs.checkpoint import CheckpointName, reading
 from pgp.runs.data_paths import resolve_paths
@@ -41,7 +41,7 @@ HELD_OUT = 0.2
 
 
 class Session:
-    """The services of one process that trains or evaluates a run.
+    """Devices, data, evaluator and run folder of one process.
 
     Only `pgp.training` assigns to its members.
     """
@@ -74,7 +74,7 @@ class Session:
         self.model: Any = None
         """The method of the state, as Fabric has set it up for training."""
         self.stop = StopRequest()
-        """What asks for the end of training, if anything."""
+        """The handler of stop signals."""
         self.saved: Path | None = None
         """The newest checkpoint."""
         self._run = run
@@ -148,7 +148,7 @@ class Session:
 
     @property
     def data_warnings(self) -> list[str]:
-        """What a user should know of the data before training begins, as sentences."""
+        """Warnings about the data, as sentences."""
         found = [*self.data.messages(), self._size_mismatch, single_class_warning(self.scenario)]
         return [warning for warning in found if warning]
 
@@ -196,7 +196,7 @@ class Session:
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Add the seconds of the block to those that the log will tell of the current task."""
+        """Record the duration of the block for the log of the current task."""
         started = time.perf_counter()
         yield
         self._seconds[what] = time.perf_counter() - started

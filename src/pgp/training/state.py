@@ -1,4 +1,4 @@
-"""Exactly what a checkpoint holds: what has learned, what it has measured, and how far it has come."""
+"""The state that a checkpoint stores: model, projection, readouts, accuracy matrices, position in training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pgp.subspace import float64_device
 
 
 class TrainState:
-    """What learns and how far it has come; its `state_dict` is a checkpoint.
+    """The state of training; its `state_dict` is a checkpoint.
 
     Only `pgp.training` assigns to its members.
     """
@@ -41,14 +41,14 @@ class TrainState:
         """Begin with no task learned.
 
         Args:
-            method: What learns.
-            projection: What keeps its steps orthogonal to old tasks.
-            readouts: How features become logits at test.
+            method: The method.
+            projection: The projection.
+            readouts: The readouts.
             fingerprint: Hash of the frozen encoder's weights. A checkpoint of another encoder is refused.
             num_tasks: Number of tasks of the run, T.
-            device: Where the method computes.
-            meter: What measures drift, if anything does.
-            online: What counts predictions before training, in an online run.
+            device: The device of the method.
+            meter: The drift meter, or None.
+            online: Counts of predictions before training, in an online run; else None.
         """
         self.method, self.projection, self.readouts = method, projection, list(readouts)
         self.meter, self.online = meter, online
@@ -72,7 +72,7 @@ class TrainState:
         return any(parameter.requires_grad for parameter in self.method.parameters())
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Load what a checkpoint inside the current task knew of the optimizer, if it was made there."""
+        """Load the optimizer state of a checkpoint within the current task, if there is one."""
         if self.optimizer_state:
             optimizer.load_state_dict(self.optimizer_state)
             self.optimizer_state = None
@@ -86,7 +86,7 @@ class TrainState:
         self.step += 1
 
     def finish_training(self) -> None:
-        """Forget the optimizer and the steps of a task whose training has ended."""
+        """Reset the optimizer and the step counter after training of a task."""
         self.step, self.optimizer = 0, None
 
     def keep_features(self, batch: FeatureBatch) -> None:
@@ -100,7 +100,7 @@ class TrainState:
         self.task = task.index + 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all of it as a tree of tensors, numbers and texts."""
+        """Return the state as nested dictionaries of tensors, numbers and strings."""
         state = {
             "backbone": self.fingerprint,
             "task": self.task,
@@ -121,11 +121,11 @@ class TrainState:
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a `state_dict`, which may be of fewer tasks, the first ones.
+        """Restore a `state_dict`. It may be from before tasks were added.
 
         Raises:
             ValueError: If something is missing, or does not fit this run.
-            RunError: If it was learned on another encoder.
+            RunError: If it was trained on another encoder.
         """
         if missing := self.state_dict().keys() - state.keys():
             raise ValueError(f"expected {sorted(missing)} in it")

@@ -1,4 +1,4 @@
-"""A signal ends training where nothing is lost: after a step, which is saved, or after a task."""
+"""Stop training after a signal: after the current step, which is saved, or after the current task."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def is_asked_to_stop(session: Session, *, together: bool) -> bool:
 
     Args:
         session: The session.
-        together: Whether all processes ask at this step. Several processes agree only then, because it makes them
-            wait for each other.
+        together: Whether all processes call it at this step. With several processes, the answer is False otherwise,
+            because asking makes them wait for each other.
     """
     asked = session.stop.number is not None
     if session.fabric.world_size == 1:

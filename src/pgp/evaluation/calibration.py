@@ -1,0 +1,35 @@
+"""Calibration: how far the confidence of predictions is from their accuracy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pgp.subspace import to_float64
+
+NUM_BINS = 15
+"""Number of bins of equal width for the expected calibration error."""
+
+
+def calibration_bins(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Return, for each bin of confidence, the number of images and the sums of confidences and hits, `(NUM_BINS, 3)`.
+
+    The confidence of an image is the probability of its predicted class. Bins of different images may be added.
+
+    Args:
+        probabilities: `(B, C)`.
+        labels: `(B,)`.
+    """
+    confidence, predicted = to_float64(probabilities).max(1)
+    bins = (confidence * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+    values = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).to(confidence)], 1)  # (B, 3)
+    return torch.zeros(NUM_BINS, 3, dtype=torch.float64, device=values.device).index_add(0, bins, values)
+
+
+def expected_calibration_error(bins: Tensor) -> float:
+    """Return the mean difference between confidence and accuracy, in [0, 1], from `calibration_bins`.
+
+    >>> expected_calibration_error(calibration_bins(torch.tensor([[0.75, 0.25]] * 2), torch.tensor([0, 1])))
+    0.25
+    """
+    return float((bins[:, 1] - bins[:, 2]).abs().sum() / bins[:, 0].sum())
