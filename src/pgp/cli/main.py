@@ -45,21 +45,23 @@ from pgp.training.tasks import build_scenario
 USAGE = """\
 usage: pgp COMMAND ...
 
-  train RECIPE [flags]       learn a sequence of tasks; pgp train RECIPE --help lists all flags
-  train --resume RUN         resume a run that stopped
-  add RUN DATA               train a finished run on new classes; the old images are not needed
-  eval RUN                   evaluate a run's latest checkpoint again
-  audit RUN                  compare accuracy with and without leaking the task label at test
-  predict RUN IMAGE ...      classify images, or all images in folders
-  report RUN ...             write tables and figures for runs: mean and standard deviation over seeds
-  sweep RECIPE --over ...    run a grid of settings and their baselines, and compare them in one table
-  list                       list recipes, data sets, scenarios (cil, til, dil, oil) and components
-  data get RECIPE            download the data of a recipe
-  data check RECIPE          verify every image before training
+  train RECIPE [flags]    learn a sequence of tasks; --help lists all flags
+  train --resume RUN      resume a run that stopped
+  add RUN DATA            train a finished run on new classes, without the old
+                          images
+  eval RUN                evaluate a run's latest checkpoint again
+  audit RUN               compare accuracy with and without leaking the task
+  predict RUN IMAGE ...   classify images, or all images in folders
+  report RUN ...          write tables and figures over runs and seeds
+  sweep RECIPE --over ... run a grid of settings and their baselines
+  list                    list recipes, data sets, scenarios and components
+  data get RECIPE         download the data of a recipe
+  data check RECIPE       verify every image before training
 
 Results go to standard output; progress and notes go to standard error.
-Exit status: 0 success; 2 an error that you can fix; 70 a bug in pgp; 130 Ctrl-C; 143 SIGTERM; 129 SIGHUP; 141 the
-output pipe was closed. PGP_DEBUG=1 prints the traceback of an error."""
+Exit status: 0 success; 2 an error that you can fix; 70 a bug in pgp;
+130 Ctrl-C; 143 SIGTERM; 129 SIGHUP; 141 the reader of the output went away.
+PGP_DEBUG=1 shows the traceback of an error."""
 
 
 PUBLISHED_USAGE = """\
