@@ -110,11 +110,13 @@ class DriftMeter:
         Call it before the projection's `end_task`.
 
         Returns:
-            gradients, updates: Fraction of the energy of all gradients, and of all updates, in the protected subspace
-                before the projection.
-            removed: The same fraction for whichever of the two is projected: what the projection removes.
-            leak: Fraction in the protected subspace of the energy of the total change over the task: what the
-                projection did not prevent.
+            A dictionary.
+
+            - `gradients`, `updates`: Fraction of the energy of all gradients, and of all updates, in the protected
+              subspace before the projection.
+            - `removed`: The same fraction for whichever of the two is projected: what the projection removes.
+            - `leak`: Fraction in the protected subspace of the energy of the total change over the task: what the
+              projection did not prevent.
         """
         gradients = {space: _ratio(*energy[0]) for space, energy in self.energies.items()}
         updates = {space: _ratio(*energy[1]) for space, energy in self.energies.items()}
@@ -145,12 +147,14 @@ class DriftMeter:
         Collective: every process must call it.
 
         Returns:
-            features, logits: Relative change by earlier task: the norm of the difference, divided by the old norm.
-                Logits are those of the method's own head for the classes seen up to that task, centred per image.
-            responses: Relative change of a protected parameter's responses to old inputs, by space.
-            changed: Fraction of images that select other prompts, for methods that select.
-            held: Fraction of the energy of all inputs so far in the protected subspace, by space.
-            usage: Fraction of the images of all tasks that select each prompt, for methods that select.
+            A dictionary.
+
+            - `features`, `logits`: Relative change by earlier task: the norm of the difference, divided by the old
+              norm. Logits are those of the method's own head for the classes seen up to that task, centred per image.
+            - `responses`: Relative change of a protected parameter's responses to old inputs, by space.
+            - `changed`: Fraction of images that select other prompts, for methods that select.
+            - `held`: Fraction of the energy of all inputs so far in the protected subspace, by space.
+            - `usage`: Fraction of the images of all tasks that select each prompt, for methods that select.
         """
         fabric, scenario = self.evaluation.fabric, self.evaluation.scenario
         protected, watched = self.projection.protected, all_gather_object(self._watched)
