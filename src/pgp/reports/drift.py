@@ -122,11 +122,11 @@ did, averaged over spaces, and then the accuracy of the first readout.
 """
 
 PARAMETERS = {
-    "rank": "rank of each protected space",
-    "held": "captured energy of old inputs, %",
-    "gradients": "gradient energy in it, %",
-    "updates": "update energy in it, before projection, %",
-    "leak": "leakage: energy in it of a task's total change, %",
+    "rank": "rank of each protected subspace",
+    "held": "energy of old inputs in the subspace, %",
+    "gradients": "energy of gradients in the subspace, %",
+    "updates": "energy of updates in the subspace, %",
+    "leak": "leak: energy of a task's change in it, %",
 }
 """Statistics of each protected space by key in the log, with titles; see `pgp.analysis.drift`."""
 
@@ -211,7 +211,7 @@ def _prompts(table: Sequence[DriftHistory]) -> Callable[[Any], None]:
         for number, history in enumerate(table):
             usage = _usage(history)
             axes.plot(range(1, len(usage) + 1), [100 * share for share in usage], ".", color=f"C{number}")
-        axes.set_title("images that choose a prompt, %", fontsize=9)
+        axes.set_title("images that select a prompt, %", fontsize=9)
         axes.set(xlabel="prompt", ylim=(0, 103))
         whole_numbers(axes)
 
