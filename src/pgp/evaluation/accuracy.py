@@ -1,6 +1,6 @@
 """Accuracy on the tasks learned so far, per image, without task labels in the forward pass.
 
-Nothing about an image's prediction depends on its batch. Only this module masks logits in evaluation.
+Nothing about an image's prediction depends on its batch.
 """
 
 from __future__ import annotations
