@@ -75,3 +75,30 @@ def backward_transfer(a, t):
 
 def average_incremental_accuracy(a, t):
     return sum(average_accuracy(a, i) for i in range(1, t + 1)) / t
+
+
+def ranpac(features, labels, projection, penalty, test):
+    """Scores of RanPAC (McDonnell et al., 2023), with the penalty in multiples of the mean of G's diagonal."""
+    hidden = np.maximum(features @ projection, 0)
+    classes = labels.max() + 1
+    gram = np.zeros((hidden.shape[1], hidden.shape[1]))
+    target = np.zeros((hidden.shape[1], classes))
+    for h, label in zip(hidden, labels, strict=True):
+        gram += np.outer(h, h)
+        target[:, label] += h
+    weight = np.linalg.inv(gram + penalty * np.trace(gram) / len(gram) * np.eye(len(gram))) @ target
+    return np.maximum(test @ projection, 0) @ weight
+
+
+def relative_mahalanobis(features, labels, shrinkage, test):
+    """Squared distance to the nearest class mean less that to the mean of all, image by image (Ren et al., 2021)."""
+    means = [features[labels == label].mean(0) for label in range(labels.max() + 1)]
+    within = sum(np.outer(x - means[c], x - means[c]) for x, c in zip(features, labels, strict=True))
+    within = within / (len(features) - len(means))
+    total = np.cov(features.T, bias=True)
+
+    def distance(x, mean, covariance):
+        isotropic = np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+        return (x - mean) @ np.linalg.inv((1 - shrinkage) * covariance + shrinkage * isotropic) @ (x - mean)
+
+    return np.array([min(distance(x, m, within) for m in means) - distance(x, features.mean(0), total) for x in test])

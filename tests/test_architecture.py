@@ -32,7 +32,7 @@ HOMES = {
     "open_clip": {"backbones"},
     "torchvision": {"datasets"},
     "PIL": {"datasets"},
-    "sklearn": {"datasets"},
+    "sklearn": {"datasets", "evaluation"},
     "requests": {"datasets"},
     "urllib3": {"datasets"},
     "pooch": {"datasets"},

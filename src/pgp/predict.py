@@ -30,6 +30,8 @@ class Prediction(NamedTuple):
     names: tuple[str, ...]
     probabilities: tuple[float, ...]
     """Probabilities in [0, 1], of a distribution over all classes learned so far."""
+    unknown: bool = False
+    """Whether the image is unlike all of these classes. It is always False if no image is to be rejected."""
 
 
 class Predictor:
@@ -80,6 +82,21 @@ class Predictor:
         """Names of the classes learned so far."""
 
     @torch.no_grad()
+    def _features(self, images: Sequence[StrPath | Tensor]) -> Tensor:
+        """Return the features `(B, D)` of images that the readout uses."""
+        if isinstance(images, str | os.PathLike):
+            raise TypeError(f"expected a list of images, got a single one: pass [{str(images)!r}]")
+        pixels = [_checked(image) if isinstance(image, Tensor) else read_image(_file(image)) for image in images]
+        batch = torch.stack([self._transform(image) for image in pixels]).to(self.device)  # (B, 3, S, S)
+        frozen = None
+        if self._uses_query or self._uses_patches:
+            frozen = extract_frozen(self._method, batch, self._autocast, patches=self._uses_patches)
+        return self._readout.select_features(extract_features(self._method, batch, frozen, self._autocast))
+
+    def _probabilities(self, features: Tensor) -> Tensor:
+        logits = mask_logits(self._readout.logits(features), self._learned)[:, self._learned]  # (B, len(classes))
+        return self._readout.probabilities(logits).cpu()
+
     def probabilities(self, images: Sequence[StrPath | Tensor]) -> Tensor:
         """Return the probabilities `(B, len(classes))` of images, in the order of `classes`.
 
@@ -91,45 +108,88 @@ class Predictor:
             ValueError: If a tensor is not an image.
             TypeError: If something else is given, such as a single path.
         """
-        if isinstance(images, str | os.PathLike):
-            raise TypeError(f"expected a list of images, got a single one: pass [{str(images)!r}]")
-        if not len(images):
-            return torch.empty(0, len(self.classes))
-        pixels = [_checked(image) if isinstance(image, Tensor) else read_image(_file(image)) for image in images]
-        batch = torch.stack([self._transform(image) for image in pixels]).to(self.device)  # (B, 3, S, S)
-        frozen = None
-        if self._uses_query or self._uses_patches:
-            frozen = extract_frozen(self._method, batch, self._autocast, patches=self._uses_patches)
-        features = extract_features(self._method, batch, frozen, self._autocast)
-        logits = self._readout.logits(self._readout.select_features(features))  # (B, C)
-        logits = mask_logits(logits, self._learned)[:, self._learned]  # (B, len(classes))
-        return self._readout.probabilities(logits).cpu()
+        return self._probabilities(self._features(images)) if len(images) else torch.empty(0, len(self.classes))
 
     def _autocast(self) -> torch.autocast:
         """Return a context with the precision of the run."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
-    def __call__(self, images: Sequence[StrPath | Tensor], top: int = 1) -> list[Prediction]:
-        """Return the `top` most probable classes of each image; see `probabilities`."""
+    @torch.no_grad()
+    def unknown_scores(self, images: Sequence[StrPath | Tensor]) -> Tensor:
+        """Return a score `(B,)` of images, the higher the less like the learned classes.
+
+        Raises:
+            ValueError: If the readout cannot tell, or as `probabilities`.
+        """
+        self._check_detects_unknown()
+        return self._readout.unknown_scores(self._features(images)).cpu() if len(images) else torch.empty(0)
+
+    def unknown_threshold(self, reject: float) -> float:
+        """Return the score above which a fraction `reject` of held-out training images lie.
+
+        Raises:
+            ValueError: If `reject` is not in (0, 1), the readout cannot tell, or no images were held out.
+        """
+        if not 0 < reject < 1:
+            raise ValueError(f"expected reject in (0, 1), the fraction of known images that may be lost, got {reject}")
+        self._check_detects_unknown()
+        threshold = self._readout.unknown_threshold(1 - reject)
+        if threshold is None:
+            raise ValueError("expected training images that were held out, to tell what is unknown, but the classes of"
+                             " this run have too few images: three of a class are enough")  # fmt: skip
+        return threshold
+
+    def _check_detects_unknown(self) -> None:
+        if not self._readout.detects_unknown:
+            raise ValueError(f"expected a readout that can tell unknown images (lda, ncm or logistic), got"
+                             f" {self._readout.name!r}")  # fmt: skip
+
+    @torch.no_grad()
+    def predict(
+        self, images: Sequence[StrPath | Tensor], top: int = 1, reject: float | None = None
+    ) -> list[Prediction]:
+        """Return the most probable classes of each image.
+
+        Args:
+            images: Paths of image files, or images `(3, H, W)` uint8.
+            top: Number of classes to return.
+            reject: Fraction in (0, 1) of images of learned classes that may be called unknown, such as 0.05. Images
+                above the score that this fraction of held-out training images exceeds are `unknown`. If None, none is.
+
+        Raises:
+            BadImageError: If a file cannot be read. The message names it.
+            ValueError: If an argument is out of range, or the readout cannot tell unknown images.
+            TypeError: If something else is given as images, such as a single path.
+        """
         if top < 1:
             raise ValueError(f"expected top of at least 1, got {top}")
-        best = self.probabilities(images).topk(min(top, len(self.classes)), dim=-1)
+        threshold = None if reject is None else self.unknown_threshold(reject)
+        if not len(images):
+            return []
+        features = self._features(images)
+        best = self._probabilities(features).topk(min(top, len(self.classes)), dim=-1)
+        unknown = [False] * len(features)
+        if threshold is not None:
+            unknown = (self._readout.unknown_scores(features) > threshold).tolist()
         return [
-            Prediction(tuple(self.classes[i] for i in indices), tuple(values))
-            for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            Prediction(tuple(self.classes[i] for i in indices), tuple(values), is_unknown)
+            for indices, values, is_unknown in zip(best.indices.tolist(), best.values.tolist(), unknown, strict=True)
         ]
 
+    __call__ = predict
+
     def predict_paths(
-        self, paths: Sequence[StrPath], top: int = 1, batch_size: int = 32
+        self, paths: Sequence[StrPath], top: int = 1, batch_size: int = 32, reject: float | None = None
     ) -> Iterator[tuple[Path, Prediction | BadImageError]]:
-        """Yield each path with the prediction for its image, or with the error if it cannot be read."""
+        """Yield each path with the prediction for its image (see `predict`), or with the error if it cannot be read."""
         if isinstance(paths, str | os.PathLike):
             raise TypeError(f"expected a list of paths, got a single one: pass [{str(paths)!r}]")
         if batch_size < 1:
             raise ValueError(f"expected batch_size of at least 1, got {batch_size}")
         for start in range(0, len(paths), batch_size):
             images = [(path, _image_or_error(path)) for path in map(_file, paths[start : start + batch_size])]
-            predictions = iter(self([image for _, image in images if isinstance(image, Tensor)], top))
+            readable = [image for _, image in images if isinstance(image, Tensor)]
+            predictions = iter(self.predict(readable, top, reject))
             for path, image in images:
                 yield path, image if isinstance(image, BadImageError) else next(predictions)
 

@@ -36,6 +36,7 @@ from pgp.readouts.base import Readout
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA, NCM
 from pgp.readouts.logistic import Logistic
+from pgp.readouts.ranpac import RanPAC
 
 METHODS: dict[str, Method.Config] = {
     one.tag: one
@@ -62,6 +63,10 @@ READOUTS: dict[str, Readout.Config] = {
             for how in ("none", "shift", "linear")
         ),
         LDA.Config(patches=True, normalize=True),
+        LDA.Config(patches=True, normalize=True, shrinkage=None),
+        RanPAC.Config(),
+        RanPAC.Config(dimensions=2000),
+        RanPAC.Config(dimensions=2000, patches=True, normalize=True),
         NCM.Config(),
     )
 }
@@ -280,7 +285,7 @@ def without_training(config: Config) -> Config:
         config,
         method=HeadOnly.Config(learns=False),
         projection=NoProjection.Config(),
-        readouts=(LDA.Config(patches=True, normalize=True),),
+        readouts=(READOUTS["lda+patches+normalize"],),
         views=2,
         drift_images=0,
     )

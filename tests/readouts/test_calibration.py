@@ -83,7 +83,7 @@ def test_what_is_held_out_sets_the_temperature_and_nothing_else(config):
         one.end_task()
     torch.testing.assert_close(readout.logits(features), plain.logits(features))
     expected = losses_by_temperature(without.logits(features[held_out]), labels[held_out])
-    torch.testing.assert_close(readout.losses, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(readout.losses, expected[None], rtol=1e-4, atol=1e-4)
     assert plain.temperature == 1
     assert readout.temperature == float(TEMPERATURES[expected.argmin()])
     again = config.build(head, CLASSES, 0)
@@ -105,7 +105,7 @@ def test_augmented_views_of_held_out_images_are_left_out_and_not_scored():
     readout.end_task()
     without.end_task()
     expected = losses_by_temperature(without.logits(features[held_out]), labels[held_out])
-    torch.testing.assert_close(readout.losses, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(readout.losses, expected[None], rtol=1e-4, atol=1e-4)
 
 
 def test_few_images_leave_the_temperature_at_one(recwarn):
@@ -122,7 +122,7 @@ def test_few_images_leave_the_temperature_at_one(recwarn):
     assert len([warning for warning in recwarn if "do not vary" in str(warning.message)]) == 1
 
 
-def test_tasks_add_up_and_only_their_losses_are_kept():
+def test_tasks_add_up_and_only_numbers_of_held_out_images_are_kept():
     features, labels = drawn()
     readout = LDA(CLASSES)
     total = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
@@ -137,8 +137,8 @@ def test_tasks_add_up_and_only_their_losses_are_kept():
         readout.observe(features[rows], labels[rows])
         readout.hold_out(features[held_out], labels[held_out], augmented=False)
         readout.end_task()
-    torch.testing.assert_close(readout.losses, total, rtol=1e-4, atol=1e-4)
-    assert set(readout.state_dict()) == {"counts", "sums", "products", "losses"}
+    torch.testing.assert_close(readout.losses, total[None], rtol=1e-4, atol=1e-4)
+    assert set(readout.state_dict()) == {"counts", "sums", "products", "losses", "scores"}
 
 
 def test_a_run_is_calibrated_and_says_so(tmp_path):

@@ -153,7 +153,7 @@ def test_settings_of_compensation_are_checked(settings):
 
 @pytest.mark.parametrize("settings", [{"shrinkage": 0.0}, {"draws": 0}, {"decay": -1.0}, {"steps": 0}])
 def test_settings_of_logistic_are_checked(settings):
-    with pytest.raises(ValueError, match="expected shrinkage in"):
+    with pytest.raises(ValueError, match=r"expected (shrinkage in|draws and steps above 0 and decay of at least 0)"):
         Logistic.Config(**settings)
 
 
@@ -185,7 +185,9 @@ def test_a_run_follows_its_features_and_goes_on_inside_a_task_bitwise(tmp_path, 
     assert not torch.equal(one["lda"]["sums"], one["lda+shift"]["sums"])
     assert not torch.equal(one["lda+shift"]["sums"], one["lda+linear"]["sums"])
     *_, last = whole.events("task")
-    assert last["readouts"]["lda"]["bytes"] == 8 * (6 + 6 * 48 + 48 * 48 + len(TEMPERATURES))
+    last_scores = len(one["lda"]["scores"])
+    assert last_scores == 6 * 2  # two images of each class
+    assert last["readouts"]["lda"]["bytes"] == 8 * (6 + 6 * 48 + 48 * 48 + len(TEMPERATURES)) + 4 * last_scores
     assert last["readouts"]["logistic"]["seconds"] > 0
 
 

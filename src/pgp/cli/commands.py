@@ -103,6 +103,10 @@ class AuditCommand:
     """Also report the accuracy of statistics readouts without drift. This processes all old training images."""
 
 
+UNKNOWN_REJECTS = 0.05
+"""Fraction of images of learned classes that `pgp predict --unknown` may call unknown."""
+
+
 @dataclass(frozen=True)
 class PredictCommand:
     """Classify images among all classes that a run has learned so far."""
@@ -113,6 +117,9 @@ class PredictCommand:
     """Image files, and folders of images at any depth."""
     top: int = 1
     """Number of classes to print, the most probable first."""
+    unknown: bool = False
+    """Print `unknown` before the classes of an image that is unlike all of them. This includes 5 % of the images of
+    learned classes, by a threshold on held-out training images."""
     json: bool = False
     """Print one JSON object per line instead of text."""
     readout: str | None = None

@@ -16,6 +16,7 @@ from pgp.analysis import audit, checkpoints
 from pgp.baselines import matching_baselines, unprojected
 from pgp.cli import catalogue, parse, published, show
 from pgp.cli.commands import (
+    UNKNOWN_REJECTS,
     AuditCommand,
     EvalCommand,
     PredictCommand,
@@ -239,8 +240,11 @@ def predict_command(words: list[str]) -> None:
         for line in ignored.lines():
             show.print_note(line)
     predictor = Predictor(Run.open(command.run), command.readout)
+    reject = UNKNOWN_REJECTS if command.unknown else None
+    if reject is not None:
+        predictor.unknown_threshold(reject)  # an error that concerns the run comes before the first image
     with show.progress(hidden=show.is_terminal(sys.stdout)) as bars:  # on a terminal, the results show the progress
-        predictions = predictor.predict_paths(paths, command.top, command.batch_size)
+        predictions = predictor.predict_paths(paths, command.top, command.batch_size, reject)
         for path, prediction in track(bars, predictions, len(paths), "images"):
             if isinstance(prediction, BadImageError):
                 bad += 1
@@ -248,9 +252,11 @@ def predict_command(words: list[str]) -> None:
                 continue
             scores = dict(zip(prediction.names, prediction.probabilities, strict=True))
             if command.json:
-                show.show_json({"image": str(path), "classes": scores})
+                unknown = {"unknown": prediction.unknown} if command.unknown else {}
+                show.show_json({"image": str(path), **unknown, "classes": scores})
             else:
-                show.show_fields(path, *(f"{name} {100 * score:.1f} %" for name, score in scores.items()))
+                fields = [f"{name} {100 * score:.1f} %" for name, score in scores.items()]
+                show.show_fields(path, *(["unknown"] if prediction.unknown else []), *fields)
     if bad == len(paths):
         reason = f"none of {len(paths)} can be read" if paths else "there is none"
         raise ValueError(f"expected images in {', '.join(map(str, command.images))}, but {reason}")

@@ -133,6 +133,23 @@ class Readout(abc.ABC):
         """Softmax temperature, for calibrated probabilities. By default, 1."""
         return 1.0
 
+    @property
+    def detects_unknown(self) -> bool:
+        """Whether `unknown_scores` can tell images of classes that were never learned. By default, it cannot."""
+        return False
+
+    def unknown_scores(self, features: Tensor) -> Tensor:
+        """Return a score `(B,)` of features `(B, D)`, the higher the less like the learned classes.
+
+        Raises:
+            NotImplementedError: If the readout does not `detects_unknown`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot tell unknown images")
+
+    def unknown_threshold(self, keep: float) -> float | None:
+        """Return the score that a fraction `keep` of held-out training images do not exceed; None if there are none."""
+        return None
+
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probabilities `(B, C)` of logits `(B, C)`, some of which may be masked by -inf."""
         return (logits / self.temperature).softmax(-1)

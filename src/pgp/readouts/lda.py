@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pgp.readouts.base import Readout
-from pgp.readouts.statistics import StatisticsReadout
+from pgp.readouts.statistics import StatisticsReadout, check_shrinkage, shrinkage_candidates
 from pgp.subspace import to_float64
 
 
@@ -25,18 +25,18 @@ class LDA(StatisticsReadout):
 
         tag = "lda"
 
-        shrinkage: float = 0.1
-        """Weight a of the isotropic part of the covariance, in (0, 1]. With 1, LDA becomes the nearest class mean."""
+        shrinkage: float | None = 0.1
+        """Weight a of the isotropic part of the covariance, in (0, 1]. With 1, LDA becomes the nearest class mean. None
+        chooses it by the cross-entropy of held-out training images, after each task."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if not 0 < self.shrinkage <= 1:
-                raise ValueError(f"expected shrinkage in (0, 1], got {self.shrinkage}")
+            check_shrinkage(self.shrinkage)
 
         @property
         def name(self) -> str:
             """See `Readout.Config.name`."""
-            return "lda" + self.suffix
+            return "lda" + self.suffix + ("+tuned" if self.shrinkage is None else "")
 
         def build(self, head: nn.Module, classes: int, seed: int) -> LDA:
             """Return a readout that has seen no class yet."""
@@ -44,7 +44,7 @@ class LDA(StatisticsReadout):
 
     def __init__(self, classes: int, config: LDA.Config | None = None) -> None:
         self.config = config or LDA.Config()
-        super().__init__(classes, self.config)
+        super().__init__(classes, self.config, *shrinkage_candidates(self.config.shrinkage))
         self.name = self.config.name
         self._weight = self._bias = self._centre = torch.empty(0)
 
@@ -56,16 +56,15 @@ class LDA(StatisticsReadout):
         Raises:
             ValueError: If no task has ended yet.
         """
-        if not self.state:
-            raise ValueError("expected at least one task before logits(): call observe() and end_task() first")
+        self._require_fit("logits")
         x = to_float64(features)
         weight, bias, centre = (tensor.to(x.device) for tensor in (self._weight, self._bias, self._centre))
         return ((x - centre) @ weight + bias).to(features.device, torch.float32)
 
     def _fit(self) -> None:
-        means, shrunk = self.means, self.covariance(self.config.shrinkage)
+        means, shrunk = self.means, self.covariance(self.regularisation)
         if shrunk is None:
-            if self.config.shrinkage < 1:
+            if self.regularisation < 1:
                 warnings.warn("features do not vary within classes (is there one image per class?): lda predicts the"
                               " nearest class mean", stacklevel=2)  # fmt: skip
             shrunk = torch.eye(means.shape[1]).to(means)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgp.readouts.statistics import StatisticsReadout
+from pgp.readouts.statistics import StatisticsReadout, check_shrinkage, shrinkage_candidates
 from pgp.rng import make_generator
 from pgp.subspace import to_float64
 
@@ -28,8 +28,9 @@ class Logistic(StatisticsReadout):
 
         tag = "logistic"
 
-        shrinkage: float = 0.1
-        """Weight of the isotropic term of the covariance, in (0, 1]."""
+        shrinkage: float | None = 0.1
+        """Weight of the isotropic term of the covariance, in (0, 1]. None chooses it by the cross-entropy of held-out
+        training images, after each task, which trains the classifier once for each value that is tried."""
         draws: int = 32
         """Number of features sampled for each class."""
         decay: float = 1e-3
@@ -39,14 +40,14 @@ class Logistic(StatisticsReadout):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if not (0 < self.shrinkage <= 1 and self.draws > 0 and self.decay >= 0 and self.steps > 0):
-                raise ValueError(f"expected shrinkage in (0, 1], draws and steps above 0 and decay of at least 0, got"
-                                 f" {self}")  # fmt: skip
+            check_shrinkage(self.shrinkage)
+            if not (self.draws > 0 and self.decay >= 0 and self.steps > 0):
+                raise ValueError(f"expected draws and steps above 0 and decay of at least 0, got {self}")
 
         @property
         def name(self) -> str:
             """See `Readout.Config.name`."""
-            return "logistic" + self.suffix
+            return "logistic" + self.suffix + ("+tuned" if self.shrinkage is None else "")
 
         def build(self, head: nn.Module, classes: int, seed: int) -> Logistic:
             """Return a readout that has seen no class yet."""
@@ -54,10 +55,11 @@ class Logistic(StatisticsReadout):
 
     def __init__(self, head: nn.Module, classes: int, config: Logistic.Config | None = None, seed: int = 0) -> None:
         self.config = config or Logistic.Config()
-        super().__init__(classes, self.config)
+        super().__init__(classes, self.config, *shrinkage_candidates(self.config.shrinkage))
         self.name, self.head, self.seed = self.config.name, head, seed
         self._weight = self._bias = torch.empty(0)  # (C, D), (C,)
-        self._previously_seen: Tensor | None = None
+        self._start: tuple[Tensor, Tensor, Tensor] | None = None
+        """While a task ends: weight, bias, and which classes `(C,)` earlier tasks have shown."""
 
     def logits(self, features: Tensor) -> Tensor:
         """Return `W x + b`, `(B, C)`; -inf for classes that were never observed.
@@ -65,8 +67,7 @@ class Logistic(StatisticsReadout):
         Raises:
             ValueError: If no task has ended yet.
         """
-        if not self.state:
-            raise ValueError("expected at least one task before logits(): call observe() and end_task() first")
+        self._require_fit("logits")
         x = to_float64(features)
         weight, bias = self._weight.to(x.device), self._bias.to(x.device)
         logits = x @ weight.T + bias.masked_fill(~self.seen.to(x.device), -torch.inf)
@@ -88,32 +89,23 @@ class Logistic(StatisticsReadout):
 
     def end_task(self) -> None:
         """Update the statistics as `StatisticsReadout.end_task`, then train on samples from them."""
-        self._previously_seen = self.seen if self.state else torch.zeros(0, dtype=torch.bool)
+        previously_seen = self.seen if self.state else torch.zeros(self.classes, dtype=torch.bool)
+        self._start = self._weight, self._bias, previously_seen
         super().end_task()
-        self._previously_seen = None
-
-    def _calibrate(self) -> None:
-        """See `StatisticsReadout._calibrate`. Training to all images then starts where this training started."""
-        weight, bias = self._weight.clone(), self._bias.clone()
-        super()._calibrate()
-        self._weight, self._bias = weight, bias
+        self._start = None
 
     def _fit(self) -> None:
         """Train on samples from the statistics, inside `end_task`. A restored classifier is trained already."""
-        if self._previously_seen is not None:
-            self._initialise(self._previously_seen)
+        if self._start is not None:
+            self._initialise(*self._start)
             self._train()
 
-    def _initialise(self, previously_seen: Tensor) -> None:
-        """Initialise the weights of new classes from the method's head, if it is linear.
-
-        Args:
-            previously_seen: Which classes earlier tasks have shown, `(C,)` bool; empty in the first task.
-        """
-        if not len(previously_seen):
-            self._weight, self._bias = torch.zeros_like(self.means), torch.zeros_like(self.means[:, 0])
-            previously_seen = torch.zeros_like(self.seen)
-        new = self.seen & ~previously_seen  # (C,)
+    def _initialise(self, weight: Tensor, bias: Tensor, previously_seen: Tensor) -> None:
+        """Start from the previous weight and bias, and for new classes from the method's head if it is linear."""
+        if not len(bias):
+            weight, bias = torch.zeros_like(self.means), torch.zeros_like(self.means[:, 0])
+        self._weight, self._bias = weight.clone(), bias.clone()
+        new = self.seen & ~previously_seen.to(self.seen.device)  # (C,)
         if isinstance(self.head, nn.Linear) and self.head.weight.shape == self._weight.shape:
             self._weight[new] = self.head.weight.detach().to(self._weight)[new]
             self._bias[new] = self.head.bias.detach().to(self._bias)[new]
@@ -122,7 +114,7 @@ class Logistic(StatisticsReadout):
     def _train(self) -> None:
         """Train the weights and biases of the seen classes on whitened samples."""
         means = self.means[self.seen]  # (S, D)
-        covariance = self.covariance(self.config.shrinkage)
+        covariance = self.covariance(self.regularisation)
         root = torch.eye(means.shape[1]).to(means) if covariance is None else torch.linalg.cholesky(covariance)
         centre = means.mean(0)  # (D,)
         whitened = torch.linalg.solve_triangular(root, (means - centre).T, upper=False).T  # (S, D)

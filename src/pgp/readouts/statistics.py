@@ -1,4 +1,4 @@
-"""Class means and one pooled covariance, stored instead of images and corrected for drift."""
+"""Class means and second moments: stored instead of images, corrected for drift, used to recognise unknown images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pgp.distributed import all_reduce_sum_
+from pgp.distributed import all_gather_rows, all_reduce_sum_
 from pgp.readouts.base import Features, Readout
 from pgp.readouts.calibration import TEMPERATURES, losses_by_temperature
 from pgp.subspace import to_float64
@@ -23,6 +23,16 @@ class StatisticsReadout(Readout):
     however many images there are. They become wrong when later training changes the features. Projection reduces this
     drift. The rest can be compensated: it is estimated on images of the current task, and the statistics are corrected
     by the estimate.
+
+    Images that `hold_out` receives are left out of a first fit, which is tested on them. Only numbers are kept of them:
+    their cross-entropy for each candidate of the regularisation and each temperature, and one score per image that
+    tells how unlike the learned classes it is.
+
+    Args:
+        classes: Number of labels.
+        config: The settings.
+        candidates: Values of the regularisation to choose from, by the cross-entropy of held-out images.
+        default: The value until images have been held out.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -66,15 +76,21 @@ class StatisticsReadout(Readout):
             """See `Readout.Config.uses_patches`."""
             return self.patches
 
-    def __init__(self, classes: int, config: StatisticsReadout.Config) -> None:
-        self.classes, self.settings = classes, config
+    def __init__(
+        self, classes: int, config: StatisticsReadout.Config, candidates: tuple[float, ...], default: float
+    ) -> None:
+        self.classes, self.settings, self.candidates = classes, config, candidates
+        self.regularisation = default
+        """Amount of regularisation of the fit, one of the candidates."""
         self.needs_drift = config.compensate != "none"
         self.state: dict[str, Tensor] = {}
         self._task: dict[str, Tensor] = {}
         self._held_out: dict[str, Tensor] = {}
         self._scored: list[tuple[Tensor, Tensor]] = []
-        self.losses = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
-        """Cross-entropy of all held-out images by temperature, each scored when its task ended."""
+        self.losses = torch.zeros(len(candidates), len(TEMPERATURES), dtype=torch.float64)
+        """Cross-entropy of all held-out images by regularisation and temperature, each measured when its task ended."""
+        self.scores = torch.empty(0)
+        """`unknown_scores` of all held-out images, each measured when its task ended, in ascending order."""
 
     def select_features(self, images: Features) -> Tensor:
         """Return the features, and the queries and mean patch tokens if they are used, `(B, D + Q + Q)`."""
@@ -113,11 +129,11 @@ class StatisticsReadout(Readout):
             all_reduce_sum_(tensor)
         _accumulate(self.state, self._task)
         self._task = {}
-        self._calibrate()
+        self._test_on_held_out_images()
         self._fit()
 
-    def _calibrate(self) -> None:
-        """Fit without the held-out images of the task, and score them for calibration. They are not stored.
+    def _test_on_held_out_images(self) -> None:
+        """Fit without the held-out images of the task and test on them, to choose regularisation and temperature.
 
         Collective: every process must call it.
         """
@@ -129,18 +145,58 @@ class StatisticsReadout(Readout):
             return
         total, self.state = self.state, {name: tensor - held_out[name] for name, tensor in self.state.items()}
         if self.state["counts"].sum() > self.seen.sum():  # some class has two images left, so features vary
-            self._fit()
+            scored = [(features[self.seen[labels]], labels[self.seen[labels]]) for features, labels in scored]
             losses = torch.zeros_like(self.losses)
-            for features, labels in scored:
-                rows = self.seen[labels]
-                losses += losses_by_temperature(self.logits(features[rows]), labels[rows]).cpu()
+            for index, candidate in enumerate(self.candidates):
+                self.regularisation = candidate
+                self._fit()
+                for features, labels in scored:
+                    losses[index] += losses_by_temperature(self.logits(features), labels).cpu()
             self.losses = self.losses + all_reduce_sum_(losses.to(total["counts"].device)).cpu()
+            self._choose_regularisation()
+            if self.detects_unknown:
+                scores = [self.unknown_scores(features).cpu() for features, _ in scored]
+                self.scores = torch.cat([self.scores, all_gather_rows(torch.cat([torch.empty(0), *scores]))]).sort()[0]
         self.state = total
+
+    def _choose_regularisation(self) -> None:
+        if bool(self.losses.any()):
+            self.regularisation = self.candidates[int(self.losses.amin(1).argmin())]
 
     @property
     def temperature(self) -> float:
         """The temperature that minimises the cross-entropy of all held-out images; 1 if there were none."""
-        return float(TEMPERATURES[self.losses.argmin()]) if bool(self.losses.any()) else 1.0
+        if not bool(self.losses.any()):
+            return 1.0
+        return float(TEMPERATURES[self.losses[self.candidates.index(self.regularisation)].argmin()])
+
+    @property
+    def detects_unknown(self) -> bool:
+        """See `Readout.detects_unknown`."""
+        return True
+
+    def unknown_scores(self, features: Tensor) -> Tensor:
+        """Return relative Mahalanobis distances `(B,)` of features `(B, D)` (Ren et al., 2021).
+
+        This is `min_c (x - m_c)^T S^-1 (x - m_c) - (x - m)^T T^-1 (x - m)`: the squared distance to the nearest class
+        mean under the pooled covariance S, less that to the mean m of all images under their covariance T. Both
+        covariances are shrunk as the readout's.
+        """
+        self._require_fit("unknown_scores")
+        x = to_float64(features).to(self.state["sums"].device)
+        counts, sums = self.state["counts"], self.state["sums"]
+        mean = sums.sum(0) / counts.sum()  # (D,)
+        total = self.state["products"] / counts.sum() - torch.outer(mean, mean)  # (D, D)
+        within = self.covariance(self.regularisation)
+        if within is None:  # features do not vary within classes
+            within = torch.eye(len(mean)).to(mean)
+        nearest = _squared_distances(x, self.means[self.seen], within).amin(1)
+        background = _squared_distances(x, mean[None], shrink(total, self.regularisation))[:, 0]
+        return (nearest - background).to(features.device, torch.float32)
+
+    def unknown_threshold(self, keep: float) -> float | None:
+        """See `Readout.unknown_threshold`."""
+        return float(self.scores[min(int(keep * len(self.scores)), len(self.scores) - 1)]) if len(self.scores) else None
 
     def compensate(self, before: Tensor, after: Tensor) -> None:
         """Correct the statistics of old classes for the drift of the features `(n, D)`; see `Readout.compensate`."""
@@ -162,22 +218,28 @@ class StatisticsReadout(Readout):
         self.state = {"counts": counts, "sums": sums, "products": within + means.T @ sums}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return counts, sums and products, and the losses of held-out images."""
-        return {**self.state, "losses": self.losses} if self.state else {}
+        """Return counts, sums and products, and losses and scores of held-out images."""
+        return {**self.state, "losses": self.losses, "scores": self.scores} if self.state else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state_dict` and fit to it. It may cover only the first classes."""
         self.state = dict(state)
-        self.losses = self.state.pop("losses", torch.zeros_like(self.losses)).cpu()
-        for name in ("counts", "sums") if state else ():
+        if not state:
+            return
+        self.losses, self.scores = self.state.pop("losses").cpu(), self.state.pop("scores").cpu()
+        self._choose_regularisation()
+        for name in ("counts", "sums"):
             missing = self.classes - len(state[name])
             self.state[name] = torch.cat([state[name], state[name].new_zeros(missing, *state[name].shape[1:])])
-        if self.state:
-            self._fit()
+        self._fit()
 
     @abc.abstractmethod
     def _fit(self) -> None:
-        """Fit to the statistics."""
+        """Fit to the statistics, with the current `regularisation`."""
+
+    def _require_fit(self, caller: str) -> None:
+        if not self.state:
+            raise ValueError(f"expected at least one task before {caller}(): call observe() and end_task() first")
 
     @property
     def seen(self) -> Tensor:
@@ -198,9 +260,7 @@ class StatisticsReadout(Readout):
         rounding = len(within) * torch.finfo(torch.float64).eps * products.trace()
         if not bool(within.trace() > rounding):
             return None
-        covariance = within / self._degrees_of_freedom()
-        isotropic = torch.eye(len(covariance)).to(covariance) * covariance.trace() / len(covariance)
-        return (1 - shrinkage) * covariance + shrinkage * isotropic
+        return shrink(within / self._degrees_of_freedom(), shrinkage)
 
     def _within(self) -> Tensor:
         """Return the sum over images of `(x - m_c)(x - m_c)^T`, `(D, D)`."""
@@ -208,6 +268,41 @@ class StatisticsReadout(Readout):
 
     def _degrees_of_freedom(self) -> Tensor:
         return (self.state["counts"].sum() - self.seen.sum()).clamp(min=1)
+
+
+def shrink(covariance: Tensor, shrinkage: float) -> Tensor:
+    """Return `(1 - a) S + a tr(S)/D I` for a covariance S `(D, D)` and a = `shrinkage`.
+
+    >>> shrink(torch.tensor([[3.0, 1.0], [1.0, 1.0]]), 0.5)
+    tensor([[2.5000, 0.5000],
+            [0.5000, 1.5000]])
+    """
+    isotropic = torch.eye(len(covariance)).to(covariance) * covariance.trace() / len(covariance)
+    return (1 - shrinkage) * covariance + shrinkage * isotropic
+
+
+def _squared_distances(x: Tensor, means: Tensor, covariance: Tensor) -> Tensor:
+    """Return `(x - m)^T S^-1 (x - m)` for x `(B, D)` and means m `(C, D)`, as `(B, C)`."""
+    root, centre = torch.linalg.cholesky(covariance), means.mean(0)
+    white_x, white_means = (
+        torch.linalg.solve_triangular(root, (rows - centre).T, upper=False).T for rows in (x, means)
+    )
+    return torch.cdist(white_x, white_means).square()
+
+
+SHRINKAGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+"""Values of the shrinkage that are tried on held-out images."""
+
+
+def check_shrinkage(shrinkage: float | None) -> None:
+    """Raise a ValueError if `shrinkage` is neither None nor in (0, 1]."""
+    if shrinkage is not None and not 0 < shrinkage <= 1:
+        raise ValueError(f"expected shrinkage in (0, 1], or None to choose it on held-out images, got {shrinkage}")
+
+
+def shrinkage_candidates(shrinkage: float | None) -> tuple[tuple[float, ...], float]:
+    """Return the values to choose from, and the default, for a setting of the shrinkage."""
+    return (SHRINKAGES, 0.1) if shrinkage is None else ((shrinkage,), shrinkage)
 
 
 def mean_shift(means: Tensor, before: Tensor, after: Tensor, variance: float) -> Tensor:
