@@ -63,7 +63,7 @@ TAGS = {
     Backbone.Config: {"vit", "clip"},
     Method.Config: {"l2p", "dualprompt", "vpt", "clip", "zero-shot", "head-only"},
     Projection.Config: {"orthogonal", "released", "random", "none"},
-    Readout.Config: {"head", "lda", "ncm", "logistic"},
+    Readout.Config: {"head", "lda", "ncm", "logistic", "ranpac"},
 }
 
 
