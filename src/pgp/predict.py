@@ -139,8 +139,13 @@ class Predictor:
                              " this run have too few images: three of a class are enough")  # fmt: skip
         return threshold
 
+    @property
+    def detects_unknown(self) -> bool:
+        """Whether the readout can tell images of classes that were never learned."""
+        return self._readout.detects_unknown
+
     def _check_detects_unknown(self) -> None:
-        if not self._readout.detects_unknown:
+        if not self.detects_unknown:
             raise ValueError(f"expected a readout that can tell unknown images (lda, ncm or logistic), got"
                              f" {self._readout.name!r}")  # fmt: skip
 
