@@ -138,7 +138,7 @@ def test_tasks_add_up_and_only_numbers_of_held_out_images_are_kept():
         readout.hold_out(features[held_out], labels[held_out], augmented=False)
         readout.end_task()
     torch.testing.assert_close(readout.losses, total[None], rtol=1e-4, atol=1e-4)
-    assert set(readout.state_dict()) == {"counts", "sums", "products", "losses", "scores"}
+    assert set(readout.state_dict()) == {"counts", "sums", "products", "losses", "scores", "scores_per_task"}
 
 
 def test_a_run_is_calibrated_and_says_so(tmp_path):

@@ -185,9 +185,11 @@ def test_a_run_follows_its_features_and_goes_on_inside_a_task_bitwise(tmp_path, 
     assert not torch.equal(one["lda"]["sums"], one["lda+shift"]["sums"])
     assert not torch.equal(one["lda+shift"]["sums"], one["lda+linear"]["sums"])
     *_, last = whole.events("task")
-    last_scores = len(one["lda"]["scores"])
+    last_scores, tasks = len(one["lda"]["scores"]), len(one["lda"]["scores_per_task"])
     assert last_scores == 6 * 2  # two images of each class
-    assert last["readouts"]["lda"]["bytes"] == 8 * (6 + 6 * 48 + 48 * 48 + len(TEMPERATURES)) + 4 * last_scores
+    assert (
+        last["readouts"]["lda"]["bytes"] == 8 * (6 + 6 * 48 + 48 * 48 + len(TEMPERATURES)) + 4 * last_scores + 8 * tasks
+    )
     assert last["readouts"]["logistic"]["seconds"] > 0
 
 

@@ -54,17 +54,30 @@ def test_the_threshold_keeps_held_out_images_of_all_tasks(config):
         readout.observe(features[rows], labels[rows])
         readout.hold_out(features[rows & held_out], labels[rows & held_out], augmented=False)
         readout.end_task()
-    assert len(readout.scores) == held_out.sum()
+    assert [len(scores) for scores in readout.scores] == [60, 40]
+    scores = torch.cat(readout.scores)
     for keep in (0.5, 0.95):
-        assert float((readout.scores <= readout.unknown_threshold(keep)).double().mean()) == pytest.approx(
-            keep, abs=0.02
-        )
+        assert float((scores <= readout.unknown_threshold(keep)).double().mean()) == pytest.approx(keep, abs=0.02)
     again = config.build(torch.nn.Linear(D, C), C, 0)
     again.load_state_dict(readout.state_dict())
     assert again.unknown_threshold(0.95) == readout.unknown_threshold(0.95)
     known, _ = drawn(each=200, seed=3)
     unknown, _ = drawn(each=200, seed=4, means=11)
     assert auroc(readout.unknown_scores(known), readout.unknown_scores(unknown)) > 0.8
+
+
+def test_scores_of_the_latest_tasks_are_kept():
+    features, labels = drawn(each=75)
+    readout, sizes = LDA(C), []
+    for label in range(C):
+        rows = labels == label
+        readout.observe(features[rows], labels[rows])
+        readout.hold_out(features[rows][:45], labels[rows][:45], augmented=False)
+        readout.end_task()
+        sizes.append([len(scores) for scores in readout.scores])
+    assert sizes == [[45], [45, 45], [45, 45, 45], [45, 45, 45], [45, 45, 45]]
+    last = torch.cat(readout.scores).sort()[0]
+    assert readout.unknown_threshold(0.9) == last[int(0.9 * 135)]
 
 
 def test_auroc_and_false_positives_are_those_of_their_definitions():

@@ -16,6 +16,10 @@ from pgp.readouts.calibration import TEMPERATURES, losses_by_temperature
 from pgp.subspace import to_float64
 
 
+NUM_SCORES = 100
+"""Number of held-out images, of the latest tasks, by which images are called unknown."""
+
+
 class StatisticsReadout(Readout):
     """A readout that is fitted to class means and one pooled covariance.
 
@@ -89,8 +93,9 @@ class StatisticsReadout(Readout):
         self._scored: list[tuple[Tensor, Tensor]] = []
         self.losses = torch.zeros(len(candidates), len(TEMPERATURES), dtype=torch.float64)
         """Cross-entropy of all held-out images by regularisation and temperature, each measured when its task ended."""
-        self.scores = torch.empty(0)
-        """`unknown_scores` of all held-out images, each measured when its task ended, in ascending order."""
+        self.scores: list[Tensor] = []
+        """`unknown_scores` of held-out images by task, measured when it ended, in ascending order. Those of the latest
+        tasks are kept, `NUM_SCORES` if there are so many, since scores shrink as the covariances are known better."""
 
     def select_features(self, images: Features) -> Tensor:
         """Return the features, and the queries and mean patch tokens if they are used, `(B, D + Q + Q)`."""
@@ -155,8 +160,10 @@ class StatisticsReadout(Readout):
             self.losses = self.losses + all_reduce_sum_(losses.to(total["counts"].device)).cpu()
             self._choose_regularisation()
             if self.detects_unknown:
-                scores = [self.unknown_scores(features).cpu() for features, _ in scored]
-                self.scores = torch.cat([self.scores, all_gather_rows(torch.cat([torch.empty(0), *scores]))]).sort()[0]
+                scores = torch.cat([torch.empty(0), *(self.unknown_scores(features).cpu() for features, _ in scored)])
+                self.scores.append(all_gather_rows(scores).sort()[0])
+                while sum(map(len, self.scores[1:])) >= NUM_SCORES:
+                    del self.scores[0]
         self.state = total
 
     def _choose_regularisation(self) -> None:
@@ -196,7 +203,8 @@ class StatisticsReadout(Readout):
 
     def unknown_threshold(self, keep: float) -> float | None:
         """See `Readout.unknown_threshold`."""
-        return float(self.scores[min(int(keep * len(self.scores)), len(self.scores) - 1)]) if len(self.scores) else None
+        scores = torch.cat([torch.empty(0), *self.scores]).sort()[0]
+        return float(scores[min(int(keep * len(scores)), len(scores) - 1)]) if len(scores) else None
 
     def compensate(self, before: Tensor, after: Tensor) -> None:
         """Correct the statistics of old classes for the drift of the features `(n, D)`; see `Readout.compensate`."""
@@ -219,14 +227,19 @@ class StatisticsReadout(Readout):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return counts, sums and products, and losses and scores of held-out images."""
-        return {**self.state, "losses": self.losses, "scores": self.scores} if self.state else {}
+        if not self.state:
+            return {}
+        sizes = torch.tensor([len(scores) for scores in self.scores], dtype=torch.long)
+        scores = torch.cat([torch.empty(0), *self.scores])
+        return {**self.state, "losses": self.losses, "scores": scores, "scores_per_task": sizes}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state_dict` and fit to it. It may cover only the first classes."""
         self.state = dict(state)
         if not state:
             return
-        self.losses, self.scores = self.state.pop("losses").cpu(), self.state.pop("scores").cpu()
+        self.losses = self.state.pop("losses").cpu()
+        self.scores = list(self.state.pop("scores").cpu().split(self.state.pop("scores_per_task").tolist()))
         self._choose_regularisation()
         for name in ("counts", "sums"):
             missing = self.classes - len(state[name])
