@@ -15,7 +15,6 @@ from pgp.readouts.base import Features, Readout
 from pgp.readouts.calibration import TEMPERATURES, losses_by_temperature
 from pgp.subspace import to_float64
 
-
 NUM_SCORES = 100
 """Number of held-out images, of the latest tasks, by which images are called unknown."""
 
