@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import adding
 import cost
 import emoji
 import kanji_data
@@ -15,6 +16,7 @@ import loading
 import pretrain_demo_clip
 import pretrain_demo_vit
 import protection
+import readouts
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {path.stem: path for folder in ("benchmarks", "scripts") for path in (ROOT / folder).glob("*.py")}
@@ -60,6 +62,24 @@ def test_loading(capsys):
     out = capsys.readouterr().out
     assert "| photos, later passes, 0 workers |" in out
     assert "measured anew" not in out
+
+
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_adding(capsys):
+    adding.main(["--tiny"])
+    out = capsys.readouterr().out
+    assert "| ViT-S/16 | " in out
+    assert "| lda | 8 | " in out
+
+
+def test_readouts(capsys):
+    readouts.main(["run", "--tiny", "--rows", "frozen features", "VPT, input .99"])
+    out = capsys.readouterr().out
+    assert "## emoji" in out
+    assert out.count("| frozen features | ") == len(readouts.FROZEN)
+    assert out.count("| VPT, input .99 | ") == len(readouts.PROMPTED) + 2 * 2  # and in the table of differences
+    readouts.main(["tune", "--tiny", "--data", "mixed", "--part", "3/3"])
+    assert json.loads(capsys.readouterr().out)["data"] == "mixed"
 
 
 def test_emoji(capsys):

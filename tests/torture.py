@@ -144,7 +144,7 @@ class Outcome(NamedTuple):
     """What came out, in short."""
 
     check: str
-    """`atomic_file`, `N bad` or `refused`; and how many files and folders are ignored."""
+    """`whole`, `N bad` or `refused`; and how many files and folders are ignored."""
     train: str
     """Images for training and the test, and classes; or `refused`. Images that cannot be read are skipped."""
     predict: str
@@ -235,7 +235,7 @@ LAYOUTS = [
     Case("images beside the folders", beside(images("", 2)), "whole, 2 ignored", ALL, "10", "2 images outside the class folders"),
     Case("nothing at all", lambda p: None, NONE, NONE, "none", "no images in"),
     Case("one class", images("cat"), "whole", "3 + 1 of 1", "4", "a single class"),
-    Case("a class of one image", beside(images("eel", 1)), NONE, NONE, "9", "at least 2 images of every class"),
+    Case("a class of one image", beside(images("eel", 1)), "not whole", "7 + 2 of 3", "9", "no training or no test image of eel"),
     Case("a class in test/ only", all_of(parts("train", "test"), images("test/eel")), NONE, NONE, "20", "in test only"),
     Case("a class in train/ only", all_of(parts("train", "test"), images("train/eel")), "not whole", "12 + 8 of 3", "20", "no training or no test image of eel"),
     Case("an empty folder", beside(lambda p: p.folder("eel")), "whole, 1 ignored", ALL, "8", "1 folders without any file: eel"),
@@ -448,7 +448,7 @@ INTRODUCTION = """\
 `python tests/torture.py` builds {count} small data sets, each with one thing that may be wrong with a folder of images, and lets
 three commands read them. It writes this page; `tests/test_torture.py` holds every line of it.
 
-- **data check**: `atomic_file` if all images that are used can be read, else how many cannot; or `refused`, if it is not clear which
+- **data check**: `whole` if all images that are used can be read, else how many cannot; or `refused`, if it is not clear which
   images are meant. Whatever is not used is counted as ignored, by its kind, and named.
 - **train**: images for training and for the test, and classes. Images that cannot be read are skipped (`--on-bad-image skip`).
 - **predict**: answers for the images in the folder, at any depth.

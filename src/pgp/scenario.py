@@ -45,6 +45,11 @@ class Task:
         """Whether the task was learned from images that are not available any more."""
         return not len(self.train) and not len(self.test)
 
+    @property
+    def is_tested(self) -> bool:
+        """Whether it has test images. A learned task whose images are gone has none, nor a class of a single image."""
+        return bool(len(self.test))
+
 
 @dataclass(frozen=True)
 class Scenario:
@@ -154,8 +159,9 @@ def stratified_holdout(strata: Tensor, fraction: float, seed: int) -> Tensor:
     """Return which images are held out for testing, bool `(n,)`.
 
     Args:
-        strata: Stratum of each image, `(n,)`, such as its label. Each stratum needs at least 2 images.
-        fraction: Fraction of each stratum to hold out, in (0, 1); at least one image, and never all of them.
+        strata: Stratum of each image, `(n,)`, such as its label.
+        fraction: Fraction of each stratum to hold out, in (0, 1); at least one image, and never all of them. Of a
+            single image, none is held out.
         seed: Decides which images are held out.
 
     >>> stratified_holdout(torch.tensor([0, 0, 0, 0, 1, 1]), fraction=0.5, seed=0).tolist()

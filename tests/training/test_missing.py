@@ -127,6 +127,27 @@ def test_photos_that_have_changed_are_not_evaluated(tmp_path):
     assert again.matrices()["lda+patches+normalize"][2].isfinite().tolist() == [False, False, True]
 
 
+@pytest.mark.parametrize("learns", [True, False])
+def test_one_image_of_a_class_suffices_with_a_word_about_it(tmp_path, learns):
+    old = photos(tmp_path / "old", "bee", "cat", "dog")
+    make = config if learns else quick
+    run = train.train(make(old, drift_images=4 * learns), tmp_path / "run")
+    new = photos(tmp_path / "new", "ant")
+    for image in sorted((new / "ant").iterdir())[1:]:
+        image.unlink()
+    with pytest.warns(
+        UserWarning, match=r"no test images of \['ant'\] \(1 in all\), so their accuracy is not measured"
+    ):
+        run = train.resume(run.folder, add=Folder(new))
+    matrix = next(iter(run.matrices().values()))
+    assert matrix.isfinite().tolist() == [[True, False, False], [True, True, False], [True, True, False]]
+    if not learns:
+        assert Predictor(run)([tiny_image(new / "ant")])[0].names == ("ant",)
+    again = train.resume(run.folder, add=Folder(photos(tmp_path / "more", "eel")))  # and the run goes on
+    assert again.progress() == (4, 4)
+    assert next(iter(again.matrices().values()))[3].isfinite().tolist() == [True, True, False, True]
+
+
 def test_an_interrupted_add_leaves_the_run_as_it_was(tmp_path, monkeypatch):
     run = train.train(config(photos(tmp_path / "old", "bee", "cat", "dog")), tmp_path / "run")
     shutil.rmtree(tmp_path / "old")

@@ -162,14 +162,15 @@ class DriftMeter:
         current: dict[int, Drift] = {}
         for seen_task in scenario.tasks[: task.index + 1]:
             index = seen_task.index
-            if seen_task.is_missing:
+            if not seen_task.is_tested:
                 continue
             batches_of_all = [batch for process in watched for batch in process.get(index, [])]
             with fabric.autocast():
                 current[index] = _measured(method, batches_of_all, scenario.seen_classes(index), seen_task)
-        sketch = self._sketch(method, task, progress)
-        responses = {space: _responses(rows, protected[space]) for space, rows in sketch.items()}
-        self.references[task.index] = {**current[task.index]._asdict(), "sketch": sketch, "responses": responses}
+        if task.is_tested:
+            sketch = self._sketch(method, task, progress)
+            responses = {space: _responses(rows, protected[space]) for space, rows in sketch.items()}
+            self.references[task.index] = {**current[task.index]._asdict(), "sketch": sketch, "responses": responses}
 
         old_tasks = [index for index in current if index != task.index]
         pairs = []

@@ -46,7 +46,7 @@ class FileSplit(Split):
 
     def parted(self, fraction: float, seed: int) -> tuple[FileSplit, FileSplit]:
         """Split into training and test images: a `fraction` of each class (in each domain) is for testing."""
-        test = holdout_mask(self, fraction, seed, lambda index: str(self.paths[index].parent))
+        test = holdout_mask(self, fraction, seed)
         return self.at((~test).nonzero().flatten().tolist()), self.at(test.nonzero().flatten().tolist())
 
     def at(self, indices: Iterable[int]) -> FileSplit:

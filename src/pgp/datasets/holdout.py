@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from torch import Tensor
 
@@ -10,20 +10,14 @@ from pgp.datasets.base import Split
 from pgp.scenario import stratified_holdout
 
 
-def holdout_mask(split: Split, fraction: float, seed: int, where: Callable[[int], str]) -> Tensor:
+def holdout_mask(split: Split, fraction: float, seed: int) -> Tensor:
     """Return which images of `split` to hold out for testing, bool `(n,)`: a fraction of each class in each domain.
 
-    Raises:
-        ValueError: If a class has a single image, which `where` describes by its index.
+    Of a class (in a domain) with a single image, none is held out.
     """
     strata = split.labels
     if split.domains is not None:
         strata = strata + (int(strata.max()) + 1) * split.domains
-    kinds, counts = strata.unique(return_counts=True)
-    if bool((counts < 2).any()):
-        index = int((strata == kinds[counts < 2][0]).nonzero()[0])
-        every = "every class" if split.domains is None else "every class in every domain"
-        raise ValueError(f"expected at least 2 images of {every}, one of them for the test, got one in {where(index)}")
     return stratified_holdout(strata, fraction, seed)
 
 

@@ -67,7 +67,7 @@ class HuggingFace(DatasetConfig):
         domains, numbers = _coded(both, columns["domain"]) if self.domain else ((), [None] * len(both))
         splits = [HubSplit(self.name, *one) for one in zip(both, [columns["image"]] * 2, labels, numbers, strict=False)]
         if test is None:
-            chosen = holdout_mask(splits[0], self.test_share, self.split_seed, lambda i: f"row {i} of {self.name}")
+            chosen = holdout_mask(splits[0], self.test_share, self.split_seed)
             splits = [splits[0].at(~chosen), splits[0].at(chosen)]
         folder = Path(self.name).expanduser()
         return Dataset(splits[0], splits[1], names, domains=domains, folder=folder if folder.is_dir() else None)

@@ -150,7 +150,7 @@ class Evaluator:
                 if column in bins:
                     bins[column] += calibration_bins(by_name[column].probabilities(logits).cpu(), batch.labels)
         counts = self._sum(counts)
-        if empty := [task.index for task in tasks if not task.is_missing and not counts[task.index]]:
+        if empty := [task.index for task in tasks if task.is_tested and not counts[task.index]]:
             raise ValueError(f"expected test images in every task, got none in {empty}")
         rates = [{column: self._sum(count) / counts for column, count in kind.items()} for kind in hits]
         return TaskAccuracies(rates[0], rates[1], rates[2], {name: self._sum(table) for name, table in bins.items()})

@@ -97,8 +97,8 @@ def _append_dataset(
     names = (*data.class_names, *(name for name in new.class_names if name not in known))
     labels = torch.tensor([names.index(name) for name in new.class_names])
     train, test = (labels[split.labels] for split in (new.train, new.test))
-    if recorded is None and not (len(train) and len(test)):
-        raise ValueError(f"expected training and test images in {where}, got {len(train)} and {len(test)}")
+    if recorded is None:
+        _check_classes(new)
     task = Task(
         len(scenario),
         tuple(train.unique().tolist()) or tuple(labels.tolist()),
@@ -158,7 +158,7 @@ def check_readable(data: Dataset, scenario: Scenario, *, skip_bad: bool, learned
                 f" all, in {scenario.describe(task)}: pgp data check lists them"
             )
     for task in scenario.tasks:
-        if not task.is_missing and not _any_readable(data.test, task.test, skip_bad):
+        if task.is_tested and not _any_readable(data.test, task.test, skip_bad):
             raise ValueError(f"expected test images in every task that can be read, got none of {len(task.test)} in"
                              f" {scenario.describe(task)}: pgp data check lists them")  # fmt: skip
 
@@ -200,7 +200,10 @@ def _check_classes(data: Dataset) -> None:
         raise ValueError(f"expected training images of every class, got none of {missing[0][:5]}, {len(missing[0])} in"
                          " all: add some, or take the class out")  # fmt: skip
     if missing[1]:
-        warnings.warn(f"no test images of {missing[1][:5]}: accuracy says nothing about them", stacklevel=2)
+        warnings.warn(
+            f"no test images of {missing[1][:5]} ({len(missing[1])} in all), so their accuracy is not measured",
+            stacklevel=2,
+        )
 
 
 def describe_data(data: Dataset, scenario: Scenario, learned: DataDescription | None = None) -> DataDescription:
