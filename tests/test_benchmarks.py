@@ -64,7 +64,7 @@ def test_loading(capsys):
     assert "measured anew" not in out
 
 
-@pytest.mark.filterwarnings("default::UserWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_adding(capsys):
     adding.main(["--tiny"])
     out = capsys.readouterr().out

@@ -29,6 +29,8 @@ from pgp.projections.base import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.released import ReleasedBasis
 from pgp.readouts.head import MethodHead
+from pgp.readouts.lda import LDA
+from pgp.readouts.logistic import Logistic
 from pgp.runs.run import Run
 from pgp.runs.statetree import pieces_in
 from pgp.system.storage import RunError
@@ -533,3 +535,20 @@ def test_two_processes_learn_the_same(tmp_path, precision, selection):
             torch.testing.assert_close(one[name], two[name], rtol=near, atol=near)
     for column, matrix in runs[1].matrices().items():
         assert (matrix - runs[2].matrices()[column]).nan_to_num().abs().max() <= 1 / 8 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"readouts": (LDA.Config(),)}, False),
+        ({"readouts": (LDA.Config(), MethodHead.Config())}, True),
+        ({"readouts": (Logistic.Config(),)}, True),
+        ({"readouts": (LDA.Config(),), "setting": "oil"}, True),
+        ({"readouts": (LDA.Config(),), "method": L2P.Config(pool_size=4, length=1, top_k=1)}, True),
+    ],
+)
+def test_a_head_is_trained_only_if_something_uses_it(tmp_path, monkeypatch, changes, steps):
+    calls, step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *arguments: calls.append(1) or step(*arguments))
+    train.train(tiny.config(**{"method": HeadOnly.Config(), "epochs": 1, **changes}), tmp_path / "run")
+    assert bool(calls) == steps

@@ -22,7 +22,12 @@ from pgp.scenario import Task
 from pgp.system.paths import StrPath
 from pgp.training import start
 from pgp.training.health import StepHealth, check_finite
-from pgp.training.observe import fit_readout, observe_after_training, observe_before_training
+from pgp.training.observe import (
+    fit_readout,
+    observe_after_training,
+    observe_before_training,
+    warn_of_similar_classes,
+)
 from pgp.training.session import Session
 from pgp.training.state import TrainState
 from pgp.training.stop import is_asked_to_stop, stop_after, stop_within
@@ -105,7 +110,7 @@ def fit_task(session: Session, state: TrainState, task: Task) -> None:
     plan = training_batches(config, task, session.fabric.world_size)
     remaining = plan[state.step :]
     predictions = predict_before_training(session, state, task, remaining)
-    if not state.is_trainable:
+    if not session.trains(state):
         _predict_only(session, state, task, predictions)
         return
     settings = config.optimizer.for_task(task.index)
@@ -236,6 +241,7 @@ def end_task(session: Session, state: TrainState, task: Task) -> None:
         observe_after_training(session, state, task)
         ranks = state.projection.end_task()
         fitted = {readout.name: fit_readout(readout) for readout in state.readouts if readout.needs_fit}
+    warn_of_similar_classes(session, state, task)
     with session.timed("evaluation"):
         watch = meter.watch if meter else None
         row = session.evaluator.evaluate(method, state.readouts, task.index, session.progress, watch)

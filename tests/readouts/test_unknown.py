@@ -143,3 +143,34 @@ def test_the_command_prints_unknown(run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*words, "--unknown", "--readout", "head"])
     assert "expected a readout that can tell unknown images" in capsys.readouterr().err
+
+
+def test_a_class_that_was_learned_under_another_name_is_similar():
+    features, labels = drawn(each=40)
+    again, _ = drawn(each=40, seed=5)
+    readout = LDA(C + 2)
+    readout.observe(features, labels)
+    readout.end_task()
+    assert readout.similar_classes([4]) == []
+    assert readout.similar_classes(range(C)) == []  # nothing is older
+    readout.observe(features[labels == 2], torch.full((40,), C))  # the same images
+    readout.observe(again[labels == 3] + 9, torch.full((40,), C + 1))
+    readout.end_task()
+    assert readout.similar_classes([C, C + 1]) == [(C, 2)]
+
+
+def test_two_samples_of_a_class_differ_by_what_is_expected():
+    """The distance that is called similar is the mean distance of two samples of one class."""
+    ratios = []
+    for seed in range(30):
+        features, labels = drawn(each=60, seed=seed)
+        readout = LDA(C + 1, LDA.Config(shrinkage=0.3))
+        half = (labels == 1) & (torch.arange(len(labels)) % 3 == 0)
+        readout.observe(features, torch.where(half, C, labels))
+        readout.end_task()
+        x = readout.means[C] - readout.means[1]
+        shrunk, covariance = readout.covariance(0.3), readout.covariance(0.0)
+        expected = np.trace(np.linalg.inv(shrunk.numpy()) @ covariance.numpy()) * (1 / 20 + 1 / 40)
+        ratios.append(float(x @ torch.linalg.solve(shrunk, x)) / expected)
+        assert readout.similar_classes([C]) == ([(C, 1)] if ratios[-1] <= 1 else [])
+    assert np.mean(ratios) == pytest.approx(1, abs=0.25)

@@ -276,3 +276,17 @@ def test_from_the_command_line(run, tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count("\n") == 5
     assert Run.open(tmp_path / "run").config.added[0].root.is_absolute()
     assert replace(run.config, added=()).tasks == 2
+
+
+def test_a_class_that_looks_like_one_that_was_learned_is_a_warning(tmp_path, capsys):
+    train.train(config(photos(tmp_path / "old", "bee", "cat", "dog")), tmp_path / "run")
+    photos(tmp_path / "new", "bee", "eel")
+    (tmp_path / "new" / "bee").rename(tmp_path / "new" / "wasp")
+    main.main(["add", str(tmp_path / "run"), str(tmp_path / "new")])
+    told = " ".join(capsys.readouterr().err.split())
+    assert "images of wasp look like those of bee, which was learned before" in told
+    assert "images of eel" not in told
+    (warning,) = [
+        line["warning"] for line in Run.open(tmp_path / "run").events("data") if "wasp" in line.get("warning", "")
+    ]
+    assert warning.endswith("Is it the same class under another name?")

@@ -71,6 +71,11 @@ class Readout(abc.ABC):
             """Whether the readout uses the mean patch token of the frozen encoder in addition to the features."""
             return False
 
+        @property
+        def uses_head(self) -> bool:
+            """Whether the readout uses the method's own classifier."""
+            return False
+
         @abc.abstractmethod
         def build(self, head: nn.Module, classes: int, seed: int) -> Readout:
             """Return a readout over `classes` labels.
@@ -149,6 +154,13 @@ class Readout(abc.ABC):
     def unknown_threshold(self, keep: float) -> float | None:
         """Return the score that a fraction `keep` of held-out training images do not exceed; None if there are none."""
         return None
+
+    def similar_classes(self, labels: Sequence[int]) -> list[tuple[int, int]]:
+        """Return pairs of a class of `labels` and an earlier class whose features cannot be told apart.
+
+        By default, there are none.
+        """
+        return []
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probabilities `(B, C)` of logits `(B, C)`, some of which may be masked by -inf."""

@@ -24,6 +24,11 @@ class MethodHead(Readout):
             """See `Readout.Config.name`."""
             return "head"
 
+        @property
+        def uses_head(self) -> bool:
+            """See `Readout.Config.uses_head`."""
+            return True
+
         def build(self, head: nn.Module, classes: int, seed: int) -> MethodHead:
             """Return a readout that calls `head`."""
             return MethodHead(head)

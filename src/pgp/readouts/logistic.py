@@ -49,6 +49,11 @@ class Logistic(StatisticsReadout):
             """See `Readout.Config.name`."""
             return "logistic" + self.suffix + ("+tuned" if self.shrinkage is None else "")
 
+        @property
+        def uses_head(self) -> bool:
+            """See `Readout.Config.uses_head`. New classes start from its weights."""
+            return True
+
         def build(self, head: nn.Module, classes: int, seed: int) -> Logistic:
             """Return a readout that has seen no class yet."""
             return Logistic(head, classes, self, seed)

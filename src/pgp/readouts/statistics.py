@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -199,6 +199,25 @@ class StatisticsReadout(Readout):
         nearest = _squared_distances(x, self.means[self.seen], within).amin(1)
         background = _squared_distances(x, mean[None], shrink(total, self.regularisation))[:, 0]
         return (nearest - background).to(features.device, torch.float32)
+
+    def similar_classes(self, labels: Sequence[int]) -> list[tuple[int, int]]:
+        """See `Readout.similar_classes`.
+
+        Two samples of one class have means with a squared Mahalanobis distance of `tr(S^-1 V) (1/n + 1/m)` on average,
+        for n and m images, the covariance V and the shrunk one S. A pair is similar if its distance is not larger.
+        """
+        covariance, shrunk = self.covariance(0.0), self.covariance(self.regularisation)
+        counts, new = self.state["counts"], torch.zeros(self.classes, dtype=torch.bool, device=self.seen.device)
+        new[list(labels)] = True
+        old = self.seen & ~new
+        if covariance is None or shrunk is None or not bool(old.any()):
+            return []
+        expected = torch.linalg.solve(shrunk, covariance).trace() * (1 / counts[new][:, None] + 1 / counts[old])
+        ratio = _squared_distances(self.means[new], self.means[old], shrunk) / expected  # (new, old)
+        nearest = ratio.min(1)
+        similar = nearest.values <= 1
+        pairs = torch.stack([new.nonzero()[:, 0], old.nonzero()[:, 0][nearest.indices]], 1)[similar]
+        return [(one, other) for one, other in pairs.tolist()]
 
     def unknown_threshold(self, keep: float) -> float | None:
         """See `Readout.unknown_threshold`."""

@@ -76,6 +76,22 @@ def fit_readout(readout: Readout) -> dict[str, Any]:
     return {"seconds": time.perf_counter() - started, "bytes": size}
 
 
+def warn_of_similar_classes(session: Session, state: TrainState, task: Task) -> None:
+    """Warn of added classes that look like classes that were learned before, perhaps under another name."""
+    is_added = task.index >= len(session.scenario) - len(session.config.added)
+    if not is_added or session.config.setting == "dil":
+        return
+    names, pairs = (
+        session.data.class_names,
+        [pair for one in state.readouts for pair in one.similar_classes(task.classes)],
+    )
+    for new, old in dict.fromkeys(pairs):
+        session.warn(
+            f"images of {names[new]} look like those of {names[old]}, which was learned before: their mean features"
+            " differ no more than those of two samples of one class. Is it the same class under another name?"
+        )
+
+
 @torch.no_grad()
 def observe(
     session: Session,

@@ -128,6 +128,11 @@ class Session:
         skip_bad = self.config.on_bad_image == "skip"
         return TransformedSplit(self.data.train, transform, self.config.seed, (purpose, task.index), skip_bad)
 
+    def trains(self, state: TrainState) -> bool:
+        """Whether tasks are trained on: prompts learn, or a head that a readout or the accuracy of a stream uses."""
+        uses_head = state.online is not None or any(readout.uses_head for readout in self.config.readouts)
+        return state.is_trainable and (bool(state.method.prompt_parameters()) or uses_head)
+
     def held_out(self, task: Task) -> Tensor:
         """Return the indices of training images that readouts hold out for calibration: a fifth of each class.
 
@@ -205,6 +210,11 @@ class Session:
         """Write one line of `metrics.jsonl`."""
         if self.fabric.is_global_zero:
             self.run.log(event, **values)
+
+    def warn(self, text: str) -> None:
+        """Log and print a warning about the data."""
+        self.log("data", warning=text)
+        print_line(self.progress, f"pgp: warning: {text}")
 
     def log_online(self, state: TrainState, task: Task) -> None:
         """Log the accuracy of predictions before training, in an online run.
