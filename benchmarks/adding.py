@@ -4,8 +4,8 @@
     python benchmarks/adding.py --tiny    # test in seconds; the results mean nothing
 
 A run of the recipe `quick` has learned two classes of 20 photos, whose images are then deleted. Then classes of 20 and
-of 1 photo are added, on ViT-S/16 and ViT-B/16 with random weights, at 224 px. Photos are JPEG files of 500 x 375 px. For
-comparison, it also measures a forward pass over 20 photos that are already decoded.
+of 1 photo are added, on ViT-S/16 and ViT-B/16 with random weights, at 224 px. Photos are JPEG files of 500 x 375 px.
+For comparison, it also measures a forward pass over 20 photos that are already decoded.
 """
 
 from __future__ import annotations

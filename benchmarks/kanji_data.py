@@ -186,7 +186,7 @@ def folder(held_out: Literal["validation", "test"] = "test", of: Collection = KA
     root = of.data / "kanji"
     if not root.is_dir():
         archives = {font: fetch(font, of.packages) for font in of.fonts}
-        with _once(root) as partial:
+        with write_once(root) as partial:
             for font, archive in archives.items():
                 draw(font, _member(archive, font.file), partial, of.characters)
             names = "".join(f"{_class(character)} {character}\n" for character in of.characters)
@@ -197,7 +197,7 @@ def folder(held_out: Literal["validation", "test"] = "test", of: Collection = KA
         return root
     tuning = of.data / "kanji-validation"
     if not tuning.is_dir():
-        with _once(tuning) as partial:
+        with write_once(tuning) as partial:
             shutil.copytree(root, partial, ignore=shutil.ignore_patterns("test"), dirs_exist_ok=True)
     return tuning
 
@@ -364,7 +364,7 @@ def _digest(path: Path) -> str:
 
 
 @contextmanager
-def _once(root: Path) -> Iterator[Path]:
+def write_once(root: Path) -> Iterator[Path]:
     """Yield a temporary folder, which is renamed to `root` at the end, or deleted after an error."""
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root.parent, prefix=".partial-") as place:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import cost
 import emoji
 import kanji_data
 import loading
+import mixed_data
 import pretrain_demo_clip
 import pretrain_demo_vit
 import protection
@@ -70,6 +72,27 @@ def test_adding(capsys):
     out = capsys.readouterr().out
     assert "| ViT-S/16 | " in out
     assert "| lda | 8 | " in out
+
+
+def test_mixed_data(capsys):
+    mixed_data.main(["--tiny"])
+    out = capsys.readouterr().out.splitlines()
+    assert out[1:5] == [
+        "digits 1: 2 classes, 40 training and 40 test images",
+        "letters 1: 2 classes, 4 training and 2 test images",
+        "digits 2: 2 classes, 40 training and 40 test images",
+        "letters 2: 2 classes, 4 training and 2 test images",
+    ]
+
+
+def test_images_for_tuning_are_neither_trained_nor_tested_on(tmp_path):
+    test, tuning = (mixed_data.folder(part, tmp_path, lambda: mixed_data.tiny_worlds(tmp_path))
+                    for part in ("test", "validation"))  # fmt: skip
+    pictures = [{path.read_bytes() for path in (root / part).rglob("*.png")}
+                for root, part in ((test, "train"), (test, "test"), (tuning, "test"))]  # fmt: skip
+    assert [len(part) for part in pictures] == [88, 84, 84]
+    assert not any(one & other for one, other in itertools.combinations(pictures, 2))
+    assert {path.read_bytes() for path in (tuning / "train").rglob("*.png")} == pictures[0]
 
 
 def test_readouts(capsys):

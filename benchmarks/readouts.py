@@ -1,0 +1,318 @@
+"""Compare readouts of frozen features with readouts of prompts that learn, on three data sets.
+
+    python benchmarks/readouts.py tune --data mixed               # tune learning rates, on images for tuning only
+    python benchmarks/readouts.py run --data emoji --part 1/2 &   # run rows and seeds that are not in the results
+    python benchmarks/readouts.py run --data emoji --part 2/2
+    python benchmarks/readouts.py table                           # write docs/results/readouts.md
+    python benchmarks/readouts.py run --tiny                      # test a few rows on noise
+
+`--data emoji` are 200 emoji, `kanji` 200 characters (benchmarks/kanji_data.py), and `mixed` digits, clothing, emoji and
+characters in turn (benchmarks/mixed_data.py). All need ../shared/backbones/vit_small_patch14_imgfocus.safetensors, and
+emoji and mixed ../shared/data/emoji_renditions_200.npz. The files in ../shared are not part of the project.
+
+Each finished run is one line of docs/results/readouts.jsonl (for tune, of readouts_tuning.jsonl), and is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import emoji
+import mixed_data
+import protection
+import records
+import rehearsal
+from pgp.config import Config, Optimizer
+from pgp.evaluation import metrics
+from pgp.evaluation.unknown import auroc, false_positive_rate
+from pgp.methods.head_only import HeadOnly
+from pgp.methods.vpt import VPT
+from pgp.predict import Predictor
+from pgp.projections.base import NoProjection
+from pgp.projections.orthogonal import Orthogonal
+from pgp.projections.random import RandomBasis
+from pgp.readouts.base import Readout
+from pgp.readouts.head import MethodHead
+from pgp.readouts.lda import LDA, NCM
+from pgp.readouts.logistic import Logistic
+from pgp.readouts.ranpac import RanPAC
+from pgp.reports.tables import markdown_table
+from pgp.runs.checkpoint import CheckpointName
+from pgp.runs.environment import describe_environment
+from pgp.runs.run import Run
+from pgp.train import train
+from pgp.training.tasks import build_tasks
+
+RESULTS = emoji.ROOT / "docs" / "results" / "readouts.jsonl"
+TUNING = emoji.ROOT / "docs" / "results" / "readouts_tuning.jsonl"
+DATA = ("emoji", "kanji", "mixed")
+RATES = (0.03, 0.1, 0.3)
+"""Learning rates that `tune` tries; prompts learn at a tenth of them."""
+RATE = {"emoji": 0.3, "kanji": 0.3, "mixed": 0.3}
+"""Learning rates that `tune` chose, on images for tuning only."""
+TINY_ROWS = ("frozen features", "VPT, input .99", "VPT, random, ranks of input .99")
+"""Rows that a rehearsal runs, if none are named."""
+FROZEN: tuple[Readout.Config, ...] = (
+    NCM.Config(),
+    LDA.Config(),
+    LDA.Config(shrinkage=None),
+    LDA.Config(normalize=True),
+    LDA.Config(patches=True),
+    LDA.Config(patches=True, normalize=True),
+    LDA.Config(patches=True, normalize=True, shrinkage=None),
+    Logistic.Config(draws=16),
+    RanPAC.Config(dimensions=2000),
+    RanPAC.Config(dimensions=2000, patches=True, normalize=True),
+)
+"""Readouts of frozen features."""
+PROMPTED: tuple[Readout.Config, ...] = (
+    MethodHead.Config(),
+    *(
+        LDA.Config(query=wide, patches=wide, normalize=True, compensate=how)
+        for wide in (False, True)
+        for how in ("none", "linear")
+    ),
+)
+"""Readouts of features with prompts; the wide ones also use the frozen features."""
+
+
+def folder(data: str, *, tuning: bool) -> Path:
+    """Return the image folder of a data set; the one for tuning contains no test image."""
+    if data == "mixed":
+        return mixed_data.folder("validation") if tuning else mixed_data.folder()
+    return protection.folder(data, tuning=tuning)
+
+
+def base(data: str, root: Path, seed: int, *, tiny: bool = False) -> Config:
+    """Return the settings that all rows share: 84 px, two augmented views for the readouts."""
+    config = protection.base("kanji" if data == "kanji" else "emoji", root, seed)
+    config = replace(config, name=data, optimizer=optimizer(data), views=2, drift_images=0)
+    if data == "mixed":
+        config = replace(config, tasks=None, shuffle=False)  # tasks.json has the tasks
+    return rehearsal.tiny(config, root) if tiny else config
+
+
+def optimizer(data: str, scale: float = 1.0) -> Optimizer:
+    """Return the optimizer; from the second task on, it multiplies the prompts' learning rate by `scale`."""
+    return Optimizer(lr=RATE[data], prompt_lr_scale=0.1, later_prompt_lr_scale=scale)
+
+
+def rows(data: str) -> dict[str, dict[str, Any]]:
+    """Return the settings of each row that differ from `base`, by name."""
+    frozen = {"method": HeadOnly.Config(learns=False), "projection": NoProjection.Config(), "readouts": FROZEN}
+    prompted = {"projection": NoProjection.Config(), "readouts": PROMPTED}
+    protected = {
+        name: {
+            "readouts": PROMPTED,
+            "method": VPT.Config(length=8, protect=protect),  # type: ignore[arg-type]
+            "projection": Orthogonal.Config("input", energy, apply_to="update"),
+        }
+        for name, protect, energy in (
+            ("input .99", "tokens", 0.99),
+            ("affinity+aggregation .9", "affinity+aggregation", 0.9),
+        )
+    }
+    return {
+        "frozen features": frozen,
+        "frozen features, no views": {**frozen, "views": 0},
+        "VPT, unprojected": prompted,
+        "VPT, slower .09": {**prompted, "optimizer": optimizer(data, 0.09)},
+        "VPT, frozen after task 1": {**prompted, "optimizer": optimizer(data, 0.0)},
+        **{f"VPT, {name}": changes for name, changes in protected.items()},
+        **{
+            f"VPT, random, ranks of {name}": {
+                **changes,
+                "projection": RandomBasis.Config(**asdict(changes["projection"])),  # type: ignore[call-overload]
+            }
+            for name, changes in protected.items()
+        },
+    }
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Run once, in a temporary folder, and return the final figures by readout, in [0, 1]."""
+    scratch = Path(tempfile.mkdtemp())
+    started = time.perf_counter()
+    try:
+        run = train(config, scratch / "run")
+        seconds = time.perf_counter() - started
+        *_, last = run.events("task")
+        figures = {
+            column: {
+                "average_accuracy": metrics.average_accuracy(matrix),
+                "forgetting": metrics.forgetting(matrix),
+                "calibration_error": last["calibration"][column]["error"],
+            }
+            for column, matrix in run.matrices().items()
+        }
+        for column, found in unknown(run).items():
+            figures[column] |= found
+    finally:
+        shutil.rmtree(scratch)
+    about = describe_environment()
+    kept = {key: about[key] for key in ("commit", "processor", "vectors", "threads")}
+    return {"seconds": round(seconds, 1), "figures": figures, "readouts": last["readouts"], **kept}
+
+
+def unknown(run: Run) -> dict[str, dict[str, float]]:
+    """Return, by readout, how well images of the last task are told apart before it is learned."""
+    data, scenario = build_tasks(run.config)
+    tasks = scenario.tasks
+    (run.checkpoints.folder / "latest").write_text(str(CheckpointName(len(tasks) - 1)), encoding="utf-8", newline="\n")
+    found = {}
+    for readout in run.config.readouts:
+        predictor = Predictor(run, readout.name)
+        if not predictor.detects_unknown:
+            continue
+        known, others = (
+            torch.cat(
+                [predictor.unknown_scores(list(map(data.test.image, some.tolist()))) for some in images.split(64)]
+            )
+            for images in (torch.cat([task.test for task in tasks[:-1]]), tasks[-1].test)
+        )
+        threshold = predictor.unknown_threshold(0.05)
+        found[readout.name] = {
+            "auroc": auroc(known, others),
+            "fpr95": false_positive_rate(known, others),
+            "known_kept": float((known <= threshold).float().mean()),
+            "unknown_rejected": float((others > threshold).float().mean()),
+        }
+    return found
+
+
+def run(
+    data: str, root: Path, results: Path, part: int, parts: int, seeds: Sequence[int], wanted: Sequence[str], tiny: bool
+) -> None:
+    """Run every row and seed that is not in the results yet; if rows are `wanted`, only those."""
+    jobs = [(name, seed) for seed in seeds for name in rows(data) if not wanted or name in wanted]
+    for name, seed in jobs[part - 1 :: parts]:
+        if (data, name, seed) not in {(line["data"], line["row"], line["seed"]) for line in records.read(results)}:
+            config = replace(base(data, root, seed, tiny=tiny), **rows(data)[name])
+            records.append(results, {"data": data, "row": name, "seed": seed, **measure(config)})
+
+
+def tune(data: str, root: Path, results: Path, part: int, parts: int, tiny: bool) -> None:
+    """Run each learning rate without projection on the images of `root`, which contain no test image."""
+    for lr in RATES[part - 1 :: parts]:
+        if (data, lr) not in {(line["data"], line["lr"]) for line in records.read(results)}:
+            config = replace(base(data, root, 100, tiny=tiny), **rows(data)["VPT, unprojected"])
+            config = replace(config, optimizer=Optimizer(lr=lr, prompt_lr_scale=0.1))
+            records.append(results, {"data": data, "lr": lr, "seed": 100, **measure(config)})
+
+
+Lines = dict[int, dict[str, Any]]
+"""By seed, a line of the results."""
+
+
+def table(results: Path = RESULTS) -> str:
+    """Return the tables of each data set."""
+    out = []
+    for data in DATA:
+        lines: dict[str, Lines] = {name: {} for name in rows(data)}
+        for line in records.read(results):
+            if line["data"] == data:
+                lines[line["row"]][line["seed"]] = line
+        lines = {name: own for name, own in lines.items() if own}
+        if lines:
+            best = strongest(lines)
+            out += [f"## {data}", "", EXPLANATION, "", figures(lines), ""]
+            out += [DIFFERENCES.format(row=best[0], readout=best[1]), "", differences(lines, best), ""]
+    return "\n".join(out)
+
+
+EXPLANATION = (
+    "Means ± standard deviations over seeds, in %. AUROC and false positives are of test images of the last task,"
+    " before it is learned, against those of all others; 5 % of held-out training images are above the threshold."
+)
+DIFFERENCES = (
+    "Average accuracy, less that of `{readout}` on {row}, and less that of the same readout in other rows: seed by"
+    " seed, ± standard error, in points."
+)
+
+
+def figures(lines: dict[str, Lines]) -> str:
+    """Return accuracy, forgetting, calibration and unknown images of every row and readout."""
+    cells = []
+    for name, own in lines.items():
+        for column in next(iter(own.values()))["figures"]:
+            names = ("average_accuracy", "forgetting", "calibration_error", "auroc", "fpr95", "known_kept")
+            found = [
+                [100 * line["figures"][column][one] for line in own.values() if one in line["figures"][column]]
+                for one in names
+            ]
+            fits = [line["readouts"][column] for line in own.values() if column in line["readouts"]]
+            cost = ["", ""]
+            if fits:
+                cost = [f"{max(fit['bytes'] for fit in fits) / 1e6:.1f}", f"{max(fit['seconds'] for fit in fits):.1f}"]
+            spreads = (emoji.spread(values) if values else "" for values in found)
+            cells.append([name, column, str(len(own)), *spreads, *cost])
+    head = ["row", "readout", "seeds", "accuracy", "forgetting", "calibration error", "AUROC", "false positives",
+            "kept by the threshold", "MB", "seconds of the last fit"]  # fmt: skip
+    return markdown_table(head, cells)
+
+
+def strongest(lines: dict[str, Lines]) -> tuple[str, str]:
+    """Return row and readout of the frozen features that `docs/results.md` compares with.
+
+    It is the default of the recipe `quick`; no test image chose it.
+    """
+    return next(iter(lines)), "lda+patches+normalize"
+
+
+def differences(lines: dict[str, Lines], best: tuple[str, str]) -> str:
+    """Return paired differences of each row of prompts, by readout."""
+    others = [name for name in lines if name.startswith("VPT")]
+    cells = []
+    for name in others:
+        for readout in PROMPTED[1:]:
+            own, column = lines[name], readout.name
+            cells.append([name, column, protection.less(own, lines[best[0]], column, best[1], "average_accuracy")])
+            cells[-1] += [
+                protection.less(own, lines[other], column, column, "average_accuracy") if other != name else ""
+                for other in others
+            ]
+    return markdown_table(["row", "readout", f"to {best[0]}, {best[1]}", *(f"to {name}" for name in others)], cells)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Tune, run or draw the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("tune", "run", "table"))
+    parser.add_argument("--data", choices=DATA, default="emoji")
+    parser.add_argument("--part", type=emoji.share, default=(1, 1), help="which share of the runs, such as 1/2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument("--rows", nargs="+", default=[], choices=list(rows("emoji")), metavar="ROW",
+                        help="names of rows; all, if none is given")  # fmt: skip
+    parser.add_argument("--tiny", action="store_true", help="rehearse on noise with a tiny encoder; nothing is kept")
+    options = parser.parse_args(argv)
+    data, tuning, (part, parts) = options.data, options.what == "tune", options.part
+    if options.what == "table":
+        records.write_page(RESULTS, table())
+    elif options.tiny:
+        with tempfile.TemporaryDirectory() as scratch:
+            root, results = rehearsal.pictures(Path(scratch) / "pictures"), Path(scratch) / RESULTS.name
+            if tuning:
+                tune(data, root, results, part, parts, True)
+            else:
+                run(data, root, results, part, parts, options.seeds[:1], options.rows or TINY_ROWS, True)
+                records.write_page(results, table(results))
+    else:
+        emoji.get_ready(emoji.WEIGHTS, *([] if data == "kanji" else [emoji.IMAGES]))
+        root = folder(data, tuning=tuning)
+        if tuning:
+            tune(data, root, TUNING, part, parts, False)
+        else:
+            run(data, root, RESULTS, part, parts, options.seeds, options.rows, False)
+
+
+if __name__ == "__main__":
+    main()
