@@ -106,7 +106,7 @@ def test_many_readouts_go_to_several_tables(tmp_path, capsys, width):
         assert text.count(f"{50 + place}.00") == 6 + 1
     kept = json.loads((tmp_path / "audit.json").read_text())
     assert [one["accuracy"] for one in kept["accuracy"]] == [finding.accuracy for finding in findings]
-    assert [one["honest"] for one in kept["accuracy"]] == [finding.honest for finding in findings]
+    assert [one["uses_task"] for one in kept["accuracy"]] == [finding.uses_task for finding in findings]
     assert kept["oracle"] == {"lda": {"accuracy": 0.5, "staleness": None}}
 
 

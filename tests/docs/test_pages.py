@@ -135,7 +135,7 @@ def test_every_command_of_a_page_runs(name, tiny_recipes, capsys):
         if words[:2] == ["train", "own"]:
             words += ["--readouts", "head"]  # LDA needs more than one picture of a class
         if "sweep" in words:
-            words += ["--seeds", "1", "--workers", "1", "--no-controls"]
+            words += ["--seeds", "1", "--workers", "1", "--no-baselines"]
         main.main(words)
     out = capsys.readouterr().out
     assert out.count("figure: ") == FIGURES.get(name, out.count("figure: "))

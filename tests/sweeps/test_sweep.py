@@ -109,7 +109,7 @@ def test_what_cannot_be_swept_is_said(capsys, words, message):
     assert not Path("sweeps").exists()
 
 
-def test_names_and_controls(tmp_path):
+def test_names_and_baselines(tmp_path):
     plan, jobs = planned(tmp_path, ["projection.energy=.9,0.5,0.90", "projection.basis=sum,union"])
     names = {job.name for job in jobs}
     points = {f"energy-{energy}_basis-{space}" for energy in (0.9, 0.5) for space in ("sum", "union")}
@@ -117,12 +117,12 @@ def test_names_and_controls(tmp_path):
     assert names == points | shared | {"random"} | {f"random_{point}" for point in points - {"energy-0.9_basis-sum"}}
     assert len(jobs) == 2 * len(names)
     assert {job.folder for job in jobs} == {tmp_path / "out" / name / f"seed-{k}" for name in names for k in (0, 1)}
-    assert plan.entries["energy-0.5_basis-sum"].controls["random"] == "random_energy-0.5_basis-sum"
+    assert plan.entries["energy-0.5_basis-sum"].baselines["random"] == "random_energy-0.5_basis-sum"
     assert len({repr(job.config) for job in jobs}) == len(jobs)
     grown, more = planned(tmp_path, ["projection.energy=.7,.5,.9", "projection.basis=union,sum"])
     assert names < {job.name for job in more}
     assert {name: grown.entries[name] for name in names} == plan.entries
-    _, alone = planned(tmp_path / "bare", ["projection.energy=.9"], controls=False)
+    _, alone = planned(tmp_path / "bare", ["projection.energy=.9"], baselines=False)
     assert {job.name for job in alone} == {"energy-0.9"}
 
 
@@ -142,25 +142,25 @@ def test_released_has_no_random_twin(tmp_path):
     point = tiny.config(projection=ReleasedBasis.Config())
     plan = sweep.Sweep(tmp_path / "out", tiny.config())
     plan.plan({"released": point}, [0])
-    assert {"unprojected", "reduced-lr", "frozen"} <= plan.entries["released"].controls.keys()
-    assert "random" not in plan.entries["released"].controls
+    assert {"unprojected", "reduced-lr", "frozen"} <= plan.entries["released"].baselines.keys()
+    assert "random" not in plan.entries["released"].baselines
 
 
 def test_names_are_safe_and_unique(tmp_path):
     plan = sweep.Sweep(tmp_path / "out", tiny.config())
     labels = ["data a/b", "data a:b", "x" * 300]
-    jobs = plan.plan({label: tiny.config(epochs=n) for n, label in enumerate(labels, 3)}, [0], controls=False)
+    jobs = plan.plan({label: tiny.config(epochs=n) for n, label in enumerate(labels, 3)}, [0], baselines=False)
     assert [job.name for job in jobs][:2] == ["data-a-b", "data-a-b-2"]
     assert len(jobs[2].name) == sweep.LONGEST
-    assert [job.name for job in plan.plan({"other": tiny.config(epochs=4)}, [0], controls=False)] == ["data-a-b-2"]
+    assert [job.name for job in plan.plan({"other": tiny.config(epochs=4)}, [0], baselines=False)] == ["data-a-b-2"]
 
 
 @pytest.mark.slow
-def test_parts_and_points_that_are_controls(capsys):
+def test_parts_and_points_that_are_baselines(capsys):
     folder = swept("--over", "projection=orthogonal,none", "--seeds", "1")
     entries = json.loads((folder / "sweep.json").read_text())["entries"]
-    assert entries["projection-orthogonal"]["controls"]["unprojected"] == "projection-none"
-    assert "random" not in entries["projection-none"]["controls"]
+    assert entries["projection-orthogonal"]["baselines"]["unprojected"] == "projection-none"
+    assert "random" not in entries["projection-none"]["baselines"]
     assert "unprojected" not in entries
     assert Run.open(folder / "projection-none" / "seed-0").config.projection == NoProjection.Config()
     out = capsys.readouterr().out
@@ -175,7 +175,7 @@ def modified(folder):
 
 @pytest.mark.slow
 def test_goes_on_after_a_kill_and_grows(monkeypatch, capsys):
-    few = ["--no-controls", "--seeds", "3"]
+    few = ["--no-baselines", "--seeds", "3"]
     whole = swept(*ENERGIES, *few, "--output", "whole") and Path("whole")
     shutil.copytree(whole, "sweeps/demo")
     _, half, none = (Path(f"sweeps/demo/energy-0.5/seed-{seed}") for seed in range(3))
@@ -200,7 +200,7 @@ def test_goes_on_after_a_kill_and_grows(monkeypatch, capsys):
         assert (Path("sweeps/demo") / path.relative_to(whole)).read_bytes() == path.read_bytes()
     assert (none.parent / "seed-2-abandoned" / "metrics.jsonl").is_file()
     assert (Path("sweeps/demo") / "sweep.md").read_bytes() == (whole / "sweep.md").read_bytes()
-    swept("--over", "projection.energy=.5,.9,.99", "--no-controls", "--seeds", "3,4")  # which 3 is new, too
+    swept("--over", "projection.energy=.5,.9,.99", "--no-baselines", "--seeds", "3,4")  # which 3 is new, too
     assert "6 of 6 runs" not in (told := capsys.readouterr().err)
     assert told.count(": trained in") == 6
     table = (Path("sweeps/demo") / "sweep.md").read_text()
@@ -209,14 +209,14 @@ def test_goes_on_after_a_kill_and_grows(monkeypatch, capsys):
 
 
 def test_other_settings_are_refused(capsys):
-    folder = swept(*ENERGIES, "--no-controls", "--seeds", "1")
+    folder = swept(*ENERGIES, "--no-baselines", "--seeds", "1")
     before = modified(folder)
-    told = fails(capsys, *ENERGIES, "--no-controls", "--seeds", "1", "--epochs", "2")
+    told = fails(capsys, *ENERGIES, "--no-baselines", "--seeds", "1", "--epochs", "2")
     assert "other settings: expected epochs 1, as there, got 2 now" in told
     other = Run.open(folder / "energy-0.5" / "seed-0")
     tiny.reconfigure(other.folder, epochs=7)
     before = modified(folder)
-    told = fails(capsys, *ENERGIES, "--no-controls", "--seeds", "1")
+    told = fails(capsys, *ENERGIES, "--no-baselines", "--seeds", "1")
     assert "seed-0 has other settings: expected epochs 7, as there, got 1 now. Nothing is overwritten" in told
     assert modified(folder) == before
     Path("photos").mkdir()
@@ -247,7 +247,7 @@ def test_one_failing_run_stops_no_other(monkeypatch, capsys):
         return learn(config, folder)
 
     monkeypatch.setattr(train, "train", fail)
-    told = fails(capsys, *ENERGIES, "--no-controls", "--seeds", "3")
+    told = fails(capsys, *ENERGIES, "--no-baselines", "--seeds", "3")
     assert (
         "1 of 6 runs failed; repeat the same call to try them again:\npgp: energy-0.5, seed 1: the loss is nan at"
         " step 3" in told
@@ -274,12 +274,12 @@ def test_no_run_is_run_twice(tmp_path):
     assert asked == [[job], [job]]
 
 
-def test_a_control_without_the_readout_is_read_by_its_best(tmp_path):
-    (run,) = made(tmp_path, "control", {0: [[0.5]]}).values()
+def test_a_baseline_without_the_readout_is_read_by_its_best(tmp_path):
+    (run,) = made(tmp_path, "baseline", {0: [[0.5]]}).values()
     run.save("task-02", {"matrices": {"head": torch.tensor([[0.5]]), "lda": torch.tensor([[0.7]])}})
-    control = comparison.Entry("linear-probe", {0: run})
-    assert comparison._comparable_column(control, "head") == "head"
-    assert comparison._comparable_column(control, "lda+query+linear") == "lda"
+    baseline = comparison.Entry("linear-probe", {0: run})
+    assert comparison._comparable_column(baseline, "head") == "head"
+    assert comparison._comparable_column(baseline, "lda+query+linear") == "lda"
     assert comparison._comparable_column(comparison.Entry("none", {}), "lda") is None
 
 
@@ -299,13 +299,13 @@ def test_the_table_is_paired_by_seed(tmp_path):
     nan = float("nan")
     own = {0: [[0.9, nan], [0.7, 0.8]], 1: [[0.8, nan], [0.6, 0.9]], 2: [[1.0, nan], [0.8, 0.6]]}
     twin = {0: [[0.9, nan], [0.5, 0.8]], 1: [[0.9, nan], [0.6, 0.8]], 3: [[0.9, nan], [0.1, 0.1]]}
-    controls = {
+    baselines = {
         "unprojected": comparison.Entry("unprojected", made(tmp_path, "twin", twin)),
         "joint": comparison.Entry("joint", made(tmp_path, "joint", {0: [[0.95]], 1: [[0.97]]})),
         "missing": comparison.Entry("missing", {}),
     }
-    point = comparison.Entry("energy 0.9", made(tmp_path, "own", own), controls)
-    rows = comparison.table([point, *controls.values()])
+    point = comparison.Entry("energy 0.9", made(tmp_path, "own", own), baselines)
+    rows = comparison.table([point, *baselines.values()])
     accuracy = [0.75, 0.75, 0.7]
     mean, deviation = 100 * statistics.mean(accuracy), 100 * statistics.stdev(accuracy)
     assert rows[0] == ("energy 0.9", "head", "3", f"{mean:.2f} ± {deviation:.2f}", "20.00 ± 0.00")
@@ -316,7 +316,7 @@ def test_the_table_is_paired_by_seed(tmp_path):
     assert rows[4] == ("joint", "head", "2", "96.00 ± 1.41", "")
     assert len(rows) == 5
     assert "| minus unprojected | head | 2 | +7.50 ± 2.50 |" in comparison.markdown([point])
-    comparison.draw_comparison([point, *controls.values()], tmp_path / "figure.png")
+    comparison.draw_comparison([point, *baselines.values()], tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
     assert metrics.average_accuracy(point.runs[0].matrices()["head"]) == pytest.approx(0.75)
 
@@ -366,7 +366,7 @@ def as_a_process(folder, *words, **settings):
 
 @pytest.mark.slow
 def test_two_processes_and_a_kill(tmp_path):
-    words = [*ENERGIES, "--no-controls", "--seeds", "3", "--workers", "2"]
+    words = [*ENERGIES, "--no-baselines", "--seeds", "3", "--workers", "2"]
     first = as_a_process(tmp_path, *words)
     while not list(tmp_path.glob("sweeps/demo/*/seed-*/checkpoints/task-01")):
         assert first.poll() is None
@@ -413,7 +413,7 @@ def test_on_a_ray_cluster(tmp_path, nodes):
             stack.callback(cluster.shutdown)
             cluster.add_node(num_cpus=1)
             address = cluster.address
-        process = as_a_process(tmp_path, *ENERGIES, "--no-controls", "--seeds", "2", "--ray", address)
+        process = as_a_process(tmp_path, *ENERGIES, "--no-baselines", "--seeds", "2", "--ray", address)
         told = process.communicate(timeout=300)[1]
     assert process.returncode == 0, told
     assert told.count(": trained in") == 4

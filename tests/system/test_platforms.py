@@ -185,7 +185,7 @@ def test_names_are_safe_on_every_file_system(text, name):
 def test_points_that_differ_in_case_have_folders_of_their_own(tmp_path):
     base = tiny.config()
     choices = {"rate x": base, "rate X": tiny.config(epochs=3)}
-    jobs = Sweep(tmp_path, base).plan(choices, [0], controls=False)
+    jobs = Sweep(tmp_path, base).plan(choices, [0], baselines=False)
     assert len({str(job.folder).lower() for job in jobs}) == 2
 
 

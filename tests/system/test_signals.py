@@ -118,7 +118,7 @@ def test_a_projection_that_cannot_be_saved_inside_a_task_says_so(monkeypatch, ca
 
 
 def test_a_sweep_goes_on_by_the_same_call(monkeypatch, capfd):
-    words = ["sweep", "demo", "--workers", "1", "--no-controls", "--seeds", "1"]
+    words = ["sweep", "demo", "--workers", "1", "--no-baselines", "--seeds", "1"]
     with monkeypatch.context() as patch:
         interrupted(patch, "train_step", 6, signal.SIGTERM)
         with pytest.raises(SystemExit) as stop:

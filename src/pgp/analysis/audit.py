@@ -1,4 +1,4 @@
-"""Audit of a run: accuracy without leaks, and with each protocol that leaks the task of an image."""
+"""Audit of a run: accuracy without task information, and with each protocol that uses the task of test images."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from pgp.training.state import TrainState
 BATCHES = (1, 8, 128)
 SCOPES = {
     "seen": "classes seen so far",
-    "all": "all classes, seen or not",
-    "cut": "classes up to the task of the batch, whose label it is told",
+    "all": "all classes of the run",
+    "cut": "classes up to its task",
 }
-"""The classes among which an image is scored. `cut` leaks the task."""
+"""The classes among which an image is predicted. `cut` uses the image's task."""
 
 
 class Finding(NamedTuple):
@@ -49,9 +49,9 @@ class Finding(NamedTuple):
     """In [0, 1]."""
 
     @property
-    def honest(self) -> bool:
-        """Whether nothing of the task leaks into the prediction."""
-        return self.choice == "image" and self.scope == "seen"
+    def uses_task(self) -> bool:
+        """Whether predictions use the task of an image, or the other images of its batch, which have the same task."""
+        return self.choice != "image" or self.scope == "cut"
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def audit_run(
     session, state = _load_finished(run, progress, config or run.config)
     last = state.task
     out = []
-    for size in (None, *(sizes if state.method.uses_query else ())):  # votes need a prompt selection
+    for size in (None, *(sizes if state.method.selects_prompts else ())):
         hits: dict[tuple[str, str], Tensor] = {}
         counts = torch.zeros(last, dtype=torch.float64)  # of images that can be read
         for task, features, labels in _features(session, state, size):
@@ -121,7 +121,7 @@ def oracle(run: Run, progress: Progress, config: Config | None = None) -> dict[s
 
 def to_json(findings: Sequence[Finding], bounds: Mapping[str, tuple[float, float]] | None = None) -> str:
     """Return the findings and, if there are any, the bounds of `oracle` as a JSON text; shares are in [0, 1]."""
-    tree: dict[str, Any] = {"accuracy": [finding._asdict() | {"honest": finding.honest} for finding in findings]}
+    tree: dict[str, Any] = {"accuracy": [finding._asdict() | {"uses_task": finding.uses_task} for finding in findings]}
     if bounds is not None:
         tree["oracle"] = {
             name: {"accuracy": accuracy, "staleness": None if math.isnan(stale) else stale}

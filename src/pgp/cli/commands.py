@@ -155,7 +155,7 @@ class SweepCommand:
     """Number of seeds, counted from 0; or a list, such as 3,7,11."""
     output: Path | None = None
     """Folder of the sweep. If not given, sweeps/RECIPE."""
-    controls: bool = True
+    baselines: bool = True
     """Also run all baselines of each point: without projection; with a random projection; with a tenth of the prompt
     learning rate after the first task; with prompts frozen after the first task; a linear head and the nearest class
     mean on frozen features; joint training on all tasks."""

@@ -292,7 +292,7 @@ def sweep_command(words: list[str]) -> None:
     for data in {repr(config.dataset): config.dataset for config in configs}.values():
         data.fetch()  # once; fetch() draws its own progress bars
     swept = sweep.Sweep(command.output or Path("sweeps") / first[0], base)
-    jobs = swept.plan(points, seeds, controls=command.controls)
+    jobs = swept.plan(points, seeds, baselines=command.baselines)
     failures = _swept(command, base, jobs)
     if members := swept.write_report():
         show.show_comparison(members, command.output or Path("sweeps") / first[0])

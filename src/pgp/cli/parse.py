@@ -152,8 +152,8 @@ def parse_point(words: list[str]) -> Config:
     """Return the configuration of one point of a grid."""
     command = train_command(words, "pgp sweep")
     if command.twin or command.baselines or command.output or flag_values(words, "--seed"):
-        raise ValueError("expected pgp sweep without --twin, --baselines and --seed: controls are there by default, and"
-                         " seeds are --seeds")  # fmt: skip
+        raise ValueError("expected pgp sweep without --twin and --seed: baselines are run by default,"
+                         " and seeds are --seeds")  # fmt: skip
     if command.config.hardware.devices > 1:
         raise ValueError(f"expected --devices 1 in a sweep, whose runs are spread over all devices as they are, got"
                          f" {command.config.hardware.devices}")  # fmt: skip
@@ -186,8 +186,8 @@ def parse_grid(over: Sequence[str]) -> list[dict[str, str]]:
         if not path or not equals or not all(parts):
             raise ValueError(f"expected --over PATH=VALUE,VALUE, such as projection.energy=.9,.99, got {text!r}")
         if path in ("seed", "output", "twin", "baselines"):
-            raise ValueError(f"expected a setting of the runs in --over, got {path}: seeds are --seeds, and controls"
-                             " are there by default")  # fmt: skip
+            raise ValueError(f"expected a setting of the runs in --over, got {path}: seeds are --seeds, and"
+                             " baselines are run by default")  # fmt: skip
         axes.setdefault(path, []).extend(parts)
     return [dict(zip(axes, chosen, strict=True)) for chosen in itertools.product(*axes.values())]
 

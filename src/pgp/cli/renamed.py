@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 FLAGS = {
+    "controls": "baselines",
     "part": "micro-batch-size",
     "hardware.part": "micro-batch-size",
     "arrival": "order",

@@ -285,20 +285,22 @@ def show_tasks(scenario: Scenario) -> None:
 
 
 def show_audit(run: Run, findings: Sequence[audit.Finding]) -> None:
-    """Print the accuracy of `run` under each protocol, and how much of the highest one comes from leaks."""
+    """Print the accuracy of `run` under each protocol, and how much task information adds to it."""
     columns = list(dict.fromkeys(finding.column for finding in findings))
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for finding in findings:
-        chosen = "each image" if finding.batch is None else f"a vote of {finding.batch}"
+        chosen = "each image" if finding.batch is None else f"vote of {finding.batch} images"
         cells = rows.setdefault((chosen, audit.SCOPES[finding.scope]), {})
         cells[finding.column] = f"{100 * finding.accuracy:.2f}"
     table = [(*key, *(cells[column] for column in columns)) for key, cells in rows.items()]
-    _show_table(f"{run.folder}: average accuracy, %", ("prompts by", "scored over"), columns, table)
+    _show_table(f"{run.folder}: average accuracy, %", ("prompts selected by", "predicted among"), columns, table)
     for column in columns:
         own = [finding for finding in findings if finding.column == column]
-        best, (real,) = max(own, key=lambda finding: finding.accuracy), [finding for finding in own if finding.honest]
-        over = 100 * (best.accuracy - real.accuracy)
-        show_lines(f"{column}: {100 * real.accuracy:.2f} % is real; leaks add up to {over:.2f} points")
+        (plain,) = (finding for finding in own if finding.choice == "image" and finding.scope == "seen")
+        gain = 100 * (max(finding.accuracy for finding in own) - plain.accuracy)
+        show_lines(
+            f"{column}: {100 * plain.accuracy:.2f} %; with task information up to {gain:.2f} points more"
+        )
 
 
 def show_oracle(run: Run, bounds: Mapping[str, tuple[float, float]]) -> None:
@@ -308,8 +310,8 @@ def show_oracle(run: Run, bounds: Mapping[str, tuple[float, float]]) -> None:
     for name, (accuracy, stale) in bounds.items():
         own = metrics.average_accuracy(stored[name])
         rows.append((name, f"{100 * own:.2f}", f"{100 * accuracy:.2f}", f"{stale:.3f}"))
-    title = f"{run.folder}: statistics of {len(tasks)} tasks"
-    _show_table(title, ("readout",), ("as kept, %", "if none were stale, %", "staleness of means"), rows)
+    title = f"{run.folder}: accuracy with stored and with fresh statistics of {len(tasks)} tasks"
+    _show_table(title, ("readout",), ("stored, %", "fresh, %", "staleness of means"), rows)
 
 
 def write_audit(

@@ -33,9 +33,11 @@ class Method(nn.Module, abc.ABC):
     finished run."""
     uses_query: bool = True
     """Whether features depend on the query. If not, the query is computed only for readouts that use it."""
+    selects_prompts: bool = False
+    """Whether each image selects some of the prompts, by its query."""
     legacy_scope: Literal["all", "cut"] = "all"
-    """Classes over which the published evaluation scores. `all`: every class, seen or not. `cut`: the classes up to the
-    task of the test batch, which leaks the task. Both are reported only next to the accuracy without leaks."""
+    """Classes among which the published evaluation predicts. `all`: every class, seen or not. `cut`: the classes up to
+    the task of the test batch, which uses the task. Both are reported only next to the accuracy without the task."""
 
     @dataclass(frozen=True)
     class Config(abc.ABC):

@@ -39,6 +39,8 @@ class DualPrompt(Method):
     mixes those of different images of a batch.
     """
 
+    selects_prompts = True
+
     @dataclass(frozen=True)
     class Config(Method.Config):
         """Settings of the published method; the defaults are its values for CIFAR-100."""

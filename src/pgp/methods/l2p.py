@@ -31,6 +31,8 @@ class L2P(Method):
     Loss: cross-entropy over the task's classes - `pull` * cosine similarity of the query and the selected keys.
     """
 
+    selects_prompts = True
+
     @dataclass(frozen=True)
     class Config(Method.Config):
         """Settings of the published method; the defaults are its values for CIFAR-100."""

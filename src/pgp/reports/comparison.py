@@ -1,4 +1,4 @@
-"""Comparison of runs with the same seeds: paired differences to controls, and accuracy against forgetting."""
+"""Comparison of runs with the same seeds: paired differences to baselines, and accuracy against forgetting."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOTE = (
     " same seed, mean ± standard error of that mean.\n"
 )
 MARKS = "sD^vP*Xh"
-"""Markers of controls in the figure, in order."""
+"""Markers of baselines in the figure, in order."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +33,8 @@ class Entry:
 
     label: str
     runs: Mapping[int, Run]
-    controls: Mapping[str, Entry] = field(default_factory=dict)
-    """Entries that this one is compared with, by name; empty for an entry that is only a control."""
+    baselines: Mapping[str, Entry] = field(default_factory=dict)
+    """Entries that this one is compared with, by name; empty for an entry that is only a baseline."""
 
 
 class PairedDifference(NamedTuple):
@@ -75,7 +75,7 @@ def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def table(members: Sequence[Entry]) -> list[tuple[str, ...]]:
-    """Return the rows under `HEAD`: each entry and readout, followed by its differences to its controls."""
+    """Return the rows under `HEAD`: each entry and readout, followed by its differences to its baselines."""
     return [row for member in members for column in columns(member) for row in _rows(member, column)]
 
 
@@ -92,23 +92,23 @@ def columns(member: Entry) -> list[str]:
 def _rows(member: Entry, column: str) -> Iterator[tuple[str, ...]]:
     line = _result_row(member, column)
     yield member.label, column, str(len(line.matrices)), *_cells(line)
-    for name, control in member.controls.items():
-        other = _comparable_column(control, column)
+    for name, baseline in member.baselines.items():
+        other = _comparable_column(baseline, column)
         if other is None:
             continue
         cells, seeds = [], 0
         for figure in STATISTICS:
-            difference = paired(_values(member, column, figure), _values(control, other, figure))
+            difference = paired(_values(member, column, figure), _values(baseline, other, figure))
             seeds = max(seeds, difference.seeds if difference else 0)
             cells.append(_signed(difference) if difference else "")
         if seeds:
             yield f"minus {name}", column if other == column else f"{column}, {other}", str(seeds), *cells
 
 
-def _comparable_column(control: Entry, column: str) -> str | None:
-    """Return the readout of a control to compare with `column`: the same one, else the control's best."""
-    own = columns(control)
-    best = max(own, key=lambda name: _result_row(control, name).spread("average_accuracy")[0], default=None)
+def _comparable_column(baseline: Entry, column: str) -> str | None:
+    """Return the readout of a baseline to compare with `column`: the same one, else the baseline's best."""
+    own = columns(baseline)
+    best = max(own, key=lambda name: _result_row(baseline, name).spread("average_accuracy")[0], default=None)
     return column if column in own else best
 
 
@@ -142,13 +142,13 @@ def _signed(difference: PairedDifference) -> str:
 def draw_comparison(members: Sequence[Entry], path: Path) -> None:
     """Draw accuracy against forgetting as a PNG, with a panel for each readout.
 
-    Entries are drawn with their standard deviation over seeds, controls in black. An entry to the right of and below
-    the frontier of controls is worse than a control.
+    Entries are drawn with their standard deviation over seeds, baselines in black. An entry to the right of and below
+    the frontier of baselines is worse than a baseline.
     """
     members = [member for member in members if member.runs]
-    used_as_control = {control for member in members for control in member.controls.values()}
-    points = [member for member in members if member not in used_as_control] or members
-    controls = [member for member in members if member not in points]
+    used_as_baseline = {baseline for member in members for baseline in member.baselines.values()}
+    points = [member for member in members if member not in used_as_baseline] or members
+    baselines = [member for member in members if member not in points]
     readouts = list(dict.fromkeys(column for member in points for column in columns(member)))
     width = 1 + 4.6 * len(readouts)
     longest = max(len(member.label) for member in members)
@@ -156,14 +156,14 @@ def draw_comparison(members: Sequence[Entry], path: Path) -> None:
     figure = Figure(figsize=(width, 5 + 0.17 * (2 + len(members) // legend_columns)), layout="constrained")
     panels: Any = figure.subplots(1, len(readouts), squeeze=False)
     for axes, column in zip(panels.flat, readouts, strict=True):
-        _draw_panel(axes, column, points, controls)
+        _draw_panel(axes, column, points, baselines)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", fontsize=7, ncols=legend_columns)
     figures.save_figure(figure, path)
 
 
-def _draw_panel(axes: Any, column: str, points: Sequence[Entry], controls: Sequence[Entry]) -> None:
-    """Draw one readout: points in colour, controls in black, and their frontier."""
+def _draw_panel(axes: Any, column: str, points: Sequence[Entry], baselines: Sequence[Entry]) -> None:
+    """Draw one readout: points in colour, baselines in black, and their frontier."""
     for number, member in enumerate(points):
         if column in columns(member):
             _draw_point(
@@ -174,25 +174,25 @@ def _draw_panel(axes: Any, column: str, points: Sequence[Entry], controls: Seque
                 marker="od"[number // 10 % 2],
                 zorder=3,
             )
-    control_points = []
-    for number, control in enumerate(controls):
-        other = _comparable_column(control, column)
+    baseline_points = []
+    for number, baseline in enumerate(baselines):
+        other = _comparable_column(baseline, column)
         if other is None:
             continue
-        line = _result_row(control, other)
+        line = _result_row(baseline, other)
         if _is_single_task(line):
             mean, _ = line.spread("average_accuracy")
-            axes.axhline(100 * mean, color="black", linestyle=":", linewidth=1, label=plot_text(control.label))
+            axes.axhline(100 * mean, color="black", linestyle=":", linewidth=1, label=plot_text(baseline.label))
             continue
         mark = MARKS[number % len(MARKS)]
-        control_points.append(
-            _draw_point(axes, line, control.label, color="black", marker=mark, markersize=5, markerfacecolor="white")
+        baseline_points.append(
+            _draw_point(axes, line, baseline.label, color="black", marker=mark, markersize=5, markerfacecolor="white")
         )
-    if best := frontier(control_points):
+    if best := frontier(baseline_points):
         low, right = axes.get_ylim()[0], axes.get_xlim()[1]
         xs = [best[0][0], *(x for x, _ in best), max(right, best[-1][0])]
         ys = [low, *(y for _, y in best), best[-1][1]]
-        axes.step(xs, ys, where="post", color="black", linewidth=0.8, alpha=0.6, label="frontier of controls")
+        axes.step(xs, ys, where="post", color="black", linewidth=0.8, alpha=0.6, label="frontier of baselines")
         axes.set(xlim=(None, right), ylim=(low, None))
     axes.set(xlabel="forgetting, %", ylabel="average accuracy, %", title=column)
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""Run a grid of configurations and their controls, each exactly once, and summarise it."""
+"""Run a grid of configurations and their baselines, each exactly once, and summarise it."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class JobResult(NamedTuple):
 
 @dataclass
 class GridPoint:
-    """A configuration of the grid or a control, without its seed."""
+    """A configuration of the grid or a baseline, without its seed."""
 
     name: str
     label: str
     config: Config
-    controls: dict[str, str] = field(default_factory=dict)
-    """Names of the entries of a point's controls, by control."""
+    baselines: dict[str, str] = field(default_factory=dict)
+    """Names of the entries of a point's baselines, by baseline."""
 
 
 class Sweep:
@@ -76,8 +76,8 @@ class Sweep:
         """All entries that were ever planned in this folder, by name."""
         self.seeds: list[int] = []
 
-    def plan(self, choices: Mapping[str, Config], seeds: Sequence[int], *, controls: bool = True) -> list[Job]:
-        """Return the jobs for all points, given by label, and for their controls, and record them in sweep.json.
+    def plan(self, choices: Mapping[str, Config], seeds: Sequence[int], *, baselines: bool = True) -> list[Job]:
+        """Return the jobs for all points, given by label, and for their baselines, and record them in sweep.json.
 
         Raises:
             RunError: If the folder contains other files, or runs with other settings.
@@ -87,28 +87,28 @@ class Sweep:
             self._read()
             asked = [self._entry(label, config) for label, config in choices.items()]
             points = list(dict.fromkeys(entry.name for entry in asked))
-            if controls:
+            if baselines:
                 for name in points:
-                    self._add_controls(self.entries[name])
-            names = dict.fromkeys([*points, *(c for name in points for c in self.entries[name].controls.values())])
+                    self._add_baselines(self.entries[name])
+            names = dict.fromkeys([*points, *(c for name in points for c in self.entries[name].baselines.values())])
             self.seeds = sorted({*self.seeds, *seeds})
-            jobs = [self._job(self.entries[name], seed) for seed in seeds for name in (names if controls else points)]
+            jobs = [self._job(self.entries[name], seed) for seed in seeds for name in (names if baselines else points)]
             for job in jobs:
                 check(job)
             self._write()
         return jobs
 
     def members(self) -> list[Entry]:
-        """Return all entries with their finished runs for a comparison: points first, then other controls."""
-        controls: dict[str, dict[str, Entry]] = {name: {} for name in self.entries}
+        """Return all entries with their finished runs for a comparison: points first, then other baselines."""
+        baselines: dict[str, dict[str, Entry]] = {name: {} for name in self.entries}
         members = {}
         for name, entry in self.entries.items():
             jobs = [self._job(entry, seed) for seed in self.seeds]
             finished = {job.seed: Run(job.folder) for job in jobs if finished_result(job)}
-            members[name] = Entry(entry.label, finished, controls[name])
+            members[name] = Entry(entry.label, finished, baselines[name])
         for name, entry in self.entries.items():
-            controls[name] |= {control: members[other] for control, other in entry.controls.items()}
-        points = [name for name, entry in self.entries.items() if entry.controls]
+            baselines[name] |= {baseline: members[other] for baseline, other in entry.baselines.items()}
+        points = [name for name, entry in self.entries.items() if entry.baselines]
         return [members[name] for name in dict.fromkeys([*points, *self.entries]) if members[name].runs]
 
     def write_report(self) -> list[Entry]:
@@ -138,11 +138,11 @@ class Sweep:
         self.entries[name] = GridPoint(name, label, config)
         return self.entries[name]
 
-    def _add_controls(self, point: GridPoint) -> None:
+    def _add_baselines(self, point: GridPoint) -> None:
         common = {name: _bare(config) for name, config in matching_baselines(self.base).items()}
         for name, config in matching_baselines(point.config).items():
             config, shared = _bare(config), common.get(name)
-            point.controls[name] = self._entry(name if config == shared else f"{name}, {point.label}", config).name
+            point.baselines[name] = self._entry(name if config == shared else f"{name}, {point.label}", config).name
 
     def _read(self) -> None:
         path = self.output / FILE
@@ -158,7 +158,7 @@ class Sweep:
                 raise ValueError(f"format {tree['format']}")
             base = Config.from_json(tree["base"])
             entries = [
-                GridPoint(name, one["label"], Config.from_json(one["config"]), dict(one["controls"]))
+                GridPoint(name, one["label"], Config.from_json(one["config"]), dict(one["baselines"]))
                 for name, one in tree["entries"].items()
             ]
             seeds = [int(seed) for seed in tree["seeds"]]
@@ -171,7 +171,7 @@ class Sweep:
 
     def _write(self) -> None:
         entries = {
-            one.name: {"label": one.label, "controls": one.controls, "config": one.config.to_json()}
+            one.name: {"label": one.label, "baselines": one.baselines, "config": one.config.to_json()}
             for one in self.entries.values()
         }
         tree = {"format": FORMAT, "base": self.base.to_json(), "seeds": self.seeds, "entries": entries}
