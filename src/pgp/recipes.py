@@ -292,12 +292,12 @@ def without_training(config: Config) -> Config:
 
 
 def quick() -> Config:
-    """Learn your own images in three passes, without gradients, with ViT-B/16: pgp train quick --data ./photos."""
+    """Learn your own images in a pass and two augmented views, without gradients: pgp train quick --data ./photos."""
     return replace(without_training(own()), name="quick")
 
 
 def demo_quick() -> Config:
-    """Learn digits in 5 tasks of 2 classes in three passes, without gradients, by a small encoder. Seconds, offline."""
+    """Learn digits in 5 tasks of 2 classes in a pass and two views, without gradients. Seconds, offline."""
     return replace(without_training(demo()), name="demo-quick")
 
 

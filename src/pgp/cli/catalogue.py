@@ -44,7 +44,7 @@ def _sections() -> Iterator[RenderableType]:
     yield "\ndata sets, for --dataset NAME; download with pgp data get RECIPE, verify with pgp data check RECIPE"
     for name, dataset in recipes.DATASETS.items():
         yield _entry(name, type(dataset), _location(dataset))
-    yield "\nsettings, for --setting NAME"
+    yield "\nscenarios, for --setting NAME"
     yield _grid(SETTINGS)
     yield "\ncomponents, each of which can replace that of a recipe"
     names = {f"--{field}": ", ".join(choices) for field, choices in recipes.CHOICES.items() if field != "dataset"}

@@ -289,7 +289,7 @@ def show_audit(run: Run, findings: Sequence[audit.Finding]) -> None:
     columns = list(dict.fromkeys(finding.column for finding in findings))
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for finding in findings:
-        chosen = "each image" if finding.batch is None else f"vote of {finding.batch} images"
+        chosen = "each image" if finding.batch is None else f"vote of {finding.batch} image{'s' * (finding.batch > 1)}"
         cells = rows.setdefault((chosen, audit.SCOPES[finding.scope]), {})
         cells[finding.column] = f"{100 * finding.accuracy:.2f}"
     table = [(*key, *(cells[column] for column in columns)) for key, cells in rows.items()]

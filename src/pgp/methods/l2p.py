@@ -56,10 +56,11 @@ class L2P(Method):
         """Prompt selection in training: per image (image), or by majority vote over the batch (batch, as published). At
         test, selection is per image, except in --legacy-eval and pgp audit."""
         prompt_mask: bool = False
-        """Train task t (from 0) with prompts t * k to t * k + k - 1 only. Past the end of the pool, images select by
-        similarity."""
+        """Train task t (from 0) with k prompts of its own, t * k to t * k + k - 1. If the pool has none left for it,
+        images select prompts by similarity, as without this setting."""
         shared_pool: bool = False
-        """Before task t, copy the prompts of task t - 1 to those of task t. This is intended for prompt_mask."""
+        """Before task t, copy prompts (t - 1) * k to t * k - 1 to the k that follow. With prompt_mask, each task then
+        starts from the prompts of the one before it."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
         """What prompt updates must be orthogonal to. tokens: tokens of old images at the input of the first block (the
         paper). affinity: directions that change attention scores. affinity+aggregation: also the attention weights of
