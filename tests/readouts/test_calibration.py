@@ -93,7 +93,7 @@ def test_what_is_held_out_sets_the_temperature_and_nothing_else(config):
     torch.testing.assert_close(readout.probabilities(logits), (logits / readout.temperature).softmax(1))
 
 
-def test_augmented_views_of_held_out_images_are_left_out_and_not_scored():
+def test_augmented_views_of_held_out_images_are_left_out_and_tested_on_too():
     features, labels = drawn()
     views = features + 0.1
     held_out = torch.arange(len(labels)) % 5 == 0
@@ -104,8 +104,12 @@ def test_augmented_views_of_held_out_images_are_left_out_and_not_scored():
         without.observe(rows[~held_out], labels[~held_out])
     readout.end_task()
     without.end_task()
-    expected = losses_by_temperature(without.logits(features[held_out]), labels[held_out])
+    expected = sum(
+        losses_by_temperature(without.logits(rows[held_out]), labels[held_out]) for rows in (features, views)
+    )
     torch.testing.assert_close(readout.losses, expected[None], rtol=1e-4, atol=1e-4)
+    assert [test.images for test in readout.tests] == [int(held_out.sum())]
+    torch.testing.assert_close(readout.tests[0].scores, without.unknown_scores(features[held_out]).sort()[0])
 
 
 def test_few_images_leave_the_temperature_at_one(recwarn):
@@ -138,7 +142,7 @@ def test_tasks_add_up_and_only_numbers_of_held_out_images_are_kept():
         readout.hold_out(features[held_out], labels[held_out], augmented=False)
         readout.end_task()
     torch.testing.assert_close(readout.losses, total[None], rtol=1e-4, atol=1e-4)
-    assert set(readout.state_dict()) == {"counts", "sums", "products", "losses", "scores", "scores_per_task"}
+    assert set(readout.state_dict()) == {"counts", "sums", "products", "losses", "scores", "test_sizes"}
 
 
 def test_a_run_is_calibrated_and_says_so(tmp_path):

@@ -185,11 +185,10 @@ def test_a_run_follows_its_features_and_goes_on_inside_a_task_bitwise(tmp_path, 
     assert not torch.equal(one["lda"]["sums"], one["lda+shift"]["sums"])
     assert not torch.equal(one["lda+shift"]["sums"], one["lda+linear"]["sums"])
     *_, last = whole.events("task")
-    last_scores, tasks = len(one["lda"]["scores"]), len(one["lda"]["scores_per_task"])
-    assert last_scores == 6 * 2  # two images of each class
-    assert (
-        last["readouts"]["lda"]["bytes"] == 8 * (6 + 6 * 48 + 48 * 48 + len(TEMPERATURES)) + 4 * last_scores + 8 * tasks
-    )
+    tests, images = len(one["lda"]["losses"]), len(one["lda"]["scores"])
+    assert images == 6 * 2  # two images of each class
+    numbers = 6 + 6 * 48 + 48 * 48 + tests * (len(TEMPERATURES) + 2)
+    assert last["readouts"]["lda"]["bytes"] == 8 * numbers + 4 * images
     assert last["readouts"]["logistic"]["seconds"] > 0
 
 

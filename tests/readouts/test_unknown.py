@@ -54,8 +54,8 @@ def test_the_threshold_keeps_held_out_images_of_all_tasks(config):
         readout.observe(features[rows], labels[rows])
         readout.hold_out(features[rows & held_out], labels[rows & held_out], augmented=False)
         readout.end_task()
-    assert [len(scores) for scores in readout.scores] == [60, 40]
-    scores = torch.cat(readout.scores)
+    assert [test.images for test in readout.tests] == [60, 40]
+    scores = torch.cat([test.scores for test in readout.tests])
     for keep in (0.5, 0.95):
         assert float((scores <= readout.unknown_threshold(keep)).double().mean()) == pytest.approx(keep, abs=0.02)
     again = config.build(torch.nn.Linear(D, C), C, 0)
@@ -66,7 +66,7 @@ def test_the_threshold_keeps_held_out_images_of_all_tasks(config):
     assert auroc(readout.unknown_scores(known), readout.unknown_scores(unknown)) > 0.8
 
 
-def test_scores_of_the_latest_tasks_are_kept():
+def test_the_latest_tests_are_kept():
     features, labels = drawn(each=75)
     readout, sizes = LDA(C), []
     for label in range(C):
@@ -74,9 +74,9 @@ def test_scores_of_the_latest_tasks_are_kept():
         readout.observe(features[rows], labels[rows])
         readout.hold_out(features[rows][:45], labels[rows][:45], augmented=False)
         readout.end_task()
-        sizes.append([len(scores) for scores in readout.scores])
+        sizes.append([test.images for test in readout.tests])
     assert sizes == [[45], [45, 45], [45, 45, 45], [45, 45, 45], [45, 45, 45]]
-    last = torch.cat(readout.scores).sort()[0]
+    last = torch.cat([test.scores for test in readout.tests]).sort()[0]
     assert readout.unknown_threshold(0.9) == last[int(0.9 * 135)]
 
 

@@ -298,9 +298,7 @@ def show_audit(run: Run, findings: Sequence[audit.Finding]) -> None:
         own = [finding for finding in findings if finding.column == column]
         (plain,) = (finding for finding in own if finding.choice == "image" and finding.scope == "seen")
         gain = 100 * (max(finding.accuracy for finding in own) - plain.accuracy)
-        show_lines(
-            f"{column}: {100 * plain.accuracy:.2f} %; with task information up to {gain:.2f} points more"
-        )
+        show_lines(f"{column}: {100 * plain.accuracy:.2f} %; with task information up to {gain:.2f} points more")
 
 
 def show_oracle(run: Run, bounds: Mapping[str, tuple[float, float]]) -> None:

@@ -106,7 +106,7 @@ class Readout(abc.ABC):
         Args:
             features: Features `(B, D)` from `select_features`.
             labels: Labels `(B,)`.
-            augmented: Whether these are augmented views. Only images without augmentation are scored.
+            augmented: Whether these are augmented views of images that are held out.
         """
         return
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,20 @@ from pgp.readouts.base import Features, Readout
 from pgp.readouts.calibration import TEMPERATURES, losses_by_temperature
 from pgp.subspace import to_float64
 
-NUM_SCORES = 100
-"""Number of held-out images, of the latest tasks, by which images are called unknown."""
+NUM_HELD_OUT = 100
+"""Number of held-out images that tests of the latest tasks cover, if there are so many. Older tests are dropped: they
+were of fits to fewer images, whose logits and distances are too large."""
+
+
+class HeldOutTest(NamedTuple):
+    """Results on the held-out images of a task, at the end of that task."""
+
+    images: int
+    """Number of images, without their augmented views."""
+    losses: Tensor
+    """Cross-entropy of all images and views by regularisation and temperature, `(K, G)`."""
+    scores: Tensor
+    """`unknown_scores` of the images, in ascending order; empty if the readout has no such scores."""
 
 
 class StatisticsReadout(Readout):
@@ -27,9 +39,8 @@ class StatisticsReadout(Readout):
     drift. The rest can be compensated: it is estimated on images of the current task, and the statistics are corrected
     by the estimate.
 
-    Images that `hold_out` receives are left out of a first fit, which is tested on them. Only numbers are kept of them:
-    their cross-entropy for each candidate of the regularisation and each temperature, and one score per image that
-    tells how unlike the learned classes it is.
+    Images that `hold_out` receives are left out of a first fit, which is tested on them. Only these results are kept
+    (`HeldOutTest`); they choose the regularisation, the temperature and the threshold for unknown images.
 
     Args:
         classes: Number of labels.
@@ -89,12 +100,9 @@ class StatisticsReadout(Readout):
         self.state: dict[str, Tensor] = {}
         self._task: dict[str, Tensor] = {}
         self._held_out: dict[str, Tensor] = {}
-        self._scored: list[tuple[Tensor, Tensor]] = []
-        self.losses = torch.zeros(len(candidates), len(TEMPERATURES), dtype=torch.float64)
-        """Cross-entropy of all held-out images by regularisation and temperature, each measured when its task ended."""
-        self.scores: list[Tensor] = []
-        """`unknown_scores` of held-out images by task, measured when it ended, in ascending order. Those of the latest
-        tasks are kept, `NUM_SCORES` if there are so many, since scores shrink as the covariances are known better."""
+        self._tested: list[tuple[Tensor, Tensor, bool]] = []
+        self.tests: list[HeldOutTest] = []
+        """Tests on held-out images of the latest tasks, see `NUM_HELD_OUT`."""
 
     def select_features(self, images: Features) -> Tensor:
         """Return the features, and the queries and mean patch tokens if they are used, `(B, D + Q + Q)`."""
@@ -111,8 +119,7 @@ class StatisticsReadout(Readout):
     def hold_out(self, features: Tensor, labels: Tensor, *, augmented: bool) -> None:
         """See `Readout.hold_out`."""
         _accumulate(self._held_out, self._statistics(features, labels))
-        if not augmented:
-            self._scored.append((features.detach(), labels))
+        self._tested.append((features.detach(), labels, augmented))
 
     def _statistics(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         features = to_float64(features.detach())
@@ -141,38 +148,55 @@ class StatisticsReadout(Readout):
 
         Collective: every process must call it.
         """
-        held_out, scored = self._held_out, self._scored
-        self._held_out, self._scored = {}, []
+        held_out, tested = self._held_out, self._tested
+        self._held_out, self._tested = {}, []
         for name, tensor in self.state.items():
             held_out[name] = all_reduce_sum_(held_out.get(name, torch.zeros_like(tensor)))
         if not bool(held_out["counts"].any()):
             return
         total, self.state = self.state, {name: tensor - held_out[name] for name, tensor in self.state.items()}
         if self.state["counts"].sum() > self.seen.sum():  # some class has two images left, so features vary
-            scored = [(features[self.seen[labels]], labels[self.seen[labels]]) for features, labels in scored]
-            losses = torch.zeros_like(self.losses)
-            for index, candidate in enumerate(self.candidates):
-                self.regularisation = candidate
-                self._fit()
-                for features, labels in scored:
-                    losses[index] += losses_by_temperature(self.logits(features), labels).cpu()
-            self.losses = self.losses + all_reduce_sum_(losses.to(total["counts"].device)).cpu()
-            self._choose_regularisation()
-            if self.detects_unknown:
-                scores = torch.cat([torch.empty(0), *(self.unknown_scores(features).cpu() for features, _ in scored)])
-                self.scores.append(all_gather_rows(scores).sort()[0])
-                while sum(map(len, self.scores[1:])) >= NUM_SCORES:
-                    del self.scores[0]
+            rows = [(labels, self.seen[labels], features, augmented) for features, labels, augmented in tested]
+            known = [(features[seen], labels[seen], augmented) for labels, seen, features, augmented in rows]
+            self._record_test(known, total["counts"].device)
         self.state = total
 
+    def _record_test(self, images: Sequence[tuple[Tensor, Tensor, bool]], device: torch.device) -> None:
+        """Test the current statistics on features `(B, D)` and labels `(B,)` of images, augmented or not.
+
+        Collective: every process must call it.
+        """
+        losses = torch.zeros(len(self.candidates), len(TEMPERATURES), dtype=torch.float64)
+        for index, candidate in enumerate(self.candidates):
+            self.regularisation = candidate
+            self._fit()
+            for features, labels, _ in images:
+                losses[index] += losses_by_temperature(self.logits(features), labels).cpu()
+        losses = all_reduce_sum_(losses.to(device)).cpu()
+        plain = [features for features, _, augmented in images if not augmented]
+        count = int(all_reduce_sum_(torch.tensor(float(sum(map(len, plain))), device=device)))
+        self.tests.append(HeldOutTest(count, losses, torch.empty(0)))
+        while sum(test.images for test in self.tests[1:]) >= NUM_HELD_OUT:
+            del self.tests[0]
+        self._choose_regularisation()
+        if self.detects_unknown:
+            scores = torch.cat([torch.empty(0), *(self.unknown_scores(features).cpu() for features in plain)])
+            self.tests[-1] = self.tests[-1]._replace(scores=all_gather_rows(scores).sort()[0])
+
+    @property
+    def losses(self) -> Tensor:
+        """Cross-entropy of held-out images by regularisation and temperature, `(K, G)`; 0 if there were none."""
+        none = torch.zeros(len(self.candidates), len(TEMPERATURES), dtype=torch.float64)
+        return torch.stack([none, *(test.losses for test in self.tests)]).sum(0)
+
     def _choose_regularisation(self) -> None:
-        if bool(self.losses.any()):
+        if self.tests:
             self.regularisation = self.candidates[int(self.losses.amin(1).argmin())]
 
     @property
     def temperature(self) -> float:
-        """The temperature that minimises the cross-entropy of all held-out images; 1 if there were none."""
-        if not bool(self.losses.any()):
+        """The temperature that minimises the cross-entropy of held-out images; 1 if there were none."""
+        if not self.tests:
             return 1.0
         return float(TEMPERATURES[self.losses[self.candidates.index(self.regularisation)].argmin()])
 
@@ -221,7 +245,7 @@ class StatisticsReadout(Readout):
 
     def unknown_threshold(self, keep: float) -> float | None:
         """See `Readout.unknown_threshold`."""
-        scores = torch.cat([torch.empty(0), *self.scores]).sort()[0]
+        scores = torch.cat([torch.empty(0), *(test.scores for test in self.tests)]).sort()[0]
         return float(scores[min(int(keep * len(scores)), len(scores) - 1)]) if len(scores) else None
 
     def compensate(self, before: Tensor, after: Tensor) -> None:
@@ -244,20 +268,22 @@ class StatisticsReadout(Readout):
         self.state = {"counts": counts, "sums": sums, "products": within + means.T @ sums}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return counts, sums and products, and losses and scores of held-out images."""
+        """Return counts, sums and products, and the tests on held-out images."""
         if not self.state:
             return {}
-        sizes = torch.tensor([len(scores) for scores in self.scores], dtype=torch.long)
-        scores = torch.cat([torch.empty(0), *self.scores])
-        return {**self.state, "losses": self.losses, "scores": scores, "scores_per_task": sizes}
+        sizes = torch.tensor([(test.images, len(test.scores)) for test in self.tests], dtype=torch.long).reshape(-1, 2)
+        losses = torch.stack([self.losses, *(test.losses for test in self.tests)])[1:]  # (tests, K, G)
+        scores = torch.cat([torch.empty(0), *(test.scores for test in self.tests)])
+        return {**self.state, "losses": losses, "scores": scores, "test_sizes": sizes}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state_dict` and fit to it. It may cover only the first classes."""
         self.state = dict(state)
         if not state:
             return
-        self.losses = self.state.pop("losses").cpu()
-        self.scores = list(self.state.pop("scores").cpu().split(self.state.pop("scores_per_task").tolist()))
+        losses, scores, sizes = (self.state.pop(name).cpu() for name in ("losses", "scores", "test_sizes"))
+        by_task = scores.split(sizes[:, 1].tolist())
+        self.tests = [HeldOutTest(*test) for test in zip(sizes[:, 0].tolist(), losses, by_task, strict=True)]
         self._choose_regularisation()
         for name in ("counts", "sums"):
             missing = self.classes - len(state[name])
