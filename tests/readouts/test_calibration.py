@@ -83,7 +83,7 @@ def test_what_is_held_out_sets_the_temperature_and_nothing_else(config):
         one.end_task()
     torch.testing.assert_close(readout.logits(features), plain.logits(features))
     expected = losses_by_temperature(without.logits(features[held_out]), labels[held_out])
-    torch.testing.assert_close(readout.losses, expected[None], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(readout.tests.losses, expected[None], rtol=1e-4, atol=1e-4)
     assert plain.temperature == 1
     assert readout.temperature == float(TEMPERATURES[expected.argmin()])
     again = config.build(head, CLASSES, 0)
@@ -107,9 +107,9 @@ def test_augmented_views_of_held_out_images_are_left_out_and_tested_on_too():
     expected = sum(
         losses_by_temperature(without.logits(rows[held_out]), labels[held_out]) for rows in (features, views)
     )
-    torch.testing.assert_close(readout.losses, expected[None], rtol=1e-4, atol=1e-4)
-    assert [test.images for test in readout.tests] == [int(held_out.sum())]
-    torch.testing.assert_close(readout.tests[0].scores, without.unknown_scores(features[held_out]).sort()[0])
+    torch.testing.assert_close(readout.tests.losses, expected[None], rtol=1e-4, atol=1e-4)
+    assert [test.images for test in readout.tests.by_task] == [int(held_out.sum())]
+    torch.testing.assert_close(readout.tests.by_task[0].scores, without.unknown_scores(features[held_out]).sort()[0])
 
 
 def test_few_images_leave_the_temperature_at_one(recwarn):
@@ -141,7 +141,7 @@ def test_tasks_add_up_and_only_numbers_of_held_out_images_are_kept():
         readout.observe(features[rows], labels[rows])
         readout.hold_out(features[held_out], labels[held_out], augmented=False)
         readout.end_task()
-    torch.testing.assert_close(readout.losses, total[None], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(readout.tests.losses, total[None], rtol=1e-4, atol=1e-4)
     assert set(readout.state_dict()) == {"counts", "sums", "products", "losses", "scores", "test_sizes"}
 
 

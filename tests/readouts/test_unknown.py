@@ -54,8 +54,8 @@ def test_the_threshold_keeps_held_out_images_of_all_tasks(config):
         readout.observe(features[rows], labels[rows])
         readout.hold_out(features[rows & held_out], labels[rows & held_out], augmented=False)
         readout.end_task()
-    assert [test.images for test in readout.tests] == [60, 40]
-    scores = torch.cat([test.scores for test in readout.tests])
+    assert [test.images for test in readout.tests.by_task] == [60, 40]
+    scores = torch.cat([test.scores for test in readout.tests.by_task])
     for keep in (0.5, 0.95):
         assert float((scores <= readout.unknown_threshold(keep)).double().mean()) == pytest.approx(keep, abs=0.02)
     again = config.build(torch.nn.Linear(D, C), C, 0)
@@ -74,9 +74,9 @@ def test_the_latest_tests_are_kept():
         readout.observe(features[rows], labels[rows])
         readout.hold_out(features[rows][:45], labels[rows][:45], augmented=False)
         readout.end_task()
-        sizes.append([test.images for test in readout.tests])
+        sizes.append([test.images for test in readout.tests.by_task])
     assert sizes == [[45], [45, 45], [45, 45, 45], [45, 45, 45], [45, 45, 45]]
-    last = torch.cat([test.scores for test in readout.tests]).sort()[0]
+    last = torch.cat([test.scores for test in readout.tests.by_task]).sort()[0]
     assert readout.unknown_threshold(0.9) == last[int(0.9 * 135)]
 
 

@@ -1,9 +1,12 @@
-"""Calibration of probabilities on training images that the classifier was not fitted to.
+"""Results on training images that a classifier was not fitted to: they calibrate probabilities, and choose settings.
 
 See Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +14,9 @@ from torch import Tensor
 
 from pgp.subspace import to_float64
 
+NUM_HELD_OUT = 100
+"""Number of held-out images whose results are kept, of the latest tasks. Older results are dropped: they are of fits to
+fewer images, whose logits and distances are larger."""
 TEMPERATURES = 2.0 ** (torch.arange(-80, 65, dtype=torch.float64) / 8)
 """Temperatures that are tried, from 2^-10 to 2^8 in steps of 9 %, `(G,)`."""
 
@@ -27,3 +33,74 @@ def losses_by_temperature(logits: Tensor, labels: Tensor) -> Tensor:
     logits = to_float64(logits)
     temperatures = TEMPERATURES.to(logits.device)
     return torch.stack([F.cross_entropy(logits / t, labels, reduction="sum") for t in temperatures])
+
+
+class HeldOutTest(NamedTuple):
+    """Results on the held-out images of a task, at the end of that task."""
+
+    images: int
+    """Number of images, without their augmented views."""
+    losses: Tensor
+    """Cross-entropy of all images and views by candidate and temperature, `(K, G)`."""
+    scores: Tensor = torch.empty(0)
+    """How unlike the learned classes each image is, in ascending order; empty if the readout cannot tell."""
+
+
+class HeldOutTests:
+    """Results on held-out images of the latest tasks: at least `NUM_HELD_OUT` images, if there are so many.
+
+    Args:
+        candidates: Number K of candidates that are compared.
+    """
+
+    def __init__(self, candidates: int) -> None:
+        self.candidates = candidates
+        self.by_task: list[HeldOutTest] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.by_task)
+
+    def add(self, test: HeldOutTest) -> None:
+        """Add the results of a task, and drop old ones that are not needed any more."""
+        self.by_task.append(test)
+        while sum(test.images for test in self.by_task[1:]) >= NUM_HELD_OUT:
+            del self.by_task[0]
+
+    def add_scores(self, scores: Tensor) -> None:
+        """Add scores of the images of the latest task, `(n,)`."""
+        self.by_task[-1] = self.by_task[-1]._replace(scores=scores.sort()[0])
+
+    @property
+    def losses(self) -> Tensor:
+        """Cross-entropy by candidate and temperature, `(K, G)`."""
+        none = torch.zeros(self.candidates, len(TEMPERATURES), dtype=torch.float64)
+        return torch.stack([none, *(test.losses for test in self.by_task)]).sum(0)
+
+    @property
+    def best_candidate(self) -> int:
+        """Index of the candidate with the smallest cross-entropy at its best temperature."""
+        return int(self.losses.amin(1).argmin())
+
+    def temperature(self, candidate: int) -> float:
+        """Return the temperature that minimises the cross-entropy of a candidate."""
+        return float(TEMPERATURES[self.losses[candidate].argmin()])
+
+    def threshold(self, keep: float) -> float | None:
+        """Return the score that a fraction `keep` of the images do not exceed; None if there are no scores."""
+        scores = torch.cat([torch.empty(0), *(test.scores for test in self.by_task)]).sort()[0]
+        return float(scores[min(int(keep * len(scores)), len(scores) - 1)]) if len(scores) else None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the results as tensors."""
+        sizes = [(test.images, len(test.scores)) for test in self.by_task]
+        return {
+            "losses": torch.stack([self.losses, *(test.losses for test in self.by_task)])[1:],  # (tasks, K, G)
+            "scores": torch.cat([torch.empty(0), *(test.scores for test in self.by_task)]),
+            "test_sizes": torch.tensor(sizes, dtype=torch.long).reshape(-1, 2),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore a `state_dict`."""
+        losses, scores, sizes = (state[name].cpu() for name in ("losses", "scores", "test_sizes"))
+        by_task = scores.split(sizes[:, 1].tolist())
+        self.by_task = [HeldOutTest(*test) for test in zip(sizes[:, 0].tolist(), losses, by_task, strict=True)]

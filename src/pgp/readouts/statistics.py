@@ -12,23 +12,19 @@ from torch import Tensor, nn
 
 from pgp.distributed import all_gather_rows, all_reduce_sum_
 from pgp.readouts.base import Features, Readout
-from pgp.readouts.calibration import TEMPERATURES, losses_by_temperature
+from pgp.readouts.calibration import TEMPERATURES, HeldOutTest, HeldOutTests, losses_by_temperature
 from pgp.subspace import to_float64
 
-NUM_HELD_OUT = 100
-"""Number of held-out images that tests of the latest tasks cover, if there are so many. Older tests are dropped: they
-were of fits to fewer images, whose logits and distances are too large."""
 
+class HeldOutBatch(NamedTuple):
+    """Images that a first fit leaves out."""
 
-class HeldOutTest(NamedTuple):
-    """Results on the held-out images of a task, at the end of that task."""
-
-    images: int
-    """Number of images, without their augmented views."""
-    losses: Tensor
-    """Cross-entropy of all images and views by regularisation and temperature, `(K, G)`."""
-    scores: Tensor
-    """`unknown_scores` of the images, in ascending order; empty if the readout has no such scores."""
+    features: Tensor
+    """`(B, D)`."""
+    labels: Tensor
+    """`(B,)`."""
+    augmented: bool
+    """Whether these are augmented views."""
 
 
 class StatisticsReadout(Readout):
@@ -40,7 +36,7 @@ class StatisticsReadout(Readout):
     by the estimate.
 
     Images that `hold_out` receives are left out of a first fit, which is tested on them. Only these results are kept
-    (`HeldOutTest`); they choose the regularisation, the temperature and the threshold for unknown images.
+    (`HeldOutTests`); they choose the regularisation, the temperature and the threshold for unknown images.
 
     Args:
         classes: Number of labels.
@@ -100,9 +96,9 @@ class StatisticsReadout(Readout):
         self.state: dict[str, Tensor] = {}
         self._task: dict[str, Tensor] = {}
         self._held_out: dict[str, Tensor] = {}
-        self._tested: list[tuple[Tensor, Tensor, bool]] = []
-        self.tests: list[HeldOutTest] = []
-        """Tests on held-out images of the latest tasks, see `NUM_HELD_OUT`."""
+        self._held_out_batches: list[HeldOutBatch] = []
+        self.tests = HeldOutTests(len(candidates))
+        """Results on held-out images of the latest tasks."""
 
     def select_features(self, images: Features) -> Tensor:
         """Return the features, and the queries and mean patch tokens if they are used, `(B, D + Q + Q)`."""
@@ -119,7 +115,7 @@ class StatisticsReadout(Readout):
     def hold_out(self, features: Tensor, labels: Tensor, *, augmented: bool) -> None:
         """See `Readout.hold_out`."""
         _accumulate(self._held_out, self._statistics(features, labels))
-        self._tested.append((features.detach(), labels, augmented))
+        self._held_out_batches.append(HeldOutBatch(features.detach(), labels, augmented))
 
     def _statistics(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         features = to_float64(features.detach())
@@ -148,57 +144,43 @@ class StatisticsReadout(Readout):
 
         Collective: every process must call it.
         """
-        held_out, tested = self._held_out, self._tested
-        self._held_out, self._tested = {}, []
+        held_out, batches = self._held_out, self._held_out_batches
+        self._held_out, self._held_out_batches = {}, []
         for name, tensor in self.state.items():
             held_out[name] = all_reduce_sum_(held_out.get(name, torch.zeros_like(tensor)))
         if not bool(held_out["counts"].any()):
             return
         total, self.state = self.state, {name: tensor - held_out[name] for name, tensor in self.state.items()}
         if self.state["counts"].sum() > self.seen.sum():  # some class has two images left, so features vary
-            rows = [(labels, self.seen[labels], features, augmented) for features, labels, augmented in tested]
-            known = [(features[seen], labels[seen], augmented) for labels, seen, features, augmented in rows]
-            self._record_test(known, total["counts"].device)
+            self._test(batches)
         self.state = total
 
-    def _record_test(self, images: Sequence[tuple[Tensor, Tensor, bool]], device: torch.device) -> None:
-        """Test the current statistics on features `(B, D)` and labels `(B,)` of images, augmented or not.
+    def _test(self, batches: Sequence[HeldOutBatch]) -> None:
+        """Test fits to the current statistics, which leave out the images of `batches`.
 
         Collective: every process must call it.
         """
+        batches = [batch for batch in batches if bool(self.seen[batch.labels].all())]
+        unaugmented = [batch.features for batch in batches if not batch.augmented]
         losses = torch.zeros(len(self.candidates), len(TEMPERATURES), dtype=torch.float64)
         for index, candidate in enumerate(self.candidates):
             self.regularisation = candidate
             self._fit()
-            for features, labels, _ in images:
-                losses[index] += losses_by_temperature(self.logits(features), labels).cpu()
-        losses = all_reduce_sum_(losses.to(device)).cpu()
-        plain = [features for features, _, augmented in images if not augmented]
-        count = int(all_reduce_sum_(torch.tensor(float(sum(map(len, plain))), device=device)))
-        self.tests.append(HeldOutTest(count, losses, torch.empty(0)))
-        while sum(test.images for test in self.tests[1:]) >= NUM_HELD_OUT:
-            del self.tests[0]
-        self._choose_regularisation()
+            for batch in batches:
+                losses[index] += losses_by_temperature(self.logits(batch.features), batch.labels).cpu()
+        images = torch.tensor(float(sum(map(len, unaugmented))))
+        device = self.state["counts"].device
+        images, losses = (all_reduce_sum_(tensor.to(device)).cpu() for tensor in (images, losses))
+        self.tests.add(HeldOutTest(int(images), losses))
+        self.regularisation = self.candidates[self.tests.best_candidate]
         if self.detects_unknown:
-            scores = torch.cat([torch.empty(0), *(self.unknown_scores(features).cpu() for features in plain)])
-            self.tests[-1] = self.tests[-1]._replace(scores=all_gather_rows(scores).sort()[0])
-
-    @property
-    def losses(self) -> Tensor:
-        """Cross-entropy of held-out images by regularisation and temperature, `(K, G)`; 0 if there were none."""
-        none = torch.zeros(len(self.candidates), len(TEMPERATURES), dtype=torch.float64)
-        return torch.stack([none, *(test.losses for test in self.tests)]).sum(0)
-
-    def _choose_regularisation(self) -> None:
-        if self.tests:
-            self.regularisation = self.candidates[int(self.losses.amin(1).argmin())]
+            scores = torch.cat([torch.empty(0), *(self.unknown_scores(features).cpu() for features in unaugmented)])
+            self.tests.add_scores(all_gather_rows(scores))
 
     @property
     def temperature(self) -> float:
         """The temperature that minimises the cross-entropy of held-out images; 1 if there were none."""
-        if not self.tests:
-            return 1.0
-        return float(TEMPERATURES[self.losses[self.candidates.index(self.regularisation)].argmin()])
+        return self.tests.temperature(self.candidates.index(self.regularisation)) if self.tests else 1.0
 
     @property
     def detects_unknown(self) -> bool:
@@ -245,8 +227,7 @@ class StatisticsReadout(Readout):
 
     def unknown_threshold(self, keep: float) -> float | None:
         """See `Readout.unknown_threshold`."""
-        scores = torch.cat([torch.empty(0), *(test.scores for test in self.tests)]).sort()[0]
-        return float(scores[min(int(keep * len(scores)), len(scores) - 1)]) if len(scores) else None
+        return self.tests.threshold(keep)
 
     def compensate(self, before: Tensor, after: Tensor) -> None:
         """Correct the statistics of old classes for the drift of the features `(n, D)`; see `Readout.compensate`."""
@@ -268,23 +249,17 @@ class StatisticsReadout(Readout):
         self.state = {"counts": counts, "sums": sums, "products": within + means.T @ sums}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return counts, sums and products, and the tests on held-out images."""
-        if not self.state:
-            return {}
-        sizes = torch.tensor([(test.images, len(test.scores)) for test in self.tests], dtype=torch.long).reshape(-1, 2)
-        losses = torch.stack([self.losses, *(test.losses for test in self.tests)])[1:]  # (tests, K, G)
-        scores = torch.cat([torch.empty(0), *(test.scores for test in self.tests)])
-        return {**self.state, "losses": losses, "scores": scores, "test_sizes": sizes}
+        """Return counts, sums and products, and the results on held-out images."""
+        return {**self.state, **self.tests.state_dict()} if self.state else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state_dict` and fit to it. It may cover only the first classes."""
         self.state = dict(state)
         if not state:
             return
-        losses, scores, sizes = (self.state.pop(name).cpu() for name in ("losses", "scores", "test_sizes"))
-        by_task = scores.split(sizes[:, 1].tolist())
-        self.tests = [HeldOutTest(*test) for test in zip(sizes[:, 0].tolist(), losses, by_task, strict=True)]
-        self._choose_regularisation()
+        self.tests.load_state_dict({name: self.state.pop(name) for name in self.tests.state_dict()})
+        if self.tests:
+            self.regularisation = self.candidates[self.tests.best_candidate]
         for name in ("counts", "sums"):
             missing = self.classes - len(state[name])
             self.state[name] = torch.cat([state[name], state[name].new_zeros(missing, *state[name].shape[1:])])
