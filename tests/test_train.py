@@ -537,6 +537,41 @@ def test_two_processes_learn_the_same(tmp_path, precision, selection):
         assert (matrix - runs[2].matrices()[column]).nan_to_num().abs().max() <= 1 / 8 + 1e-9
 
 
+@pytest.mark.slow
+def test_readouts_of_two_processes_are_those_of_one(tmp_path):
+    """Statistics, views, results on held-out images and what they choose; of 5 images a class, one is held out."""
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys, tiny, torch\n"
+        "from pathlib import Path\n"
+        "from pgp import train\n"
+        "from pgp.config import Hardware\n"
+        "from pgp.datasets.synthetic import Synthetic\n"
+        "from pgp.methods.head_only import HeadOnly\n"
+        "from pgp.readouts.lda import LDA\n"
+        "from pgp.readouts.ranpac import RanPAC\n"
+        "torch.set_num_threads(1)\n"
+        "if __name__ == '__main__':\n"
+        "    readouts = (LDA.Config(patches=True, shrinkage=None), RanPAC.Config(dimensions=32))\n"
+        "    config = tiny.config(hardware=Hardware('cpu', devices=int(sys.argv[1])), readouts=readouts, views=1,\n"
+        "                         method=HeadOnly.Config(), dataset=Synthetic(noise=0.3, per_class=7))\n"
+        "    train.train(config, Path(sys.argv[2]))\n"
+    )
+    states = []
+    for devices in (1, 2):
+        folder = tmp_path / f"run{devices}"
+        command = [sys.executable, str(script), str(devices), str(folder)]
+        path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+        subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path}, timeout=300)
+        states.append(Run.open(folder).load()["readouts"])
+    one, two = states
+    assert one.keys() == two.keys() == {"lda+patches+tuned", "ranpac-32"}
+    assert one["lda+patches+tuned"]["test_sizes"][:, 0].sum() > 0
+    for name, state in one.items():
+        for key, tensor in state.items():
+            torch.testing.assert_close(two[name][key], tensor, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("changes", "steps"),
     [

@@ -60,7 +60,7 @@ def observe_views(session: Session, state: TrainState, task: Task, readouts: Seq
 
     Collective: every process must call it.
     """
-    views = session.transformed("train", "readout views", task)
+    views = session.transformed("train", "readout views", None)  # so the order of the tasks does not change them
     for view in range(session.config.views if readouts else 0):
         observe(session, state, task, None, readouts, views=views, view=view)
 

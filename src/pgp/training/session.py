@@ -121,12 +121,16 @@ class Session:
         """Return the tasks that are not finished yet, in their order."""
         return self.scenario.tasks[state.task :]
 
-    def transformed(self, which: str, purpose: str, task: Task) -> TransformedSplit:
-        """Return the training images under the `train` or the `test` transform, addressed by `purpose` and `task`."""
+    def transformed(self, which: str, purpose: str, task: Task | None) -> TransformedSplit:
+        """Return the training images under the `train` or the `test` transform.
+
+        Random transforms depend on `purpose` and, unless it is None, on `task`.
+        """
         transforms = self.config.transforms
         transform = transforms.train() if which == "train" else transforms.test()
         skip_bad = self.config.on_bad_image == "skip"
-        return TransformedSplit(self.data.train, transform, self.config.seed, (purpose, task.index), skip_bad)
+        address = (purpose,) if task is None else (purpose, task.index)
+        return TransformedSplit(self.data.train, transform, self.config.seed, address, skip_bad)
 
     def trains(self, state: TrainState) -> bool:
         """Whether tasks are trained on: prompts learn, or a head that a readout or the accuracy of a stream uses."""
