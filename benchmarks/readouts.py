@@ -55,9 +55,9 @@ from pgp.training.tasks import build_tasks
 RESULTS = emoji.ROOT / "docs" / "results" / "readouts.jsonl"
 TUNING = emoji.ROOT / "docs" / "results" / "readouts_tuning.jsonl"
 DATA = ("emoji", "kanji", "mixed")
-RATES = (0.03, 0.1, 0.3)
+RATES = (0.01, 0.03, 0.1, 0.3)
 """Learning rates that `tune` tries; prompts learn at a tenth of them."""
-RATE = {"emoji": 0.3, "kanji": 0.3, "mixed": 0.3}
+RATE = {"emoji": 0.3, "kanji": 0.3, "mixed": 0.03}
 """Learning rates that `tune` chose, on images for tuning only."""
 TINY_ROWS = ("frozen features", "VPT, input .99", "VPT, random, ranks of input .99")
 """Rows that a rehearsal runs, if none are named."""
