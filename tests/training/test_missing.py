@@ -128,6 +128,26 @@ def test_photos_that_have_changed_are_not_evaluated(tmp_path):
 
 
 @pytest.mark.parametrize("learns", [True, False])
+def test_test_images_are_evaluated_after_the_training_images_were_deleted(tmp_path, learns):
+    old, make = tmp_path / "old", config if learns else quick
+    for part in ("train", "test"):
+        photos(old / part, "bee", "cat", "dog")
+    (old / "names.txt").write_text("bee wasp\ncat cat\ndog dog\n")
+    run = train.train(make(old, drift_images=4 * learns), tmp_path / "run")
+    shutil.rmtree(old / "train")
+    first = train.resume(run.folder, add=Folder(photos(tmp_path / "new", "ant", "eel")))
+    assert first.data.class_names[:3] == ("wasp", "cat", "dog")
+    assert first.data.train_images[:2] == run.data.train_images[:2] == (10, 5)
+    assert first.data.test_images[:2] == run.data.test_images[:2] == (10, 5)
+    for matrix in first.matrices().values():
+        assert matrix[2].isfinite().all()
+    tiny_image(old / "test" / "cat").unlink()
+    with pytest.warns(UserWarning, match="the old images in .* are not evaluated: no data folder at"):
+        second = train.resume(run.folder, add=Folder(photos(tmp_path / "more", "dim")))
+    assert next(iter(second.matrices().values()))[3].isfinite().tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("learns", [True, False])
 def test_one_image_of_a_class_suffices_with_a_word_about_it(tmp_path, learns):
     old = photos(tmp_path / "old", "bee", "cat", "dog")
     make = config if learns else quick

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -155,6 +155,17 @@ class DatasetConfig(abc.ABC):
     def read(self) -> Dataset:
         """Return the data set from this disk, without downloading."""
         return self.build()
+
+    def read_test(self, class_names: Sequence[str]) -> Split | None:
+        """Return the test images from this disk although the training images are gone.
+
+        Args:
+            class_names: Names of the classes, by label.
+
+        Returns:
+            The test images; None if there are none, or if the data set cannot be read without training images.
+        """
+        return None
 
     @property
     def search_paths(self) -> tuple[Path, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from pgp.datasets.base import Dataset, DatasetConfig, require_folder
 from pgp.datasets.files import FileSplit
 from pgp.datasets.holdout import check_test_share
 from pgp.datasets.ignored import Ignored
-from pgp.datasets.layout import check_inside, class_folders, find_layout
+from pgp.datasets.layout import check_inside, class_folders, find_layout, find_test_folder
 from pgp.datasets.scan import contents, images_below
 from pgp.datasets.text import lines_of, normalized, read_text
 
@@ -93,6 +94,18 @@ class Folder(DatasetConfig):
         lines = (*layout.notes, *notes.lines(names))
         kept = (ignored,) if ignored else ()
         return Dataset(*splits, class_names, domains=domains, folder=root, notes=lines, ignored=kept)
+
+    def read_test(self, class_names: Sequence[str]) -> FileSplit | None:
+        """See `DatasetConfig.read_test`. Folders of domains cannot be read without training images."""
+        folder = find_test_folder(self.root, self.test_folder) if self.root.is_dir() else None
+        if folder is None or self.domains:
+            return None
+        test = _read(folder, False, Ignored(self.root), Notes())
+        folders = test.classes()
+        names = dict(zip(_class_names(self.root / NAMES, folders), folders, strict=True))
+        if not names.keys() <= set(class_names):
+            return None
+        return test.split(tuple(names.get(name, "") for name in class_names), ())
 
     def _nothing(self, folder: Path) -> str:
         """Say that there are no images in `folder`."""

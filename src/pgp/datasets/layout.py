@@ -73,6 +73,14 @@ def find_layout(root: Path, train: str | None, test: str | None, ignored: Ignore
     return Layout(trains[0], chosen, notes)
 
 
+def find_test_folder(root: Path, test: str | None) -> Path | None:
+    """Return the folder of test images in `root`, named `test` or as usual; None if there is none, or no single one."""
+    found = contents(root, links=True).folders
+    called = [folder for folder in found if folder.name == test] if test else _called(TEST, found)
+    called = called or ([] if test else _called(VALIDATION, found))
+    return called[0] if len(called) == 1 else None
+
+
 def class_folders(part: Path, ignored: Ignored) -> dict[str, Path]:
     """Return the folders in `part` by name, in order; images directly in `part` are ignored.
 

@@ -37,7 +37,8 @@ class DataDescription:
     test_images: tuple[int, ...]
     """Number of test images of each task."""
     fingerprints: tuple[str, ...]
-    """Digest of labels, domains and file names of the first data set, and of each that was added."""
+    """Digests of labels, domains and file names of the first data set, and of each that was added: one of the training
+    images, followed by one of the test images."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the description as JSON values."""

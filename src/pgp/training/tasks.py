@@ -48,7 +48,7 @@ def build_tasks(config: Config, learned: DataDescription | None = None) -> tuple
         scenario = build_scenario(config, data)
         scenario = scenario.joint() if config.joint else scenario
     else:
-        scenario = _missing_tasks(known[0])
+        scenario = _learned_tasks(known[0], data.test)
     for number, more in enumerate(config.added, start=1):
         recorded = known[number] if number < len(known) else None
         data, scenario = _append_dataset(data, scenario, more, recorded, config)
@@ -56,26 +56,38 @@ def build_tasks(config: Config, learned: DataDescription | None = None) -> tuple
 
 
 def _build(dataset: DatasetConfig, recorded: DataDescription | None) -> Dataset:
-    """Return a data set. If it is `recorded` and cannot be read or has changed, return it without images, and warn."""
+    """Return a data set. If it is `recorded` and cannot be read or has changed, return what is left of it, and warn.
+
+    Test images are left if they are those that were recorded. Training images are needed no more.
+    """
     if recorded is None:
         return dataset.build()
     where = ", ".join(map(str, dataset.search_paths))
     try:
         data = dataset.read()
-        if _digest(data.train, data.test) == recorded.fingerprints[0]:
+        if _digests(data.train, data.test) == recorded.fingerprints[0]:
             return data
         reason = "they are other images than those that were learned"
     except (OSError, ValueError) as error:
         reason = str(error)
-    warnings.warn(f"the old images in {where} are not evaluated: {reason}", stacklevel=2)
     empty = ArraySplit(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
+    try:
+        test = dataset.read_test(recorded.class_names)
+    except (OSError, ValueError):
+        test = None
+    if test is not None and recorded.fingerprints[0].endswith(_digests(test)):
+        return Dataset(empty, test, recorded.class_names)
+    warnings.warn(f"the old images in {where} are not evaluated: {reason}", stacklevel=2)
     return Dataset(empty, empty, recorded.class_names)
 
 
-def _missing_tasks(recorded: DataDescription) -> Scenario:
-    """Return tasks without images."""
-    none, named = torch.zeros(0, dtype=torch.long), zip(recorded.tasks, recorded.task_names, strict=True)
-    return Scenario(tuple(Task(i, classes, none, none, name) for i, (classes, name) in enumerate(named)))
+def _learned_tasks(recorded: DataDescription, test: Split) -> Scenario:
+    """Return tasks that are learned already, without training images."""
+    none, tasks = torch.zeros(0, dtype=torch.long), []
+    for index, (classes, name) in enumerate(zip(recorded.tasks, recorded.task_names, strict=True)):
+        of_task = torch.isin(test.labels, torch.tensor(classes)).nonzero().flatten()
+        tasks.append(Task(index, classes, none, of_task, name))
+    return Scenario(tuple(tasks))
 
 
 def _append_dataset(
@@ -218,15 +230,15 @@ def describe_data(data: Dataset, scenario: Scenario, learned: DataDescription | 
         tuple(task.name for task in scenario.tasks),
         tuple(len(task.train) for task in scenario.tasks),
         tuple(len(task.test) for task in scenario.tasks),
-        tuple(_digest(*both) for both in sources),
+        tuple(_digests(*both) for both in sources),
     )
     if learned is None:
         return description
-    missing = [task.is_missing for task in scenario.tasks]
+    gone = [not len(task.train) for task in scenario.tasks]
     return replace(
         description,
-        train_images=_keep(description.train_images, learned.train_images, missing),
-        test_images=_keep(description.test_images, learned.test_images, missing),
+        train_images=_keep(description.train_images, learned.train_images, gone),
+        test_images=_keep(description.test_images, learned.test_images, [task.is_missing for task in scenario.tasks]),
         fingerprints=_keep(description.fingerprints, learned.fingerprints, [not len(train) for train, _ in sources]),
     )
 
@@ -255,15 +267,18 @@ def training_batches(config: Config, task: Task, world_size: int) -> list[list[S
     return plan
 
 
-def _digest(*splits: Split) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def _digests(*splits: Split) -> str:
+    """Return the digests of labels, domains and file names of each split, one after the other."""
+    digests = []
     for split in splits:
+        digest = hashlib.blake2b(digest_size=16)
         digest.update(split.labels.numpy().tobytes())
         if split.domains is not None:
             digest.update(split.domains.numpy().tobytes())
         for name in split.names():
             digest.update(normalized(name).encode() + b"\0")
-    return digest.hexdigest()
+        digests.append(digest.hexdigest())
+    return "".join(digests)
 
 
 def _by_class(config: Config, data: Dataset) -> Scenario:
