@@ -289,4 +289,4 @@ def test_a_class_that_looks_like_one_that_was_learned_is_a_warning(tmp_path, cap
     (warning,) = [
         line["warning"] for line in Run.open(tmp_path / "run").events("data") if "wasp" in line.get("warning", "")
     ]
-    assert warning.endswith("Is it the same class under another name?")
+    assert warning.endswith("is it the same class under another name?")

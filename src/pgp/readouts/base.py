@@ -46,6 +46,8 @@ class Readout(abc.ABC):
     """Name of the readout in reports, the same as in its configuration."""
     needs_fit: bool = True
     """Whether the readout must observe the features of each task. If not, `observe` and `end_task` do nothing."""
+    similar_classes: Mapping[int, int] = {}
+    """New classes of the latest task, each with the earlier class that it was taken for before it was learned."""
     needs_drift: bool = False
     """Whether the readout needs to know how the training of each task changed the features."""
 
@@ -154,13 +156,6 @@ class Readout(abc.ABC):
     def unknown_threshold(self, keep: float) -> float | None:
         """Return the score that a fraction `keep` of held-out training images do not exceed; None if there are none."""
         return None
-
-    def similar_classes(self, labels: Sequence[int]) -> list[tuple[int, int]]:
-        """Return pairs of a class of `labels` and an earlier class whose features cannot be told apart.
-
-        By default, there are none.
-        """
-        return []
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Return the probabilities `(B, C)` of logits `(B, C)`, some of which may be masked by -inf."""

@@ -5,7 +5,7 @@ See McDonnell et al., "RanPAC: Random Projections and Pre-trained Models for Con
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -77,10 +77,6 @@ class RanPAC(StatisticsReadout):
     def detects_unknown(self) -> bool:
         """Distances under two covariances of M random features would cost more than the readout itself."""
         return False
-
-    def similar_classes(self, labels: Sequence[int]) -> list[tuple[int, int]]:
-        """Return none, for the same reason."""
-        return []
 
     def logits(self, features: Tensor) -> Tensor:
         """Return the estimates of the one-hot label `h V`, `(B, C)`; -inf for classes that were never observed.

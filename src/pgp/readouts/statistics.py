@@ -15,6 +15,9 @@ from pgp.readouts.base import Features, Readout
 from pgp.readouts.calibration import TEMPERATURES, HeldOutTest, HeldOutTests, losses_by_temperature
 from pgp.subspace import to_float64
 
+SIMILAR = 0.98
+"""Probability of an old class, given the mean features of a new class, above which the two classes are similar."""
+
 
 class HeldOutBatch(NamedTuple):
     """Images that a first fit leaves out."""
@@ -134,10 +137,23 @@ class StatisticsReadout(Readout):
             raise ValueError("expected features of this task, got none: call observe() before end_task()")
         for tensor in self._task.values():
             all_reduce_sum_(tensor)
+        self.similar_classes = self._find_similar_classes() if self.state and self.detects_unknown else {}
         _accumulate(self.state, self._task)
         self._task = {}
         self._test_on_held_out_images()
         self._fit()
+
+    def _find_similar_classes(self) -> dict[int, int]:
+        """Return the classes of this task whose mean the fit to earlier tasks takes for an old class; see `Readout`."""
+        new = (self._task["counts"] > 0) & ~self.seen
+        means = (self._task["sums"] / self._task["counts"].clamp(min=1)[:, None])[new]  # (N, D)
+        if not len(means):
+            return {}
+        confidence, old = self.probabilities(self.logits(means)).max(1)
+        similar = confidence > SIMILAR
+        if (threshold := self.unknown_threshold(0.95)) is not None:
+            similar &= self.unknown_scores(means) <= threshold
+        return dict(zip(new.nonzero()[:, 0][similar].tolist(), old[similar].tolist(), strict=True))
 
     def _test_on_held_out_images(self) -> None:
         """Fit without the held-out images of the task and test on them, to choose regularisation and temperature.
@@ -205,25 +221,6 @@ class StatisticsReadout(Readout):
         nearest = _squared_distances(x, self.means[self.seen], within).amin(1)
         background = _squared_distances(x, mean[None], shrink(total, self.regularisation))[:, 0]
         return (nearest - background).to(features.device, torch.float32)
-
-    def similar_classes(self, labels: Sequence[int]) -> list[tuple[int, int]]:
-        """See `Readout.similar_classes`.
-
-        Two samples of one class have means with a squared Mahalanobis distance of `tr(S^-1 V) (1/n + 1/m)` on average,
-        for n and m images, the covariance V and the shrunk one S. A pair is similar if its distance is not larger.
-        """
-        covariance, shrunk = self.covariance(0.0), self.covariance(self.regularisation)
-        counts, new = self.state["counts"], torch.zeros(self.classes, dtype=torch.bool, device=self.seen.device)
-        new[list(labels)] = True
-        old = self.seen & ~new
-        if covariance is None or shrunk is None or not bool(old.any()):
-            return []
-        expected = torch.linalg.solve(shrunk, covariance).trace() * (1 / counts[new][:, None] + 1 / counts[old])
-        ratio = _squared_distances(self.means[new], self.means[old], shrunk) / expected  # (new, old)
-        nearest = ratio.min(1)
-        similar = nearest.values <= 1
-        pairs = torch.stack([new.nonzero()[:, 0], old.nonzero()[:, 0][nearest.indices]], 1)[similar]
-        return [(one, other) for one, other in pairs.tolist()]
 
     def unknown_threshold(self, keep: float) -> float | None:
         """See `Readout.unknown_threshold`."""

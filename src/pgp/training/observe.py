@@ -81,14 +81,11 @@ def warn_of_similar_classes(session: Session, state: TrainState, task: Task) -> 
     is_added = task.index >= len(session.scenario) - len(session.config.added)
     if not is_added or session.config.setting == "dil":
         return
-    names, pairs = (
-        session.data.class_names,
-        [pair for one in state.readouts for pair in one.similar_classes(task.classes)],
-    )
+    names, pairs = session.data.class_names, [pair for one in state.readouts for pair in one.similar_classes.items()]
     for new, old in dict.fromkeys(pairs):
         session.warn(
-            f"images of {names[new]} look like those of {names[old]}, which was learned before: their mean features"
-            " differ no more than those of two samples of one class. Is it the same class under another name?"
+            f"images of {names[new]} look like those of {names[old]}, which was learned before: is it the same class"
+            " under another name?"
         )
 
 
