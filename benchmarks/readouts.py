@@ -57,8 +57,8 @@ TUNING = emoji.ROOT / "docs" / "results" / "readouts_tuning.jsonl"
 DATA = ("emoji", "kanji", "mixed")
 RATES = (0.01, 0.03, 0.1, 0.3)
 """Learning rates that `tune` tries; prompts learn at a tenth of them."""
-RATE = {"emoji": 0.3, "kanji": 0.3, "mixed": 0.03}
-"""Learning rates that `tune` chose, on images for tuning only."""
+TUNED = ("VPT, unprojected", "VPT, frozen after task 1", "VPT, input .99", "VPT, affinity+aggregation .9")
+"""Rows that `tune` runs. Slowed prompts take the rate of unprojected ones, random directions that of the true ones."""
 TINY_ROWS = ("frozen features", "VPT, input .99", "VPT, random, ranks of input .99")
 """Rows that a rehearsal runs, if none are named."""
 FROZEN: tuple[Readout.Config, ...] = (
@@ -95,15 +95,25 @@ def folder(data: str, *, tuning: bool) -> Path:
 def base(data: str, root: Path, seed: int, *, tiny: bool = False) -> Config:
     """Return the settings that all rows share: 84 px, two augmented views for the readouts."""
     config = protection.base("kanji" if data == "kanji" else "emoji", root, seed)
-    config = replace(config, name=data, optimizer=optimizer(data), views=2, drift_images=0)
+    config = replace(config, name=data, views=2, drift_images=0)
     if data == "mixed":
         config = replace(config, tasks=None, shuffle=False)  # tasks.json has the tasks
     return rehearsal.tiny(config, root) if tiny else config
 
 
-def optimizer(data: str, scale: float = 1.0) -> Optimizer:
-    """Return the optimizer; from the second task on, it multiplies the prompts' learning rate by `scale`."""
-    return Optimizer(lr=RATE[data], prompt_lr_scale=0.1, later_prompt_lr_scale=scale)
+def optimizer(data: str, row: str, scale: float = 1.0) -> Optimizer:
+    """Return the optimizer of a row; from the second task on, it multiplies the prompts' learning rate by `scale`."""
+    return Optimizer(lr=best_rate(data, row), prompt_lr_scale=0.1, later_prompt_lr_scale=scale)
+
+
+def best_rate(data: str, row: str) -> float:
+    """Return the rate with the highest accuracy of a tuned row, by its best readout, on images for tuning only."""
+    found = {
+        max(one["average_accuracy"] for one in line["figures"].values()): line["lr"]
+        for line in records.read(TUNING)
+        if (line["data"], line["row"]) == (data, row)
+    }
+    return float(found[max(found)]) if found else RATES[0]
 
 
 def rows(data: str) -> dict[str, dict[str, Any]]:
@@ -113,6 +123,7 @@ def rows(data: str) -> dict[str, dict[str, Any]]:
     protected = {
         name: {
             "readouts": PROMPTED,
+            "optimizer": optimizer(data, f"VPT, {name}"),
             "method": VPT.Config(length=8, protect=protect),  # type: ignore[arg-type]
             "projection": Orthogonal.Config("input", energy, apply_to="update"),
         }
@@ -124,9 +135,9 @@ def rows(data: str) -> dict[str, dict[str, Any]]:
     return {
         "frozen features": frozen,
         "frozen features, no views": {**frozen, "views": 0},
-        "VPT, unprojected": prompted,
-        "VPT, slower .09": {**prompted, "optimizer": optimizer(data, 0.09)},
-        "VPT, frozen after task 1": {**prompted, "optimizer": optimizer(data, 0.0)},
+        "VPT, unprojected": {**prompted, "optimizer": optimizer(data, "VPT, unprojected")},
+        "VPT, slower .09": {**prompted, "optimizer": optimizer(data, "VPT, unprojected", 0.09)},
+        "VPT, frozen after task 1": {**prompted, "optimizer": optimizer(data, "VPT, frozen after task 1", 0.0)},
         **{f"VPT, {name}": changes for name, changes in protected.items()},
         **{
             f"VPT, random, ranks of {name}": {
@@ -200,13 +211,14 @@ def run(
             records.append(results, {"data": data, "row": name, "seed": seed, **measure(config)})
 
 
-def tune(data: str, root: Path, results: Path, part: int, parts: int, tiny: bool) -> None:
-    """Run each learning rate without projection on the images of `root`, which contain no test image."""
-    for lr in RATES[part - 1 :: parts]:
-        if (data, lr) not in {(line["data"], line["lr"]) for line in records.read(results)}:
-            config = replace(base(data, root, 100, tiny=tiny), **rows(data)["VPT, unprojected"])
-            config = replace(config, optimizer=Optimizer(lr=lr, prompt_lr_scale=0.1))
-            records.append(results, {"data": data, "lr": lr, "seed": 100, **measure(config)})
+def tune(data: str, root: Path, results: Path, part: int, parts: int, wanted: Sequence[str], tiny: bool) -> None:
+    """Run tuned rows with each learning rate on the images of `root`, which contain no test image."""
+    jobs = [(row, lr) for row in TUNED for lr in RATES if not wanted or row in wanted]
+    for row, lr in jobs[part - 1 :: parts]:
+        if (data, row, lr) not in {(line["data"], line["row"], line["lr"]) for line in records.read(results)}:
+            config = replace(base(data, root, 100, tiny=tiny), **rows(data)[row])
+            config = replace(config, optimizer=replace(config.optimizer, lr=lr))
+            records.append(results, {"data": data, "row": row, "lr": lr, "seed": 100, **measure(config)})
 
 
 Lines = dict[int, dict[str, Any]]
@@ -301,7 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             root, results = rehearsal.pictures(Path(scratch) / "pictures"), Path(scratch) / RESULTS.name
             if tuning:
-                tune(data, root, results, part, parts, True)
+                tune(data, root, results, part, parts, options.rows, True)
             else:
                 run(data, root, results, part, parts, options.seeds[:1], options.rows or TINY_ROWS, True)
                 records.write_page(results, table(results))
@@ -309,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         emoji.get_ready(emoji.WEIGHTS, *([] if data == "kanji" else [emoji.IMAGES]))
         root = folder(data, tuning=tuning)
         if tuning:
-            tune(data, root, TUNING, part, parts, False)
+            tune(data, root, TUNING, part, parts, options.rows, False)
         else:
             run(data, root, RESULTS, part, parts, options.seeds, options.rows, False)
 

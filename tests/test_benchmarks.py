@@ -101,7 +101,7 @@ def test_readouts(capsys):
     assert "## emoji" in out
     assert out.count("| frozen features | ") == len(readouts.FROZEN)
     assert out.count("| VPT, input .99 | ") == len(readouts.PROMPTED) + 2 * 2  # and in the table of differences
-    readouts.main(["tune", "--tiny", "--data", "mixed", "--part", "4/4"])
+    readouts.main(["tune", "--tiny", "--data", "mixed", "--part", "16/16"])
     assert json.loads(capsys.readouterr().out)["data"] == "mixed"
 
 
