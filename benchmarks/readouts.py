@@ -237,7 +237,8 @@ def table(results: Path = RESULTS) -> str:
         if lines:
             best = strongest(lines)
             out += [f"## {data}", "", EXPLANATION, "", figures(lines), ""]
-            out += [DIFFERENCES.format(row=best[0], readout=best[1]), "", differences(lines, best), ""]
+            if any(name.startswith("VPT") for name in lines):
+                out += [DIFFERENCES.format(row=best[0], readout=best[1]), "", differences(lines, best), ""]
     return "\n".join(out)
 
 
