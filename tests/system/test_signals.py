@@ -39,10 +39,11 @@ def _demo(monkeypatch, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _signals():
-    """Signals as a terminal hands them on, even if the tests run under nohup."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGHUP, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, signal.SIG_DFL)
+    """Signals as a terminal hands them on, even if the tests run under nohup or in the background of a shell."""
+    default = {signal.SIGHUP: signal.SIG_DFL, signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.getsignal(number) for number in default}
+    for number, handler in default.items():
+        signal.signal(number, handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
