@@ -61,6 +61,13 @@ def test_every_page_is_linked_from_the_index():
         assert name in toctree, f"{name} is in no toctree"
 
 
+@pytest.mark.parametrize("package", ["backbones", "methods", "projections", "readouts", "evaluation"])
+def test_every_public_module_is_in_the_reference(package):
+    page = text_of(DOCS / "api" / f"{package}.md")
+    modules = [path.stem for path in (DOCS.parent / "src" / "pgp" / package).glob("*.py") if path.stem != "__init__"]
+    assert [module for module in modules if f".. automodule:: pgp.{package}.{module}\n" not in page] == []
+
+
 def needs_download(command):
     """Whether a command fetches data or an encoder if they are not there."""
     words = shlex.split(command, comments=True)
