@@ -18,6 +18,7 @@ from pgp import recipes
 from pgp.baselines import BASELINES, unprojected
 from pgp.cli import published, show
 from pgp.cli.commands import ResumeCommand, TrainCommand
+from pgp.cli.help_texts import REGISTRY
 from pgp.cli.renamed import refuse_old_spellings
 from pgp.config import Config, Hardware
 from pgp.datasets.own import dataset_from_path
@@ -31,14 +32,14 @@ Command = TypeVar("Command")
 def parse(command: type[Command], words: Sequence[str], program: str, **settings: Any) -> Command:
     """Return the command for `words`. Error messages are safe for a terminal."""
     with _safe_complaints():
-        found: Command = tyro.cli(command, args=words, prog=program, **settings)
+        found: Command = tyro.cli(command, args=words, prog=program, registry=REGISTRY, **settings)
     return found
 
 
 def parse_known(command: type[Command], words: Sequence[str], program: str) -> tuple[Command, list[str]]:
     """Return the command for `words`, and the words that it does not know."""
     with _safe_complaints():
-        return tyro.cli(command, args=words, prog=program, return_unknown_args=True)
+        return tyro.cli(command, args=words, prog=program, return_unknown_args=True, registry=REGISTRY)
 
 
 @contextlib.contextmanager
