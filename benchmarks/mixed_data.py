@@ -15,6 +15,7 @@ digits and of the clothing that training does not use.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import tempfile
@@ -29,7 +30,7 @@ import emoji
 import kanji_data
 from pgp.datasets.base import Dataset
 from pgp.datasets.digits import Digits
-from pgp.datasets.fashion_mnist import FashionMNIST
+from pgp.datasets.fashion_mnist import DEBIAN, FashionMNIST
 from pgp.rng import make_generator
 
 Held = Literal["test", "validation"]
@@ -37,6 +38,8 @@ IMAGES = 20
 """Images of a digit or of a piece of clothing in each part."""
 ROUNDS = 2
 """How often the worlds take turns."""
+MARKER = ".settings"
+"""Hidden file of an image folder with a digest of what it was written with."""
 
 
 class World(NamedTuple):
@@ -56,13 +59,21 @@ def folder(
 
     Pictures are `train/<class>/<name>.png` and `test/<class>/<name>.png`; the folder for tuning has no test image, and
     images for tuning in their place.
+
+    Raises:
+        DataError: If the folder was written with other settings, or a source of images is missing.
     """
     root = data / ("mixed" if held_out == "test" else "mixed-validation")
+    sources = (worlds or all_worlds)()
+    settings, marker = _settings(held_out, sources), root / MARKER
     if root.is_dir():
+        if not marker.is_file() or marker.read_text(encoding="utf-8") != settings:
+            raise kanji_data.DataError(f"expected {root} as the present settings make it, got one of others: delete it,"
+                                       " and it is written again")  # fmt: skip
         return root
     with kanji_data.write_once(root) as partial:
         tasks: dict[str, list[str]] = {}
-        for world in (worlds or all_worlds)():
+        for world in sources:
             names: list[str] = []
             for part, label, name, image in world.images(held_out):
                 if label not in names and len(names) < ROUNDS * world.classes:
@@ -76,6 +87,7 @@ def folder(
         in_turn = sorted(tasks, key=lambda name: int(name.rpartition(" ")[2]))  # digits 1, clothing 1, …, digits 2, …
         text = json.dumps({name: tasks[name] for name in in_turn}, indent=1, ensure_ascii=False)
         (partial / "tasks.json").write_text(text + "\n", encoding="utf-8", newline="\n")
+        (partial / MARKER).write_text(settings, encoding="utf-8", newline="\n")
     return root
 
 
@@ -83,7 +95,7 @@ def all_worlds() -> list[World]:
     """Return the four worlds."""
     return [
         World("digits", 5, lambda held_out: of_arrays("digit", Digits().build(), held_out)),
-        World("clothing", 5, lambda held_out: of_arrays("clothing", FashionMNIST().read(), held_out)),
+        World("clothing", 5, lambda held_out: of_arrays("clothing", clothing(), held_out)),
         World("emoji", 10, lambda held_out: of_folder(_emoji_folder(held_out), held_out, ROUNDS * 10)),
         World("characters", 10, lambda held_out: of_folder(kanji_data.folder(held_out), held_out, ROUNDS * 10)),
     ]
@@ -96,6 +108,19 @@ def tiny_worlds(data: Path) -> list[World]:
         World("digits", 2, lambda held_out: of_arrays("digit", Digits().build(), held_out)),
         World("letters", 2, lambda held_out: of_folder(kanji_data.folder(held_out, letters), held_out, 4)),
     ]
+
+
+def clothing() -> Dataset:
+    """Return Fashion-MNIST.
+
+    Raises:
+        DataError: If its files are missing or damaged.
+    """
+    try:
+        return FashionMNIST().read()
+    except ValueError as error:
+        raise kanji_data.DataError(f"expected Fashion-MNIST in {DEBIAN}, got {error}: apt-get install"
+                                   " dataset-fashion-mnist") from error  # fmt: skip
 
 
 def of_arrays(name: str, data: Dataset, held_out: Held) -> Iterator[tuple[str, str, str, Image.Image]]:
@@ -120,6 +145,20 @@ def of_folder(root: Path, held_out: Held, classes: int) -> Iterator[tuple[str, s
             for path in sorted((root / part / name).glob("*.png")):
                 with Image.open(path) as image:
                     yield part, name, path.stem, image.copy()
+
+
+def _settings(held_out: Held, worlds: Sequence[World]) -> str:
+    """Return a digest of the numbers of classes and images, and of what is held out."""
+    settings = (
+        held_out,
+        IMAGES,
+        ROUNDS,
+        [(world.name, world.classes) for world in worlds],
+        (emoji.TEST, emoji.VALIDATION),
+        [(font.part, font.package) for font in kanji_data.FONTS],
+        kanji_data.CHARACTERS,
+    )
+    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _emoji_folder(held_out: Held) -> Path:

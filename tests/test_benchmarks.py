@@ -95,6 +95,24 @@ def test_images_for_tuning_are_neither_trained_nor_tested_on(tmp_path):
     assert {path.read_bytes() for path in (tuning / "train").rglob("*.png")} == pictures[0]
 
 
+def test_mixed_data_of_other_settings_is_not_used(monkeypatch, tmp_path):
+    def drawn():
+        return mixed_data.folder("test", tmp_path, lambda: mixed_data.tiny_worlds(tmp_path))
+
+    times = {path: path.stat().st_mtime_ns for path in drawn().rglob("*")}
+    assert {path: path.stat().st_mtime_ns for path in drawn().rglob("*")} == times
+    monkeypatch.setattr(mixed_data, "IMAGES", 19)
+    with pytest.raises(kanji_data.DataError, match="delete it"):
+        drawn()
+
+
+def test_mixed_data_names_the_package_it_lacks(monkeypatch, tmp_path):
+    monkeypatch.setattr(mixed_data.FashionMNIST, "search_paths", (tmp_path,))
+    with pytest.raises(kanji_data.DataError, match="apt-get install dataset-fashion-mnist"):
+        mixed_data.folder("test", tmp_path)
+    assert not (tmp_path / "mixed").exists()
+
+
 def test_readouts(capsys):
     readouts.main(["run", "--tiny", "--rows", "frozen features", "VPT, input .99"])
     out = capsys.readouterr().out
