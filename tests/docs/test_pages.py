@@ -19,7 +19,7 @@ from pgp.methods.clip_prompt import CLIPPrompt
 from pgp.methods.dualprompt import DualPrompt
 
 PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted(DOCS.glob("**/*.md"))
-RUN_PAGES = {"command-line.md": 20, "start.md": 6, "reading-a-run.md": 3, "methods.md": 3, "../README.md": 3}
+RUN_PAGES = {"command-line.md": 21, "start.md": 6, "reading-a-run.md": 3, "methods.md": 3, "../README.md": 3}
 """Pages whose commands are run, and how many there are. Those of own-data.md: tests/datasets/test_own.py."""
 FIGURES = {"command-line.md": 3 * 13 + 1}  # all but list, eval, audit, predict and data; of a sweep, one
 
@@ -117,7 +117,9 @@ def tiny_recipes(monkeypatch, tmp_path):
     for part in ("train", "test"):
         for label in "abc":
             (tmp_path / "PHOTOS" / part / label).mkdir(parents=True)
-            Image.new("RGB", (40, 40), (ord(label) % 50 * 5, 0, 90)).save(tmp_path / "PHOTOS" / part / label / "1.jpg")
+            for number in (1, 2, 3):
+                colour = (ord(label) % 50 * 5, 20 * number, 90)
+                Image.new("RGB", (40, 40), colour).save(tmp_path / "PHOTOS" / part / label / f"{number}.jpg")
     (tmp_path / "NEW" / "d").mkdir(parents=True)
     for number in (1, 2):
         Image.new("RGB", (40, 40), (0, 100 * number, 90)).save(tmp_path / "NEW" / "d" / f"{number}.jpg")
@@ -140,7 +142,7 @@ def test_every_command_of_a_page_runs(name, tiny_recipes, capsys):
     for words in found:
         words = [part for word in words[1:] for part in expanded(word)]
         if words[:2] == ["train", "own"]:
-            words += ["--readouts", "head"]  # LDA needs more than one picture of a class
+            words += ["--readouts", "lda", "head"]
         if "sweep" in words:
             words += ["--seeds", "1", "--workers", "1", "--no-baselines"]
         main.main(words)
