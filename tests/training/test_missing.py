@@ -206,4 +206,4 @@ def test_pgp_add_needs_a_run_and_images(capsys):
         assert "expected a run folder and new images" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         main.main(["add", "--help"])
-    assert "pgp add RUN DATA" in capsys.readouterr().out
+    assert "pgp add RUN DATA" in " ".join(capsys.readouterr().out.replace("│", " ").split())
