@@ -38,13 +38,15 @@ class Optimizer:
     """Settings of the optimizer; each task uses a new one."""
 
     name: Literal["adam", "adamw", "sgd"] = "adam"
+    """Optimizer, as torch implements it."""
     lr: float = 0.03
     """Learning rate per 256 images: the effective rate is `lr * batch_size / 256`."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Coefficients of the running averages of adam and adamw."""
+    """Coefficients of the running averages of adam and adamw (beta1, beta2)."""
     momentum: float = 0.9
     """Momentum of sgd."""
     weight_decay: float = 0.0
+    """Weight decay, as torch's optimizer applies it."""
     schedule: Literal["constant", "cosine"] = "constant"
     """Learning rate schedule over the steps of a task."""
     clip: float = 1.0
@@ -118,8 +120,8 @@ class Hardware:
     pin_memory: bool = True
     """Use pinned (page-locked) memory for batches if there is a GPU. Copies are faster, but use more RAM."""
     micro_batch_size: int | None = None
-    """Images per forward and backward pass; gradients are accumulated over a batch. Task boundaries use it too. If
-    None, 4 on a CPU and the whole batch on a GPU."""
+    """Images per forward and backward pass; gradients are accumulated over the batch. Passes over a task's images
+    before or after its training use it too. If None, 4 on a CPU and the whole batch on a GPU."""
 
     def __post_init__(self) -> None:
         if self.devices < 1 or self.workers < 0 or (self.micro_batch_size is not None and self.micro_batch_size < 1):
@@ -137,7 +139,8 @@ class Config:
     method: Method.Config
     projection: Projection.Config
     readouts: tuple[Readout.Config, ...]
-    """Classifiers on the features. All are evaluated; tables and figures show the first one first."""
+    """Classifiers on the features. All are evaluated; the first one is the default of pgp predict, and comes first in
+    tables and figures."""
     transforms: Transforms = field(default_factory=Transforms)
     optimizer: Optimizer = field(default_factory=Optimizer)
     hardware: Annotated[Hardware, tyro.conf.arg(name="")] = field(default_factory=Hardware)
@@ -147,9 +150,9 @@ class Config:
     """Number of tasks into which the classes are split. If None, as many as the data define (domains, tasks), else
     5."""
     setting: Setting = "cil"
-    """Scenario. cil: class-incremental. til: task-incremental; the task of a test image is known. dil:
-    domain-incremental; every task has all classes, in a new domain. oil: online; each image is seen once, and predicted
-    before training on it."""
+    """Scenario of continual learning. cil (class-incremental): each task brings new classes. til (task-incremental): as
+    cil, but the task of a test image is given. dil (domain-incremental): every task has all classes, in a new domain.
+    oil (online): as cil, but each image is seen once, and predicted before training on it."""
     seed: int = 42
     """Seed of every random draw."""
     shuffle: bool = False
@@ -163,11 +166,11 @@ class Config:
     order: Literal["shuffled", "listed"] = "shuffled"
     """Order of the images within a task, for --setting oil: shuffled with the seed, or as listed in the data."""
     added: Annotated[tuple[DatasetConfig, ...], tyro.conf.Suppress] = ()
-    """Data sets added to a finished run, each as one more task; pgp train --resume RUN --add PLACE appends one."""
+    """Data sets added to a finished run, each as one more task; pgp train --resume RUN --add DATA appends one."""
     joint: bool = False
     """Train on all tasks at once, as a single task: joint training, an upper bound for continual learning."""
     epochs: int = 5
-    """Epochs per task; setting `oil` always makes one."""
+    """Epochs per task. With --setting oil, always one."""
     batch_size: int = 16
     """Images per step, over all devices."""
     eval_batch_size: int = 32
@@ -176,14 +179,14 @@ class Config:
     """Number of augmented views of each training image to which readouts are fitted after a task, in addition to the
     unaugmented image. Each view costs one forward pass per image."""
     drift_images: int = 16
-    """Number of test images of each task on which drift is measured, at the end of the task and of every later one; 0
-    turns it off. The results are in metrics.jsonl and pgp report."""
+    """Number of test images of each task on which drift is measured, after the task and after every later one; 0 turns
+    it off. The results are in metrics.jsonl and pgp report."""
     on_bad_image: Literal["error", "skip"] = "error"
     """How to handle an unreadable image: stop with an error, or skip it."""
     legacy_eval: bool = False
     """Also report accuracy as the published code computes it, in columns named legacy. A test batch holds images of one
     task, and selects prompts by majority vote. Logits cover all classes, seen or not (CLIP: up to the task of the
-    batch). This leaks the task."""
+    batch). This accuracy uses the task of the test images."""
     log_every_steps: int = 20
     """Steps between two log entries of the loss. Each entry synchronises with the GPU."""
     save_every_steps: int = 0
@@ -201,7 +204,7 @@ class Config:
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"expected {name} of at least 0, got {value}")
         if self.order == "listed" and self.setting != "oil":
-            raise ValueError(f"expected setting oil for order=listed, got {self.setting}: others shuffle each epoch")
+            raise ValueError(f"expected setting=oil for order=listed, got {self.setting}: others shuffle each epoch")
         if self.keep_checkpoints not in ("all", "last") and not re.fullmatch("[1-9][0-9]{0,8}", self.keep_checkpoints):
             raise ValueError(f"expected keep_checkpoints all, last or a number, got {self.keep_checkpoints}")
         for name in ("class_order", "task_file"):
@@ -226,11 +229,11 @@ class Config:
         if len(chosen) > 1:
             raise ValueError(f"expected one of {' and '.join(chosen)}, got both: each decides the order of learning")
         if self.class_order and self.setting == "dil":
-            raise ValueError("expected task_file for the order of domains in setting dil, got class_order")
+            raise ValueError("expected task_file for the order of domains with setting=dil, got class_order")
 
     @property
     def num_passes(self) -> int:
-        """Number of epochs per task, which is 1 in setting oil."""
+        """Number of epochs per task, which is 1 with setting=oil."""
         return 1 if self.setting == "oil" else self.epochs
 
     @property

@@ -277,9 +277,9 @@ def own() -> Config:
 
 
 def without_training(config: Config) -> Config:
-    """Return `config` with LDA on frozen features, so that nothing is trained by gradients.
+    """Return `config` with LDA on frozen features, fitted in one pass over the images and 2 over augmented views.
 
-    The result does not depend on the order of the tasks.
+    Nothing is trained by gradients, and the result does not depend on the order of the tasks.
     """
     return replace(
         config,
@@ -292,12 +292,15 @@ def without_training(config: Config) -> Config:
 
 
 def quick() -> Config:
-    """Learn your own images in a pass and two augmented views, without gradients: pgp train quick --data ./photos."""
+    """Fit LDA to frozen features of your own images: one pass, plus 2 augmented views; no training by gradients.
+
+    Run it as pgp train quick --data ./photos.
+    """
     return replace(without_training(own()), name="quick")
 
 
 def demo_quick() -> Config:
-    """Learn digits in 5 tasks of 2 classes in a pass and two views, without gradients. Seconds, offline."""
+    """Fit LDA to frozen features of digits: one pass, plus 2 augmented views; no training by gradients. Offline."""
     return replace(without_training(demo()), name="demo-quick")
 
 

@@ -9,7 +9,7 @@ from rich.progress import Progress
 import tiny
 from pgp import baselines, train
 from pgp.analysis import audit
-from pgp.cli import main
+from pgp.cli import main, show
 from pgp.evaluation import metrics
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.vpt import VPT
@@ -58,11 +58,26 @@ def test_only_methods_that_select_prompts_vote(tmp_path, method):
     assert {finding.choice for finding in audit.audit_run(run, QUIET)} == {"image"}
 
 
-def test_til_is_told_the_task(tmp_path):
+def test_a_method_that_selects_no_prompts_has_no_rows_for_votes(tmp_path, capsys):
+    config = tiny.config(method=VPT.Config(), projection=NoProjection.Config())
+    run = train.train(config, tmp_path / "run")
+    capsys.readouterr()
+    main.main(["audit", str(run.folder)])
+    said = capsys.readouterr().out
+    assert said.count("per image") == len(audit.SCOPES)
+    assert "vote" not in said
+
+
+def test_til_is_told_the_task(tmp_path, capsys):
     run = train.train(tiny.config(setting="til", method=HeadOnly.Config(), projection=NoProjection.Config()), tmp_path)
     findings = audit.audit_run(run, QUIET, sizes=())
     own = metrics.average_accuracy(run.matrices()["lda"])
     assert found(findings, "lda", "image", None, "seen") == pytest.approx(own, abs=1e-12)
+    show.show_audit(run, findings)
+    said = capsys.readouterr().out
+    assert "with the task of each image given (--setting til):\n" in said
+    assert f"lda: {100 * own:.2f} %\n" in said
+    assert "without task information" not in said
 
 
 def test_a_single_class_has_nothing_to_be_stale_by():
@@ -100,8 +115,8 @@ def test_the_command(run, capsys, monkeypatch):
     main.main(["audit", str(run.folder), "--batch-sizes", "4", "--oracle"])
     said = capsys.readouterr().out
     plain = found(audit.audit_run(run, QUIET, ()), "head", "image", None, "seen")
-    assert f"head: {100 * plain:.2f} %; with task information up to" in said
-    assert "vote of 4 images" in said
+    assert f"head: {100 * plain:.2f} %, at most" in said
+    assert "by vote of 4 images" in said
     assert "staleness" in said
     with pytest.raises(SystemExit):
         main.main(["audit", str(run.folder), "--batch-sizes", "0"])

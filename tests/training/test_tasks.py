@@ -179,7 +179,7 @@ def test_two_sources_of_an_order_are_refused(photos, tmp_path):
             config(photos, **changes)
     with pytest.raises(ValueError, match="expected task_file for the order of domains"):
         config(photos, class_order=Path("x"), setting="dil")
-    with pytest.raises(ValueError, match="expected setting oil for order=listed, got cil"):
+    with pytest.raises(ValueError, match="expected setting=oil for order=listed, got cil"):
         config(photos, order="listed")
     with pytest.raises(ValueError, match=r"cannot read .*nowhere.json as a text"):
         scenario(config(tmp_path / "photos", task_file=tmp_path / "nowhere.json"))
@@ -254,7 +254,7 @@ def test_data_without_domains(photos, tmp_path):
         ValueError, match=r"train and test above all other folders, got train and test inside .*art: turn"
     ):
         scenario(config(tmp_path / "d", setting="dil"))
-    with pytest.raises(ValueError, match="expected data with domains for setting dil: folders DOMAIN/CLASS"):
+    with pytest.raises(ValueError, match="expected data with domains for --setting dil: folders DOMAIN/CLASS"):
         scenario(tiny.config(setting="dil"))
     with pytest.raises(ValueError, match="expected 3 tasks, as dil with its domains has it, got tasks 5"):
         scenario(tiny.config(setting="dil", dataset=DOMAINS, tasks=5))

@@ -28,11 +28,11 @@ from pgp.training.state import TrainState
 
 BATCHES = (1, 8, 128)
 SCOPES = {
-    "seen": "classes seen so far",
-    "all": "all classes of the run",
-    "cut": "classes up to its task",
+    "seen": "seen so far",
+    "all": "of the whole run",
+    "cut": "up to the image's task",
 }
-"""The classes among which an image is predicted. `cut` uses the image's task."""
+"""The classes among which an image is predicted, in words. `cut` uses the image's task."""
 
 
 class Finding(NamedTuple):
@@ -40,9 +40,10 @@ class Finding(NamedTuple):
 
     column: str
     choice: str
-    """`image`: prompts are selected per image. `vote`: by majority vote over a test batch of one task."""
+    """How prompts are selected. `image`: per image. `vote`: by majority vote over a test batch, whose images are all of
+    one task."""
     batch: int | None
-    """Images of a test batch, where they vote."""
+    """Number of images that vote; None without a vote."""
     scope: str
     """A key of `SCOPES`."""
     accuracy: float
@@ -50,7 +51,7 @@ class Finding(NamedTuple):
 
     @property
     def uses_task(self) -> bool:
-        """Whether predictions use the task of an image, or the other images of its batch, which have the same task."""
+        """Whether predictions use the task of an image, either itself or by a vote of images of that task."""
         return self.choice != "image" or self.scope == "cut"
 
 
@@ -58,13 +59,13 @@ class Finding(NamedTuple):
 def audit_run(
     run: Run, progress: Progress, sizes: Sequence[int] = BATCHES, config: Config | None = None
 ) -> list[Finding]:
-    """Measure the latest finished checkpoint of `run` on all tasks that it has learned, by every protocol.
+    """Evaluate the latest finished checkpoint of `run` on all tasks that it has learned, under every protocol.
 
     Args:
         run: A run with at least one finished task.
         progress: Where to draw progress bars.
-        sizes: Sizes of test batches that vote on their prompts, if the method selects prompts.
-        config: The run's own, perhaps with another path of its data. If None, it is as recorded.
+        sizes: Numbers of images that vote. Methods that select no prompts are evaluated without votes.
+        config: Configuration of the run, perhaps with new paths of its data. If None, as recorded.
 
     Raises:
         RunError: If no task is finished, or the data have changed.
@@ -90,13 +91,13 @@ def audit_run(
 
 @torch.no_grad()
 def oracle(run: Run, progress: Progress, config: Config | None = None) -> dict[str, tuple[float, float]]:
-    """Fit fresh statistics to the training images of all tasks, as the final model sees them: an upper bound.
+    """Fit the statistics readouts again, on features of all training images by the final model: an upper bound.
 
-    It needs the old images, which a run does not have.
+    The old images are needed, which a run does not store.
 
     Returns:
-        By the name of a readout: average accuracy with fresh statistics, in [0, 1]; and the `staleness` of the class
-        means that the run kept.
+        For each readout, by name: average accuracy with fresh statistics, in [0, 1]; and the `staleness` of the class
+        means that the run stores.
     """
     session, state = _load_finished(run, progress, config or run.config)
     kept = {readout.name: readout for readout in state.readouts if isinstance(readout, StatisticsReadout)}
@@ -120,7 +121,7 @@ def oracle(run: Run, progress: Progress, config: Config | None = None) -> dict[s
 
 
 def to_json(findings: Sequence[Finding], bounds: Mapping[str, tuple[float, float]] | None = None) -> str:
-    """Return the findings and, if there are any, the bounds of `oracle` as a JSON text; shares are in [0, 1]."""
+    """Return the findings and, if there are any, the bounds of `oracle` as a JSON text; accuracies are in [0, 1]."""
     tree: dict[str, Any] = {"accuracy": [finding._asdict() | {"uses_task": finding.uses_task} for finding in findings]}
     if bounds is not None:
         tree["oracle"] = {
@@ -131,7 +132,7 @@ def to_json(findings: Sequence[Finding], bounds: Mapping[str, tuple[float, float
 
 
 def staleness(kept: StatisticsReadout, true: StatisticsReadout) -> float:
-    """Return how far class means are from the true ones, relative to the spread of the true ones.
+    """Return the distance of stored class means from the true ones, relative to the spread of the true ones.
 
     It is the norm of the difference, divided by the norm of the true means about their centre; NaN for a single class.
     """
@@ -146,13 +147,13 @@ def _load_finished(run: Run, progress: Progress, config: Config) -> tuple[Sessio
 
 
 def _features(session: Session, state: TrainState, size: int | None) -> Iterator[tuple[Task, FeatureBatch, Tensor]]:
-    """Yield the features and labels of test batches, each of one task; if `size`, that many images vote on prompts."""
+    """Yield the features and labels of test batches, each of one task. If `size`, prompts are selected by its vote."""
     evaluator, tasks = session.evaluator, session.scenario.tasks[: state.task]
     batch_size = size or session.config.eval_batch_size
     plan = [(task, keys) for task in tasks for keys in sequential_batches(task.test, batch_size)]
     stream = batches(evaluator.test_split(), [keys for _, keys in plan], evaluator.loader_options)
-    what = "each image by itself" if size is None else f"a vote of {size} images"
-    stream = track(session.progress, stream, len(plan), f"evaluating {what}")
+    what = "per image" if size is None else f"by a vote of {size}"
+    stream = track(session.progress, stream, len(plan), f"evaluating, prompts {what}")
     for (task, _), batch in zip(plan, stream, strict=True):
         if len(batch.indices):
             images = batch.images.to(session.fabric.device)
@@ -162,7 +163,7 @@ def _features(session: Session, state: TrainState, size: int | None) -> Iterator
 
 
 def _logits(session: Session, state: TrainState, batch: FeatureBatch, task: Task) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield readout, scope and logits `(B, C)`. In a task-incremental run the task is given in every scope."""
+    """Yield readout, scope and logits `(B, C)`. In a task-incremental run, `seen` means the classes of `task`."""
     scenario, is_til = session.scenario, session.config.setting == "til"
     for readout in state.readouts:
         logits = readout.logits(readout.select_features(batch.images))

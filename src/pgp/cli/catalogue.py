@@ -1,4 +1,4 @@
-"""The list of recipes, data sets, settings and components, with what each needs."""
+"""The list of recipes, data sets, scenarios and components, with what each needs."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from pgp.datasets.hugging_face import HuggingFace
 from pgp.scenario import Setting
 from pgp.system.escaping import printable
 
-SETTINGS: dict[Setting, str] = {
-    "cil": "class-incremental: each task brings new classes; at test, the task of an image is unknown",
+SCENARIOS: dict[Setting, str] = {
+    "cil": "class-incremental: each task brings new classes; the task of a test image is not given",
     "til": "task-incremental: as cil, but the task of a test image is given",
-    "oil": "online: as cil, but each image is seen once, and predicted before it is learned",
-    "dil": "domain-incremental: each task brings the same classes in another domain; needs data with domains",
+    "oil": "online: as cil, but each image is seen once, and predicted before training on it",
+    "dil": "domain-incremental: every task has all classes, in a new domain; needs data with domains",
 }
 
 
-assert set(SETTINGS) == set(get_args(Setting))
+assert set(SCENARIOS) == set(get_args(Setting))
 
 
 def print_catalogue() -> RenderableType:
@@ -44,18 +44,18 @@ def _sections() -> Iterator[RenderableType]:
     yield "\ndata sets, for --dataset NAME; download with pgp data get RECIPE, verify with pgp data check RECIPE"
     for name, dataset in recipes.DATASETS.items():
         yield _entry(name, type(dataset), _location(dataset))
-    yield "\nscenarios, for --setting NAME"
-    yield _grid(SETTINGS)
-    yield "\ncomponents, each of which can replace that of a recipe"
+    yield "\nscenarios of continual learning, for --setting NAME"
+    yield _grid(SCENARIOS)
+    yield "\ncomponents; each flag replaces that component of a recipe"
     names = {f"--{field}": ", ".join(choices) for field, choices in recipes.CHOICES.items() if field != "dataset"}
     yield _grid(names)
-    yield "\nbaselines of a recipe, for --method NAME; all of them by --baselines"
+    yield "\nbaselines of a recipe: --method NAME trains one, --baselines all"
     yield _grid({name: _summary(baseline) for name, baseline in BASELINES.items()})
 
 
 def _needs(config: Config) -> list[str]:
     data = next(name for name, dataset in recipes.DATASETS.items() if type(dataset) is type(config.dataset))
-    return [f"data {data}", f"encoder {_encoder(config.backbone)}", f"setting {config.setting}"]
+    return [f"data {data}", f"encoder {_encoder(config.backbone)}", f"scenario {config.setting}"]
 
 
 def _encoder(backbone: Backbone.Config) -> str:

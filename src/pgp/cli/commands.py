@@ -47,8 +47,8 @@ class TrainCommand:
     backbone_name: Annotated[Literal[tuple(recipes.BACKBONES)] | None, Choice(name="backbone")] = None  # type: ignore[valid-type]
     """Replace the encoder of the recipe."""
     readout_names: Annotated[tuple[Literal[tuple(recipes.READOUTS)], ...] | None, Choice(name="readouts")] = None  # type: ignore[valid-type]
-    """Classifiers of the features (readouts), instead of those of the recipe. Tables and figures show the first one
-    first."""
+    """Replace the readouts of the recipe, which are classifiers on its features. The first one is the default of pgp
+    predict, and comes first in tables and figures."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ class ResumeCommand:
     """Run folder."""
     hardware: Annotated[Hardware, Choice(name="")]
     add: str | None = None
-    """Data to learn as one more task of a finished run: a folder, a table or hf:NAME, as for --data. The old images are
-    not needed; accuracy on those that are missing is not measured. The run does not change before the task is
-    finished. pgp add RUN DATA is short for pgp train --resume RUN --add DATA."""
+    """Images to learn as one more task of a finished run: a folder, a table or hf:NAME. The old images are not needed;
+    accuracy on old test images that are missing is not measured. The run does not change before the task is finished.
+    pgp add RUN DATA is short for pgp train --resume RUN --add DATA."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """New path of the run's data, if they were moved. They must be the same data, and the run records the path. For a
-    run with data added by --add, give the flag once for each data set, in their order."""
+    """New path of the run's data, if they were moved. They must be the same data; the run records the path. For a run
+    with added data, repeat the flag: once for each data set, in the order in which they were learned."""
     drop: bool = False
-    """Drop the steps of an unfinished task, and resume from the latest finished task."""
+    """Discard an unfinished task, and resume from the latest finished one."""
     on_bad_image: Literal["error", "skip"] | None = None
-    """How to handle an unreadable image: stop with an error, or skip it. If not given, the setting of the run."""
+    """How to handle an unreadable image: stop with an error, or skip it. If not given, as in the run."""
 
 
 @dataclass(frozen=True)
@@ -78,10 +78,10 @@ class EvalCommand:
     run: tyro.conf.Positional[Path]
     """Run folder."""
     legacy_eval: bool = False
-    """Also report the published protocol (see pgp train --help)."""
+    """Also report the published protocol (see pgp train RECIPE --help)."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """New path of the run's data, if they were moved. They must be the same data, and the run records the path. For a
-    run with data added by --add, give the flag once for each data set, in their order."""
+    """New path of the run's data, if they were moved. They must be the same data; the run records the path. For a run
+    with added data, repeat the flag: once for each data set, in the order in which they were learned."""
     every_task: bool = False
     """Evaluate the checkpoints of all tasks, not only the latest, for the full accuracy matrix."""
     batch_size: int | None = None
@@ -90,17 +90,18 @@ class EvalCommand:
 
 @dataclass(frozen=True)
 class AuditCommand:
-    """Compare the accuracy of a run's latest checkpoint with and without leaking the task label at test."""
+    """Compare the accuracy of a run's latest checkpoint with and without task information at test."""
 
     run: tyro.conf.Positional[Path]
     """Run folder."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """New path of the run's data, if they were moved. They must be the same data, and the run records the path. For a
-    run with data added by --add, give the flag once for each data set, in their order."""
+    """New path of the run's data, if they were moved. They must be the same data; the run records the path. For a run
+    with added data, repeat the flag: once for each data set, in the order in which they were learned."""
     batch_sizes: tuple[int, ...] = BATCHES
-    """Batch sizes for the protocols in which the images of a batch vote for their prompts."""
+    """Numbers of images that select prompts by a common vote, for methods that select prompts."""
     oracle: bool = False
-    """Also report the accuracy of statistics readouts without drift. This processes all old training images."""
+    """Also report the accuracy of readouts that are fitted again to fresh class statistics, which have no drift. This
+    needs all old training images."""
 
 
 UNKNOWN_REJECTS = 0.05
@@ -114,12 +115,12 @@ class PredictCommand:
     run: tyro.conf.Positional[Path]
     """Run folder."""
     images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files, and folders of images at any depth."""
+    """Image files, and folders that are searched for images at any depth."""
     top: int = 1
     """Number of classes to print, the most probable first."""
     unknown: bool = False
-    """Print `unknown` before the classes of an image that is unlike all of them. This includes 5 % of the images of
-    learned classes, by a threshold on held-out training images."""
+    """Print `unknown` before the classes of an image that is unlike every learned class. The threshold comes from
+    held-out training images: 5 % of the images of learned classes are called unknown, too."""
     json: bool = False
     """Print one JSON object per line instead of text."""
     readout: str | None = None
@@ -141,27 +142,27 @@ class ReportCommand:
 
 @dataclass(frozen=True)
 class SweepCommand:
-    """Run every combination of values, plus the same baselines with the same budget and seeds.
+    """Run every combination of values, and the baselines of each with the same budget and seeds.
 
     The sweep writes a table of paired differences, sweep.md, and a figure of accuracy against forgetting, sweep.png.
-    Repeat the same call to resume a sweep; add seeds or values to extend it. All settings of pgp train RECIPE can be
-    given and hold for every run; --num-workers sets the number of processes that load images.
+    Repeat the same call to resume a sweep; add seeds or values to extend it. All flags of pgp train RECIPE can be
+    given, and hold for every run. Only --workers has another meaning here: --num-workers is for processes that load
+    images.
     """
 
     over: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """PATH=VALUE,VALUE: a setting as in pgp train RECIPE --help, such as projection.energy=.9,.99 or
-    projection=orthogonal,released. If given several times, every combination is run."""
+    """PATH=VALUE,VALUE: a flag of pgp train RECIPE without its dashes, and its values, such as
+    projection.energy=.9,.99 or projection=orthogonal,released. If given several times, every combination is run."""
     seeds: str = "5"
     """Number of seeds, counted from 0; or a list, such as 3,7,11."""
     output: Path | None = None
     """Folder of the sweep. If not given, sweeps/RECIPE."""
     baselines: bool = True
-    """Also run all baselines of each point: without projection; with a random projection; with a tenth of the prompt
-    learning rate after the first task; with prompts frozen after the first task; a linear head and the nearest class
-    mean on frozen features; joint training on all tasks."""
+    """Also run all baselines of each combination: without projection; with a random projection; with a tenth of the
+    prompt learning rate after the first task; with prompts frozen after the first task; a linear head and the nearest
+    class mean on frozen features; joint training on all tasks."""
     workers: int | None = None
-    """Number of processes that run jobs on this machine and share its cores. If not given, one per GPU, or one per core
-    if there is no GPU."""
+    """Number of runs at a time on this machine. If not given, one per GPU, or one per core if there is no GPU."""
     ray: str | None = None
-    """Address of a Ray cluster that runs the jobs; auto finds a running cluster, local starts one on this machine. Its
-    machines need pgp, the data and --output at the same paths, on a shared file system with file locks."""
+    """Address of a Ray cluster to run on: auto finds a running cluster, local starts one on this machine. Its machines
+    need pgp, the data and --output at the same paths, on a shared file system with file locks."""

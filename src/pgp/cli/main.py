@@ -51,10 +51,10 @@ usage: pgp COMMAND ...
   add RUN DATA            train a finished run on new classes, without the old
                           images
   eval RUN                evaluate a run's latest checkpoint again
-  audit RUN               compare accuracy with and without leaking the task
+  audit RUN               compare accuracy with and without task information
   predict RUN IMAGE ...   classify images, or all images in folders
   report RUN ...          write tables and figures over runs and seeds
-  sweep RECIPE --over ... run a grid of settings and their baselines
+  sweep RECIPE --over ... run a grid of configurations and their baselines
   list                    list recipes, data sets, scenarios and components
   data get RECIPE         download the data of a recipe
   data check RECIPE       verify every image before training

@@ -287,18 +287,28 @@ def show_tasks(scenario: Scenario) -> None:
 def show_audit(run: Run, findings: Sequence[audit.Finding]) -> None:
     """Print the accuracy of `run` under each protocol, and how much task information adds to it."""
     columns = list(dict.fromkeys(finding.column for finding in findings))
+    is_til = run.config.setting == "til"
     rows: dict[tuple[str, str], dict[str, str]] = {}
     for finding in findings:
-        chosen = "each image" if finding.batch is None else f"vote of {finding.batch} image{'s' * (finding.batch > 1)}"
-        cells = rows.setdefault((chosen, audit.SCOPES[finding.scope]), {})
+        if finding.batch is None:
+            selected = "per image"
+        else:
+            selected = f"by vote of {finding.batch} image{'s' if finding.batch > 1 else ''}"
+        is_given = is_til and finding.scope == "seen"
+        cells = rows.setdefault((selected, "of the image's task" if is_given else audit.SCOPES[finding.scope]), {})
         cells[finding.column] = f"{100 * finding.accuracy:.2f}"
     table = [(*key, *(cells[column] for column in columns)) for key, cells in rows.items()]
-    _show_table(f"{run.folder}: average accuracy, %", ("prompts selected by", "predicted among"), columns, table)
+    _show_table(f"{run.folder}: average accuracy, %", ("prompts selected", "classes"), columns, table)
+    if is_til:
+        show_lines("accuracy with the task of each image given (--setting til):")
+    else:
+        show_lines("accuracy without task information, and the most that task information adds:")
     for column in columns:
         own = [finding for finding in findings if finding.column == column]
         (plain,) = (finding for finding in own if finding.choice == "image" and finding.scope == "seen")
         gain = 100 * (max(finding.accuracy for finding in own) - plain.accuracy)
-        show_lines(f"{column}: {100 * plain.accuracy:.2f} %; with task information up to {gain:.2f} points more")
+        more = "" if is_til else f", at most {gain:.2f} points more"
+        show_lines(f"{column}: {100 * plain.accuracy:.2f} %{more}")
 
 
 def show_oracle(run: Run, bounds: Mapping[str, tuple[float, float]]) -> None:

@@ -70,14 +70,17 @@ class DualPrompt(Method):
         """Expert selection in training: per image (image), or by majority vote over the batch (batch, as published). At
         test, selection is per image, except in --legacy-eval and pgp audit."""
         prompt_mask: bool = True
-        """Train task t (from 0) with experts t * k to t * k + k - 1 only. Past the end of the pool, images select by
-        similarity."""
+        """Give each task k experts of its own: in training, all images of task t (from 0) use experts t * k to t * k +
+        k - 1. If the pool has none left, they select experts by key, as without this flag. At test, images select by
+        key, from the whole pool."""
         shared_pool: bool = True
-        """Before task t, copy the experts of task t - 1 to those of task t. This is intended for prompt_mask."""
+        """Before task t, overwrite experts t * k to t * k + k - 1 with the k experts before them; keys are not copied.
+        With prompt_mask, the experts of each task so start from those of the previous task. Without prompt_mask, no
+        expert belongs to a task, and any image can select the copies as well as the originals."""
         protect: Literal["keys", "keys+values"] = "keys"
-        """What a projection protects of a prefix. keys: its keys, with the attention queries of old images as inputs
-        (the paper). keys+values: also its values, with the attention weights of old images as inputs; the attention
-        output of old images then stays the same."""
+        """What of a prefix is protected by a projection. keys: its keys, with the attention queries of old images as
+        inputs (the paper). keys+values: also its values, with the attention weights of old images as inputs; the
+        attention output of old images then stays the same."""
 
         def __post_init__(self) -> None:
             for name in ("general_length", "expert_length", "pool_size", "top_k"):

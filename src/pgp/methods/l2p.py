@@ -56,11 +56,13 @@ class L2P(Method):
         """Prompt selection in training: per image (image), or by majority vote over the batch (batch, as published). At
         test, selection is per image, except in --legacy-eval and pgp audit."""
         prompt_mask: bool = False
-        """Train task t (from 0) with k prompts of its own, t * k to t * k + k - 1. If the pool has none left for it,
-        images select prompts by similarity, as without this setting."""
+        """Give each task k prompts of its own: in training, all images of task t (from 0) use prompts t * k to t * k +
+        k - 1. If the pool has none left, they select prompts by key, as without this flag. At test, images select by
+        key, from the whole pool."""
         shared_pool: bool = False
-        """Before task t, copy prompts (t - 1) * k to t * k - 1 to the k that follow. With prompt_mask, each task then
-        starts from the prompts of the one before it."""
+        """Before task t, overwrite prompts t * k to t * k + k - 1 with the k prompts before them; learned keys are not
+        copied. With prompt_mask, the prompts of each task so start from those of the previous task. Without
+        prompt_mask, no prompt belongs to a task, and any image can select the copies as well as the originals."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
         """What prompt updates must be orthogonal to. tokens: tokens of old images at the input of the first block (the
         paper). affinity: directions that change attention scores. affinity+aggregation: also the attention weights of

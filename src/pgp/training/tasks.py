@@ -299,7 +299,7 @@ def _by_class(config: Config, data: Dataset) -> Scenario:
 def _by_domain(config: Config, data: Dataset) -> Scenario:
     train, test, domains = data.train.domains, data.test.domains, data.domains
     if train is None or test is None:
-        raise ValueError("expected data with domains for setting dil: folders DOMAIN/CLASS, a table with a column"
+        raise ValueError("expected data with domains for --setting dil: folders DOMAIN/CLASS, a table with a column"
                          " domain or task in every row, or a Hugging Face data set with --dataset.domain")  # fmt: skip
     groups: Groups
     if file := config.task_file or _file_beside(data, TASKS_FILE):
