@@ -138,5 +138,5 @@ def test_rows_must_fit():
 @pytest.mark.parametrize("moment", [SecondMoment(), observed(draw(0, 3))])
 @pytest.mark.parametrize("name", ["mean", "second"])
 def test_no_rows_have_no_moment(moment, name):
-    with pytest.raises(ValueError, match=r"at least one observed row, got none: call observe\(\) first"):
+    with pytest.raises(ValueError, match=r"at least one observed vector, got none: call observe\(\) first"):
         getattr(moment, name)

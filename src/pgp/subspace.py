@@ -3,8 +3,9 @@
 A basis spans the directions that inputs of old tasks use. It is computed from second moments, which are accumulated
 batch by batch, and it grows task by task.
 
-Shapes: `n` rows, `D` width, `r` rank. Leading axes (`...`), such as the heads of an attention layer, are independent:
-each has a moment and a basis of its own. Everything is float64, so that a basis stays orthonormal over many tasks.
+Shapes: `n` input vectors, one per row of a matrix, `D` width, `r` rank. Leading axes (`...`), such as attention heads,
+are independent: each has a moment and a basis of its own. Everything is float64, so that a basis stays orthonormal over
+many tasks.
 """
 
 from __future__ import annotations
@@ -32,26 +33,33 @@ def to_float64(tensor: Tensor) -> Tensor:
 
 
 class ProtectedParameter(NamedTuple):
-    """A parameter that a method asks to protect, and the axis along which it is multiplied with its inputs."""
+    """A parameter that a method asks to protect, and the axis along which it is multiplied with its inputs.
+
+    A *space* is the name under which `Method.protected` returns it, such as "prompts". Its inputs, its protected
+    subspace, its rank and its drift are kept under this name. A parameter protected along two axes has two spaces.
+    """
 
     parameter: nn.Parameter
     axis: int = -1
-    """Axis of length D, the width of the inputs. Axes before the last two match the heads of the inputs."""
+    """Axis of length D, the width of the inputs. Axes before the last two match the attention heads of the inputs."""
     role: Literal["prompt", "key", "value"] = "prompt"
     """Which energy threshold applies: `energy`, `key_energy` or `value_energy`."""
 
 
 class ProtectedInputs(NamedTuple):
-    """The inputs of a protected parameter for a batch of images."""
+    """The inputs of a protected parameter for a batch of images: the vectors that it is multiplied with, as rows.
+
+    The parameter's updates are kept orthogonal to the inputs of old tasks.
+    """
 
     inputs: Tensor
-    """Rows that the parameter is multiplied with, `(B, ..., N, D)`."""
+    """N vectors of width D for each image, `(B, ..., N, D)`."""
     prompts: Tensor | None = None
     """Prompts in the same sequence, as they enter the block, `(B, ..., L, D)`."""
     head_maps: Tensor | None = None
-    """Constant maps `(H, d, D)` from the inputs of each head to the inputs of the parameter. If given, the inputs are
-    `(B, H, N, d)`, and head h multiplies the parameter with `inputs[:, h] @ head_maps[h]`. Second moments are then
-    accumulated per head with width `d`, and mapped at the end."""
+    """Constant maps `(H, d, D)` from the inputs of each attention head to those of the parameter. If given, the inputs
+    are `(B, H, N, d)`, and attention head h multiplies the parameter with `inputs[:, h] @ head_maps[h]`. Second moments
+    are then accumulated per attention head with width `d`, and mapped at the end."""
 
     @property
     def expanded(self) -> Tensor:
@@ -69,8 +77,8 @@ class ProtectedInputs(NamedTuple):
         """Return K weighted sums of all inputs, `(..., K, D)` float64.
 
         With independent standard normal weights, any linear function has the same expected squared norm on one such
-        sum as on all rows together. Without maps, a token has the same weight in every head, so that heads can be
-        concatenated. With maps, the rows of each head have their own weights.
+        sum as on all inputs together. Without maps, a token has the same weight in every attention head, so that heads
+        can be concatenated. With maps, the inputs of each attention head have their own weights.
 
         Args:
             weights: Weights `(B, *sketch_shape)`.
@@ -83,15 +91,15 @@ class ProtectedInputs(NamedTuple):
         return mixtures if self.head_maps is None else (mixtures @ to_float64(self.head_maps.detach())).sum(0)
 
 
-def flatten_images(rows: Tensor) -> Tensor:
-    """Concatenate the rows of all images: `(B, ..., N, D)` -> `(..., B * N, D)`."""
-    return torch.movedim(rows, 0, -3).flatten(-3, -2)  # (..., B, N, D) -> (..., B * N, D)
+def flatten_images(inputs: Tensor) -> Tensor:
+    """Concatenate the input vectors of all images: `(B, ..., N, D)` -> `(..., B * N, D)`."""
+    return torch.movedim(inputs, 0, -3).flatten(-3, -2)  # (..., B, N, D) -> (..., B * N, D)
 
 
 class SecondMoment:
-    """The count, mean and second moment of rows, accumulated batch by batch.
+    """The count, mean and second moment of vectors, the rows of matrices, accumulated batch by batch.
 
-    It takes memory for `D * D` numbers, however many rows there are. The result does not depend on their order or
+    It takes memory for `D * D` numbers, however many vectors there are. The result does not depend on their order or
     batching, up to rounding in float64.
 
     >>> moment = SecondMoment()
@@ -124,12 +132,12 @@ class SecondMoment:
 
     @property
     def mean(self) -> Tensor:
-        """The mean row, `(..., D)`."""
+        """The mean vector, `(..., D)`."""
         return self._observed(self._sum) / self.count
 
     @property
     def second(self) -> Tensor:
-        """The second moment, the mean of the rows' outer products, `(..., D, D)`."""
+        """The second moment, the mean of the vectors' outer products, `(..., D, D)`."""
         return self._observed(self._products) / self.count
 
     def all_reduce(self) -> None:
@@ -138,7 +146,7 @@ class SecondMoment:
         Collective: every process must call it.
 
         Raises:
-            ValueError: If this process has observed no row.
+            ValueError: If this process has observed no vector.
         """
         total, products = self._observed(self._sum), self._observed(self._products)
         all_reduce_sum_(total)
@@ -147,12 +155,12 @@ class SecondMoment:
 
     def _observed(self, value: Tensor | None) -> Tensor:
         if value is None or self.count == 0:
-            raise ValueError("expected at least one observed row, got none: call observe() first")
+            raise ValueError("expected at least one observed vector, got none: call observe() first")
         return value
 
 
 def second_moment_of_sums(inputs: SecondMoment, prompts: SecondMoment) -> Tensor:
-    """Return the second moment `(..., D, D)` of all sums x + p of an input row x and a prompt row p.
+    """Return the second moment `(..., D, D)` of all sums x + p of an input x and a prompt token p.
 
     It is `C_x + C_p + m_x m_p^T + m_p m_x^T`, with second moments C and means m. The sums themselves are never formed,
     so both moments can be accumulated batch by batch. Unlike a sum of two sets of principal components, the result

@@ -189,7 +189,7 @@ def _predict_only(session: Session, state: TrainState, task: Task, predictions: 
 def train_step(
     session: Session, state: TrainState, optimizer: Any, batch: Batch, task: Task, global_batch_size: int
 ) -> Tensor:
-    """Make one step on this process's share of a batch of `global_batch_size` images.
+    """Make one step on this process's part of a batch of `global_batch_size` images.
 
     Returns:
         The loss and the norm of the gradients before clipping, `(2,)`, left on the device.

@@ -97,7 +97,7 @@ def test_domains_and_tasks(tmp_path):
         ("path,label,split\na.png,dog,train\nb.png,dog,train\n", "expected rows with split test"),
         ("path,label,split\na.png,dog,train\nb.png,cat,test\n", r"every class in .*got \['cat'\] in test only"),
         ("path,label\na.png,dog\nb.png,dog\na.png,dog\n", "every image once in .*'a.png' in lines 2 and 4$"),
-        (SPLIT + "x/../a.png,dog,test\n", "in lines 2 and 6 and in both parts, so that the test would leak"),
+        (SPLIT + "x/../a.png,dog,test\n", "in lines 2 and 6 and in both parts, so that a test"),
         ('path,label\n"a.png,dog\n', "cannot read line 2 of .*photos.csv: unexpected end of data"),
     ],
 )

@@ -27,7 +27,7 @@ from pgp.scenario import Task
 from pgp.subspace import ProtectedParameter, to_float64
 
 SKETCH_SIZE = 16
-"""Number of random sketches of the inputs of each task and space, K."""
+"""Number of random sketches of the inputs of each task and protected parameter (space), K."""
 
 
 class Drift(NamedTuple):

@@ -29,7 +29,7 @@ class Trace(NamedTuple):
 class Backbone(nn.Module, abc.ABC):
     """A frozen encoder. The same weights compute features without prompts and with them.
 
-    Shapes: `B` images, `N` tokens of an image (CLS first), `P` inserted prompt tokens, `D` width, `H` heads.
+    Shapes: `B` images, `N` tokens of an image (CLS first), `P` inserted prompt tokens, `D` width, `H` attention heads.
     """
 
     width: int
@@ -71,7 +71,7 @@ class Backbone(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def key_weights(self, layer: int) -> Tensor:
-        """Return the key weights `W_k (H, D/H, D)` of each head of block `layer`.
+        """Return the key weights `W_k (H, D/H, D)` of each attention head of block `layer`.
 
         Raises:
             ValueError: If the attention scores are not linear in the keys.
@@ -143,8 +143,8 @@ class Backbone(nn.Module, abc.ABC):
     def affinity_maps(self, layer: int, *, moves: Literal["prompt", "token", "normed"]) -> Tensor:
         """Return maps `(H, D/H, D)` from a query to the direction in which a token changes its attention score.
 
-        For a query q of head h, the direction is `q W_k`, mapped back through the norms. Their standard deviations are
-        treated as constants.
+        For a query q of attention head h, the direction is `q W_k`, mapped back through the norms. Their standard
+        deviations are treated as constants.
 
         Args:
             layer: Number of the block.

@@ -168,7 +168,7 @@ class CLIP(VisionLanguage):
 
 
 def _queries_and_keys(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the queries and the keys of all heads of a block, `(B, H, N, D/H)` each."""
+    """Return the queries and the keys of all attention heads of a block, `(B, H, N, D/H)` each."""
     attn, D = _linear_attention(block.attn), x.shape[-1]
     bias = attn.in_proj_bias
     qk = F.linear(block.ln_1(x), attn.in_proj_weight[: 2 * D], None if bias is None else bias[: 2 * D])  # (B, N, 2 * D)

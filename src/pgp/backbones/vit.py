@@ -305,7 +305,7 @@ def _create(config: ViT.Config, size: int) -> Any:
 
 
 def _load(model: Any, path: Path) -> None:
-    """Load a checkpoint with timm's parameter names; the head is left out, position embeddings are resampled."""
+    """Load a checkpoint with timm's parameter names; the classifier is left out, position embeddings are resampled."""
     state = weights.read(path)
     state = {name: tensor for name, tensor in state.items() if not name.startswith(("head.", "head_dist."))}
     width, cls = model.embed_dim, state.get("cls_token")

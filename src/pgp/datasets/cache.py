@@ -13,7 +13,7 @@ from torch import Tensor
 from pgp.datasets.free_memory import free_memory
 from pgp.distributed import world_size
 
-SHARE = 0.2
+FRACTION = 0.2
 """Fraction of the free memory for the cached images of all splits and all processes together."""
 
 
@@ -58,7 +58,7 @@ class PixelStore:
         if end > budget:
             return None
         if end > check:
-            if end > _budget() + SHARE * taken:  # other programs need the memory: stop growing
+            if end > _budget() + FRACTION * taken:  # other programs need the memory: stop growing
                 self._counts[1] = taken
                 return None
             self._counts[2] = end + CHECK_EVERY
@@ -111,7 +111,7 @@ class ImageCache:
 
 def _budget() -> int:
     """Return how much of the free memory, in bytes, the images of this process may use."""
-    return int(SHARE * free_memory() / (world_size() * processes))
+    return int(FRACTION * free_memory() / (world_size() * processes))
 
 
 _shared: weakref.ref[PixelStore] | None = None

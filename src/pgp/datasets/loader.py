@@ -43,9 +43,9 @@ class TransformedSplit(torch.utils.data.Dataset[tuple[Tensor, int, int] | None])
     """A split with a transform whose random draws depend only on `(seed, *purpose, epoch, index)`."""
 
     def __init__(
-        self, split: Split, view: v2.Transform, seed: int, purpose: tuple[str | int, ...], skip_bad: bool
+        self, split: Split, transform: v2.Transform, seed: int, purpose: tuple[str | int, ...], skip_bad: bool
     ) -> None:
-        self.split, self.transform, self.seed, self.purpose, self.skip_bad = split, view, seed, purpose, skip_bad
+        self.split, self.transform, self.seed, self.purpose, self.skip_bad = split, transform, seed, purpose, skip_bad
 
     def __getitem__(self, address: SampleKey) -> tuple[Tensor, int, int] | None:
         """Return image, label and index; None for a bad image that is to be skipped."""

@@ -182,7 +182,7 @@ def _existing(file: Path, rows: list[Row]) -> list[Path]:
     for row in rows:
         path = _found(file.parent, row.path)
         if (other := lines.setdefault(path, row)) is not row:
-            leak = " and in both parts, so that the test would leak" if other.split != row.split else ""
+            leak = " and in both parts, so that a test image would be trained on" if other.split != row.split else ""
             raise ValueError(f"expected every image once in {file}, got {row.path!r} in lines {other.line} and"
                              f" {row.line}{leak}")  # fmt: skip
         if not os.path.isfile(path):  # noqa: PTH113  (a Path per image of a long table takes seconds)

@@ -68,7 +68,7 @@ class TaskAccuracies(NamedTuple):
     within_task: dict[str, Tensor]
     """Accuracy among the classes of the image's own task."""
     task_id_accuracy: dict[str, Tensor]
-    """Share of images whose predicted class belongs to their own task. Forgetting that shows here and not in
+    """Fraction of images whose predicted class belongs to their own task. Forgetting that shows here and not in
     `within_task` is competition between tasks in the classifier."""
     calibration: dict[str, Tensor]
     """Bins of confidence over the images of all tasks, `(NUM_BINS, 3)`; see `pgp.evaluation.calibration`."""
@@ -209,7 +209,7 @@ class Evaluator:
 
     @property
     def loader_options(self) -> LoaderOptions:
-        """How this process loads its share of the images."""
+        """How this process loads its part of the images."""
         hardware = self.config.hardware
         return LoaderOptions(
             hardware.workers,

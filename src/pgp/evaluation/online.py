@@ -16,8 +16,8 @@ class OnlineAccuracy:
     """Counts of training images, and of those predicted correctly before they were learned, by task.
 
     Predictions are those of the method's own head over the classes of all tasks so far, including the current one. They
-    use no task label, and each image is predicted for itself in its test view. This costs another loading, query and
-    forward pass of each training image (for CLIP, also a pass of the text encoder in each step). It changes nothing
+    use no task label, and each image is predicted by itself, with the test transform. This costs another loading, query
+    and forward pass of each training image (for CLIP, also a pass of the text encoder in each step). It changes nothing
     that is learned.
     """
 

@@ -136,17 +136,17 @@ class Method(nn.Module, abc.ABC):
         """
 
     def protected(self) -> dict[str, ProtectedParameter]:
-        """Return the parameters whose responses to old inputs must not change, by name.
+        """Return the parameters whose responses to old inputs must not change, by space (name).
 
-        A name is called a space, because each parameter has its own protected subspace. The names and the parameter
-        objects stay the same for the lifetime of the method.
+        For what a space is, see `ProtectedParameter`. The names and the parameter objects stay the same for the
+        lifetime of the method.
         """
         return {}
 
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
-        """Return the inputs of each protected parameter for these images, by space.
+        """Return the inputs of each protected parameter for these images, by space: the keys are those of `protected`.
 
-        The keys are those of `protected`. The tensors are detached.
+        Inputs are the vectors that the parameter is multiplied with. The tensors are detached.
 
         Args:
             images: Images `(B, 3, S, S)`.

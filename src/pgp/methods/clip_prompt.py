@@ -124,7 +124,7 @@ class CLIPPrompt(ZeroShot):
     The loss compares an image with the classes of its task. The text features of a finished task are cached and do not
     change. Predictions for old images therefore change only through the image prompt, which a projection protects.
 
-    Differs from the published code: an image is compared with all classes seen so far. The published evaluation leaks
+    Differs from the published code: an image is compared with all classes seen so far. The published evaluation uses
     the task label.
     """
 

@@ -1,6 +1,6 @@
 """Pools of prompts and prefixes, and the selection of prompts by the similarity of queries and keys.
 
-Shapes: `B` images, `M` prompts of length `L` and width `D`, `k` selected per image, `H` heads of width `d`.
+Shapes: `B` images, `M` prompts of length `L` and width `D`, `k` selected per image, `H` attention heads of width `d`.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ class PrefixPool(nn.Module):
         size: Number of prefixes M.
         length: Number of positions per prefix L.
         heads: Number of attention heads H.
-        width: Width of a head d.
+        width: Width of an attention head d.
         shared: Use one parameter for both keys and values.
         generator: Random generator for the initial values, which are uniform in (-1, 1) as published.
 

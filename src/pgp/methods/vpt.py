@@ -26,8 +26,8 @@ class VPT(Method):
     NSP2 (Lu et al., NeurIPS 2024). They are linear as long as the standard deviation by which LayerNorm divides each
     prompt does not change.
 
-    Differs from NSP2 in two points. The rows S are divided by the standard deviation of each prompt, so that
-    aggregation is exact if prompts have different standard deviations. The penalty does not restrict the means of
+    Differs from NSP2 in two points. The attention weights S are divided by the standard deviation of each prompt, so
+    that aggregation is exact if prompts have different standard deviations. The penalty does not restrict the means of
     prompts, which LayerNorm subtracts anyway.
     """
 

@@ -20,7 +20,7 @@ class ObservationSpec(NamedTuple):
     when: Literal["before", "after"] = "after"
     """Before or after the task is trained."""
     view: Literal["train", "test"] = "test"
-    """Whether images are augmented as in training, or transformed as for testing."""
+    """Which transform the images get: that of training, with augmentation, or that of testing."""
     repeat: bool = False
     """Repeat with new augmentations until `has_enough()` returns True."""
 
@@ -56,7 +56,7 @@ class Projection(abc.ABC):
             """Return a projection without any protected directions.
 
             Args:
-                protected: The parameters to protect, by space, as returned by `Method.protected`.
+                protected: The parameters to protect, by space (name), as returned by `Method.protected`.
                 seed: The run's seed. Every random draw depends on it.
             """
 
@@ -67,7 +67,7 @@ class Projection(abc.ABC):
 
     def __init__(self, protected: Mapping[str, ProtectedParameter], seed: int = 0) -> None:
         self.protected = dict(protected)
-        """The protected parameters, by space."""
+        """The protected parameters, by space: the name of each, see `ProtectedParameter`."""
         self.seed = seed
         self.bases: dict[str, Tensor] = {}
         """Orthonormal columns `(..., D, r)` that span the protected subspace, by space."""
@@ -82,8 +82,13 @@ class Projection(abc.ABC):
         return False
 
     @abc.abstractmethod
-    def observe(self, space: str, rows: ProtectedInputs) -> None:
-        """Observe the inputs of the protected parameter of `space` for a batch of images."""
+    def observe(self, space: str, inputs: ProtectedInputs) -> None:
+        """Observe the inputs of one protected parameter for a batch of images.
+
+        Args:
+            space: Name of the parameter, a key of `protected`; see `ProtectedParameter`.
+            inputs: The vectors that the parameter is multiplied with, as returned by `Method.activations`.
+        """
 
     @abc.abstractmethod
     def end_task(self) -> dict[str, float]:
@@ -102,19 +107,19 @@ class Projection(abc.ABC):
         """
         if space not in self.bases:
             return tensor
-        rows = to_float64(tensor)
-        self.bases[space] = self.bases[space].to(rows.device)
+        vectors = to_float64(tensor)
+        self.bases[space] = self.bases[space].to(vectors.device)
         basis = self.basis(space)
         if basis.shape[-2] != tensor.shape[-1]:
             raise ValueError(f"expected width {basis.shape[-2]} in space {space!r}, got {tuple(tensor.shape)}")
-        return project_out(rows, basis).to(tensor)
+        return project_out(vectors, basis).to(tensor)
 
     def basis(self, space: str) -> Tensor:
         """Return orthonormal columns `(..., D, r)` that span the protected subspace of `space`."""
         return self.bases[space]
 
     def rank(self, space: str) -> float:
-        """Return the number of protected directions in `space`, averaged over heads."""
+        """Return the number of protected directions in `space`, averaged over attention heads."""
         return mean_rank(self.bases[space]) if space in self.bases else 0.0
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -197,7 +202,7 @@ class NoProjection(Projection):
 
     observation = None
 
-    def observe(self, space: str, rows: ProtectedInputs) -> None:
+    def observe(self, space: str, inputs: ProtectedInputs) -> None:
         """Ignore the inputs."""
 
     def end_task(self) -> dict[str, float]:

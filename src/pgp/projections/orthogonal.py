@@ -36,22 +36,22 @@ class Orthogonal(Projection):
         tag = "orthogonal"
 
         basis: Literal["sum", "union", "input"] = "sum"
-        """Span of old inputs x and old prompts p. sum: all sums x + p (the paper). union: x, then p; both conditions
-        hold. input: x alone (GPM)."""
+        """Vectors that the protected subspace is computed from, for old inputs x and old prompts p. sum: all sums x + p
+        (the paper). union: x and p, each by itself. input: x alone (GPM)."""
         energy: float = 0.5
         """Fraction of the inputs' energy (trace of the second moment) that the basis captures, in [0, 1]: the paper's
         epsilon."""
         key_energy: float = 0.97
-        """The same fraction for the keys of prompts, whose inputs are the queries."""
+        """As `energy`, for the keys of prompts, whose inputs are the queries."""
         apply_to: Literal["gradient", "update"] = "gradient"
-        """Project the gradient before the optimizer's step (the paper), or the change of the parameter by the step.
-        Only the latter is exact for Adam, momentum and weight decay."""
+        """What is projected. gradient: the gradient before the optimizer's step (the paper). update: the change of the
+        parameter by the step; only this is exact for Adam, momentum and weight decay."""
         value_energy: float | None = None
-        """The same fraction where the inputs are attention weights: values of prefixes, and prompts along the prompt
-        axis. If None, `energy`."""
+        """As `energy`, for parameters whose inputs are attention weights: values of prefixes, and prompts along the
+        prompt axis. If None, `energy`."""
         preserve_key_norms: bool = False
-        """Also keep the norms of prompt keys, if updates are projected. Images select keys by cosine similarity, which
-        depends on the norm of a key even if its inner products with old queries do not change."""
+        """Also keep the norm of each prompt key; only with apply_to=update. Images select keys by cosine similarity,
+        which depends on the norm of a key even if its inner products with old queries do not change."""
 
         def __post_init__(self) -> None:
             for name in ("energy", "key_energy", "value_energy"):
@@ -84,13 +84,13 @@ class Orthogonal(Projection):
         self._prompts: dict[str, SecondMoment] = {}
         self._head_maps: dict[str, Tensor] = {}
 
-    def observe(self, space: str, rows: ProtectedInputs) -> None:
+    def observe(self, space: str, inputs: ProtectedInputs) -> None:
         """Add the inputs `(B, ..., N, D)` of a batch to the second moments of `space`."""
-        if rows.head_maps is not None:
-            self._head_maps[space] = to_float64(rows.head_maps.detach())
-        self._inputs.setdefault(space, SecondMoment()).observe(flatten_images(rows.inputs))
-        if rows.prompts is not None and self.config.basis != "input":
-            self._prompts.setdefault(space, SecondMoment()).observe(flatten_images(rows.prompts))
+        if inputs.head_maps is not None:
+            self._head_maps[space] = to_float64(inputs.head_maps.detach())
+        self._inputs.setdefault(space, SecondMoment()).observe(flatten_images(inputs.inputs))
+        if inputs.prompts is not None and self.config.basis != "input":
+            self._prompts.setdefault(space, SecondMoment()).observe(flatten_images(inputs.prompts))
 
     def end_task(self) -> dict[str, float]:
         """Extend each basis by this task's second moments, clear the moments, and return the rank of each space.

@@ -1,4 +1,4 @@
-"""A control for projections: protect as many directions, but random ones."""
+"""A baseline for projections: protect as many directions, but random ones."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class RandomBasis(Orthogonal):
         self._drawn: dict[str, Tensor] = {}  # by space, (..., D, D)
 
     def basis(self, space: str) -> Tensor:
-        """Return random orthonormal columns `(..., D, r)`, as many in each head as the basis of old inputs has."""
+        """Return random orthonormal columns `(..., D, r)`, per attention head as many as for old inputs."""
         basis = self.bases[space]
         if space not in self._drawn:
             shape = (*basis.shape[:-1], basis.shape[-2])
             draws = torch.randn(shape, dtype=torch.float64, generator=make_generator(self.seed, "random", space))
             self._drawn[space] = torch.linalg.qr(draws).Q.to(basis.device)
-        nonzero = (basis != 0).any(-2, keepdim=True)  # (..., 1, r): bases of heads with smaller rank end in zeros
+        nonzero = (basis != 0).any(-2, keepdim=True)  # (..., 1, r): bases of smaller rank end in zeros
         return self._drawn[space][..., : basis.shape[-1]] * nonzero

@@ -23,7 +23,7 @@ from pgp.subspace import ProtectedInputs, ProtectedParameter, project_out, to_fl
 class ReleasedBasis(Projection):
     """The published code's basis: scores of images plus scores of prompts, with energy on fourth powers.
 
-    For prefix keys, only scores of images are used, over all heads at once.
+    For prefix keys, only scores of images are used, over all attention heads at once.
 
     Differs from the published code in two points. If a task has fewer images than the model is wide, the published code
     fails; here the images are observed again with new augmentations. The principal components are exact; the published
@@ -85,11 +85,11 @@ class ReleasedBasis(Projection):
         totals = {space: sum(own_counts.get(space, 0) for own_counts, _ in by_process) for space in widths}
         return bool(widths) and all(totals[space] >= width for space, width in widths.items())
 
-    def observe(self, space: str, rows: ProtectedInputs) -> None:
+    def observe(self, space: str, inputs: ProtectedInputs) -> None:
         """Store the inputs of each image as one long vector."""
-        inputs = _merge_heads(rows.expanded) if _has_heads(rows.expanded) else rows.expanded  # (B, N, D)
-        self._widths[space] = inputs.shape[-1]
-        self._images.setdefault(space, []).append(inputs.detach().float().flatten(1).cpu())  # (B, N * D)
+        merged = _merge_heads(inputs.expanded) if _has_heads(inputs.expanded) else inputs.expanded  # (B, N, D)
+        self._widths[space] = merged.shape[-1]
+        self._images.setdefault(space, []).append(merged.detach().float().flatten(1).cpu())  # (B, N * D)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> HookHandle:
         """Attach as `Projection.attach`, and copy the prompts if images are observed before the task."""
@@ -120,7 +120,7 @@ class ReleasedBasis(Projection):
         return {space: self.rank(space) for space in self.protected}
 
     def project(self, space: str, tensor: Tensor) -> Tensor:
-        """Project as `Projection.project`; for prefixes, all heads are projected together, as published."""
+        """Project as `Projection.project`; for prefixes, all attention heads are projected together, as published."""
         if not _has_heads(tensor):
             return super().project(space, tensor)
         heads = tensor.shape[-3]
@@ -180,10 +180,10 @@ def extend_released_basis(basis: Tensor | None, scores: Tensor, energy: float) -
 
 
 def _has_heads(tensor: Tensor) -> bool:
-    """Return whether a tensor has an axis of heads: prefixes `(M, H, L, d)` and their inputs `(B, H, N, d)` do."""
+    """Return whether a tensor has an axis H of attention heads, as prefixes `(M, H, L, d)` and their inputs have."""
     return tensor.dim() == 4
 
 
 def _merge_heads(tensor: Tensor) -> Tensor:
-    """Concatenate the heads: `(..., H, n, d)` -> `(..., n, H * d)`."""
+    """Concatenate the attention heads: `(..., H, n, d)` -> `(..., n, H * d)`."""
     return tensor.transpose(-3, -2).flatten(-2)

@@ -20,8 +20,8 @@ from pgp.system.escaping import plot_text
 STATISTICS = {name: tables.STATISTICS[name] for name in ("average_accuracy", "forgetting")}
 HEAD = ("run", "readout", "seeds", *STATISTICS.values())
 NOTE = (
-    "In percent, mean ± standard deviation over seeds. Rows that begin with `minus` are differences of runs with the"
-    " same seed, mean ± standard error of that mean.\n"
+    "In percent, mean ± standard deviation over seeds. Rows that begin with `minus` are differences to a baseline with"
+    " the same seed, mean ± standard error of that mean.\n"
 )
 MARKS = "sD^vP*Xh"
 """Markers of baselines in the figure, in order."""

@@ -17,7 +17,7 @@ from pgp.runs.run import Run
 from pgp.system.escaping import plot_text
 
 NAMED = 48
-"""Maximum number of space names at an axis; if there are more, only every second or third is written."""
+"""Maximum number of parameter names at an axis; if there are more, only every second or third is written."""
 
 
 Event = dict[str, Any]
@@ -117,8 +117,8 @@ STATISTICS: dict[str, Callable[[Event], float | None]] = {
 }
 """Statistics at the end of a task, by heading.
 
-First come changes since the end of each old task, averaged over old tasks (and spaces). Then comes what the projection
-did, averaged over spaces, and then the accuracy of the first readout.
+First come changes since the end of each old task, averaged over old tasks (and protected parameters). Then comes what
+the projection did, averaged over protected parameters, and then the accuracy of the first readout.
 """
 
 PARAMETERS = {
@@ -126,9 +126,9 @@ PARAMETERS = {
     "held": "energy of old inputs in the subspace, %",
     "gradients": "energy of gradients in the subspace, %",
     "updates": "energy of updates in the subspace, %",
-    "leak": "leak: energy of a task's change in it, %",
+    "leak": "leak: energy of a task's change in the subspace, %",
 }
-"""Statistics of each protected space by key in the log, with titles; see `pgp.analysis.drift`."""
+"""Statistics of each protected parameter by key in the log, with titles; see `pgp.analysis.drift`."""
 
 
 def markdown(table: Sequence[DriftHistory]) -> str:
@@ -141,7 +141,7 @@ def markdown(table: Sequence[DriftHistory]) -> str:
 
 
 def draw_drift(table: Sequence[DriftHistory], path: Path) -> None:
-    """Draw every statistic over tasks, and each space and prompt after the last task, as a PNG.
+    """Draw every statistic over tasks, and each protected parameter and prompt after the last task, as a PNG.
 
     Statistics that no run has are left out.
     """
@@ -195,8 +195,8 @@ def _draw_parameters(table: Sequence[DriftHistory], key: str, what: str) -> Call
 
     def onto(axes: Any) -> None:
         for number, history in enumerate(table):
-            shares = _by_parameter(history, key)
-            heights = [shares.get(space, float("nan")) for space in names]
+            fractions = _by_parameter(history, key)
+            heights = [fractions.get(space, float("nan")) for space in names]
             axes.plot(range(len(names)), heights, ".", color=f"C{number}", label=plot_text(history.label))
         named = range(0, len(names), -(-len(names) // NAMED))
         axes.set_xticks(named, [names[i] for i in named], rotation=90, fontsize=8 if len(names) <= 12 else 5)
@@ -210,7 +210,7 @@ def _prompts(table: Sequence[DriftHistory]) -> Callable[[Any], None]:
     def onto(axes: Any) -> None:
         for number, history in enumerate(table):
             usage = _usage(history)
-            axes.plot(range(1, len(usage) + 1), [100 * share for share in usage], ".", color=f"C{number}")
+            axes.plot(range(1, len(usage) + 1), [100 * fraction for fraction in usage], ".", color=f"C{number}")
         axes.set_title("images that select a prompt, %", fontsize=9)
         axes.set(xlabel="prompt", ylim=(0, 103))
         whole_numbers(axes)
@@ -219,11 +219,11 @@ def _prompts(table: Sequence[DriftHistory]) -> Callable[[Any], None]:
 
 
 def _by_parameter(history: DriftHistory, key: str) -> dict[str, float]:
-    """Return a rank, or a share in percent, of each protected parameter after the last task: the mean over runs."""
+    """Return a rank, or a fraction in percent, of each protected parameter after the last task: the mean over runs."""
 
     def values_of(event: Event) -> dict[str, float | None]:
-        shares: dict[str, float | None] = event["ranks"] if key == "rank" else event["drift"].get(key, {})
-        return shares
+        values: dict[str, float | None] = event["ranks"] if key == "rank" else event["drift"].get(key, {})
+        return values
 
     means = {}
     for space in dict.fromkeys(space for event in history.finals for space in values_of(event)):
@@ -239,4 +239,4 @@ def _usage(history: DriftHistory) -> list[float]:
     It is empty for methods that do not select prompts.
     """
     of_runs = [event["drift"].get("usage", []) for event in history.finals]
-    return [statistics.mean(shares) for shares in zip(*of_runs, strict=True)]
+    return [statistics.mean(fractions) for fractions in zip(*of_runs, strict=True)]

@@ -146,7 +146,7 @@ class Session:
         return task.train[stratified_holdout(labels, HELD_OUT, self.config.seed)]
 
     def training_stream(self, task: Task, plan: Sequence[Sequence[SampleKey]]) -> Iterator[Batch]:
-        """Yield this process's share of the planned batches, under a progress bar."""
+        """Yield this process's part of the planned batches, under a progress bar."""
         stream = batches(self.transformed("train", "view", task), plan, self.evaluator.loader_options)
         return track(self.progress, stream, len(plan), f"{self.scenario.describe(task)}, training")
 
