@@ -157,7 +157,7 @@ def test_data_get_and_check(tmp_path, capsys):
     [
         (["tarin"], "unknown command 'tarin': perhaps you meant 'train'"),
         (["train", "10cifar100_l2p"], "perhaps you meant '10cifar100_l2p_pgp'; see pgp list"),
-        (["train"], "expected a recipe, one of demo"),
+        (["train"], "expected a recipe, as in pgp train demo, or --resume RUN, got none"),
         (["train", "demo", "--tasks", "7"], "between 1 and 6 tasks"),
         (["train", "demo", "--dataset", "folder", "--dataset.root", "nowhere"], "no data folder at"),
         (["eval", "nowhere"], "no run at nowhere"),

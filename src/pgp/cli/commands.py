@@ -75,7 +75,7 @@ class ResumeCommand:
 class EvalCommand:
     """Evaluate a run's latest checkpoint again, on all tasks it has learned."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Annotated[Path, Choice(metavar="RUN")]]
     """Run folder."""
     legacy_eval: bool = False
     """Also report the published protocol (see pgp train RECIPE --help)."""
@@ -92,7 +92,7 @@ class EvalCommand:
 class AuditCommand:
     """Compare the accuracy of a run's latest checkpoint with and without task information at test."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Annotated[Path, Choice(metavar="RUN")]]
     """Run folder."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """New path of the run's data, if they were moved. They must be the same data; the run records the path. For a run
@@ -112,9 +112,9 @@ UNKNOWN_REJECTS = 0.05
 class PredictCommand:
     """Classify images among all classes that a run has learned so far."""
 
-    run: tyro.conf.Positional[Path]
+    run: tyro.conf.Positional[Annotated[Path, Choice(metavar="RUN")]]
     """Run folder."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
+    images: tyro.conf.Positional[Annotated[tuple[Path, ...], Choice(metavar="IMAGE ...")]]
     """Image files, and folders that are searched for images at any depth."""
     top: int = 1
     """Number of classes to print, the most probable first."""
@@ -133,7 +133,7 @@ class PredictCommand:
 class ReportCommand:
     """Write tables and figures for runs. Runs that differ only in their seed share one row."""
 
-    runs: tyro.conf.Positional[tuple[Path, ...]]
+    runs: tyro.conf.Positional[Annotated[tuple[Path, ...], Choice(metavar="RUN ...")]]
     """Run folders."""
     output: Path | None = None
     """Folder for report.md, report.png, calibration.png and drift.png. If not given, the folder of a single run, else

@@ -126,8 +126,12 @@ def train_command(words: list[str]) -> None:
 def add_command(words: list[str]) -> None:
     """Run `pgp add RUN DATA`."""
     if not HELP.isdisjoint(words):
-        train_command(["--resume", "RUN", "--help"])
-        return
+        about = (
+            "Train a finished run on new classes, as one more task, without the old images. RUN is the run folder, and"
+            " DATA a folder of images, a table or hf:NAME. Short for pgp train --resume RUN --add DATA, with its flags:"
+        )
+        default = ResumeCommand(Path("RUN"), hardware=Hardware())
+        parse.parse(ResumeCommand, ["--help"], "pgp add RUN DATA", default=default, description=about)
     if len(words) < 2 or any(word.startswith("-") for word in words[:2]):
         raise ValueError("expected a run folder and new images, as in pgp add runs/quick-seed42 new-photos, got"
                          f" {' '.join(words) or 'neither'}")  # fmt: skip
@@ -282,7 +286,8 @@ def _data_paths(config: Config) -> list[Path]:
 def sweep_command(words: list[str]) -> None:
     """Run `pgp sweep RECIPE ...`."""
     first = [] if not words or words[0].startswith("-") else [words[0]]
-    command, others = parse.parse_known(SweepCommand, words[len(first) :], "pgp sweep RECIPE")
+    program = f"pgp sweep {first[0] if first else 'RECIPE'}"
+    command, others = parse.parse_known(SweepCommand, words[len(first) :], program)
     base = parse.parse_point([*first, *others])
     choices = parse.parse_grid(command.over)
     configs = [parse.parse_point([*first, *others, *parse.to_flags(choice)]) for choice in choices]

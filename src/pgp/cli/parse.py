@@ -19,6 +19,7 @@ from pgp.baselines import BASELINES, unprojected
 from pgp.cli import published, show
 from pgp.cli.commands import ResumeCommand, TrainCommand
 from pgp.cli.help_texts import REGISTRY
+from pgp.cli.parse_errors import shorten
 from pgp.cli.renamed import refuse_old_spellings
 from pgp.config import Config, Hardware
 from pgp.datasets.own import dataset_from_path
@@ -30,32 +31,36 @@ Command = TypeVar("Command")
 
 
 def parse(command: type[Command], words: Sequence[str], program: str, **settings: Any) -> Command:
-    """Return the command for `words`. Error messages are safe for a terminal."""
-    with _safe_complaints():
+    """Return the command for `words`. An error ends the process, with one line on standard error."""
+    with _short_errors():
         found: Command = tyro.cli(command, args=words, prog=program, registry=REGISTRY, **settings)
     return found
 
 
 def parse_known(command: type[Command], words: Sequence[str], program: str) -> tuple[Command, list[str]]:
     """Return the command for `words`, and the words that it does not know."""
-    with _safe_complaints():
+    with _short_errors():
         return tyro.cli(command, args=words, prog=program, return_unknown_args=True, registry=REGISTRY)
 
 
 @contextlib.contextmanager
-def _safe_complaints() -> Iterator[None]:
+def _short_errors() -> Iterator[None]:
+    """Print what tyro writes to standard error as one line that is safe for a terminal."""
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
             yield
     finally:
-        show.print_error(messages.getvalue())
+        if text := messages.getvalue().strip():
+            show.print_note(shorten(text))
 
 
 def train_command(words: list[str], program: str) -> TrainCommand:
     """Return the command for `RECIPE --flags`."""
     if not words or words[0].startswith("-"):
-        raise ValueError(f"expected a recipe, one of {', '.join(recipes.RECIPES)}; or --resume RUN")
+        resume = ", or --resume RUN" if program == "pgp train" else ""
+        raise ValueError(f"expected a recipe, as in {program} demo{resume}, got {words[0] if words else 'none'}:"
+                         " pgp list names all recipes")  # fmt: skip
     recipe = lookup(recipes.RECIPES, words[0], "recipe", "pgp list")
     refuse_old_spellings(words[1:])
     if len(words) > 1 and not words[1].startswith("-"):
