@@ -25,8 +25,8 @@ LEVELS = [
     {"predict", "reports", "sweeps"},
     {"cli", "__main__"},
 ]
-"""From the ground up: a module imports from its own level and those below it; shelves do not import each other."""
-SHELVES = {"backbones", "projections", "readouts", "datasets", "reports"}
+"""From the ground up: a module imports from its own level and below; `SEPARATE` folders do not import each other."""
+SEPARATE = {"backbones", "projections", "readouts", "datasets", "reports"}
 HOMES = {
     "timm": {"backbones"},
     "open_clip": {"backbones"},
@@ -74,7 +74,7 @@ def test_imports_go_down_only():
             if parts[0] == "pgp" and len(parts) > 1 and own != "__init__":
                 other = parts[1]
                 known = any(other in names for names in LEVELS)
-                if known and (level(other) > level(own) or (other in SHELVES and own in SHELVES and other != own)):
+                if known and (level(other) > level(own) or (other in SEPARATE and own in SEPARATE and other != own)):
                     wrong.append(f"{own} imports {name}")
                 if own == "methods" and other in {"projections", "datasets"}:
                     wrong.append(f"{own} imports {name}")
@@ -90,7 +90,7 @@ def test_level_0_needs_torch_and_nothing_else():
 
 
 def test_folders_only_re_export():
-    """A contract stands in `base.py` of its folder, and never hides in `__init__.py`."""
+    """A base class is in `base.py` of its folder, never in `__init__.py`."""
     for path, tree in MODULES.items():
         if path.name == "__init__.py" and path.parent != SOURCE:
             assert all(isinstance(node, ast.Expr | ast.ImportFrom) for node in tree.body), path

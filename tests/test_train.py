@@ -242,9 +242,9 @@ def test_online_makes_one_pass(tmp_path):
 
 def test_the_published_protocol_is_a_column_of_its_own(whole):
     row = last_rows(evaluate_checkpoints(whole, replace(whole.config, legacy_eval=True)))
-    honest = last_rows(evaluate_checkpoints(whole, whole.config))
-    assert set(row) == {*honest, "head/legacy", "lda/legacy"}
-    for column, values in honest.items():
+    plain = last_rows(evaluate_checkpoints(whole, whole.config))
+    assert set(row) == {*plain, "head/legacy", "lda/legacy"}
+    for column, values in plain.items():
         assert torch.equal(row[column], values)
 
 

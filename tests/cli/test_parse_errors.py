@@ -13,8 +13,8 @@ EVERY = [
     (["train", "demo", "--transforms.scale", "1"], "expected 2 values after --transforms.scale, got fewer; see pgp"),
     (["train", "demo", "--optimizer.name", "foo"], "expected --optimizer.name with one of adam, adamw, sgd, got 'foo'"),
     (
-        ["train", "demo", "--readouts", "lda+qery"],
-        "unknown value 'lda+qery' of --readouts: perhaps you meant lda+",
+        ["train", "demo", "--readouts", "lda+quer"],
+        "unknown value 'lda+quer' of --readouts: perhaps you meant lda+",
     ),
     (
         ["train", "demo", "--projection.energy", "3"],

@@ -1,4 +1,4 @@
-"""The files of docs/extending.md keep every promise of their contracts, and learn."""
+"""The files of docs/extending.md do all that their base classes ask for, and learn."""
 
 from __future__ import annotations
 

@@ -145,10 +145,10 @@ def test_old_queries_keep_their_cosines_if_keys_keep_their_norms(hold):
         Orthogonal.Config(preserve_key_norms=True)
 
 
-def test_the_random_control_has_the_ranks_and_not_the_directions():
-    toy, control = Toy(), RandomBasis.Config("union", 0.8, 0.8, "update")
+def test_the_random_baseline_has_the_ranks_and_not_the_directions():
+    toy, baseline = Toy(), RandomBasis.Config("union", 0.8, 0.8, "update")
     true = taught(Orthogonal(toy.protected(), Orthogonal.Config("union", 0.8, 0.8, apply_to="update")))
-    random = taught(control.build(toy.protected(), seed=3))
+    random = taught(baseline.build(toy.protected(), seed=3))
     assert [random.rank(space) for space in toy.protected()] == [true.rank(space) for space in toy.protected()]
     first = {space: random.basis(space) for space in toy.protected()}
     for space, basis in first.items():
@@ -163,7 +163,7 @@ def test_the_random_control_has_the_ranks_and_not_the_directions():
         change = target.parameter.detach() - before[space]
         assert (change @ first[space]).norm() < 1e-12 * change.norm()
         assert (change @ true.bases[space]).norm() > 0.01 * change.norm()
-    restored, other = control.build(toy.protected(), seed=3), control.build(toy.protected(), seed=4)
+    restored, other = baseline.build(toy.protected(), seed=3), baseline.build(toy.protected(), seed=4)
     for projection in (restored, other):
         projection.load_state_dict(random.state_dict())
     assert all(torch.equal(restored.basis(space), basis) for space, basis in first.items())
