@@ -129,7 +129,7 @@ def demo() -> Config:
 
 
 def cifar100_10_l2p_pgp() -> Config:
-    """Train L2P-PGP on CIFAR-100 (10 tasks of 10 classes, ViT-B/16), published settings, our basis."""
+    """Train L2P-PGP on CIFAR-100 (10 tasks of 10 classes, ViT-B/16) as published except for the basis."""
     return Config(
         name="10cifar100_l2p_pgp",
         dataset=CIFAR100(),
@@ -143,7 +143,7 @@ def cifar100_10_l2p_pgp() -> Config:
 
 
 def cifar100_20_l2p_pgp() -> Config:
-    """Train L2P-PGP on CIFAR-100 (20 tasks of 5 classes, ViT-B/16), published settings, our basis."""
+    """Train L2P-PGP on CIFAR-100 (20 tasks of 5 classes, ViT-B/16) as published except for the basis."""
     return replace(cifar100_10_l2p_pgp(), name="20cifar100_l2p_pgp", tasks=20, seed=53)
 
 
@@ -153,12 +153,12 @@ def imr_l2p_pgp() -> Config:
 
 
 def tinyimagenet_l2p_pgp() -> Config:
-    """Train L2P-PGP on TinyImageNet (10 tasks of 20 classes, ViT-B/16), published settings, our basis."""
+    """Train L2P-PGP on TinyImageNet (10 tasks of 20 classes, ViT-B/16) as published except for the basis."""
     return replace(cifar100_10_l2p_pgp(), name="tinyimagenet_l2p_pgp", dataset=TinyImageNet(), seed=52)
 
 
 def cub200_l2p_pgp() -> Config:
-    """Train L2P-PGP on CUB-200 (5 tasks of 40 classes, ViT-B/16), published settings, our basis."""
+    """Train L2P-PGP on CUB-200 (5 tasks of 40 classes, ViT-B/16) as published except for the basis."""
     return replace(
         cifar100_10_l2p_pgp(),
         name="cub200_l2p_pgp",
@@ -174,7 +174,7 @@ def demo_dualprompt() -> Config:
 
 
 def cifar100_10_dualprompt_pgp() -> Config:
-    """Train DualPrompt-PGP on CIFAR-100 (10 tasks of 10 classes, ViT-B/16), as published except for its reshape."""
+    """Train DualPrompt-PGP on CIFAR-100 (10 tasks of 10 classes, ViT-B/16) as published except basis and reshape."""
     return replace(
         cifar100_10_l2p_pgp(),
         name="10cifar100_dualprompt_pgp",
@@ -186,12 +186,12 @@ def cifar100_10_dualprompt_pgp() -> Config:
 
 
 def cifar100_20_dualprompt_pgp() -> Config:
-    """Train DualPrompt-PGP on CIFAR-100 (20 tasks of 5 classes, ViT-B/16), as published except for its reshape."""
+    """Train DualPrompt-PGP on CIFAR-100 (20 tasks of 5 classes, ViT-B/16) as published except basis and reshape."""
     return replace(cifar100_10_dualprompt_pgp(), name="20cifar100_dualprompt_pgp", tasks=20, seed=42)
 
 
 def imr_dualprompt_pgp() -> Config:
-    """Train DualPrompt-PGP on ImageNet-R (10 tasks of 20 classes, ViT-B/16), as published but for its reshape."""
+    """Train DualPrompt-PGP on ImageNet-R (10 tasks of 20 classes, ViT-B/16) as published except basis and reshape."""
     return replace(
         cifar100_10_dualprompt_pgp(),
         name="imr_dualprompt_pgp",
@@ -204,14 +204,14 @@ def imr_dualprompt_pgp() -> Config:
 
 
 def tinyimagenet_dualprompt_pgp() -> Config:
-    """Train DualPrompt-PGP on TinyImageNet (10 tasks of 20 classes, ViT-B/16), as published but for its reshape."""
+    """Train DualPrompt-PGP on TinyImageNet (10 tasks of 20 classes, ViT-B/16) as published except basis and reshape."""
     return replace(
         cifar100_10_dualprompt_pgp(), name="tinyimagenet_dualprompt_pgp", dataset=TinyImageNet(), epochs=5, seed=52
     )
 
 
 def cub200_dualprompt_pgp() -> Config:
-    """Train DualPrompt-PGP on CUB-200 (5 tasks of 40 classes, ViT-B/16), as published except for its reshape."""
+    """Train DualPrompt-PGP on CUB-200 (5 tasks of 40 classes, ViT-B/16) as published except basis and reshape."""
     return replace(
         cifar100_10_dualprompt_pgp(), name="cub200_dualprompt_pgp", dataset=CUB200(), tasks=5, epochs=10, seed=51
     )
@@ -251,7 +251,7 @@ def demo_clip() -> Config:
 
 
 def cifar100_10_clip_pgp() -> Config:
-    """Train CLIP-PGP on CIFAR-100 (10 tasks of 10 classes, OpenAI ViT-B/16), published settings, our basis."""
+    """Train CLIP-PGP on CIFAR-100 (10 tasks of 10 classes, OpenAI ViT-B/16) as published except for the basis."""
     return replace(
         cifar100_10_l2p_pgp(),
         name="10cifar100_clip_pgp",

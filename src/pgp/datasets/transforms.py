@@ -18,7 +18,7 @@ class Transforms:
     """Size, augmentation and normalisation of images."""
 
     size: int = 224
-    """Pixels a side of the model's input."""
+    """Height and width of the model's input in pixels."""
     resize: int | None = None
     """Test transform: size in pixels to which the shorter side is resized (bicubic) before the centre is cropped. If
     None, 256/224 of `size`."""

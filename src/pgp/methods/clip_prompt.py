@@ -139,13 +139,15 @@ class CLIPPrompt(ZeroShot):
         name: Literal["end", "middle", "front"] = "end"
         """Position of the class name in its context."""
         per_class: bool = False
-        """Learn a context for each class instead of one for all classes of a task."""
+        """Learn a context for each class, instead of one for all classes of a task."""
         image_prompt: int = 10
         """Number of learned tokens that are inserted into the sequence of every image."""
         template: str = "{}."
         """Text of a class inside its context; {} stands for its name."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
-        """What updates of the image prompt must be orthogonal to; see `pgp.methods.l2p.L2P.Config.protect`."""
+        """What updates of the image prompt must be orthogonal to. tokens: tokens of old images at the input of the
+        first block (the paper). affinity: directions that change attention scores. affinity+aggregation: also the
+        attention weights of the prompt. The last two are conditions of NSP2, and hold in the first block only."""
 
         def __post_init__(self) -> None:
             _check_template(self.template)

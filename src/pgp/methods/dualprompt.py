@@ -50,11 +50,11 @@ class DualPrompt(Method):
         general_layers: tuple[int, ...] = (0, 1)
         """Layers with a general prefix, which all tasks share, counted from 0."""
         general_length: int = 5
-        """Number of positions of a general prefix, L."""
+        """Length of a general prefix in tokens, L."""
         expert_layers: tuple[int, ...] = (2, 3, 4)
         """Layers with expert prefixes, counted from 0."""
         expert_length: int = 5
-        """Number of positions of an expert, L."""
+        """Length of an expert in tokens, L."""
         pool_size: int = 10
         """Number of experts, M. Each has one key for all layers."""
         top_k: int = 1
@@ -62,8 +62,7 @@ class DualPrompt(Method):
         pull: float = 1.0
         """Weight of the key-query similarity in the loss."""
         expert_type: Literal["prefix", "token"] = "prefix"
-        """Whether experts are keys and values of attention (prefix), or tokens that are inserted before their layer
-        (token)."""
+        """What an expert is. prefix: keys and values of attention. token: tokens that are inserted before its layer."""
         same_key_and_value: bool = False
         """Use one parameter for both the keys and the values of a prefix."""
         selection: Literal["image", "batch"] = "image"
@@ -75,10 +74,10 @@ class DualPrompt(Method):
         key, from the whole pool."""
         shared_pool: bool = True
         """Before task t, overwrite experts t * k to t * k + k - 1 with the k experts before them; keys are not copied.
-        With prompt_mask, the experts of each task so start from those of the previous task. Without prompt_mask, no
-        expert belongs to a task, and any image can select the copies as well as the originals."""
+        With prompt_mask, the experts of a task thus start as those of the previous task. Without prompt_mask, no expert
+        belongs to a task, and the copy only makes two groups of experts equal."""
         protect: Literal["keys", "keys+values"] = "keys"
-        """What of a prefix is protected by a projection. keys: its keys, with the attention queries of old images as
+        """Which part of a prefix a projection protects. keys: its keys, with the attention queries of old images as
         inputs (the paper). keys+values: also its values, with the attention weights of old images as inputs; the
         attention output of old images then stays the same."""
 

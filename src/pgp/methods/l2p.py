@@ -61,8 +61,8 @@ class L2P(Method):
         key, from the whole pool."""
         shared_pool: bool = False
         """Before task t, overwrite prompts t * k to t * k + k - 1 with the k prompts before them; learned keys are not
-        copied. With prompt_mask, the prompts of each task so start from those of the previous task. Without
-        prompt_mask, no prompt belongs to a task, and any image can select the copies as well as the originals."""
+        copied. With prompt_mask, the prompts of a task thus start as those of the previous task. Without prompt_mask,
+        no prompt belongs to a task, and the copy only makes two groups of prompts equal."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
         """What prompt updates must be orthogonal to. tokens: tokens of old images at the input of the first block (the
         paper). affinity: directions that change attention scores. affinity+aggregation: also the attention weights of
