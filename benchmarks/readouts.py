@@ -93,9 +93,9 @@ def folder(data: str, *, tuning: bool) -> Path:
 
 
 def base(data: str, root: Path, seed: int, *, tiny: bool = False) -> Config:
-    """Return the settings that all rows share: 84 px, two augmented views for the readouts."""
+    """Return the settings that all rows share: 84 px, float32, two augmented views for the readouts."""
     config = protection.base("kanji" if data == "kanji" else "emoji", root, seed)
-    config = replace(config, name=data, views=2, drift_images=0)
+    config = replace(config, name=data, views=2, drift_images=0, precision="32-true")
     if data == "mixed":
         config = replace(config, tasks=None, shuffle=False)  # tasks.json has the tasks
     return rehearsal.tiny(config, root) if tiny else config
@@ -150,7 +150,10 @@ def rows(data: str) -> dict[str, dict[str, Any]]:
 
 
 def measure(config: Config) -> dict[str, Any]:
-    """Run once, in a temporary folder, and return the final figures by readout, in [0, 1]."""
+    """Run once, in a temporary folder, and return the final figures by readout, in [0, 1].
+
+    Unknown images are looked for with frozen features only.
+    """
     scratch = Path(tempfile.mkdtemp())
     started = time.perf_counter()
     try:
@@ -165,12 +168,14 @@ def measure(config: Config) -> dict[str, Any]:
             }
             for column, matrix in run.matrices().items()
         }
-        for column, found in unknown(run).items():
-            figures[column] |= found
+        if isinstance(config.method, HeadOnly.Config):
+            for column, found in unknown(run).items():
+                figures[column] |= found
     finally:
         shutil.rmtree(scratch)
     about = describe_environment()
     kept = {key: about[key] for key in ("commit", "processor", "vectors", "threads")}
+    kept["precision"] = config.precision
     return {"seconds": round(seconds, 1), "figures": figures, "readouts": last["readouts"], **kept}
 
 
