@@ -56,7 +56,7 @@ RESULTS = emoji.ROOT / "docs" / "results" / "readouts.jsonl"
 TUNING = emoji.ROOT / "docs" / "results" / "readouts_tuning.jsonl"
 DATA = ("emoji", "kanji", "mixed")
 RATES = (0.01, 0.03, 0.1, 0.3)
-"""Learning rates that `tune` tries; prompts learn at a tenth of them."""
+"""Learning rates that `tune` tries if none are named; prompts learn at a tenth of them."""
 TUNED = ("VPT, unprojected", "VPT, frozen after task 1", "VPT, input .99", "VPT, affinity+aggregation .9")
 """Rows that `tune` runs. Slowed prompts take the rate of unprojected ones, random directions that of the true ones."""
 TINY_ROWS = ("frozen features", "VPT, input .99", "VPT, random, ranks of input .99")
@@ -216,9 +216,12 @@ def run(
             records.append(results, {"data": data, "row": name, "seed": seed, **measure(config)})
 
 
-def tune(data: str, root: Path, results: Path, part: int, parts: int, wanted: Sequence[str], tiny: bool) -> None:
+def tune(
+    data: str, root: Path, results: Path, part: int, parts: int, rates: Sequence[float], wanted: Sequence[str],
+    tiny: bool,
+) -> None:  # fmt: skip
     """Run tuned rows with each learning rate on the images of `root`, which contain no test image."""
-    jobs = [(row, lr) for row in TUNED for lr in RATES if not wanted or row in wanted]
+    jobs = [(row, lr) for row in TUNED for lr in rates if not wanted or row in wanted]
     for row, lr in jobs[part - 1 :: parts]:
         if (data, row, lr) not in {(line["data"], line["row"], line["lr"]) for line in records.read(results)}:
             config = replace(base(data, root, 100, tiny=tiny), **rows(data)[row])
@@ -310,6 +313,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     parser.add_argument("--rows", nargs="+", default=[], choices=list(rows("emoji")), metavar="ROW",
                         help="names of rows; all, if none is given")  # fmt: skip
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="learning rates that tune tries")
     parser.add_argument("--tiny", action="store_true", help="rehearse on noise with a tiny encoder; nothing is kept")
     options = parser.parse_args(argv)
     data, tuning, (part, parts) = options.data, options.what == "tune", options.part
@@ -319,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             root, results = rehearsal.pictures(Path(scratch) / "pictures"), Path(scratch) / RESULTS.name
             if tuning:
-                tune(data, root, results, part, parts, options.rows, True)
+                tune(data, root, results, part, parts, options.rates, options.rows, True)
             else:
                 run(data, root, results, part, parts, options.seeds[:1], options.rows or TINY_ROWS, True)
                 records.write_page(results, table(results))
@@ -327,7 +331,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         emoji.get_ready(emoji.WEIGHTS, *([] if data == "kanji" else [emoji.IMAGES]))
         root = folder(data, tuning=tuning)
         if tuning:
-            tune(data, root, TUNING, part, parts, options.rows, False)
+            tune(data, root, TUNING, part, parts, options.rates, options.rows, False)
         else:
             run(data, root, RESULTS, part, parts, options.seeds, options.rows, False)
 
