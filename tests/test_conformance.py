@@ -11,7 +11,9 @@ import oracles
 from conftest import CIFAR_NAMES, golden_clip, golden_vit
 from pgp import recipes
 from pgp.config import Optimizer
+from pgp.methods.adapter import Adapter
 from pgp.methods.clip_prompt import CLIPPrompt
+from pgp.methods.coda_prompt import CODAPrompt
 from pgp.methods.vpt import VPT
 from pgp.rng import make_generator
 from pgp.scenario import Task
@@ -20,6 +22,8 @@ TASK = Task(0, (0, 1, 2), torch.arange(4), torch.arange(4))
 
 
 METHODS = {name: config for name, config in recipes.METHODS.items() if name != "zero-shot"}  # which learns nothing
+METHODS["coda"] = CODAPrompt.Config(pool_size=20, per_task=5)  # the encoder is narrow
+METHODS["adapter"] = Adapter.Config(rank=10)  # the published basis needs 9 rows
 
 
 @pytest.fixture(params=METHODS)

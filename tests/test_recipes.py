@@ -61,7 +61,7 @@ TAGS = {
     DatasetConfig: {"cifar100", "cub200", "digits", "fashion-mnist", "folder", "hugging-face", "imagenet-r", "manifest"}
     | {"synthetic", "tiny-imagenet"},
     Backbone.Config: {"vit", "clip"},
-    Method.Config: {"l2p", "dualprompt", "vpt", "clip", "zero-shot", "head-only"},
+    Method.Config: {"l2p", "dualprompt", "coda", "vpt", "lora", "adapter", "clip", "zero-shot", "head-only"},
     Projection.Config: {"orthogonal", "released", "random", "none"},
     Readout.Config: {"head", "lda", "ncm", "logistic", "ranpac"},
 }

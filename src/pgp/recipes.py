@@ -22,11 +22,14 @@ from pgp.datasets.manifest import Manifest
 from pgp.datasets.synthetic import Synthetic
 from pgp.datasets.tiny_imagenet import TinyImageNet
 from pgp.datasets.transforms import Transforms
+from pgp.methods.adapter import Adapter
 from pgp.methods.base import Method
 from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
+from pgp.methods.coda_prompt import CODAPrompt
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
+from pgp.methods.lora import LoRA
 from pgp.methods.vpt import VPT
 from pgp.projections.base import NoProjection, Projection
 from pgp.projections.orthogonal import Orthogonal
@@ -43,7 +46,10 @@ METHODS: dict[str, Method.Config] = {
     for one in (
         L2P.Config(),
         DualPrompt.Config(),
+        CODAPrompt.Config(),
         VPT.Config(),
+        LoRA.Config(),
+        Adapter.Config(),
         CLIPPrompt.Config(),
         ZeroShot.Config(),
         HeadOnly.Config(),

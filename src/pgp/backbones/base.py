@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -24,6 +24,38 @@ class Trace(NamedTuple):
     prompt_attention: Tensor | None
     """Attention weights of these tokens on the positions of the prefix, `(B, H, N, L)`, or, without a prefix, on the
     prompts that are inserted before the block, `(B, H, N, P)`. None if there are neither."""
+
+
+LINEAR_MAPS = ("q", "k", "v", "proj", "fc1", "fc2")
+"""The linear maps of a block: queries, keys, values and output of the attention, and the two layers of the MLP."""
+OUTPUTS = ("attn", "mlp")
+"""The outputs of a block's attention and of its MLP, before they are added to the tokens."""
+
+
+class Place(NamedTuple):
+    """A place in an encoder where a method can change what is computed."""
+
+    layer: int
+    """Number of the block."""
+    name: str
+    """One of `LINEAR_MAPS` or `OUTPUTS`."""
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.layer}"
+
+    @classmethod
+    def parse(cls, text: str) -> Place:
+        """Return the place that `str` has written.
+
+        >>> Place.parse(str(Place(3, "fc1")))
+        Place(layer=3, name='fc1')
+        """
+        name, layer = text.split()
+        return cls(int(layer), name)
+
+
+Adapted = Mapping[Place, Callable[[Tensor], Tensor]]
+"""Functions `(B, N, in) -> (B, N, out)` by place: each replaces a linear map, or is applied to an output."""
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -78,12 +110,21 @@ class Backbone(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
+    def linear_map(self, place: Place) -> tuple[Tensor, Tensor | None]:
+        """Return the frozen weight `(out, in)` and bias `(out,)` of a linear map.
+
+        Raises:
+            ValueError: If this encoder does not have it, or not in a form that can be replaced.
+        """
+
+    @abc.abstractmethod
     def forward(
         self,
         images: Tensor,
         prompts: Mapping[int, Tensor] | None = None,
         prefixes: Mapping[int, Tensor] | None = None,
         num_tokens: int | None = None,
+        adapted: Adapted | None = None,
     ) -> Tensor:
         """Return the final tokens after the last norm: CLS, then prompts, then the other tokens of the image.
 
@@ -94,6 +135,7 @@ class Backbone(nn.Module, abc.ABC):
             prompts: Tokens `(B, P, D)` to insert after CLS, by the number of the block that they enter.
             prefixes: Keys and values `(B, 2, H, L, D/H)` to put before those of the attention, by block number.
             num_tokens: Number of leading tokens to return; the last block computes no others. If None, all.
+            adapted: Functions to use at some places. Without them, the tokens are bitwise those of the frozen encoder.
 
         Returns:
             Tokens `(B, num_tokens, D)`, or `(B, N + P, D)` if `num_tokens` is None.
@@ -115,6 +157,16 @@ class Backbone(nn.Module, abc.ABC):
     @abc.abstractmethod
     def make_prefix(self, layer: int, tokens: Tensor) -> Tensor:
         """Return the keys and values `(2, H, L, D/H)` of normed tokens `(L, D)` in the attention of block `layer`."""
+
+    def check_places(self, places: Collection[Place]) -> None:
+        """Raise a ValueError if this encoder does not have one of `places`."""
+        for place in places:
+            if not 0 <= place.layer < self.depth:
+                raise ValueError(f"expected layers between 0 and {self.depth - 1}, the last of this model, got"
+                                 f" {place.layer}")  # fmt: skip
+            if place.name not in LINEAR_MAPS + OUTPUTS:
+                raise ValueError(f"expected places among {', '.join(LINEAR_MAPS + OUTPUTS)}, got {place.name!r}")
+            self.linear_map(place if place.name in LINEAR_MAPS else Place(place.layer, "fc1"))
 
     def embed_prompts(self, prompts: Tensor) -> Tensor:
         """Return prompts `(..., P, D)` as they enter the first block, with position embedding and norm."""
@@ -232,6 +284,11 @@ class VisionLanguage(Backbone):
 
         They are computed from the end token, whose position is found in `tokens`.
         """
+
+
+def by_name(adapted: Adapted | None, layer: int) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the functions for block `layer`, by the name of their place."""
+    return {place.name: function for place, function in (adapted or {}).items() if place.layer == layer}
 
 
 def check_image_size(images: Tensor, height: int, width: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgp.backbones import weights
-from pgp.backbones.base import Trace, VisionLanguage, check_image_size, drop_prompts, insert_prompts
+from pgp.backbones.base import (
+    Adapted,
+    Place,
+    Trace,
+    VisionLanguage,
+    by_name,
+    check_image_size,
+    drop_prompts,
+    insert_prompts,
+)
 
 
 class CLIP(VisionLanguage):
@@ -95,13 +104,15 @@ class CLIP(VisionLanguage):
         prompts: Mapping[int, Tensor] | None = None,
         prefixes: Mapping[int, Tensor] | None = None,
         num_tokens: int | None = None,
+        adapted: Adapted | None = None,
     ) -> Tensor:
         """See `Backbone.forward`. Prefixes are not supported."""
         if prefixes:
             raise ValueError(_NO_PREFIXES)
         x = self.embed(images)  # (B, N, D)
         for layer, block in enumerate(self.model.visual.transformer.resblocks):
-            x = block(insert_prompts(x, prompts.get(layer) if prompts else None))
+            x, functions = insert_prompts(x, prompts.get(layer) if prompts else None), by_name(adapted, layer)
+            x = _block(block, x, functions) if functions else block(x)
         tokens: Tensor = self.model.visual.ln_post(x[:, :num_tokens])  # (B, num_tokens, D)
         return tokens
 
@@ -135,6 +146,18 @@ class CLIP(VisionLanguage):
         maps: Tensor = attn.in_proj_weight[D : 2 * D].unflatten(0, (self.heads, -1))  # (H, D/H, D)
         return maps
 
+    def linear_map(self, place: Place) -> tuple[Tensor, Tensor | None]:
+        """See `Backbone.linear_map`."""
+        block, name = self.model.visual.transformer.resblocks[place.layer], place.name
+        if type(block.attn) is not nn.MultiheadAttention or not hasattr(block.mlp, "c_proj"):
+            raise ValueError(f"expected plain attention and a plain MLP in the image encoder, got"
+                             f" {type(block.attn).__name__} and {type(block.mlp).__name__}: choose another model, or"
+                             " another method")  # fmt: skip
+        if name in _QKV:
+            return _qkv(block.attn, name)
+        module = block.attn.out_proj if name == "proj" else block.mlp.c_fc if name == "fc1" else block.mlp.c_proj
+        return module.weight, module.bias
+
     def make_prefix(self, layer: int, tokens: Tensor) -> Tensor:
         """Raise a ValueError: prefixes are not supported."""
         raise ValueError(_NO_PREFIXES)
@@ -165,6 +188,34 @@ class CLIP(VisionLanguage):
         ends = x[torch.arange(len(x), device=x.device), tokens.argmax(-1)]  # the end token has the largest number
         encoded: Tensor = ends @ self._text.text_projection
         return encoded
+
+
+_QKV = ("q", "k", "v")
+_IDENTITY = nn.Identity()
+
+
+def _qkv(attn: Any, name: str) -> tuple[Tensor, Tensor | None]:
+    """Return the rows of the joint weight `(D, D)` and bias `(D,)` for queries, keys or values."""
+    D, bias = attn.embed_dim, attn.in_proj_bias
+    rows = slice(_QKV.index(name) * D, (_QKV.index(name) + 1) * D)
+    return attn.in_proj_weight[rows], None if bias is None else bias[rows]
+
+
+def _block(block: Any, x: Tensor, functions: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:
+    """Return the output of a block for tokens `(B, N, D)`, with these functions at some places; see `Adapted`."""
+    attn, normed = block.attn, block.ln_1(x)
+    q, k, v = (
+        (functions[name](normed) if name in functions else F.linear(normed, *_qkv(attn, name)))
+        .unflatten(-1, (attn.num_heads, -1))
+        .transpose(1, 2)
+        for name in _QKV
+    )  # (B, H, N, D/H) each
+    heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
+    attended = functions.get("proj", attn.out_proj)(heads)
+    x = x + functions.get("attn", _IDENTITY)(block.ls_1(attended))
+    hidden = block.mlp.gelu(functions.get("fc1", block.mlp.c_fc)(block.ln_2(x)))
+    out: Tensor = x + functions.get("mlp", _IDENTITY)(block.ls_2(functions.get("fc2", block.mlp.c_proj)(hidden)))
+    return out
 
 
 def _queries_and_keys(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,21 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from pgp.backbones import weights
-from pgp.backbones.base import Backbone, Trace, check_image_size, drop_prompts, insert_prompts
+from pgp.backbones.base import (
+    Adapted,
+    Backbone,
+    Place,
+    Trace,
+    by_name,
+    check_image_size,
+    drop_prompts,
+    insert_prompts,
+)
 
 
 class ViT(Backbone):
@@ -90,15 +100,17 @@ class ViT(Backbone):
         prompts: Mapping[int, Tensor] | None = None,
         prefixes: Mapping[int, Tensor] | None = None,
         num_tokens: int | None = None,
+        adapted: Adapted | None = None,
     ) -> Tensor:
         """See `Backbone.forward`."""
         self._check(prompts, prefixes)
         x = self.embed(images)  # (B, N, D)
         for layer, block in enumerate(self.vit.blocks):
             x = insert_prompts(x, prompts.get(layer) if prompts else None)
-            prefix = prefixes.get(layer) if prefixes else None
+            prefix, functions = prefixes.get(layer) if prefixes else None, by_name(adapted, layer)
             needed = num_tokens if num_tokens is not None and layer == self.depth - 1 else x.shape[1]
-            x = block(x) if prefix is None and needed == x.shape[1] else _block(block, x, needed, prefix)
+            is_plain = prefix is None and needed == x.shape[1] and not functions
+            x = block(x) if is_plain else _block(block, x, needed, prefix, functions)
         tokens: Tensor = self.vit.norm(x)
         return tokens
 
@@ -116,7 +128,7 @@ class ViT(Backbone):
         for layer, block in enumerate(self.vit.blocks[: last + 1]):
             tokens, x = x, insert_prompts(x, prompts.get(layer) if prompts else None)
             prefix = prefixes.get(layer) if prefixes else None
-            q, k, v = _heads(block, x, x.shape[1], prefix)
+            q, k, v = _heads(block, x, x.shape[1], prefix, {})
             if layer in layers:
                 P = x.shape[1] - tokens.shape[1]
                 image_q = drop_prompts(q, P)  # (B, H, N, D/H)
@@ -126,7 +138,7 @@ class ViT(Backbone):
                     prompt_attention = _attention_weights(block.attn, image_q, k)[..., prompt_keys]
                 traces[layer] = Trace(tokens, image_q, prompt_attention)
             if layer < last:
-                x = _attend(block, x, q, k, v)
+                x = _attend(block, x, q, k, v, {})
         return traces
 
     def make_prefix(self, layer: int, tokens: Tensor) -> Tensor:
@@ -143,28 +155,49 @@ class ViT(Backbone):
         maps: Tensor = attn.qkv.weight[D : 2 * D].unflatten(0, (self.heads, -1))  # (H, D/H, D)
         return maps
 
+    def linear_map(self, place: Place) -> tuple[Tensor, Tensor | None]:
+        """See `Backbone.linear_map`."""
+        block, name = self.vit.blocks[place.layer], place.name
+        if name in _QKV:
+            return _qkv(block.attn, name)
+        module: Any = block.attn.proj if name == "proj" else getattr(block.mlp, name, None)
+        has_gate = type(block.mlp) is not Mlp and name in ("fc1", "fc2")
+        if not isinstance(module, nn.Linear) or has_gate:
+            raise ValueError(f"expected a model whose MLP is two linear layers, for the place {name}, got one with"
+                             f" {type(block.mlp).__name__}: choose other places, or another model")  # fmt: skip
+        return module.weight, module.bias
+
     def _check(self, *by_layer: Collection[int] | None) -> None:
         outside = sorted({layer for layers in by_layer for layer in layers or () if not 0 <= layer < self.depth})
         if outside:
             raise ValueError(f"expected layers between 0 and {self.depth - 1}, got {outside}: this model has no others")
 
 
-def _block(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None) -> Tensor:
+Functions = Mapping[str, Callable[[Tensor], Tensor]]
+"""Functions to use in a block, by the name of their place; see `pgp.backbones.base.Adapted`."""
+
+_QKV = ("q", "k", "v")
+_IDENTITY = nn.Identity()
+
+
+def _block(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None, functions: Functions) -> Tensor:
     """Return the output of a timm block for its first `num_tokens` tokens, with a prefix in its attention if given."""
-    return _attend(block, x[:, :num_tokens], *_heads(block, x, num_tokens, prefix))
+    return _attend(block, x[:, :num_tokens], *_heads(block, x, num_tokens, prefix, functions), functions)
 
 
-def _heads(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(
+    block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None, functions: Functions
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the queries of the first `num_tokens` tokens, and the keys and values of the prefix and all tokens.
 
     The queries are `(B, H, num_tokens, D/H)`, keys and values `(B, H, L + N, D/H)`.
     """
     attn, x = block.attn, block.norm1(x)
-    D = attn.qkv.in_features
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    q = F.linear(x[:, :num_tokens], weight[:D], None if bias is None else bias[:D])
-    q = attn.q_norm(q.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))  # (B, H, num_tokens, D/H)
-    k, v = _keys_and_values(attn, x)
+    q = attn.q_norm(_project(attn, "q", x[:, :num_tokens], functions))  # (B, H, num_tokens, D/H)
+    if "k" in functions or "v" in functions:
+        k, v = attn.k_norm(_project(attn, "k", x, functions)), _project(attn, "v", x, functions)
+    else:
+        k, v = _keys_and_values(attn, x)
     if prefix is not None:
         expected = (len(k), 2, k.shape[1], k.shape[3])
         if prefix.dim() != 5 or (*prefix.shape[:3], prefix.shape[4]) != expected:
@@ -176,6 +209,20 @@ def _heads(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None) -> tup
     return q, k, v
 
 
+def _qkv(attn: Any, name: str) -> tuple[Tensor, Tensor | None]:
+    """Return the rows of the joint weight `(D, D)` and bias `(D,)` for queries, keys or values."""
+    D = attn.qkv.in_features
+    rows = slice(_QKV.index(name) * D, (_QKV.index(name) + 1) * D)
+    return attn.qkv.weight[rows], None if attn.qkv.bias is None else attn.qkv.bias[rows]
+
+
+def _project(attn: Any, name: str, x: Tensor, functions: Functions) -> Tensor:
+    """Return the queries, keys or values of normed tokens `(B, N, D)`, without their own norm, `(B, H, N, D/H)`."""
+    rows = functions[name](x) if name in functions else F.linear(x, *_qkv(attn, name))  # (B, N, D)
+    heads: Tensor = rows.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+    return heads
+
+
 def _keys_and_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the keys and the values of normed tokens `(B, N, D)`, `(B, H, N, D/H)` each."""
     weight, bias, D = attn.qkv.weight, attn.qkv.bias, attn.qkv.in_features
@@ -184,12 +231,22 @@ def _keys_and_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return attn.k_norm(k), v
 
 
-def _attend(block: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend(block: Any, x: Tensor, q: Tensor, k: Tensor, v: Tensor, functions: Functions) -> Tensor:
     """Return the output of a block for `x (B, num_tokens, D)` with these queries, keys and values."""
     attn = block.attn
     heads = F.scaled_dot_product_attention(q, k, v, scale=attn.scale)  # (B, H, num_tokens, D/H)
-    x = x + block.ls1(attn.proj(heads.transpose(1, 2).flatten(2)))  # (B, num_tokens, D)
-    out: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
+    attended = block.ls1(functions.get("proj", attn.proj)(heads.transpose(1, 2).flatten(2)))  # (B, num_tokens, D)
+    x = x + functions.get("attn", _IDENTITY)(attended)
+    out: Tensor = x + functions.get("mlp", _IDENTITY)(block.ls2(_mlp(block.mlp, block.norm2(x), functions)))
+    return out
+
+
+def _mlp(mlp: Any, x: Tensor, functions: Functions) -> Tensor:
+    """Return the output of a block's MLP for normed tokens `(B, N, D)`."""
+    if "fc1" in functions or "fc2" in functions:
+        out: Tensor = functions.get("fc2", mlp.fc2)(mlp.norm(mlp.act(functions.get("fc1", mlp.fc1)(x))))
+    else:
+        out = mlp(x)
     return out
 
 
@@ -238,7 +295,7 @@ def _check_blocks(model: Any) -> None:
         exact = copy.deepcopy(block).to(tokens)  # on the CPU, and in float64
         expected = exact(tokens)
         try:
-            error = float((_block(exact, tokens, 4, None) - expected).abs().max())
+            error = float((_block(exact, tokens, 4, None, {}) - expected).abs().max())
         except (AttributeError, TypeError, ValueError, RuntimeError) as reason:  # it is made of other parts
             raise ValueError(
                 f"{_unsupported(block)}, whose modules pgp does not support ({reason}): choose another tag"
