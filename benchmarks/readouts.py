@@ -19,7 +19,7 @@ import argparse
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,9 @@ import rehearsal
 from pgp.config import Config, Optimizer
 from pgp.evaluation import metrics
 from pgp.evaluation.unknown import auroc, false_positive_rate
+from pgp.methods.base import Method
 from pgp.methods.head_only import HeadOnly
+from pgp.methods.lora import LoRA
 from pgp.methods.vpt import VPT
 from pgp.predict import Predictor
 from pgp.projections.base import NoProjection
@@ -57,8 +59,18 @@ TUNING = emoji.ROOT / "docs" / "results" / "readouts_tuning.jsonl"
 DATA = ("emoji", "kanji", "mixed")
 RATES = (0.01, 0.03, 0.1, 0.3)
 """Learning rates that `tune` tries if none are named; prompts learn at a tenth of them."""
-TUNED = ("VPT, unprojected", "VPT, frozen after task 1", "VPT, input .99", "VPT, affinity+aggregation .9")
+TUNED = (
+    "VPT, unprojected",
+    "VPT, frozen after task 1",
+    "VPT, input .99",
+    "VPT, affinity+aggregation .9",
+    "LoRA, unprojected",
+    "LoRA, frozen after task 1",
+    "LoRA, input .99",
+)
 """Rows that `tune` runs. Slowed prompts take the rate of unprojected ones, random directions that of the true ones."""
+ENERGIES = (0.9, 0.97, 0.99, 0.999)
+"""Energies that projections of LoRA hold; they all take the rate that is best at .99."""
 TINY_ROWS = ("frozen features", "VPT, input .99", "VPT, random, ranks of input .99")
 """Rows that a rehearsal runs, if none are named."""
 FROZEN: tuple[Readout.Config, ...] = (
@@ -111,7 +123,7 @@ def best_rate(data: str, row: str) -> float:
     found = {
         max(one["average_accuracy"] for one in line["figures"].values()): line["lr"]
         for line in records.read(TUNING)
-        if (line["data"], line["row"]) == (data, row)
+        if (line["data"], line["row"]) == (data, "LoRA, input .99" if row.startswith("LoRA, input") else row)
     }
     return float(found[max(found)]) if found else RATES[0]
 
@@ -119,34 +131,45 @@ def best_rate(data: str, row: str) -> float:
 def rows(data: str) -> dict[str, dict[str, Any]]:
     """Return the settings of each row that differ from `base`, by name."""
     frozen = {"method": HeadOnly.Config(learns=False), "projection": NoProjection.Config(), "readouts": FROZEN}
-    prompted = {"projection": NoProjection.Config(), "readouts": PROMPTED}
-    protected = {
-        name: {
-            "readouts": PROMPTED,
-            "optimizer": optimizer(data, f"VPT, {name}"),
-            "method": VPT.Config(length=8, protect=protect),  # type: ignore[arg-type]
-            "projection": Orthogonal.Config("input", energy, apply_to="update"),
-        }
-        for name, protect, energy in (
-            ("input .99", "tokens", 0.99),
-            ("affinity+aggregation .9", "affinity+aggregation", 0.9),
-        )
-    }
+    ranpac = RanPAC.Config(patches=True, normalize=True)
+    lora = LoRA.Config()
     return {
         "frozen features": frozen,
         "frozen features, no views": {**frozen, "views": 0},
-        "VPT, unprojected": {**prompted, "optimizer": optimizer(data, "VPT, unprojected")},
-        "VPT, slower .09": {**prompted, "optimizer": optimizer(data, "VPT, unprojected", 0.09)},
-        "VPT, frozen after task 1": {**prompted, "optimizer": optimizer(data, "VPT, frozen after task 1", 0.0)},
-        **{f"VPT, {name}": changes for name, changes in protected.items()},
-        **{
-            f"VPT, random, ranks of {name}": {
-                **changes,
-                "projection": RandomBasis.Config(**asdict(changes["projection"])),  # type: ignore[call-overload]
-            }
-            for name, changes in protected.items()
-        },
+        "frozen features, RanPAC as published": {**frozen, "readouts": (ranpac,)},
+        **family("VPT", data, VPT.Config(length=8), {
+            "input .99": (VPT.Config(length=8), 0.99),
+            "affinity+aggregation .9": (VPT.Config(length=8, protect="affinity+aggregation"), 0.9),
+        }),
+        **family("LoRA", data, lora, {"input " + str(energy)[1:]: (lora, energy) for energy in ENERGIES}),
+    }  # fmt: skip
+
+
+def family(
+    name: str, data: str, method: Method.Config, protected: Mapping[str, tuple[Method.Config, float]]
+) -> dict[str, dict[str, Any]]:
+    """Return the rows of one kind of method: unprojected, slowed, frozen, and projected with their random twins.
+
+    Args:
+        name: Name of the method in the rows.
+        data: Name of the data set.
+        method: The method without projection.
+        protected: By name of a row, the method and the energy that its projection holds.
+    """
+    plain = {"method": method, "projection": NoProjection.Config(), "readouts": PROMPTED}
+    unprojected, frozen = f"{name}, unprojected", f"{name}, frozen after task 1"
+    found = {
+        unprojected: {**plain, "optimizer": optimizer(data, unprojected)},
+        f"{name}, slower .09": {**plain, "optimizer": optimizer(data, unprojected, 0.09)},
+        frozen: {**plain, "optimizer": optimizer(data, frozen, 0.0)},
     }
+    for label, (own, energy) in protected.items():
+        projection = Orthogonal.Config("input", energy, apply_to="update")
+        changes = {**plain, "method": own, "optimizer": optimizer(data, f"{name}, {label}")}
+        found[f"{name}, {label}"] = {**changes, "projection": projection}
+        twin = RandomBasis.Config(**asdict(projection))
+        found[f"{name}, random, ranks of {label}"] = {**changes, "projection": twin}
+    return found
 
 
 def measure(config: Config) -> dict[str, Any]:
@@ -229,6 +252,11 @@ def tune(
             records.append(results, {"data": data, "row": row, "lr": lr, "seed": 100, **measure(config)})
 
 
+def is_trained(row: str) -> bool:
+    """Return whether a row trains something."""
+    return not row.startswith("frozen features")
+
+
 Lines = dict[int, dict[str, Any]]
 """By seed, a line of the results."""
 
@@ -245,7 +273,7 @@ def table(results: Path = RESULTS) -> str:
         if lines:
             best = strongest(lines)
             out += [f"## {data}", "", EXPLANATION, "", figures(lines), ""]
-            if any(name.startswith("VPT") for name in lines):
+            if any(is_trained(name) for name in lines):
                 out += [DIFFERENCES.format(row=best[0], readout=best[1]), "", differences(lines, best), ""]
     return "\n".join(out)
 
@@ -291,7 +319,7 @@ def strongest(lines: dict[str, Lines]) -> tuple[str, str]:
 
 def differences(lines: dict[str, Lines], best: tuple[str, str]) -> str:
     """Return paired differences of each row of prompts, by readout."""
-    others = [name for name in lines if name.startswith("VPT")]
+    others = [name for name in lines if is_trained(name)]
     cells = []
     for name in others:
         for readout in PROMPTED[1:]:
