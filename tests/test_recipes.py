@@ -63,7 +63,7 @@ TAGS = {
     Backbone.Config: {"vit", "clip"},
     Method.Config: {"l2p", "dualprompt", "coda", "vpt", "lora", "adapter", "clip", "zero-shot", "head-only"},
     Projection.Config: {"orthogonal", "released", "random", "none"},
-    Readout.Config: {"head", "lda", "ncm", "logistic", "ranpac"},
+    Readout.Config: {"head", "lda", "ncm", "logistic", "ranpac", "experts"},
 }
 
 

@@ -8,7 +8,7 @@ import math
 import pkgutil
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,8 +22,10 @@ from pgp.backbones.base import Backbone
 from pgp.datasets.base import DatasetConfig
 from pgp.datasets.transforms import Transforms
 from pgp.methods.base import Method
+from pgp.methods.experts import Experts
 from pgp.projections.base import Projection
 from pgp.readouts.base import Readout
+from pgp.rng import make_generator
 from pgp.scenario import Setting
 from pgp.system.paths import as_path
 
@@ -178,6 +180,12 @@ class Config:
     views: int = 0
     """Number of augmented views of each training image to which readouts are fitted after a task, in addition to the
     unaugmented image. Each view costs one forward pass per image."""
+    experts: str = "none"
+    """Which tasks have an expert: none, every task (task), or the first tasks, as many as a number says. An expert is
+    what the method has trained in a task, frozen when it ends. At test, class statistics of its query tell the task of
+    an image."""
+    expert_candidates: int = 1
+    """Number of experts that an image passes through at test: those of its likeliest tasks. Each costs one pass."""
     drift_images: int = 16
     """Number of test images of each task on which drift is measured, after the task and after every later one; 0 turns
     it off. The results are in metrics.jsonl and pgp report."""
@@ -196,7 +204,7 @@ class Config:
     pgp eval --every-task evaluates those that are kept."""
 
     def __post_init__(self) -> None:
-        positive = ("tasks", "epochs", "batch_size", "eval_batch_size", "log_every_steps")
+        positive = ("expert_candidates", "tasks", "epochs", "batch_size", "eval_batch_size", "log_every_steps")
         for name in positive:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"expected {name} of at least 1, got {value}")
@@ -211,6 +219,7 @@ class Config:
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, as_path(value, name))
         self._check_order()
+        self._check_experts()
         if not self.readouts:
             raise ValueError("expected at least one readout, got none")
         if len({readout.name for readout in self.readouts}) < len(self.readouts):
@@ -223,6 +232,21 @@ class Config:
                 " whole batches"
             )
 
+    def _check_experts(self) -> None:
+        """Raise if experts do not fit the method, the readouts or the scenario."""
+        if self.experts not in ("none", "task") and not re.fullmatch("[1-9][0-9]{0,8}", self.experts):
+            raise ValueError(f"expected experts none, task or a number, got {self.experts}")
+        if self.experts == "none":
+            if wrong := [readout.name for readout in self.readouts if readout.uses_experts]:
+                raise ValueError(f"expected experts=task for the readout {wrong[0]}, got none")
+            return
+        self.method.as_expert()
+        if self.setting in ("oil", "dil"):
+            raise ValueError(f"expected setting cil or til with experts, got {self.setting}: an expert is found by its"
+                             " classes, once its task has ended")  # fmt: skip
+        if self.legacy_eval:
+            raise ValueError("expected legacy_eval=False with experts, got True: they were never published")
+
     def _check_order(self) -> None:
         """Raise if two settings decide the order of learning."""
         chosen = [name for name in ("class_order", "task_file", "shuffle") if getattr(self, name)]
@@ -230,6 +254,19 @@ class Config:
             raise ValueError(f"expected one of {' and '.join(chosen)}, got both: each decides the order of learning")
         if self.class_order and self.setting == "dil":
             raise ValueError("expected task_file for the order of domains with setting=dil, got class_order")
+
+    def build_method(self, backbone: Backbone, class_names: Sequence[str]) -> Method:
+        """Return the untrained method, with experts if there are any.
+
+        Raises:
+            ValueError: If the settings do not fit the encoder, or the method cannot have experts.
+        """
+        generator = make_generator(self.seed, "init")
+        if self.experts == "none":
+            return self.method.build(backbone, class_names, generator)
+        limit = None if self.experts == "task" else int(self.experts)
+        method = self.method.as_expert().build(backbone, class_names, generator)
+        return Experts(method, len(class_names), limit, self.expert_candidates)
 
     @property
     def num_passes(self) -> int:

@@ -17,7 +17,6 @@ from pgp.datasets.ignored import Ignored
 from pgp.datasets.scan import images_below
 from pgp.evaluation.accuracy import extract_features, extract_frozen
 from pgp.methods.base import mask_logits
-from pgp.rng import make_generator
 from pgp.runs.checkpoint import reading
 from pgp.runs.run import Run
 from pgp.subspace import float64_device
@@ -62,7 +61,7 @@ class Predictor:
         self._bfloat16 = config.precision == "bf16-mixed"
         if self._bfloat16:
             backbone.to_bfloat16_()
-        self._method = config.method.build(backbone, names, make_generator(config.seed, "init"))
+        self._method = config.build_method(backbone, names)
         with reading(checkpoint):
             self._method.load_trainable_state_dict(state["method"])
         self._method.to(self.device)

@@ -36,6 +36,7 @@ from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.random import RandomBasis
 from pgp.projections.released import ReleasedBasis
 from pgp.readouts.base import Readout
+from pgp.readouts.experts import ExpertLDA
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA, NCM
 from pgp.readouts.logistic import Logistic
@@ -70,6 +71,8 @@ READOUTS: dict[str, Readout.Config] = {
         ),
         LDA.Config(patches=True, normalize=True),
         LDA.Config(patches=True, normalize=True, shrinkage=None),
+        ExpertLDA.Config(),
+        ExpertLDA.Config(query=True, patches=True, normalize=True),
         RanPAC.Config(),
         RanPAC.Config(dimensions=2000),
         RanPAC.Config(dimensions=2000, patches=True, normalize=True),

@@ -240,7 +240,7 @@ def end_task(session: Session, state: TrainState, task: Task) -> None:
         stats = meter.projection_stats() if meter else {}  # before the projection learns from this task
         observe_after_training(session, state, task)
         ranks = state.projection.end_task()
-        fitted = {readout.name: fit_readout(readout) for readout in state.readouts if readout.needs_fit}
+        fitted = {readout.name: fit_readout(readout) for readout in state.fitted_readouts}
     warn_of_similar_classes(session, state, task)
     with session.timed("evaluation"):
         watch = meter.watch if meter else None

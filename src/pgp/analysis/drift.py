@@ -264,7 +264,8 @@ def _measured(method: Method, kept: list[FeatureBatch], classes: tuple[int, ...]
     device = next(method.parameters()).device
     batch = FeatureBatch.concat(kept)
     batch = batch.rows(batch.indices.argsort())
-    indices, (features, query, _) = torch.searchsorted(task.test.sort().values, batch.indices), batch.images
+    indices = torch.searchsorted(task.test.sort().values, batch.indices)
+    features, query = batch.images.features, batch.images.query
     logits = method.head(features.to(device))[:, list(classes)].float().cpu()
     selected = None if query is None else method.selected_prompts(query.to(device))
     return Drift(indices, features, logits - logits.mean(1, keepdim=True), None if selected is None else selected.cpu())

@@ -84,12 +84,25 @@ def extract_frozen(method: Method, images: Tensor, autocast: Autocast, *, patche
 
 
 def extract_features(
-    method: Method, images: Tensor, frozen: FrozenFeatures | None, autocast: Autocast, *, by_vote: bool = False
+    method: Method,
+    images: Tensor,
+    frozen: FrozenFeatures | None,
+    autocast: Autocast,
+    *,
+    by_vote: bool = False,
+    task: Task | None = None,
 ) -> Features:
-    """Return the features of images `(B, 3, S, S)`, float32; see `Method.features`."""
+    """Return the features of images `(B, 3, S, S)`, float32; see `Method.features`.
+
+    If the method has experts, they are found by the query, or are those of `task` for training images.
+    """
     query, patches = frozen or (None, None)
     with autocast():
-        return Features(method.features(images, query, by_vote=by_vote).float(), query, patches)
+        found = None if by_vote else method.features_by_expert(images, query, task)
+        if found is None:
+            return Features(method.features(images, query, by_vote=by_vote).float(), query, patches)
+    features = found.features.float()
+    return Features(features[:, 0], query, patches, found.experts, found.logits, features)
 
 
 class Evaluator:
@@ -183,13 +196,20 @@ class Evaluator:
         return FrozenFeatures(found[0], found[1] if patches else None)
 
     def features(
-        self, method: Method, images: Tensor, frozen: FrozenFeatures | None, *, by_vote: bool = False
+        self,
+        method: Method,
+        images: Tensor,
+        frozen: FrozenFeatures | None,
+        *,
+        by_vote: bool = False,
+        task: Task | None = None,
     ) -> Features:
         """Return the features of images `(B, 3, S, S)`, with their frozen features.
 
-        If `by_vote`, the prompts are selected by the published protocol, see `Method.features`.
+        If `by_vote`, the prompts are selected by the published protocol, see `Method.features`. For training images of
+        `task`, its expert is used, if the method has experts.
         """
-        return extract_features(method, images, frozen, self.fabric.autocast, by_vote=by_vote)
+        return extract_features(method, images, frozen, self.fabric.autocast, by_vote=by_vote, task=task)
 
     def logits(
         self, method: Method, readouts: Sequence[Readout], images: Tensor, batch: FeatureBatch, task: Task, t: int

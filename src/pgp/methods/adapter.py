@@ -45,6 +45,10 @@ class Adapter(AdaptedEncoder):
             if not self.scale > 0:
                 raise ValueError(f"expected method.scale above 0, got {self.scale}")
 
+        def as_expert(self) -> Adapter.Config:
+            """See `Method.Config.as_expert`."""
+            return self
+
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> Adapter:
             """Return untrained adapters, which change nothing."""
             return Adapter(self, backbone, len(class_names), generator)

@@ -8,14 +8,26 @@ from __future__ import annotations
 import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pgp.backbones.base import Backbone
+from pgp.readouts.base import Readout
 from pgp.scenario import Task
 from pgp.subspace import ProtectedInputs, ProtectedParameter
+
+
+class ExpertFeatures(NamedTuple):
+    """Features of `B` images with each of their `k` likeliest experts."""
+
+    experts: Tensor
+    """Numbers of the experts, the likeliest first, `(B, k)`."""
+    logits: Tensor
+    """Logarithms of their probabilities, `(B, k)`."""
+    features: Tensor
+    """`(B, k, D)`."""
 
 
 class Method(nn.Module, abc.ABC):
@@ -35,6 +47,8 @@ class Method(nn.Module, abc.ABC):
     """Whether features depend on the query. If not, the query is computed only for readouts that use it."""
     selects_prompts: bool = False
     """Whether each image selects some of the prompts, by its query."""
+    router: Readout | None = None
+    """A readout of the method's own, which is fitted with those of the run and tells the task of an image."""
     legacy_scope: Literal["all", "cut"] = "all"
     """Classes among which the published evaluation predicts. `all`: every class, seen or not. `cut`: the classes up to
     the task of the test batch, which uses the task. Both are reported only next to the accuracy without the task."""
@@ -45,6 +59,15 @@ class Method(nn.Module, abc.ABC):
 
         tag: ClassVar[str]
         """Name of this kind of method in config.json. It must be unique among methods and never change."""
+
+        def as_expert(self) -> Method.Config:
+            """Return settings for one expert: all trained parameters belong to one task, except head and shared ones.
+
+            Raises:
+                ValueError: If this kind of method cannot be divided into experts.
+            """
+            raise ValueError(f"expected a method that can have experts (l2p, dualprompt, vpt, lora or adapter), got"
+                             f" {self.tag}: leave experts at none")  # fmt: skip
 
         @abc.abstractmethod
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> Method:
@@ -104,6 +127,18 @@ class Method(nn.Module, abc.ABC):
                 majority vote. Every process must then make the call; see `pgp.methods.prompts.majority_vote`.
         """
 
+    def features_by_expert(
+        self, images: Tensor, query: Tensor | None = None, task: Task | None = None
+    ) -> ExpertFeatures | None:
+        """Return the features with each expert that an image may belong to, or None if the method has no experts.
+
+        Args:
+            images: Images `(B, 3, S, S)`.
+            query: The result of `query(images)`, `(B, D)`. If None, it is computed.
+            task: The task of training images, whose expert is used. If None, experts are found by the query.
+        """
+        return None
+
     def forward(self, images: Tensor, query: Tensor | None = None) -> Tensor:
         """Return the logits of the method's own head over all classes, `(B, C)`."""
         logits: Tensor = self.head(self.features(images, query))
@@ -153,6 +188,10 @@ class Method(nn.Module, abc.ABC):
             query: The result of `query(images)`, `(B, D)`. If None, it is computed.
         """
         return {}
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters among `prompt_parameters` that all tasks share, even if each task has an expert."""
+        return []
 
     def prompt_parameters(self) -> list[nn.Parameter]:
         """Return every trainable parameter outside the head: prompts, prefixes, and the keys for their selection.

@@ -6,7 +6,7 @@ A general prefix is the paper's G-prompt, an expert its E-prompt.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -94,6 +94,10 @@ class DualPrompt(Method):
                 raise ValueError(f"expected method.expert_layers, and each layer at most once in them and in"
                                  f" method.general_layers {self.general_layers}, got {self.expert_layers}")  # fmt: skip
 
+        def as_expert(self) -> DualPrompt.Config:
+            """Return settings with as many expert prefixes as an image selects; see `Method.Config.as_expert`."""
+            return replace(self, pool_size=self.top_k, prompt_mask=False, shared_pool=False)
+
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> DualPrompt:
             """Return an untrained DualPrompt."""
             return DualPrompt(self, backbone, len(class_names), generator)
@@ -152,6 +156,10 @@ class DualPrompt(Method):
         selection = Selection(prepared["indices"], cosine_similarity(prepared["query"], self.key))
         logits = mask_logits(self.head(self._prompted_features(images, selection.indices)), task.classes)
         return F.cross_entropy(logits, labels) - self.config.pull * selection.key_similarity
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Return the general prefixes."""
+        return list(self.general.parameters())
 
     def protected(self) -> dict[str, ProtectedParameter]:
         """Return the keys for selecting experts, and the protected prefixes or tokens of each layer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -76,6 +76,10 @@ class L2P(Method):
                 raise ValueError(
                     f"expected method.top_k of at most method.pool_size {self.pool_size}, got {self.top_k}"
                 )
+
+        def as_expert(self) -> L2P.Config:
+            """See `Method.Config.as_expert`. Each task has a whole pool."""
+            return replace(self, prompt_mask=False, shared_pool=False)
 
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> L2P:
             """Return an untrained L2P."""

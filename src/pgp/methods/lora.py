@@ -48,6 +48,10 @@ class LoRA(AdaptedEncoder):
             if self.alpha is not None and not self.alpha > 0:
                 raise ValueError(f"expected method.alpha above 0, or None, got {self.alpha}")
 
+        def as_expert(self) -> LoRA.Config:
+            """See `Method.Config.as_expert`."""
+            return self
+
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> LoRA:
             """Return untrained updates, which are 0."""
             return LoRA(self, backbone, len(class_names), generator)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -62,6 +62,10 @@ class VPT(Method):
                                  f" {self.norm_penalty}: these prompts pass no norm")  # fmt: skip
             if self.layers is not None and (not self.layers or len(set(self.layers)) < len(self.layers)):
                 raise ValueError(f"expected method.layers with each layer once, got {self.layers}")
+
+        def as_expert(self) -> VPT.Config:
+            """See `Method.Config.as_expert`. Nothing of an old expert changes, so nothing is penalised."""
+            return replace(self, norm_penalty=0.0)
 
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> VPT:
             """Return untrained deep prompts."""

@@ -20,6 +20,12 @@ class Features(NamedTuple):
     """CLS token of the frozen encoder without prompts, `(B, Q)`, if the method or a readout uses it."""
     patches: Tensor | None = None
     """Mean of the patch tokens of the frozen encoder without prompts, `(B, Q)`, if a readout uses it."""
+    experts: Tensor | None = None
+    """The k experts that an image may belong to, the likeliest first, `(B, k)`, if the method has experts."""
+    expert_logits: Tensor | None = None
+    """Logarithms of their probabilities, `(B, k)`."""
+    expert_features: Tensor | None = None
+    """Features with each of these experts, `(B, k, D)`; `features` are those with the likeliest one."""
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> Features:
         """Return the results of `change` for each tensor, such as some of the rows."""
@@ -71,6 +77,11 @@ class Readout(abc.ABC):
         @property
         def uses_patches(self) -> bool:
             """Whether the readout uses the mean patch token of the frozen encoder in addition to the features."""
+            return False
+
+        @property
+        def uses_experts(self) -> bool:
+            """Whether the readout needs a method with experts."""
             return False
 
         @property

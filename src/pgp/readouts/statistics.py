@@ -89,6 +89,9 @@ class StatisticsReadout(Readout):
             """See `Readout.Config.uses_patches`."""
             return self.patches
 
+    per_class_statistics: tuple[str, ...] = ("counts", "sums")
+    """Names of the statistics that have a row for each class."""
+
     def __init__(
         self, classes: int, config: StatisticsReadout.Config, candidates: tuple[float, ...], default: float
     ) -> None:
@@ -183,7 +186,7 @@ class StatisticsReadout(Readout):
             self.regularisation = candidate
             self._fit()
             for batch in batches:
-                losses[index] += losses_by_temperature(self.logits(batch.features), batch.labels).cpu()
+                losses[index] += losses_by_temperature(self._uncalibrated_logits(batch.features), batch.labels).cpu()
         images = torch.tensor(float(sum(map(len, unaugmented))))
         device = self.state["counts"].device
         images, losses = (all_reduce_sum_(tensor.to(device)).cpu() for tensor in (images, losses))
@@ -257,7 +260,7 @@ class StatisticsReadout(Readout):
         self.tests.load_state_dict({name: self.state.pop(name) for name in self.tests.state_dict()})
         if self.tests:
             self.regularisation = self.candidates[self.tests.best_candidate]
-        for name in ("counts", "sums"):
+        for name in self.per_class_statistics:
             missing = self.classes - len(state[name])
             self.state[name] = torch.cat([state[name], state[name].new_zeros(missing, *state[name].shape[1:])])
         self._fit()
@@ -265,6 +268,10 @@ class StatisticsReadout(Readout):
     @abc.abstractmethod
     def _fit(self) -> None:
         """Fit to the statistics, with the current `regularisation`."""
+
+    def _uncalibrated_logits(self, features: Tensor) -> Tensor:
+        """Return the logits `(B, C)` that are divided by the temperature."""
+        return self.logits(features)
 
     def _require_fit(self, caller: str) -> None:
         if not self.state:

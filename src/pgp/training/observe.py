@@ -38,7 +38,7 @@ def observe_after_training(session: Session, state: TrainState, task: Task) -> N
     Collective: every process must call it.
     """
     projection = state.projection
-    readouts = [readout for readout in state.readouts if readout.needs_fit]
+    readouts = state.fitted_readouts
     observes, keep = _observes_at(projection, "after"), state.features_before is not None
     if observes and projection.observation == ObservationSpec():  # readouts want the same images: one pass serves both
         kept = observe(session, state, task, projection, readouts, keep)
@@ -142,7 +142,7 @@ def observe(
                     for space, inputs in activations.items():
                         projection.observe(space, inputs)
                 if readouts or keep:
-                    features = evaluator.features(state.method, images, frozen)
+                    features = evaluator.features(state.method, images, frozen, task=task)
                     held_out = torch.isin(batch.indices, session.held_out(task)).to(labels.device)
                     for readout in readouts:
                         selected = readout.select_features(features)

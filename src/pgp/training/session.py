@@ -25,7 +25,6 @@ from pgp.evaluation.accuracy import Evaluator, TaskAccuracies
 from pgp.evaluation.calibration import expected_calibration_error
 from pgp.evaluation.online import OnlineAccuracy
 from pgp.progress import print_line, track
-from pgp.rng import make_generator
 from pgp.runs.checkpoint import CheckpointName, reading
 from pgp.runs.data_paths import resolve_paths
 from pgp.runs.identity import DataDescription
@@ -87,7 +86,7 @@ class Session:
         fingerprint = backbone.fingerprint()
         if config.precision == "bf16-mixed":
             backbone.to_bfloat16_()
-        method = config.method.build(backbone, self.data.class_names, make_generator(config.seed, "init"))
+        method = config.build_method(backbone, self.data.class_names)
         self.model = fabric.setup_module(method)
         self.model.mark_forward_method("loss")
         projection = config.projection.build(method.protected(), config.seed)

@@ -71,6 +71,12 @@ class TrainState:
         """Whether any parameter learns."""
         return any(parameter.requires_grad for parameter in self.method.parameters())
 
+    @property
+    def fitted_readouts(self) -> list[Readout]:
+        """All readouts that are fitted after each task, with the method's own."""
+        own = [] if self.method.router is None else [self.method.router]
+        return [readout for readout in (*self.readouts, *own) if readout.needs_fit]
+
     def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Load the optimizer state of a checkpoint within the current task, if there is one."""
         if self.optimizer_state:
