@@ -43,6 +43,7 @@ from pgp.projections.base import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.random import RandomBasis
 from pgp.readouts.base import Readout
+from pgp.readouts.experts import ExpertLDA
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA, NCM
 from pgp.readouts.logistic import Logistic
@@ -67,6 +68,7 @@ TUNED = (
     "LoRA, unprojected",
     "LoRA, frozen after task 1",
     "LoRA, input .99",
+    "LoRA, experts",
 )
 """Rows that `tune` runs. Slowed prompts take the rate of unprojected ones, random directions that of the true ones."""
 ENERGIES = (0.9, 0.97, 0.99, 0.999)
@@ -95,6 +97,12 @@ PROMPTED: tuple[Readout.Config, ...] = (
     ),
 )
 """Readouts of features with prompts; the wide ones also use the frozen features."""
+EXPERTS: tuple[Readout.Config, ...] = (
+    ExpertLDA.Config(normalize=True),
+    ExpertLDA.Config(query=True, normalize=True),
+    ExpertLDA.Config(query=True, patches=True, normalize=True),
+)
+"""Readouts of experts."""
 
 
 def folder(data: str, *, tuning: bool) -> Path:
@@ -142,7 +150,14 @@ def rows(data: str) -> dict[str, dict[str, Any]]:
             "affinity+aggregation .9": (VPT.Config(length=8, protect="affinity+aggregation"), 0.9),
         }),
         **family("LoRA", data, lora, {"input " + str(energy)[1:]: (lora, energy) for energy in ENERGIES}),
+        "LoRA, experts": experts(data, "LoRA, experts", lora),
     }  # fmt: skip
+
+
+def experts(data: str, row: str, method: Method.Config) -> dict[str, Any]:
+    """Return the settings of a row with an expert for each task, of which an image passes through two."""
+    changes = {"method": method, "experts": "task", "expert_candidates": 2, "projection": NoProjection.Config()}
+    return {**changes, "readouts": EXPERTS, "optimizer": optimizer(data, row)}
 
 
 def family(
@@ -188,6 +203,8 @@ def measure(config: Config) -> dict[str, Any]:
                 "average_accuracy": metrics.average_accuracy(matrix),
                 "forgetting": metrics.forgetting(matrix),
                 "calibration_error": last["calibration"][column]["error"],
+                "accuracy_within_task": sum(last["within"][column]) / len(last["within"][column]),
+                "task_found": sum(last["identified"][column]) / len(last["identified"][column]),
             }
             for column, matrix in run.matrices().items()
         }
