@@ -23,14 +23,18 @@ from pgp.datasets.loader import batches, sequential_batches
 from pgp.datasets.synthetic import Synthetic
 from pgp.evaluation import metrics
 from pgp.evaluation.accuracy import Evaluator, FeatureBatch
+from pgp.methods.coda_prompt import CODAPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
+from pgp.methods.lora import LoRA
+from pgp.methods.vpt import VPT
 from pgp.projections.base import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.released import ReleasedBasis
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
 from pgp.readouts.logistic import Logistic
+from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.run import Run
 from pgp.runs.statetree import pieces_in
 from pgp.system.storage import RunError
@@ -587,3 +591,23 @@ def test_a_head_is_trained_only_if_something_uses_it(tmp_path, monkeypatch, chan
     monkeypatch.setattr(train, "train_step", lambda *arguments: calls.append(1) or step(*arguments))
     train.train(tiny.config(**{"method": HeadOnly.Config(), "epochs": 1, **changes}), tmp_path / "run")
     assert bool(calls) == steps
+
+
+ADAPTED = {
+    "lora": LoRA.Config(rank=3),
+    "coda": CODAPrompt.Config(layers=(0,), pool_size=12, per_task=4),
+    "vpt": VPT.Config(),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTED)
+def test_first_session_adaptation_trains_the_first_task_and_leaves_features_as_they_are(name, tmp_path):
+    one = {"method": ADAPTED[name], "adapt": "first-task", "drift_images": 4, "projection": NoProjection.Config()}
+    run = train.train(tiny.config(**one), tmp_path / "run")
+    states = [run.load(CheckpointName(number))["method"] for number in (1, 2, 3)]
+    for name, tensor in states[0].items():
+        assert torch.equal(states[1][name], tensor) != name.startswith("head"), name
+    lda = train.train(tiny.config(**one, readouts=(LDA.Config(),)), tmp_path / "lda")
+    steps = [line["task"] for line in lda.events("train")]
+    assert set(steps) == {0}  # no head is used, so later tasks train nothing
+    assert torch.equal(lda.matrices()["lda"].nan_to_num(), run.matrices()["lda"].nan_to_num())

@@ -151,6 +151,13 @@ class Config:
     tasks: int | None = 10
     """Number of tasks into which the classes are split. If None, as many as the data define (domains, tasks), else
     5."""
+    increment: int | None = None
+    """Classes per task, from the second task on. It decides the number of tasks, instead of `tasks`."""
+    first_task: int | None = None
+    """Classes of the first task, with `increment`, such as half of all. If None, `increment`."""
+    adapt: Literal["every-task", "first-task"] = "every-task"
+    """Tasks in which everything outside the head is trained: every one, or only the first, as RanPAC does
+    (first-session adaptation). Then later tasks train only the head, if something uses it."""
     setting: Setting = "cil"
     """Scenario of continual learning. cil (class-incremental): each task brings new classes. til (task-incremental): as
     cil, but the task of a test image is given. dil (domain-incremental): every task has all classes, in a new domain.
@@ -161,7 +168,8 @@ class Config:
     """Shuffle the classes (dil: the domains) with the seed. If not, they stay in the order of the data set."""
     class_order: Path | None = None
     """Text file with one class per line, in the order of learning. If None, class_order.txt in the data folder, or next
-    to the table of images, if it exists."""
+    to the table of images, if it exists. seed-N: the order `numpy.random.RandomState(N).permutation` (seed-1993 in
+    PyCIL, RanPAC, InfLoRA and others)."""
     task_file: Path | None = None
     """JSON file with the tasks in the order of learning: an object of task names, each with its list of classes (dil:
     of domains). If None, tasks.json in the data folder, or next to the table of images, if it exists."""
@@ -204,8 +212,8 @@ class Config:
     pgp eval --every-task evaluates those that are kept."""
 
     def __post_init__(self) -> None:
-        positive = ("expert_candidates", "tasks", "epochs", "batch_size", "eval_batch_size", "log_every_steps")
-        for name in positive:
+        positive = ("tasks", "increment", "first_task", "epochs", "batch_size", "eval_batch_size", "log_every_steps")
+        for name in (*positive, "expert_candidates"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"expected {name} of at least 1, got {value}")
         for name in ("save_every_steps", "drift_images", "views"):
@@ -233,12 +241,10 @@ class Config:
             )
 
     def _check_experts(self) -> None:
-        """Raise if experts do not fit the method, the readouts or the scenario."""
+        """Raise if experts do not fit the method or the scenario."""
         if self.experts not in ("none", "task") and not re.fullmatch("[1-9][0-9]{0,8}", self.experts):
             raise ValueError(f"expected experts none, task or a number, got {self.experts}")
         if self.experts == "none":
-            if wrong := [readout.name for readout in self.readouts if readout.uses_experts]:
-                raise ValueError(f"expected experts=task for the readout {wrong[0]}, got none")
             return
         self.method.as_expert()
         if self.setting in ("oil", "dil"):
@@ -252,6 +258,11 @@ class Config:
         chosen = [name for name in ("class_order", "task_file", "shuffle") if getattr(self, name)]
         if len(chosen) > 1:
             raise ValueError(f"expected one of {' and '.join(chosen)}, got both: each decides the order of learning")
+        if self.first_task and not self.increment:
+            raise ValueError(f"expected increment with first_task {self.first_task}, got none")
+        if self.increment and (self.task_file or self.setting == "dil"):
+            raise ValueError("expected no increment with task_file or setting=dil, which say what the tasks are, got"
+                             f" {self.increment}")  # fmt: skip
         if self.class_order and self.setting == "dil":
             raise ValueError("expected task_file for the order of domains with setting=dil, got class_order")
 
@@ -259,14 +270,27 @@ class Config:
         """Return the untrained method, with experts if there are any.
 
         Raises:
-            ValueError: If the settings do not fit the encoder, or the method cannot have experts.
+            ValueError: If the settings do not fit the encoder, or a readout needs experts and there are none.
         """
         generator = make_generator(self.seed, "init")
         if self.experts == "none":
+            if wrong := [readout.name for readout in self.readouts if readout.uses_experts]:
+                raise ValueError(f"expected --experts task for the readout {wrong[0]}, got none")
             return self.method.build(backbone, class_names, generator)
         limit = None if self.experts == "task" else int(self.experts)
         method = self.method.as_expert().build(backbone, class_names, generator)
         return Experts(method, len(class_names), limit, self.expert_candidates)
+
+    @property
+    def class_order_seed(self) -> int | None:
+        """The N of `class_order` seed-N; None if it is no such name."""
+        named = re.fullmatch("seed-([0-9]{1,9})", str(self.class_order))
+        return int(named[1]) if named else None
+
+    def optimizer_of(self, index: int) -> Optimizer:
+        """Return the settings of the optimizer for the task with this index, from 0."""
+        settings = self.optimizer.for_task(index)
+        return replace(settings, prompt_lr_scale=0.0) if index and self.adapt == "first-task" else settings
 
     @property
     def num_passes(self) -> int:

@@ -96,6 +96,9 @@ DATASETS: dict[str, DatasetConfig] = {
 }
 BACKBONES: dict[str, Backbone.Config] = {
     "vit": ViT.Config(),
+    "in21k": ViT.Config("vit_base_patch16_224.orig_in21k"),
+    "augreg-in21k": ViT.Config("vit_base_patch16_224.augreg_in21k"),
+    "augreg-in21k-ft-in1k": ViT.Config("vit_base_patch16_224.augreg_in21k_ft_in1k"),
     "clip": CLIP.Config(),
     "demo-clip": CLIP.Config("package:demo_clip_model.json", "package:demo_clip.safetensors"),
     "demo-vit": ViT.Config(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,6 +91,16 @@ def class_order(classes: int, seed: int | None) -> list[int]:
     return order
 
 
+def published_class_order(classes: int, seed: int) -> list[int]:
+    """Return the labels 0 to classes - 1 in the order of PyCIL and many papers, for a seed such as 1993.
+
+    >>> published_class_order(100, 1993)[:8]
+    [68, 56, 78, 8, 23, 84, 90, 65]
+    """
+    order: list[int] = np.random.RandomState(seed).permutation(classes).tolist()
+    return order
+
+
 def split_by_class(train_labels: Tensor, test_labels: Tensor, tasks: int, order: Sequence[int]) -> Scenario:
     """Return a scenario in which each task brings new classes.
 
@@ -114,6 +125,32 @@ def split_by_class(train_labels: Tensor, test_labels: Tensor, tasks: int, order:
         stop = start + base + (index < extra)
         groups.append(("", order[start:stop]))
         start = stop
+    return split_by_group(train_labels, test_labels, groups)
+
+
+def split_by_increment(
+    train_labels: Tensor, test_labels: Tensor, first: int, increment: int, order: Sequence[int]
+) -> Scenario:
+    """Return a scenario whose first task has `first` classes, and every later one `increment`, or what is left.
+
+    Args:
+        train_labels: Label of every training image, `(n,)`.
+        test_labels: Label of every test image, `(m,)`.
+        first: Number of classes of the first task.
+        increment: Number of classes of each later task.
+        order: Every label once, in the order of learning.
+
+    Raises:
+        ValueError: If there are fewer classes than in the first task.
+
+    >>> labels = torch.arange(7)
+    >>> [task.classes for task in split_by_increment(labels, labels, 4, 2, range(7)).tasks]
+    [(0, 1, 2, 3), (4, 5), (6,)]
+    """
+    if not 1 <= first <= len(order):
+        raise ValueError(f"expected at most {len(order)} classes in the first task (all classes), got {first}")
+    starts = [0, *range(first, len(order), increment)]
+    groups = [("", order[start:stop]) for start, stop in zip(starts, [*starts[1:], len(order)], strict=True)]
     return split_by_group(train_labels, test_labels, groups)
 
 

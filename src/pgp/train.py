@@ -110,10 +110,10 @@ def fit_task(session: Session, state: TrainState, task: Task) -> None:
     plan = training_batches(config, task, session.fabric.world_size)
     remaining = plan[state.step :]
     predictions = predict_before_training(session, state, task, remaining)
-    if not session.trains(state):
+    if not session.trains(state, task):
         _predict_only(session, state, task, predictions)
         return
-    settings = config.optimizer.for_task(task.index)
+    settings = config.optimizer_of(task.index)
     plain = settings.build(state.method, config.batch_size)
     state.restore_optimizer(plain)
     handles = [state.meter.attach(plain)] if state.meter else []
@@ -151,7 +151,8 @@ def begin_task(session: Session, state: TrainState, task: Task) -> None:
         state.meter.start_task()
     observe_before_training(session, state, task)
     with state.projection.constrain(), session.fabric.autocast():
-        state.method.begin_task(task)
+        prepare = state.method.begin_task if session.adapts(task) else state.method.skip_task
+        prepare(task)
     if is_asked_to_stop(session, together=True):
         stop_within(session, state, task)
 

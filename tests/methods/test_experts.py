@@ -227,15 +227,16 @@ def test_the_size_of_an_expert_is_that_of_the_trained_part(tmp_path):
     assert sizes == [2 * 2 * 3 * (48 + 48)] * 3  # layers, places, rank, input and output
 
 
-def test_what_cannot_have_experts_says_so():
+def test_what_cannot_have_experts_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"method that can have experts .* got coda"):
         config(method=CODAPrompt.Config())
     with pytest.raises(ValueError, match="cil or til with experts, got oil"):
         config(setting="oil")
     with pytest.raises(ValueError, match="experts none, task or a number, got 0"):
         config(experts="0")
-    with pytest.raises(ValueError, match="experts=task for the readout experts, got none"):
-        config(experts="none")
+    with pytest.raises(ValueError, match="--experts task for the readout experts, got none"):
+        train.train(config(experts="none"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
     with pytest.raises(ValueError, match="expected legacy_eval=False with experts"):
         config(legacy_eval=True)
     with pytest.raises(ValueError, match="compensate='none' for experts"):

@@ -10,6 +10,7 @@ import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -95,6 +96,36 @@ def test_files_beside_the_data_decide_the_tasks(photos, tmp_path):
     assert names(scenario(own)) == [("", (1, 0, 2)), ("", (3, 4))]
     (tmp_path / "mine.json").write_text('{"all": ["ant", "bee", "cat", "dog", "eel"]}')
     assert names(scenario(config(photos, task_file=tmp_path / "mine.json"))) == [("all", (0, 1, 2, 3, 4))]
+
+
+def test_the_first_task_may_be_larger_and_later_ones_have_an_increment(photos):
+    half = config(photos, first_task=3, increment=1)
+    assert [task.classes for task in scenario(half).tasks] == [(0, 1, 2), (3,), (4,)]
+    assert [task.classes for task in scenario(config(photos, increment=2, tasks=9)).tasks] == [(0, 1), (2, 3), (4,)]
+    named = config(photos, increment=3, class_order="seed-1993")
+    order = np.random.RandomState(1993).permutation(5).tolist()
+    assert [task.classes for task in scenario(named).tasks] == [tuple(order[:3]), tuple(order[3:])]
+    assert resolve_paths(named).class_order == Path("seed-1993")
+    assert Config.from_json(named.to_json()) == named
+    with pytest.raises(ValueError, match="expected at most 5 classes in the first task"):
+        scenario(config(photos, first_task=6, increment=1))
+    with pytest.raises(ValueError, match="expected increment with first_task 2"):
+        config(photos, first_task=2)
+    with pytest.raises(ValueError, match="increment of at least 1, got 0"):
+        config(photos, increment=0)
+    with pytest.raises(ValueError, match="no increment with task_file or setting=dil"):
+        config(photos, increment=1, setting="dil")
+    (photos / "tasks.json").write_text('{"all": ["ant", "bee", "cat", "dog", "eel"]}')
+    with pytest.raises(ValueError, match="says what the tasks are, and so does increment 2"):
+        scenario(config(photos, increment=2))
+
+
+def test_a_run_with_increments_resumes_and_takes_another_class(photos, tmp_path):
+    settings = config(photos, first_task=3, increment=1, class_order="seed-1993", epochs=1)
+    run = train.train(settings, tmp_path / "run")
+    write(tmp_path / "more", ["train", "test"], "fox")
+    more = train.resume(run.folder, add=Folder(tmp_path / "more"))
+    assert [len(task) for task in more.data.tasks] == [3, 1, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,9 @@ class AdaptedEncoder(Method):
             part.down.copy_(torch.empty(part.down.shape).uniform_(-bound, bound, generator=generator))
             part.up.zero_()
 
+    def skip_task(self, task: Task) -> None:
+        """Do nothing: there are no new parts."""
+
     @torch.no_grad()
     def end_task(self, task: Task) -> None:
         """Add what was learned in `task` to what was learned before."""

@@ -89,6 +89,10 @@ class Method(nn.Module, abc.ABC):
     def begin_task(self, task: Task) -> None:
         """Prepare for learning `task`, for example by copying the prompts of the previous task."""
 
+    def skip_task(self, task: Task) -> None:
+        """Prepare for a task in which nothing outside the head is trained. By default, as `begin_task`."""
+        self.begin_task(task)
+
     def refresh_head(self, task: Task) -> None:
         """Refresh the head's cached class embeddings of `task`, if it has any. It may be called at any step."""
 

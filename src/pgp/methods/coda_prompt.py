@@ -16,6 +16,9 @@ from pgp.rng import make_generator
 from pgp.scenario import Task
 from pgp.subspace import ProtectedInputs, ProtectedParameter, to_float64
 
+NONE = slice(0, 0)
+"""No components."""
+
 
 class CODAPrompt(Method):
     """Each image gets a weighted sum of M prefix components `P_m` in some layers.
@@ -75,34 +78,34 @@ class CODAPrompt(Method):
         self.seed = int(torch.randint(2**62, (), generator=generator))
         self.pools = nn.ModuleDict({str(layer): ComponentPool(config, backbone) for layer in config.layers})
         self.register_buffer("used", torch.tensor(0))
-        self._learned = slice(0, 0)
 
     @torch.no_grad()
     def begin_task(self, task: Task) -> None:
         """Draw the components of the task, orthonormal to those of earlier tasks."""
-        self._select_components(task)
+        self.used.fill_(min((task.index + 1) * self.config.per_task, self.config.pool_size))
         for layer, pool in self._pools():
-            pool.draw(self._learned, make_generator(self.seed, "coda", layer, task.index))
+            pool.draw(self._components_of(task), make_generator(self.seed, "coda", layer, task.index))
 
-    def _select_components(self, task: Task) -> None:
-        """Use the components up to those of `task`, which are learned; none, if the pool is used up."""
-        size, share = self.config.pool_size, self.config.per_task
-        stop = min((task.index + 1) * share, size)
-        self._learned = slice(min(task.index * share, stop), stop)
-        self.used.fill_(stop)
+    def skip_task(self, task: Task) -> None:
+        """Do nothing: there are no new components."""
+
+    def _components_of(self, task: Task) -> slice:
+        """Return the components that `task` trains; none, if the pool was used up or the task was skipped."""
+        stop = min((task.index + 1) * self.config.per_task, int(self.used))
+        return slice(min(task.index * self.config.per_task, stop), stop)
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """Return the CLS token, `(B, D)`; see `Method.features`."""
         query = self.query(images) if query is None else query
-        cls: Tensor = self.backbone(images, prefixes=self._prefixes(query), num_tokens=1)[:, 0]  # (B, D)
-        return cls
+        return self._prompted_features(images, self._prefixes(query))
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the cross-entropy over the classes of `task`, plus the orthogonality penalty."""
         query = (prepared or self.prepare_batch(images, task))["query"]
-        self._select_components(task)
-        cross_entropy = F.cross_entropy(mask_logits(self(images, query), task.classes), labels)
-        penalties = [pool.penalty(self._learned) for _, pool in self._pools()]
+        learned = self._components_of(task)
+        features = self._prompted_features(images, self._prefixes(query, learned))
+        cross_entropy = F.cross_entropy(mask_logits(self.head(features), task.classes), labels)
+        penalties = [pool.penalty(learned) for _, pool in self._pools()]
         return cross_entropy + self.config.penalty * torch.stack(penalties).sum()
 
     def protected(self) -> dict[str, ProtectedParameter]:
@@ -130,10 +133,17 @@ class CODAPrompt(Method):
     def _pools(self) -> list[tuple[int, ComponentPool]]:
         return [(int(layer), pool) for layer, pool in self.pools.items() if isinstance(pool, ComponentPool)]
 
-    def _prefixes(self, query: Tensor) -> dict[int, Tensor]:
-        """Return the keys and values of the prefixes for queries `(B, D)`, `(B, 2, H, L, D/H)`, by layer."""
-        used = int(self.used)
-        return {layer: pool(query, used, self._learned) for layer, pool in self._pools()}
+    def _prefixes(self, query: Tensor, learned: slice = NONE) -> dict[int, Tensor]:
+        """Return the keys and values of the prefixes for queries `(B, D)`, `(B, 2, H, L, D/H)`, by layer.
+
+        Only the components `learned` get gradients.
+        """
+        return {layer: pool(query, int(self.used), learned) for layer, pool in self._pools()}
+
+    def _prompted_features(self, images: Tensor, prefixes: dict[int, Tensor]) -> Tensor:
+        """Return the CLS token of images with these prefixes, `(B, D)`."""
+        cls: Tensor = self.backbone(images, prefixes=prefixes, num_tokens=1)[:, 0]  # (B, D)
+        return cls
 
 
 class ComponentPool(nn.Module):

@@ -14,7 +14,9 @@ from pgp.system.paths import StrPath
 def resolve_paths(config: Config) -> Config:
     """Return `config` as a run records it: with absolute paths, and with domains if the setting needs them."""
     dataset = config.dataset.with_domains() if config.setting == "dil" else config.dataset
-    files = {name: getattr(config, name) for name in ("class_order", "task_file")}
+    files = {name: getattr(config, name) for name in FILES}
+    if config.class_order_seed is not None:
+        del files["class_order"]  # it is a name, not a path
     paths = {name: file.expanduser().absolute() for name, file in files.items() if file is not None}
     added = tuple(more.with_absolute_paths() for more in config.added)
     return replace(

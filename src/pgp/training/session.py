@@ -131,10 +131,15 @@ class Session:
         address = (purpose,) if task is None else (purpose, task.index)
         return TransformedSplit(self.data.train, transform, self.config.seed, address, skip_bad)
 
-    def trains(self, state: TrainState) -> bool:
-        """Whether tasks are trained on: prompts learn, or a head that a readout or the accuracy of a stream uses."""
+    def trains(self, state: TrainState, task: Task) -> bool:
+        """Whether `task` is trained on: prompts learn, or a head that a readout or the accuracy of a stream uses."""
         uses_head = state.online is not None or any(readout.uses_head for readout in self.config.readouts)
-        return state.is_trainable and (bool(state.method.prompt_parameters()) or uses_head)
+        uses_prompts = bool(state.method.prompt_parameters()) and self.adapts(task)
+        return state.is_trainable and (uses_prompts or uses_head)
+
+    def adapts(self, task: Task) -> bool:
+        """Whether parameters outside the head may learn in `task`."""
+        return self.config.optimizer_of(task.index).prompt_lr_scale > 0
 
     def held_out(self, task: Task) -> Tensor:
         """Return the indices of training images that readouts hold out for calibration: a fifth of each class.

@@ -21,7 +21,17 @@ from pgp.datasets.loader import SampleKey, sequential_batches
 from pgp.datasets.text import lines_of, normalized, read_text
 from pgp.rng import make_generator
 from pgp.runs.identity import DataDescription
-from pgp.scenario import Groups, Scenario, Task, class_order, split_by_class, split_by_domain, split_by_group
+from pgp.scenario import (
+    Groups,
+    Scenario,
+    Task,
+    class_order,
+    published_class_order,
+    split_by_class,
+    split_by_domain,
+    split_by_group,
+    split_by_increment,
+)
 
 T = TypeVar("T")
 CLASS_ORDER_FILE, TASKS_FILE = "class_order.txt", "tasks.json"
@@ -289,10 +299,19 @@ def _by_class(config: Config, data: Dataset) -> Scenario:
         raise ValueError(f"{source} and {order} both decide the order of classes: leave one")
     if (decider := source if groups else order) and config.shuffle:
         raise ValueError(f"{decider} decides the order of classes, and so does shuffle: leave one")
+    if groups and config.increment:
+        raise ValueError(f"{source} says what the tasks are, and so does increment {config.increment}: leave one")
     if groups:
         _check_count(config, len(groups), source)
         return split_by_group(*labels, groups)
-    wanted = _read_order(order, names) if order else class_order(len(names), config.seed if config.shuffle else None)
+    if config.class_order_seed is not None:
+        wanted = published_class_order(len(names), config.class_order_seed)
+    elif order:
+        wanted = _read_order(order, names)
+    else:
+        wanted = class_order(len(names), config.seed if config.shuffle else None)
+    if config.increment:
+        return split_by_increment(*labels, config.first_task or config.increment, config.increment, wanted)
     return split_by_class(*labels, config.tasks or max(1, min(DEFAULT_TASKS, len(names) // 2)), wanted)
 
 
