@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from pgp.backbones.base import Backbone
@@ -316,6 +317,117 @@ def demo_quick() -> Config:
     return replace(without_training(demo()), name="demo-quick")
 
 
+def with_lora(recipe: Config) -> Config:
+    """Return `recipe` with LoRA whose updates do not change old outputs, at the rates of deep prompts."""
+    return replace(
+        recipe,
+        method=LoRA.Config(),
+        projection=Orthogonal.Config("input", energy=0.99, apply_to="update"),
+        optimizer=Optimizer(lr=0.3, prompt_lr_scale=0.1),
+        readouts=(READOUTS["lda+patches+normalize"], MethodHead.Config()),
+    )
+
+
+def demo_lora() -> Config:
+    """Train LoRA with projection on digits in 5 tasks of 2 classes, with a small encoder that pgp ships. Offline."""
+    return replace(with_lora(demo()), name="demo-lora", epochs=2)
+
+
+def demo_coda() -> Config:
+    """Train CODA-Prompt with projection on digits in 5 tasks of 2 classes, with a small encoder. Offline."""
+    return replace(demo(), name="demo-coda", method=CODAPrompt.Config(pool_size=50), epochs=2)
+
+
+def _as_peers(recipe: Config, *, epochs: int, lr: float) -> Config:
+    """Return `recipe` with the weights and the class order of most papers on LoRA and CODA-Prompt, and batches of 128.
+
+    `lr` is the learning rate of a step; `Optimizer.lr` is per 256 images.
+    """
+    return replace(
+        recipe,
+        backbone=BACKBONES["augreg-in21k-ft-in1k"],
+        class_order=Path("seed-1993"),
+        batch_size=128,
+        epochs=epochs,
+        optimizer=Optimizer(lr=2 * lr, schedule="cosine"),
+    )
+
+
+def _coda(recipe: Config) -> Config:
+    """Train CODA-Prompt on {data} with projected keys; --no-pgp is the published method."""
+    epochs = 50 if isinstance(recipe.dataset, ImageNetR) else 20
+    method = CODAPrompt.Config(per_task=100 // (recipe.tasks or 10))
+    return replace(_as_peers(recipe, epochs=epochs, lr=0.001), method=method)
+
+
+def _lora(recipe: Config) -> Config:
+    """Train LoRA on {data} with projected updates, as InfLoRA does, but with an input side that learns, too."""
+    epochs = 50 if isinstance(recipe.dataset, ImageNetR) else 20
+    config = with_lora(_as_peers(recipe, epochs=epochs, lr=0.0005))
+    return replace(config, optimizer=Optimizer(lr=0.001, schedule="cosine"), readouts=tuple(reversed(config.readouts)))
+
+
+def _adapter(recipe: Config) -> Config:
+    """Train bottleneck adapters on {data} with projected updates, with our own settings."""
+    return replace(_lora(recipe), method=Adapter.Config())
+
+
+def _experts(recipe: Config) -> Config:
+    """Train one LoRA expert per task on {data}, found by class statistics at test, with our own settings."""
+    readouts = (READOUTS["experts+query+patches+normalize"], READOUTS["experts"])
+    return replace(_lora(recipe), projection=NoProjection.Config(), experts="task", readouts=readouts, views=2)
+
+
+def _nsp2(recipe: Config) -> Config:
+    """Train VPT on {data} with the conditions of NSP2 (affinity, aggregation, norm penalty), at a fixed energy."""
+    return replace(
+        recipe,
+        method=VPT.Config(length=4, protect="affinity+aggregation", norm_penalty=0.02),
+        projection=Orthogonal.Config("input", energy=0.99, apply_to="update"),
+        optimizer=Optimizer(lr=0.3, prompt_lr_scale=0.1),
+        epochs=20 if isinstance(recipe.dataset, ImageNetR) else 10,
+    )
+
+
+def _ranpac(recipe: Config) -> Config:
+    """Fit RanPAC to {data}: adapters trained on the first task only, then ridge regression on random features."""
+    config = replace(_as_peers(recipe, epochs=20, lr=0.01), adapt="first-task", projection=NoProjection.Config())
+    return replace(config, method=Adapter.Config(), readouts=(RanPAC.Config(),), drift_images=0)
+
+
+DATA: dict[str, tuple[Callable[[], Config], str]] = {
+    "10cifar100": (cifar100_10_l2p_pgp, "CIFAR-100 (10 tasks of 10 classes, ViT-B/16)"),
+    "20cifar100": (cifar100_20_l2p_pgp, "CIFAR-100 (20 tasks of 5 classes, ViT-B/16)"),
+    "imr": (imr_l2p_pgp, "ImageNet-R (10 tasks of 20 classes, ViT-B/16)"),
+    "tinyimagenet": (tinyimagenet_l2p_pgp, "TinyImageNet (10 tasks of 20 classes, ViT-B/16)"),
+    "cub200": (cub200_l2p_pgp, "CUB-200 (5 tasks of 40 classes, ViT-B/16)"),
+    "domains": (own, "your own images of several domains (folders DOMAIN/CLASS, ViT-B/16)"),
+}
+"""By the first part of a recipe's name, a recipe with the same data, and the data in words."""
+CHANGES: dict[str, Callable[[Config], Config]] = {
+    "coda_pgp": _coda,
+    "vpt_nsp2": _nsp2,
+    "lora_pgp": _lora,
+    "adapter_pgp": _adapter,
+    "lora_experts": _experts,
+    "ranpac": _ranpac,
+}
+"""By the last part of a recipe's name, what makes it of a recipe with the same data."""
+
+
+def _recipe(data: str, method: str) -> Callable[[], Config]:
+    """Return the recipe of a method on some data."""
+    base, words = DATA[data]
+    change = CHANGES[method]
+
+    def recipe() -> Config:
+        config = replace(change(base()), name=f"{data}_{method}")
+        return replace(config, setting="dil", class_order=None) if data == "domains" else config
+
+    recipe.__doc__ = (change.__doc__ or "").format(data=words)
+    return recipe
+
+
 RECIPES: dict[str, Callable[[], Config]] = {
     "demo": demo,
     "own": own,
@@ -336,4 +448,12 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "10cifar100_vpt_pgp": cifar100_10_vpt_pgp,
     "demo-clip": demo_clip,
     "10cifar100_clip_pgp": cifar100_10_clip_pgp,
+    "demo-coda": demo_coda,
+    "demo-lora": demo_lora,
+    **{
+        f"{data}_{method}": _recipe(data, method)
+        for data in DATA
+        for method in CHANGES
+        if (data, method) != ("domains", "lora_experts")  # tasks need different classes
+    },
 }
