@@ -23,6 +23,7 @@ from pgp.datasets.loader import batches, sequential_batches
 from pgp.datasets.synthetic import Synthetic
 from pgp.evaluation import metrics
 from pgp.evaluation.accuracy import Evaluator, FeatureBatch
+from pgp.methods.adapter import Adapter
 from pgp.methods.coda_prompt import CODAPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
@@ -144,10 +145,17 @@ def test_resumes_after_a_task_bitwise(whole, tmp_path, monkeypatch):
     assert (resumed.folder / "accuracy.csv").read_bytes() == (whole.folder / "accuracy.csv").read_bytes()
 
 
-METHODS = [tiny.config().method, replace(tiny.DUALPROMPT, protect="keys+values"), HeadOnly.Config()]
+METHODS = [
+    tiny.config().method,
+    replace(tiny.DUALPROMPT, protect="keys+values"),
+    HeadOnly.Config(),
+    LoRA.Config(rank=3),
+    Adapter.Config(rank=3),
+    CODAPrompt.Config(layers=(0,), pool_size=12, per_task=4),
+]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.tag)
 def test_resumes_inside_a_task_bitwise(tmp_path, monkeypatch, method):
     whole = train.train(tiny.config(method=method), tmp_path / "whole")
     train_step, calls = train.train_step, []
@@ -611,3 +619,22 @@ def test_first_session_adaptation_trains_the_first_task_and_leaves_features_as_t
     steps = [line["task"] for line in lda.events("train")]
     assert set(steps) == {0}  # no head is used, so later tasks train nothing
     assert torch.equal(lda.matrices()["lda"].nan_to_num(), run.matrices()["lda"].nan_to_num())
+
+
+@pytest.mark.parametrize("energy", [0.0, 1.0])
+def test_it_is_told_when_no_free_direction_is_left(energy, tmp_path):
+    projection = Orthogonal.Config("input", energy=energy, apply_to="update")
+    settings = tiny.config(
+        method=LoRA.Config(rank=3, places=("fc2",), layers=(0,)), projection=projection, dataset=Synthetic()
+    )
+    run = train.train(settings, tmp_path / "run")
+    warnings = [event["warning"] for event in run.events("data") if "warning" in event]
+    full = [text for text in warnings if "no free direction is left" in text]
+    if not energy:
+        assert not full
+        return
+    assert full[0].startswith("task 2 of 3: no free direction is left for any protected parameter")
+    states = [run.load(CheckpointName(number))["method"] for number in (1, 2)]
+    for name, tensor in states[0].items():  # from then on, only the head learns
+        torch.testing.assert_close(states[1][name], tensor, rtol=0, atol=1e-5 if "head" not in name else 9)
+    assert not torch.equal(states[0]["head.weight"], states[1]["head.weight"])

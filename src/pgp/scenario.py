@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -88,16 +87,6 @@ def class_order(classes: int, seed: int | None) -> list[int]:
     if seed is None:
         return list(range(classes))
     order: list[int] = torch.randperm(classes, generator=make_generator(seed, "class order")).tolist()
-    return order
-
-
-def published_class_order(classes: int, seed: int) -> list[int]:
-    """Return the labels 0 to classes - 1 in the order of PyCIL and many papers, for a seed such as 1993.
-
-    >>> published_class_order(100, 1993)[:8]
-    [68, 56, 78, 8, 23, 84, 90, 65]
-    """
-    order: list[int] = np.random.RandomState(seed).permutation(classes).tolist()
     return order
 
 

@@ -21,7 +21,7 @@ from pgp.runs.run import Run
 from pgp.scenario import Task
 from pgp.system.paths import StrPath
 from pgp.training import start
-from pgp.training.health import StepHealth, check_finite
+from pgp.training.health import StepHealth, check_finite, warn_of_full_spaces
 from pgp.training.observe import (
     fit_readout,
     observe_after_training,
@@ -150,6 +150,7 @@ def begin_task(session: Session, state: TrainState, task: Task) -> None:
     if state.meter:
         state.meter.start_task()
     observe_before_training(session, state, task)
+    warn_of_full_spaces(session, state.projection, task)
     with state.projection.constrain(), session.fabric.autocast():
         prepare = state.method.begin_task if session.adapts(task) else state.method.skip_task
         prepare(task)

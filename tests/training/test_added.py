@@ -17,7 +17,10 @@ from pgp.analysis.checkpoints import evaluate_checkpoints
 from pgp.cli import main
 from pgp.datasets.base import BadImageError
 from pgp.datasets.folder import Folder
+from pgp.methods.adapter import Adapter
 from pgp.methods.clip_prompt import CLIPPrompt
+from pgp.methods.coda_prompt import CODAPrompt
+from pgp.methods.lora import LoRA
 from pgp.predict import Predictor
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA, NCM
@@ -90,6 +93,21 @@ def test_a_finished_run_learns_a_folder(run, tmp_path):
         "ant",
         "cat",
     ]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [LoRA.Config(rank=2), Adapter.Config(rank=2), CODAPrompt.Config(layers=(0,), pool_size=12, per_task=4)],
+    ids=lambda method: method.tag,
+)
+def test_weight_updates_and_components_learn_a_folder_too(method, tmp_path):
+    """Two tasks were learned, so what is stored of them has to be there when the third begins."""
+    run = train.train(config(photos(tmp_path / "old", "bee", "cat", "dog", "ant"), method=method), tmp_path / "run")
+    before = run.matrices()["lda"]
+    again = train.resume(run.folder, add=Folder(photos(tmp_path / "new", "eel", "dim")))
+    torch.testing.assert_close(again.matrices()["lda"][:2, :2], before, rtol=0, atol=0, equal_nan=True)
+    assert float(again.matrices()["lda"][2].mean()) > 0.5
+    assert len(Predictor(again, "lda").classes) == 6
 
 
 def test_a_task_of_one_class_is_told(run, tmp_path):

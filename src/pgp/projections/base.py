@@ -122,6 +122,10 @@ class Projection(abc.ABC):
         """Return the number of protected directions in `space`, averaged over attention heads."""
         return mean_rank(self.bases[space]) if space in self.bases else 0.0
 
+    def full_spaces(self) -> list[str]:
+        """Return the spaces without any free direction, whose parameters cannot change any more."""
+        return [space for space, basis in self.bases.items() if self.rank(space) == basis.shape[-2]]
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the basis of each space."""
         return dict(self.bases)

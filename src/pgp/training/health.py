@@ -7,9 +7,23 @@ import math
 import torch
 from torch import Tensor
 
+from pgp.projections.base import Projection
 from pgp.scenario import Task
 from pgp.system.storage import RunError
 from pgp.training.session import Session
+
+
+def warn_of_full_spaces(session: Session, projection: Projection, task: Task) -> None:
+    """Warn of protected parameters that cannot change in `task`, because old inputs span all directions."""
+    full = projection.full_spaces()
+    if not full:
+        return
+    if len(full) == len(projection.protected):
+        what = "any protected parameter, so only what is not protected learns"
+    else:
+        what = f"{len(full)} of {len(projection.protected)} protected parameters ({', '.join(full[:3])}, ...)"
+    session.warn(f"{session.scenario.describe(task)}: no free direction is left for {what}; a lower --projection.energy"
+                 " leaves more")  # fmt: skip
 
 
 class StepHealth:
