@@ -62,7 +62,7 @@ TAGS = {
     | {"synthetic", "tiny-imagenet"},
     Backbone.Config: {"vit", "clip"},
     Method.Config: {"l2p", "dualprompt", "coda", "vpt", "lora", "adapter", "clip", "zero-shot", "head-only"},
-    Projection.Config: {"orthogonal", "released", "random", "none"},
+    Projection.Config: {"orthogonal", "soft", "released", "random", "none"},
     Readout.Config: {"head", "lda", "ncm", "logistic", "ranpac", "experts"},
 }
 
@@ -130,9 +130,7 @@ def test_a_component_of_another_module_works_once_that_is_imported(tmp_path):
     for first, fails in (("", True), ("import elsewhere; ", False)):
         done = subprocess.run([sys.executable, "-c", first + code], check=False, capture_output=True, text=True, **here)
         assert (done.returncode != 0) == fails
-        expected = (
-            "one of none, orthogonal, random, released, got 'elsewhere': if it is your own, import its module first"
-        )
+        expected = "one of none, orthogonal, random, released, soft, got 'elsewhere': if it is your own, import its module first"
         assert expected in done.stderr if fails else done.stdout == "elsewhere\n"
 
 
@@ -179,7 +177,7 @@ def test_components_without_a_tag_or_with_that_of_another_are_refused(tmp_path):
 def test_unknown_tags_name_the_known_ones(tag):
     tree = tiny.config().to_json()
     tree["projection"]["tag"] = tag
-    expected = r"expected the tag of a Projection\.Config, one of .*none, orthogonal, .*random, released, got"
+    expected = r"expected the tag of a Projection\.Config, one of .*none, orthogonal, .*random, released, soft, got"
     with pytest.raises(ValueError, match=expected):
         Config.from_json(tree)
 

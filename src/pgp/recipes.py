@@ -36,6 +36,7 @@ from pgp.projections.base import NoProjection, Projection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.random import RandomBasis
 from pgp.projections.released import ReleasedBasis
+from pgp.projections.soft import Soft
 from pgp.readouts.base import Readout
 from pgp.readouts.experts import ExpertLDA
 from pgp.readouts.head import MethodHead
@@ -58,7 +59,8 @@ METHODS: dict[str, Method.Config] = {
     )
 }
 PROJECTIONS: dict[str, Projection.Config] = {
-    one.tag: one for one in (Orthogonal.Config(), ReleasedBasis.Config(), NoProjection.Config(), RandomBasis.Config())
+    one.tag: one
+    for one in (Orthogonal.Config(), Soft.Config(), ReleasedBasis.Config(), NoProjection.Config(), RandomBasis.Config())
 }
 READOUTS: dict[str, Readout.Config] = {
     one.name: one

@@ -12,6 +12,7 @@ from pgp.projections.base import NoProjection, ObservationSpec
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.random import RandomBasis
 from pgp.projections.released import ReleasedBasis, extend_released_basis, pca_scores
+from pgp.projections.soft import Soft
 from pgp.subspace import ProtectedInputs, ProtectedParameter
 
 OPTIMIZERS = {
@@ -470,3 +471,42 @@ def test_a_jump_is_confined_where_updates_are():
             toy.keys += draw(*toy.keys.shape, seed=8)
         leak = max(leaks(projection, toy, before))
         assert leak < 1e-10 if on == "update" else leak > 0.1
+
+
+def test_soft_scales_directions_by_their_energy():
+    toy, energies = Toy(), torch.tensor([9.0, 1.0, *[0.0] * 14], dtype=torch.float64)
+    projection = Soft(toy.protected(), Soft.Config(ridge=0.5))
+    inputs = ProtectedInputs((16 * energies).sqrt().diag().unsqueeze(1))  # (16, 1, 16): their second moment is diagonal
+    change = draw(3, 16, seed=5)
+    for task in (1, 2):
+        for space in toy.protected():
+            projection.observe(space, inputs)
+        ranks = projection.end_task()
+        penalty = 0.5 * 10 / 16  # of the first task
+        scales = penalty / (task * energies + penalty)
+        torch.testing.assert_close(projection.project("keys", change), change * scales)
+        assert ranks["keys"] == pytest.approx(float((1 - scales).sum()))
+    assert projection.full_spaces() == []
+    restored = Soft(toy.protected(), Soft.Config(ridge=0.5))
+    restored.load_state_dict(projection.state_dict())
+    torch.testing.assert_close(restored.project("keys", change), projection.project("keys", change))
+    before = toy.keys.detach().clone()
+    optimizer = torch.optim.Adam(toy.parameters(), lr=0.1)
+    plain = Toy()
+    free = torch.optim.Adam(plain.parameters(), lr=0.1)
+    projection.attach(optimizer)
+    for one, steps in ((toy, optimizer), (plain, free)):
+        one.learn(steps, steps=1)
+    torch.testing.assert_close(toy.keys.detach() - before, (plain.keys.detach() - before) * scales)
+    with pytest.raises(ValueError, match="ridge above 0, got 0"):
+        Soft.Config(ridge=0.0)
+
+
+def test_soft_goes_from_the_null_space_to_no_projection():
+    toy, change = Toy(), draw(3, 2, 16, seed=5)
+    ends = {ridge: taught(Soft(toy.protected(), Soft.Config(ridge=ridge))) for ridge in (1e-10, 1e10)}
+    exact = taught(Orthogonal(toy.protected(), Orthogonal.Config("input", 1.0, 1.0)))
+    torch.testing.assert_close(
+        ends[1e-10].project("prompts", change), exact.project("prompts", change), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(ends[1e10].project("prompts", change), change, atol=1e-5, rtol=0)

@@ -10,18 +10,11 @@ import torch
 from torch import Tensor
 
 from pgp.projections.base import Projection
-from pgp.subspace import (
-    ProtectedInputs,
-    ProtectedParameter,
-    SecondMoment,
-    extend_basis,
-    flatten_images,
-    second_moment_of_sums,
-    to_float64,
-)
+from pgp.projections.moments import BasisRule, MomentProjection
+from pgp.subspace import ProtectedParameter, extend_basis
 
 
-class Orthogonal(Projection):
+class Orthogonal(MomentProjection):
     """Projects steps of the prompts by `g - g U U^T`, where U spans a subspace of old tokens x and old prompts p.
 
     To first order, a change dp of a prompt does not change old attention scores if `x dp^T = 0` and `p dp^T = 0` for
@@ -35,7 +28,7 @@ class Orthogonal(Projection):
 
         tag = "orthogonal"
 
-        basis: Literal["sum", "union", "input"] = "sum"
+        basis: BasisRule = "sum"
         """Vectors that the protected subspace is computed from, for old inputs x and old prompts p. sum: all sums x + p
         (the paper). union: x and p, each by itself. input: x alone (GPM)."""
         energy: float = 0.5
@@ -77,20 +70,9 @@ class Orthogonal(Projection):
     def __init__(
         self, protected: Mapping[str, ProtectedParameter], config: Orthogonal.Config | None = None, seed: int = 0
     ) -> None:
-        super().__init__(protected, seed)
         self.config = config or Orthogonal.Config()
+        super().__init__(protected, self.config.basis, seed)
         self.apply_to = self.config.apply_to
-        self._inputs: dict[str, SecondMoment] = {}
-        self._prompts: dict[str, SecondMoment] = {}
-        self._head_maps: dict[str, Tensor] = {}
-
-    def observe(self, space: str, inputs: ProtectedInputs) -> None:
-        """Add the inputs `(B, ..., N, D)` of a batch to the second moments of `space`."""
-        if inputs.head_maps is not None:
-            self._head_maps[space] = to_float64(inputs.head_maps.detach())
-        self._inputs.setdefault(space, SecondMoment()).observe(flatten_images(inputs.inputs))
-        if inputs.prompts is not None and self.config.basis != "input":
-            self._prompts.setdefault(space, SecondMoment()).observe(flatten_images(inputs.prompts))
 
     def end_task(self) -> dict[str, float]:
         """Extend each basis by this task's second moments, clear the moments, and return the rank of each space.
@@ -100,13 +82,10 @@ class Orthogonal(Projection):
         Raises:
             ValueError: If no inputs of a space were observed in this task.
         """
-        for space, target in self.protected.items():
-            if space not in self._inputs:
-                raise ValueError(f"expected inputs of space {space!r} in this task, got none: call observe() first")
-            for second in self._second_moments(space):
+        for space, moments in self.take_moments().items():
+            for second in moments:
                 basis = self.bases.get(space, second.new_zeros(*second.shape[:-1], 0))
-                self.bases[space] = extend_basis(basis, second, self.config.energy_of(target.role))
-        self._inputs, self._prompts = {}, {}
+                self.bases[space] = extend_basis(basis, second, self.config.energy_of(self.protected[space].role))
         return {space: self.rank(space) for space in self.protected}
 
     def _constrained_value(self, space: str, target: ProtectedParameter, before: Tensor) -> Tensor:
@@ -122,20 +101,3 @@ class Orthogonal(Projection):
         norm_after = outside_after.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(outside_after.dtype).tiny)
         rescaled: Tensor = after + (norm_before / norm_after - 1) * outside_after
         return rescaled
-
-    def _second_moments(self, space: str) -> list[Tensor]:
-        """Return the second moments that the basis of `space` must capture, each `(..., D, D)`.
-
-        Collective: every process must call it.
-        """
-        inputs, prompts = self._inputs[space], self._prompts.get(space)
-        inputs.all_reduce()
-        if space in self._head_maps:
-            maps = self._head_maps[space]  # (H, d, D)
-            return [(maps.mT @ inputs.second @ maps).sum(0)]  # (D, D)
-        if prompts is None:
-            return [inputs.second]
-        prompts.all_reduce()
-        if self.config.basis == "sum":
-            return [second_moment_of_sums(inputs, prompts)]
-        return [inputs.second, prompts.second]
