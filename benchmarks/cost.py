@@ -216,9 +216,10 @@ MEASURED = {
     "L2P boundary": ("boundary", "l2p", "query"),
     "DualPrompt train step": ("train", "dualprompt", None),
     "DualPrompt boundary": ("boundary", "dualprompt", None),
+    "LoRA train step": ("train", "lora", "vpt"),
 }
 """By name: what is done, by which method, and against what; memory alone where against nothing."""
-OTHERS = {"baseline": "plain L2P", "query": "a query pass over the same images", None: ""}
+OTHERS = {"baseline": "plain L2P", "query": "a query pass over the same images", "vpt": "a step of VPT", None: ""}
 
 
 def autocast(precision: Precision) -> torch.autocast:

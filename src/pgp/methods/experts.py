@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pgp.backbones.base import Backbone
 from pgp.methods.base import ExpertFeatures, Method, mask_logits
+from pgp.methods.prompts import majority_vote
 from pgp.readouts.base import Features
 from pgp.readouts.lda import LDA
 from pgp.scenario import Task
@@ -122,13 +123,16 @@ class Experts(Method):
 
     @torch.no_grad()
     def prepare_batch(self, images: Tensor, task: Task) -> dict[str, Tensor]:
-        """See `Method.prepare_batch`. The first batch of a task without an expert of its own chooses one."""
+        """See `Method.prepare_batch`. The first batch of a task without an expert of its own chooses one.
+
+        Collective: every process must call it.
+        """
         if self._has_own_expert(task):
             return self.method.prepare_batch(images, task)
         query = self.query(images)
         if int(self.expert_of_class[task.classes[0]]) < 0:
-            chosen = self.route(query)[0][:, 0]
-            self.expert_of_class[list(task.classes)] = int(chosen.mode().values)
+            nearest = majority_vote(self.route(query)[0][:, :1], len(self.stored))  # (B, 1), of all processes
+            self.expert_of_class[list(task.classes)] = nearest[0, 0].to(self.expert_of_class)
         return {"query": query}
 
     def batch_constants(self, task: Task) -> dict[str, Tensor]:
