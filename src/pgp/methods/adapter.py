@@ -30,7 +30,7 @@ class Adapter(AdaptedEncoder):
         tag = "adapter"
 
         rank: int = 8
-        """Width of each task's bottleneck, r."""
+        """Width r of each task's bottleneck, with input side A `(r, D)` and output side B `(D, r)`."""
         places: tuple[str, ...] = ("attn", "mlp")
         """Outputs of a block that have an adapter: attn, mlp. It comes before they are added to the tokens."""
         layers: tuple[int, ...] | None = None
@@ -38,7 +38,7 @@ class Adapter(AdaptedEncoder):
         scale: float = 1.0
         """Factor of the adapters' outputs, s."""
         train_input_side: bool = True
-        """Train A, too. If not, A stays as it was drawn and only B learns."""
+        """Train the input side A, too. If not, A stays as it was drawn and only the output side B learns."""
 
         def __post_init__(self) -> None:
             check_part_settings(self.rank, self.places, OUTPUTS, self.layers)

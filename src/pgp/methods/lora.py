@@ -33,7 +33,7 @@ class LoRA(AdaptedEncoder):
         tag = "lora"
 
         rank: int = 10
-        """Rank of each task's update of a linear map, r."""
+        """Rank r of each task's update `s B A` of a linear map, with A `(r, in)` and B `(out, r)`."""
         places: tuple[str, ...] = ("q", "v")
         """Linear maps of a block to update: q, k, v and proj of the attention, fc1 and fc2 of the MLP."""
         layers: tuple[int, ...] | None = None
@@ -41,7 +41,8 @@ class LoRA(AdaptedEncoder):
         alpha: float | None = None
         """Updates are multiplied by s = alpha / rank. If None, by 1."""
         train_input_side: bool = True
-        """Train A, too. If not, A stays as it was drawn and only B learns, as in InfLoRA."""
+        """Train the input side A, too. If not, A stays as it was drawn and only the output side B learns, as in
+        InfLoRA."""
 
         def __post_init__(self) -> None:
             check_part_settings(self.rank, self.places, LINEAR_MAPS, self.layers)
