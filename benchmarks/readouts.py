@@ -335,18 +335,27 @@ def strongest(lines: dict[str, Lines]) -> tuple[str, str]:
 
 
 def differences(lines: dict[str, Lines], best: tuple[str, str]) -> str:
-    """Return paired differences of each row of prompts, by readout."""
-    others = [name for name in lines if is_trained(name)]
+    """Return paired differences of each trained row, by readout: to frozen features, and to baselines of its method."""
     cells = []
-    for name in others:
-        for readout in PROMPTED[1:]:
-            own, column = lines[name], readout.name
-            cells.append([name, column, protection.less(own, lines[best[0]], column, best[1], "average_accuracy")])
-            cells[-1] += [
-                protection.less(own, lines[other], column, column, "average_accuracy") if other != name else ""
-                for other in others
-            ]
-    return markdown_table(["row", "readout", f"to {best[0]}, {best[1]}", *(f"to {name}" for name in others)], cells)
+    for name, own in lines.items():
+        method, _, label = name.partition(", ")
+        for column in next(iter(own.values()))["figures"] if is_trained(name) else ():
+            if column == "head":
+                continue
+            compared = [protection.less(own, lines[best[0]], column, best[1], "average_accuracy")]
+            for other in (*BASELINES, f"random, ranks of {label}"):
+                found = lines.get(f"{method}, {other}", {})
+                if found is own or label == "experts":
+                    found = {}
+                compared.append(protection.less(own, found, column, column, "average_accuracy") if found else "")
+            cells.append([name, column, *compared])
+    return markdown_table(
+        ["row", "readout", f"to {best[0]}, {best[1]}", *(f"to {other}" for other in BASELINES), "to random"], cells
+    )
+
+
+BASELINES = ("unprojected", "slower .09", "frozen after task 1")
+"""Rows of a method that its other rows are compared with."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
