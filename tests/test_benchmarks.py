@@ -119,7 +119,8 @@ def test_readouts(capsys):
     assert "## emoji" in out
     assert out.count("| frozen features | ") == len(readouts.FROZEN)
     assert out.count("| VPT, input .99 | ") == len(readouts.PROMPTED) + 2 * 2  # and in the table of differences
-    readouts.main(["tune", "--tiny", "--data", "mixed", "--part", "16/16"])
+    jobs = len(readouts.TUNED) * len(readouts.RATES)
+    readouts.main(["tune", "--tiny", "--data", "mixed", "--part", f"{jobs}/{jobs}"])
     assert json.loads(capsys.readouterr().out)["data"] == "mixed"
 
 
