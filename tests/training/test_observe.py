@@ -15,6 +15,8 @@ import tiny
 from pgp import progress, scenario, train
 from pgp.config import Hardware
 from pgp.datasets.base import BadImageError
+from pgp.methods.lora import LoRA
+from pgp.readouts.experts import ExpertLDA
 from pgp.readouts.lda import LDA
 from pgp.runs.run import Run
 from pgp.training import observe
@@ -22,6 +24,7 @@ from pgp.training.session import Session, build_fabric
 from test_train import final
 
 LINEAR = LDA.Config(query=True, compensate="linear")
+EXPERTS = {"method": LoRA.Config(rank=3), "experts": "2", "expert_candidates": 2, "readouts": (ExpertLDA.Config(),)}
 
 SCRIPT = """
 import sys, tiny, torch
@@ -30,7 +33,7 @@ from pgp import train
 from pgp.config import Hardware
 from pgp.datasets.synthetic import Synthetic
 from pgp.training.session import Session, build_fabric
-from test_observe import LINEAR
+from test_observe import EXPERTS, LINEAR
 
 torch.set_num_threads(1)
 save = Session.save
@@ -48,6 +51,8 @@ if __name__ == "__main__":
         train.train(tiny.config(hardware=hardware, readouts=(LINEAR,), save_every_steps=4), folder)
     elif what == "resume":
         train.resume(folder, hardware)
+    elif what == "experts":
+        train.train(tiny.config(hardware=hardware, **EXPERTS), folder)
     else:
         train.train(tiny.config(hardware=hardware, dataset=Synthetic(per_class=1), tasks=6), folder)
 """
@@ -86,6 +91,21 @@ def test_resuming_inside_a_task_pairs_images_whatever_the_number_of_processes(tm
                 if name.startswith("/readouts"):
                     scale = float(whole[name].abs().max())
                     torch.testing.assert_close(found[name], whole[name], rtol=0, atol=1e-3 * scale, msg=f"{folder}")
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_experts_as_one(tmp_path, processes):
+    ends = []
+    for devices in (1, 2):
+        done = processes("experts", devices, tmp_path / str(devices))
+        assert done.returncode == 0, done.stderr
+        ends.append(final(Run.open(tmp_path / str(devices))))
+    learned = [name for name in ends[0] if name.startswith("/method")]
+    assert learned == [name for name in ends[1] if name.startswith("/method")]
+    for name, tensor in ends[0].items():
+        if name in learned:
+            scale = float(tensor.double().abs().max())
+            torch.testing.assert_close(ends[1][name], tensor, rtol=0, atol=2e-3 * scale, msg=name)
 
 
 @pytest.mark.slow
