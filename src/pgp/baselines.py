@@ -45,12 +45,14 @@ def _later_prompt_lr_scale(config: Config, scale: float) -> Config:
 
 def linear_probe(config: Config) -> Config:
     """Train a linear head on frozen features, without prompts; also fit LDA to them."""
-    return replace(unprojected(config), method=HeadOnly.Config(), readouts=(MethodHead.Config(), LDA.Config()))
+    readouts = (MethodHead.Config(), LDA.Config())
+    return replace(unprojected(config), method=HeadOnly.Config(), experts="none", readouts=readouts)
 
 
 def ncm(config: Config) -> Config:
     """Predict the nearest class mean of frozen features, without prompts and without training."""
-    return replace(unprojected(config), method=HeadOnly.Config(learns=False), readouts=(NCM.Config(),))
+    method = HeadOnly.Config(learns=False)
+    return replace(unprojected(config), method=method, experts="none", readouts=(NCM.Config(),))
 
 
 def joint(config: Config) -> Config:

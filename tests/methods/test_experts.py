@@ -11,6 +11,7 @@ from PIL import Image
 import tiny
 from conftest import golden_vit
 from pgp import train
+from pgp.baselines import BASELINES
 from pgp.datasets.folder import Folder
 from pgp.evaluation.accuracy import extract_features
 from pgp.methods.adapter import Adapter
@@ -247,3 +248,9 @@ def test_a_checkpoint_without_experts_is_refused():
     experts = build("lora")
     with pytest.raises(ValueError, match="expected a checkpoint with experts"):
         experts.load_trainable_state_dict(experts.method.trainable_state_dict())
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_recipe_with_experts_has_all_baselines(name):
+    changed = BASELINES[name](config())
+    assert changed.experts == ("none" if name in ("linear-probe", "ncm") else "task")
