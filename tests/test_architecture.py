@@ -22,7 +22,7 @@ LEVELS = [
     {"recipes", "baselines", "runs", "evaluation"},
     {"training", "analysis"},
     {"train"},
-    {"predict", "reports", "sweeps"},
+    {"predict", "export", "reports", "sweeps"},
     {"cli", "__main__"},
 ]
 """From the ground up: a module imports from its own level and below; `SEPARATE` folders do not import each other."""
@@ -41,6 +41,9 @@ HOMES = {
     "lightning_fabric": {"evaluation", "training"},
     "matplotlib": {"reports"},
     "tyro": {"config", "cli"},
+    "onnx": {"export"},
+    "onnxruntime": {"export"},
+    "onnxscript": {"export"},
     "ray": {"sweeps"},
     "lazy_loader": {"__init__"},
 }

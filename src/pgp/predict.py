@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgp.backbones.base import Backbone
 from pgp.datasets.base import BadImageError
@@ -16,7 +17,8 @@ from pgp.datasets.files import read_image
 from pgp.datasets.ignored import Ignored
 from pgp.datasets.scan import images_below
 from pgp.evaluation.accuracy import extract_features, extract_frozen
-from pgp.methods.base import mask_logits
+from pgp.methods.base import Method, mask_logits
+from pgp.readouts.base import Readout
 from pgp.runs.checkpoint import reading
 from pgp.runs.run import Run
 from pgp.subspace import float64_device
@@ -33,6 +35,54 @@ class Prediction(NamedTuple):
     """Whether the image is unlike all of these classes. It is always False if no image is to be rejected."""
 
 
+class Classifier(nn.Module):
+    """What a run has learned so far: images to probabilities of the learned classes.
+
+    Shapes: `B` images with `S` pixels a side, `D` features that the readout uses, `C` learned classes.
+
+    Args:
+        method: A method with its frozen encoder.
+        readout: A fitted readout.
+        settings: Settings of the readout.
+        learned: Labels of the learned classes, in the order of the result.
+        precision: Precision of the encoder's passes.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        readout: Readout,
+        settings: Readout.Config,
+        learned: Sequence[int],
+        precision: Literal["32-true", "bf16-mixed"] = "32-true",
+    ) -> None:
+        super().__init__()
+        self.method, self.readout, self.learned, self.precision = method, readout, list(learned), precision
+        self._uses_query = method.uses_query or settings.uses_query
+        self._uses_patches = settings.uses_patches
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the probabilities `(B, C)` of preprocessed images `(B, 3, S, S)`."""
+        return self.probabilities(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the features `(B, D)` of preprocessed images `(B, 3, S, S)`."""
+        frozen = None
+        if self._uses_query or self._uses_patches:
+            frozen = extract_frozen(self.method, images, self._autocast, patches=self._uses_patches)
+        return self.readout.select_features(extract_features(self.method, images, frozen, self._autocast))
+
+    def probabilities(self, features: Tensor) -> Tensor:
+        """Return the probabilities `(B, C)` of features `(B, D)`."""
+        logits = mask_logits(self.readout.logits(features), self.learned)[:, self.learned]
+        return self.readout.probabilities(logits)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self.precision == "32-true":
+            return nullcontext()
+        return torch.autocast(next(self.method.parameters()).device.type, torch.bfloat16)
+
+
 class Predictor:
     """A classifier of images, loaded from the latest finished task of a run.
 
@@ -42,43 +92,52 @@ class Predictor:
         run: A run, or the path of its folder.
         readout: Name of one of the run's readouts. If None, the first.
         device: Name of the device. If None, a GPU if there is one, else the CPU.
+        precision: Precision of the encoder's passes. If None, that of the run.
 
     Raises:
         RunError: If no task of the run is finished, or the encoder is not the one of the run.
         ValueError: If the run has no such readout, or the machine no such device.
     """
 
-    def __init__(self, run: Run | StrPath, readout: str | None = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        run: Run | StrPath,
+        readout: str | None = None,
+        device: str | None = None,
+        precision: Literal["32-true", "bf16-mixed"] | None = None,
+    ) -> None:
         run = run if isinstance(run, Run) else Run.open(as_path(run, "a run folder"))
         config, name = run.config, run.latest_finished()
         state = run.load(name, {"backbone", "method", "readouts"})
         names, tasks = run.data.class_names, run.data.tasks
         self.device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.transforms, precision = config.transforms, precision or config.precision
         backbone: Backbone = config.backbone.build(config.transforms.size)
         checkpoint = run.checkpoints.folder / str(name)
         with reading(checkpoint):
             run.check_encoder(state["backbone"], backbone.fingerprint())
-        self._bfloat16 = config.precision == "bf16-mixed"
-        if self._bfloat16:
+        if precision == "bf16-mixed":
             backbone.to_bfloat16_()
-        self._method = config.build_method(backbone, names)
+        method = config.build_method(backbone, names)
         with reading(checkpoint):
-            self._method.load_trainable_state_dict(state["method"])
-        self._method.to(self.device)
+            method.load_trainable_state_dict(state["method"])
+        method.to(self.device)
         readouts = {one.name: one for one in config.readouts}
         if readout is not None and readout not in readouts:
             raise ValueError(f"expected a readout of this run, one of {', '.join(readouts)}, got {readout!r}")
         settings = readouts[readout or next(iter(readouts))]
-        self._readout = settings.build(self._method.head, len(names), config.seed)
-        self._uses_query = self._method.uses_query or settings.uses_query
-        self._uses_patches = settings.uses_patches
+        self._readout = settings.build(method.head, len(names), config.seed)
         with reading(checkpoint):
             readout_state, readout_device = state["readouts"][self._readout.name], float64_device(self.device)
             self._readout.load_state_dict({key: tensor.to(readout_device) for key, tensor in readout_state.items()})
-        self._transform = config.transforms.test()
-        self._learned = list(dict.fromkeys(label for task in tasks[: name.task] for label in task))
-        self.classes = tuple(names[label] for label in self._learned)
+        learned = list(dict.fromkeys(label for task in tasks[: name.task] for label in task))
+        self.classifier = Classifier(method, self._readout, settings, learned, precision).eval()
+        """From preprocessed images to probabilities."""
+        self.readout = self._readout.name
+        """Name of the readout."""
+        self.classes = tuple(names[label] for label in learned)
         """Names of the classes learned so far."""
+        self._transform = self.transforms.test()
 
     @torch.no_grad()
     def _features(self, images: Sequence[StrPath | Tensor]) -> Tensor:
@@ -87,14 +146,11 @@ class Predictor:
             raise TypeError(f"expected a list of images, got a single one: pass [{str(images)!r}]")
         pixels = [_checked(image) if isinstance(image, Tensor) else read_image(_file(image)) for image in images]
         batch = torch.stack([self._transform(image) for image in pixels]).to(self.device)  # (B, 3, S, S)
-        frozen = None
-        if self._uses_query or self._uses_patches:
-            frozen = extract_frozen(self._method, batch, self._autocast, patches=self._uses_patches)
-        return self._readout.select_features(extract_features(self._method, batch, frozen, self._autocast))
+        return self.classifier.features(batch)
 
+    @torch.no_grad()
     def _probabilities(self, features: Tensor) -> Tensor:
-        logits = mask_logits(self._readout.logits(features), self._learned)[:, self._learned]  # (B, len(classes))
-        return self._readout.probabilities(logits).cpu()
+        return self.classifier.probabilities(features).cpu()
 
     def probabilities(self, images: Sequence[StrPath | Tensor]) -> Tensor:
         """Return the probabilities `(B, len(classes))` of images, in the order of `classes`.
@@ -108,10 +164,6 @@ class Predictor:
             TypeError: If something else is given, such as a single path.
         """
         return self._probabilities(self._features(images)) if len(images) else torch.empty(0, len(self.classes))
-
-    def _autocast(self) -> torch.autocast:
-        """Return a context with the precision of the run."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._bfloat16)
 
     @torch.no_grad()
     def unknown_scores(self, images: Sequence[StrPath | Tensor]) -> Tensor:

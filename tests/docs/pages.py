@@ -11,12 +11,18 @@ import pytest
 import tyro
 
 from pgp.cli import parse
-from pgp.cli.commands import AuditCommand, EvalCommand, PredictCommand, ReportCommand, SweepCommand
+from pgp.cli.commands import AuditCommand, EvalCommand, ExportCommand, PredictCommand, ReportCommand, SweepCommand
 from pgp.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-RUNS = {"eval": EvalCommand, "audit": AuditCommand, "predict": PredictCommand, "report": ReportCommand}
+RUNS = {
+    "eval": EvalCommand,
+    "audit": AuditCommand,
+    "predict": PredictCommand,
+    "export": ExportCommand,
+    "report": ReportCommand,
+}
 PLACEHOLDERS = {"RECIPE", "RUN", "FOLDER", "..."}
 
 

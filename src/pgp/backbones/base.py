@@ -307,7 +307,7 @@ def insert_prompts(tokens: Tensor, prompts: Tensor | None) -> Tensor:
     if prompts is None:
         return tokens
     if prompts.dim() != 3 or prompts.shape[::2] != tokens.shape[::2]:
-        raise ValueError(f"expected prompts ({len(tokens)}, P, {tokens.shape[2]}), got {tuple(prompts.shape)}")
+        raise ValueError(f"expected prompts ({tokens.shape[0]}, P, {tokens.shape[2]}), got {tuple(prompts.shape)}")
     return torch.cat([tokens[:, :1], prompts, tokens[:, 1:]], dim=1)  # (B, N + P, D)
 
 

@@ -85,7 +85,7 @@ class CLIP(VisionLanguage):
         """Return CLS and patches with their position embeddings, before the first norm, `(B, N, D)`."""
         visual = self.model.visual
         patches = visual.conv1(check_image_size(images, *visual.image_size)).flatten(2).mT  # (B, N - 1, D)
-        cls = visual.class_embedding.to(patches.dtype).expand(len(images), 1, -1)  # (B, 1, D)
+        cls = visual.class_embedding.to(patches.dtype).expand(images.shape[0], 1, -1)  # (B, 1, D)
         positioned: Tensor = torch.cat([cls, patches], dim=1) + visual.positional_embedding.to(patches.dtype)
         return positioned  # (B, N, D)
 

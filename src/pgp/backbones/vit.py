@@ -199,10 +199,10 @@ def _heads(
     else:
         k, v = _keys_and_values(attn, x)
     if prefix is not None:
-        expected = (len(k), 2, k.shape[1], k.shape[3])
+        expected = (k.shape[0], 2, k.shape[1], k.shape[3])
         if prefix.dim() != 5 or (*prefix.shape[:3], prefix.shape[4]) != expected:
             raise ValueError(
-                f"expected a prefix ({len(k)}, 2, {k.shape[1]}, L, {k.shape[3]}), got {tuple(prefix.shape)}"
+                f"expected a prefix ({k.shape[0]}, 2, {k.shape[1]}, L, {k.shape[3]}), got {tuple(prefix.shape)}"
             )
         k = torch.cat([prefix[:, 0], k], dim=2)  # (B, H, L + N, D/H)
         v = torch.cat([prefix[:, 1], v], dim=2)

@@ -130,6 +130,25 @@ class PredictCommand:
 
 
 @dataclass(frozen=True)
+class ExportCommand:
+    """Write the latest finished task of a run as an ONNX model, and as a program of torch.export.
+
+    OUT gets model.onnx, model.pt2 and preprocessing.json. Both models turn images into probabilities of the classes
+    learned so far. It needs pip install 'prompt-gradient-projection[export]'.
+    """
+
+    run: tyro.conf.Positional[Annotated[Path, Choice(metavar="RUN")]]
+    """Run folder."""
+    output: tyro.conf.Positional[Annotated[Path, Choice(metavar="OUT")]]
+    """Folder to write, new or empty."""
+    readout: str | None = None
+    """Name of one of the run's readouts. If not given, the first."""
+    preprocess: bool = False
+    """Include resize, crop and normalisation in the models, whose input is then uint8 images of any size. If not, the
+    program that uses a model must preprocess images as preprocessing.json says."""
+
+
+@dataclass(frozen=True)
 class ReportCommand:
     """Write tables and figures for runs. Runs that differ only in their seed share one row."""
 

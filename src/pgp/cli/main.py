@@ -19,6 +19,7 @@ from pgp.cli.commands import (
     UNKNOWN_REJECTS,
     AuditCommand,
     EvalCommand,
+    ExportCommand,
     PredictCommand,
     ReportCommand,
     ResumeCommand,
@@ -32,6 +33,7 @@ from pgp.datasets.check import check_images
 from pgp.datasets.ignored import Ignored
 from pgp.datasets.own import dataset_from_path
 from pgp.distributed import rank
+from pgp.export import export
 from pgp.predict import Predictor, images_in
 from pgp.progress import track
 from pgp.runs.data_paths import resolve_paths, with_data_paths
@@ -53,6 +55,7 @@ usage: pgp COMMAND ...
   eval RUN                evaluate a run's latest checkpoint again
   audit RUN               compare accuracy with and without task information
   predict RUN IMAGE ...   classify images, or all images in folders
+  export RUN OUT          write an ONNX model
   report RUN ...          write tables and figures over runs and seeds
   sweep RECIPE --over ... run a grid of configurations and their baselines
   list                    list recipes, data sets, scenarios and components
@@ -266,6 +269,17 @@ def predict_command(words: list[str]) -> None:
         raise ValueError(f"expected images in {', '.join(map(str, command.images))}, but {reason}")
 
 
+def export_command(words: list[str]) -> None:
+    """Run `pgp export RUN OUT`."""
+    command = parse.parse(ExportCommand, words, "pgp export")
+    run = Run.open(command.run)
+    check_outside(command.output, _data_paths(run.config))
+    exported = export(run, command.output, command.readout, preprocess=command.preprocess)
+    for path in exported.files:
+        show.show_lines(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    show.show_lines(f"compared: probabilities of onnxruntime and torch differ by at most {exported.difference:.0e}")
+
+
 def report_command(words: list[str]) -> None:
     """Run `pgp report RUN ...`."""
     command = parse.parse(ReportCommand, words, "pgp report")
@@ -370,6 +384,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "eval": eval_command,
     "audit": audit_command,
     "predict": predict_command,
+    "export": export_command,
     "report": report_command,
     "sweep": sweep_command,
     "list": list_command,

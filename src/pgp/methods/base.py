@@ -143,6 +143,10 @@ class Method(nn.Module, abc.ABC):
         """
         return None
 
+    def for_export(self) -> Method:
+        """Return a method with the same features whose operations are the same for all images. By default, itself."""
+        return self
+
     def forward(self, images: Tensor, query: Tensor | None = None) -> Tensor:
         """Return the logits of the method's own head over all classes, `(B, C)`."""
         logits: Tensor = self.head(self.features(images, query))

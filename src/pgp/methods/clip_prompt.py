@@ -102,7 +102,7 @@ class ZeroShot(Method):
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """Return the image features `(B, E)`, not normalised."""
-        return self.backbone.project(self.backbone(images, self._prompts(len(images)), num_tokens=1)[:, 0])
+        return self.backbone.project(self.backbone(images, self._prompts(images.shape[0]), num_tokens=1)[:, 0])
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the cross-entropy over the classes of `task`."""
@@ -240,7 +240,7 @@ class CLIPPrompt(ZeroShot):
 
         No transformer block is computed, except for the attention scores of the first one if `protect` needs them.
         """
-        prompts = self._prompts(len(images))
+        prompts = self._prompts(images.shape[0])
         inputs = {"prompts": ProtectedInputs(self.backbone.embed(images), prompts[0])}
         if self.settings.protect != "tokens":
             trace = self.backbone.trace(images, {0}, prompts)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -88,6 +89,13 @@ class CODAPrompt(Method):
 
     def skip_task(self, task: Task) -> None:
         """Do nothing: there are no new components."""
+
+    def for_export(self) -> Method:
+        """See `Method.for_export`. The number of used components becomes a constant."""
+        exported = copy.copy(self)
+        exported._buffers = {}
+        exported.used = int(self.used)  # type: ignore[assignment]
+        return exported
 
     def _components_of(self, task: Task) -> slice:
         """Return the components that `task` trains; none, if the pool was used up or the task was skipped."""

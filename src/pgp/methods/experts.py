@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -105,8 +106,7 @@ class Experts(Method):
         else:
             experts = self.expert_of_class[task.classes[0]].expand(len(images), 1)
             logits = torch.zeros_like(experts, dtype=torch.float32)
-        features = [self._features_with(images, query, column) for column in experts.unbind(1)]
-        return ExpertFeatures(experts, logits, torch.stack(features, dim=1))
+        return ExpertFeatures(experts, logits, self._candidate_features(images, query, experts))
 
     def route(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """Return the likeliest experts for queries `(B, D)`, and the logarithms of their probabilities, `(B, k)` each.
@@ -114,10 +114,9 @@ class Experts(Method):
         The probability of an expert is the sum of those of its classes.
         """
         logits = self.router.logits(F.normalize(query.float()))  # (B, C)
-        known = (self.expert_of_class >= 0).to(logits.device)
-        by_class = self.router.probabilities(logits)[:, known]
-        by_expert = by_class.new_zeros(len(query), len(self.stored))
-        by_expert.index_add_(1, self.expert_of_class.to(logits.device)[known], by_class)
+        by_class = self.router.probabilities(logits)  # 0 for classes that were not learned
+        by_expert = by_class.new_zeros(query.shape[0], len(self.stored))
+        by_expert.index_add_(1, self.expert_of_class.clamp(min=0).to(logits.device), by_class)
         best = by_expert.topk(min(self.candidates, len(self.stored)), dim=1)
         return best.indices, best.values.clamp(min=torch.finfo(best.values.dtype).tiny).log()
 
@@ -189,6 +188,10 @@ class Experts(Method):
             {name.removeprefix("router."): tensor for name, tensor in state.items() if name.startswith("router.")}
         )
 
+    def for_export(self) -> Method:
+        """See `Method.for_export`. Each image passes through every expert."""
+        return AllExperts(self) if self.stored else self
+
     def _has_own_expert(self, task: Task) -> bool:
         return self.limit is None or task.index < self.limit
 
@@ -211,6 +214,10 @@ class Experts(Method):
             for part, tensor in zip(parts, current, strict=True):
                 part.data = tensor
 
+    def _candidate_features(self, images: Tensor, query: Tensor, experts: Tensor) -> Tensor:
+        """Return the features `(B, k, D)` of each image with each of its `experts (B, k)`."""
+        return torch.stack([self._features_with(images, query, column) for column in experts.unbind(1)], dim=1)
+
     def _features_with(self, images: Tensor, query: Tensor, experts: Tensor) -> Tensor:
         """Return the features `(B, D)` of each image with one expert, `experts (B,)`."""
         rows = [(experts == number).nonzero()[:, 0] for number in range(len(self.stored))]
@@ -221,3 +228,27 @@ class Experts(Method):
                     found.append(self.method.features(images[own], query[own]))
                 order.append(own)
         return torch.cat(found)[torch.cat(order).argsort()]
+
+
+class AllExperts(Experts):
+    """The same experts as copies of the method, for export: each image passes through all of them.
+
+    Args:
+        experts: Finished experts.
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__(experts.method, len(experts.expert_of_class), experts.limit, experts.candidates)
+        self.expert_of_class, self.router, self.stored = experts.expert_of_class, experts.router, experts.stored
+        self.copies = nn.ModuleList(self._copy(number) for number in range(len(self.stored)))
+
+    def _copy(self, number: int) -> nn.Module:
+        """Return a copy of the method with the parameters of one expert, and the same encoder."""
+        with self._expert(number):
+            return copy.deepcopy(self.method, {id(self.backbone): self.backbone})
+
+    def _candidate_features(self, images: Tensor, query: Tensor, experts: Tensor) -> Tensor:
+        """See `Experts`."""
+        all_features = [method.features(images, query) for method in self.copies]  # type: ignore[operator]
+        features = torch.stack(all_features, dim=1)  # (B, experts, D)
+        return features.gather(1, experts.unsqueeze(2).expand(-1, -1, features.shape[2]))  # (B, k, D)

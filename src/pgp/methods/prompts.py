@@ -76,7 +76,7 @@ def select_prompts(similarity: Tensor, k: int, *, slot: int | None = None, by_vo
     size = similarity.shape[1]
     of_slot = None if slot is None else slot_slice(slot, k, size)
     if of_slot is not None:
-        return torch.arange(of_slot.start, of_slot.stop, device=similarity.device).expand(len(similarity), -1)
+        return torch.arange(of_slot.start, of_slot.stop, device=similarity.device).expand(similarity.shape[0], -1)
     indices = top_k(similarity, k)
     return majority_vote(indices, size) if by_vote else indices
 

@@ -92,7 +92,7 @@ class VPT(Method):
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
         """Return the CLS token, `(B, D)`; see `Method.features`."""
-        cls: Tensor = self.backbone(images, prefixes=self._prefixes(len(images)), num_tokens=1)[:, 0]  # (B, D)
+        cls: Tensor = self.backbone(images, prefixes=self._prefixes(images.shape[0]), num_tokens=1)[:, 0]  # (B, D)
         return cls
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
@@ -124,7 +124,7 @@ class VPT(Method):
         Which of them depends on `protect`.
         """
         after_norm = self.config.prompts_after_norm
-        traces = self.backbone.trace(images, set(self.layers), prefixes=self._prefixes(len(images)))
+        traces = self.backbone.trace(images, set(self.layers), prefixes=self._prefixes(images.shape[0]))
         inputs = {}
         for (layer, prompts), (_, deviation) in zip(self._prompts_by_layer(), self._normed_prompts(), strict=True):
             trace = traces[layer]

@@ -54,6 +54,8 @@ class Readout(abc.ABC):
     """Whether the readout must observe the features of each task. If not, `observe` and `end_task` do nothing."""
     similar_classes: Mapping[int, int] = {}
     """New classes of the latest task, each with the earlier class that it was taken for before it was learned."""
+    temperature: float = 1.0
+    """Softmax temperature, for calibrated probabilities."""
     needs_drift: bool = False
     """Whether the readout needs to know how the training of each task changed the features."""
 
@@ -145,11 +147,6 @@ class Readout(abc.ABC):
     @abc.abstractmethod
     def logits(self, features: Tensor) -> Tensor:
         """Return the logits `(B, C)` of features `(B, D)`; -inf for classes that were never observed."""
-
-    @property
-    def temperature(self) -> float:
-        """Softmax temperature, for calibrated probabilities. By default, 1."""
-        return 1.0
 
     @property
     def detects_unknown(self) -> bool:

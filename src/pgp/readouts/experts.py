@@ -75,7 +75,7 @@ class ExpertLDA(LDA):
         """
         self._require_fit("logits")
         width = 2 + self.state["sums"].shape[1]
-        total = torch.full((len(features), self.classes), -torch.inf, device=features.device)
+        total = torch.full((features.shape[0], self.classes), -torch.inf, device=features.device)
         for block in features.unflatten(1, (-1, width)).unbind(1):  # (B, 2 + D)
             within = (
                 (self._logits_within_expert(block) / self.temperature)

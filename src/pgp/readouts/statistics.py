@@ -191,15 +191,16 @@ class StatisticsReadout(Readout):
         device = self.state["counts"].device
         images, losses = (all_reduce_sum_(tensor.to(device)).cpu() for tensor in (images, losses))
         self.tests.add(HeldOutTest(int(images), losses))
-        self.regularisation = self.candidates[self.tests.best_candidate]
+        self._choose()
         if self.detects_unknown:
             scores = torch.cat([torch.empty(0), *(self.unknown_scores(features).cpu() for features in unaugmented)])
             self.tests.add_scores(all_gather_rows(scores))
 
-    @property
-    def temperature(self) -> float:
-        """The temperature that minimises the cross-entropy of held-out images; 1 if there were none."""
-        return self.tests.temperature(self.candidates.index(self.regularisation)) if self.tests else 1.0
+    def _choose(self) -> None:
+        """Choose regularisation and temperature, which minimise the cross-entropy of held-out images, if there are."""
+        if self.tests:
+            best = self.tests.best_candidate
+            self.regularisation, self.temperature = self.candidates[best], self.tests.temperature(best)
 
     @property
     def detects_unknown(self) -> bool:
@@ -258,8 +259,7 @@ class StatisticsReadout(Readout):
         if not state:
             return
         self.tests.load_state_dict({name: self.state.pop(name) for name in self.tests.state_dict()})
-        if self.tests:
-            self.regularisation = self.candidates[self.tests.best_candidate]
+        self._choose()
         for name in self.per_class_statistics:
             missing = self.classes - len(state[name])
             self.state[name] = torch.cat([state[name], state[name].new_zeros(missing, *state[name].shape[1:])])
