@@ -44,6 +44,9 @@ HOMES = {
     "onnx": {"export"},
     "onnxruntime": {"export"},
     "onnxscript": {"export"},
+    "wandb": {"training"},
+    "mlflow": {"training"},
+    "trackio": {"training"},
     "ray": {"sweeps"},
     "lazy_loader": {"__init__"},
 }

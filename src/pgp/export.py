@@ -105,6 +105,7 @@ def _onnxruntime() -> Any:
     except ImportError as error:
         raise ValueError("export needs onnx, onnxscript and onnxruntime: pip install"
                          " 'prompt-gradient-projection[export]'") from error  # fmt: skip
+    onnxruntime.disable_telemetry_events()
     return onnxruntime
 
 

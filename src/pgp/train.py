@@ -32,9 +32,15 @@ from pgp.training.session import Session
 from pgp.training.state import TrainState
 from pgp.training.stop import is_asked_to_stop, stop_after, stop_within
 from pgp.training.tasks import training_batches
+from pgp.training.trackers import TrackerName, check_trackers, report_to
 
 
-def train(config: Config, output: StrPath | None = None, progress: Progress | None = None) -> Run:
+def train(
+    config: Config,
+    output: StrPath | None = None,
+    progress: Progress | None = None,
+    trackers: Sequence[TrackerName] = (),
+) -> Run:
     """Learn all tasks of `config`, and leave the run in `output`.
 
     Args:
@@ -42,17 +48,19 @@ def train(config: Config, output: StrPath | None = None, progress: Progress | No
         output: Run folder. It must be new, empty, or a run of the same configuration that was stopped before its first
             checkpoint. If None, a new folder in `runs/`.
         progress: Where to draw progress bars. If None, nowhere.
+        trackers: Names of experiment trackers to which the run is reported; one that fails does not stop it.
 
     Returns:
         The finished run.
 
     Raises:
-        ValueError: If the configuration cannot be carried out.
+        ValueError: If the configuration cannot be carried out, or a tracker is not installed.
         RunError: If `output` holds something else or another process writes to it, if the loss is not finite, or if the
             disk is full.
         Interrupted: After a signal such as Ctrl-C. The state is saved first.
     """
-    with start.start(config, output, progress) as (session, state):
+    names = check_trackers(trackers)
+    with start.start(config, output, progress) as (session, state), report_to(session, names):
         return fit(session, state)
 
 
@@ -65,6 +73,7 @@ def resume(
     *,
     drop: bool = False,
     data: Sequence[StrPath] = (),
+    trackers: Sequence[TrackerName] = (),
 ) -> Run:
     """Resume the run in `folder` from its latest checkpoint. On the same CPU the result is bitwise the same.
 
@@ -77,17 +86,22 @@ def resume(
         on_bad_image: Replaces the run's own setting. No other setting can change.
         drop: Discard an unfinished task, and resume after the latest finished one.
         data: Where the data of the run are now, if they were moved; see `pgp.runs.data_paths.with_data_paths`.
+        trackers: Names of experiment trackers, as in `train`.
 
     Returns:
         The finished run.
 
     Raises:
-        ValueError: If `add` does not fit.
+        ValueError: If `add` does not fit, or a tracker is not installed.
         RunError: If the run cannot be resumed: its data have changed, tasks before `add` are not finished, or another
             process writes to it.
         Interrupted: After a signal such as Ctrl-C. The state is saved first.
     """
-    with start.resume(folder, hardware, progress, add, on_bad_image, drop=drop, data=data) as (session, state):
+    names = check_trackers(trackers)
+    with (
+        start.resume(folder, hardware, progress, add, on_bad_image, drop=drop, data=data) as (session, state),
+        report_to(session, names),
+    ):
         return fit(session, state)
 
 

@@ -12,6 +12,7 @@ from pgp import recipes
 from pgp.analysis.audit import BATCHES
 from pgp.baselines import BASELINES
 from pgp.config import Config, Hardware
+from pgp.training.trackers import TrackerName
 
 Choice = tyro.conf.arg
 """Annotation of an argument whose name differs from its field."""
@@ -35,6 +36,9 @@ class TrainCommand:
     """Also train all baselines with the same budget, and report all: without projection; with a random projection; with
     a tenth of the prompt learning rate after the first task; with prompts frozen after the first task; a linear head
     and the nearest class mean on frozen features; joint training on all tasks."""
+    tracker: tuple[TrackerName, ...] = ()
+    """Experiment trackers to which the run is reported, too. Each has to be installed. tensorboard: event files in the
+    run folder. wandb, mlflow: as their environment variables say. trackio: its local data base."""
     method_name: Annotated[
         Literal[tuple(recipes.METHODS | BASELINES)] | None,  # type: ignore[valid-type]
         Choice(name="method"),
@@ -69,6 +73,8 @@ class ResumeCommand:
     """Discard an unfinished task, and resume from the latest finished one."""
     on_bad_image: Literal["error", "skip"] | None = None
     """How to handle an unreadable image: stop with an error, or skip it. If not given, as in the run."""
+    tracker: tuple[TrackerName, ...] = ()
+    """Experiment trackers to which the run is reported, too: tensorboard, wandb, mlflow or trackio."""
 
 
 @dataclass(frozen=True)

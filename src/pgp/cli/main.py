@@ -116,7 +116,14 @@ def train_command(words: list[str]) -> None:
         with show.progress() as bars:
             more = dataset_from_path(chosen.add) if chosen.add else None
             run = train.resume(
-                chosen.resume, chosen.hardware, bars, more, chosen.on_bad_image, drop=chosen.drop, data=chosen.data
+                chosen.resume,
+                chosen.hardware,
+                bars,
+                more,
+                chosen.on_bad_image,
+                drop=chosen.drop,
+                data=chosen.data,
+                trackers=chosen.tracker,
             )
         show.show_report([run])
     elif words and words[0] in HELP:
@@ -164,7 +171,7 @@ def _trained(command: TrainCommand) -> list[Run]:
     with show.progress() as bars:
         for name, config in configs.items():
             output = command.output / name if command.output and len(configs) > 1 else command.output
-            runs.append(train.train(config, output, bars))
+            runs.append(train.train(config, output, bars, command.tracker))
             if rank() == 0 and len(configs) > 1:  # a single run is drawn with its table
                 show.draw([runs[-1]], runs[-1].folder)
     return runs

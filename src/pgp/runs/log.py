@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ class EventLog:
         self.path = path
         self.held: list[str] | None = None
         """Lines of a task that is being added, which are written when it is finished; None if no task is added."""
+        self.listeners: list[Callable[[Event], None]] = []
+        """Called with every event that is appended."""
 
     def append(self, event: str, **values: Any) -> None:
         """Write one line, or hold it back until `release`."""
@@ -32,6 +35,8 @@ class EventLog:
             storage.append(self.path, line)
         else:
             self.held.append(line)
+        for listener in self.listeners:
+            listener({"event": event, **values})
 
     def release(self) -> None:
         """Write the lines that were held back."""

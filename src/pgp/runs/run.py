@@ -47,6 +47,11 @@ class Run:
         """Whether data are added to the run when the next task is finished."""
         self._is_writing = False
 
+    @property
+    def id(self) -> str:
+        """Random identifier of the run, which stays the same when it is resumed."""
+        return (self._identity or self.describe(None)).run
+
     @classmethod
     def create(cls, folder: StrPath, config: Config, data: DataDescription | None = None) -> Run:
         """Create a new run in `folder`; see `start`."""
