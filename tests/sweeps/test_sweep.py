@@ -98,6 +98,7 @@ def test_a_grid_is_every_choice():
         (["--over", "seed=1,2"], "seeds are --seeds"),
         (["--seed", "3"], "seeds are --seeds"),
         (["--twin"], "expected pgp sweep without --twin"),
+        (["--tracker", "tensorboard"], "expected pgp sweep without --tracker"),
         (["--devices", "2"], "expected --devices 1 in a sweep"),
         (["--workers", "0"], "expected --workers of at least 1, got 0"),
         (["--over", "projection.enregy=.5"], "--projection.energy"),

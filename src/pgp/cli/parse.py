@@ -160,6 +160,10 @@ def parse_point(words: list[str]) -> Config:
     if command.twin or command.baselines or command.output or flag_values(words, "--seed"):
         raise ValueError("expected pgp sweep without --twin and --seed: baselines are run by default,"
                          " and seeds are --seeds")  # fmt: skip
+    if command.tracker:
+        raise ValueError(
+            "expected pgp sweep without --tracker: it reports single runs; sweep.md compares those of a sweep"
+        )
     if command.config.hardware.devices > 1:
         raise ValueError(f"expected --devices 1 in a sweep, whose runs are spread over all devices as they are, got"
                          f" {command.config.hardware.devices}")  # fmt: skip

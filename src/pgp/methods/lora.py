@@ -105,8 +105,9 @@ class LowRankUpdate(Part):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return `x (W + total)^T + bias + s x A^T B^T` for x `(B, N, in)`, `(B, N, out)`."""
-        update = F.linear(F.linear(x, self.down), self.up)
-        return F.linear(x, self.merged, self.bias) + self.scale * update
+        output = F.linear(x, self.merged, self.bias)
+        inner = F.linear(x, self.down).flatten(0, -2)  # (B * N, r)
+        return torch.addmm(output.flatten(0, -2), inner, self.up.T, alpha=self.scale).view_as(output)
 
     def store(self) -> None:
         """Add the current task's update to the sum of earlier ones."""
