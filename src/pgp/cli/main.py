@@ -282,8 +282,8 @@ def export_command(words: list[str]) -> None:
     run = Run.open(command.run)
     check_outside(command.output, _data_paths(run.config))
     exported = export(run, command.output, command.readout, preprocess=command.preprocess)
-    for path in exported.files:
-        show.show_lines(f"wrote {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    sizes = [f"{path.name} ({path.stat().st_size / 1e6:.3g} MB)" for path in exported.files]
+    show.show_lines(f"wrote {', '.join(sizes)} to {exported.folder}")
     show.show_lines(f"compared: probabilities of onnxruntime and torch differ by at most {exported.difference:.0e}")
 
 
