@@ -1,4 +1,6 @@
-"""Learning a stream of tasks: train -> fit -> fit_task -> train_step -> end_task. Read this first.
+"""Learning a stream of tasks. Read this first.
+
+`train` calls `fit`. For each task, `fit` calls `fit_task`, which calls `train_step` for each batch, then `end_task`.
 
 A `Session` (pgp.training.session) is everything that training needs: devices, data, the run folder, the log. A
 `TrainState` (pgp.training.state) is exactly what a checkpoint holds: method, projection, readouts, optimizer, matrices.
