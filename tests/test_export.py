@@ -56,7 +56,7 @@ def trained(folder, **changes):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of two of three tasks, so that some classes of the method are not learned."""
+    """A finished run with two readouts, of which `lda` is the default."""
     return trained(tmp_path_factory.mktemp("export") / "run", readouts=(LDA.Config(), *tiny.config().readouts[:1]))
 
 

@@ -45,7 +45,7 @@ def test_tensorboard_shows_the_log(tmp_path):
     same(drawn(tmp_path / "run"), wanted)
 
 
-def test_a_resumed_run_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_a_resumed_run_continues_where_it_was(tmp_path, monkeypatch):
     """Steps that are trained again are drawn once."""
     folder, steps = tmp_path / "run", []
     step = train.train_step
@@ -65,21 +65,26 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path, monkeypatch):
     assert [number for number, _ in wanted["train/loss"]] == list(range(1, 19))
 
 
-def test_wandb_offline(tmp_path, monkeypatch):
-    import wandb
+def watched(monkeypatch, library):
+    """A list that gets the step and the values of each call of `log`, of runs that `library` starts from here on."""
+    logged, init = [], library.init
 
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    logged = []
-    init = wandb.init
-
-    def watched(**settings):
+    def start(**settings):
         run = init(**settings)
         log = run.log
         monkeypatch.setattr(run, "log", lambda values, step: (logged.append((step, values)), log(values, step=step)))
         return run
 
-    monkeypatch.setattr(wandb, "init", watched)
+    monkeypatch.setattr(library, "init", start)
+    return logged
+
+
+def test_wandb_offline(tmp_path, monkeypatch):
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged = watched(monkeypatch, wandb)
     train.train(tiny.config(), tmp_path / "run", trackers=["wandb"])
     wanted = expected(tmp_path / "run")
     found = {}
@@ -115,16 +120,7 @@ def test_trackio_in_a_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # which is read at import
     import trackio
 
-    logged = []
-    init = trackio.init
-
-    def watched(**settings):
-        run = init(**settings)
-        log = run.log
-        monkeypatch.setattr(run, "log", lambda values, step: (logged.append((step, values)), log(values, step=step)))
-        return run
-
-    monkeypatch.setattr(trackio, "init", watched)
+    logged = watched(monkeypatch, trackio)
     train.train(tiny.config(tasks=2), tmp_path / "run", trackers=["trackio"])
     wanted = expected(tmp_path / "run")
     assert [(step, values["train/loss"]) for step, values in logged if "train/loss" in values] == wanted["train/loss"]

@@ -37,8 +37,8 @@ class TrainCommand:
     a tenth of the prompt learning rate after the first task; with prompts frozen after the first task; a linear head
     and the nearest class mean on frozen features; joint training on all tasks."""
     tracker: tuple[TrackerName, ...] = ()
-    """Experiment trackers to which the run is reported, too. Each has to be installed. tensorboard: event files in the
-    run folder. wandb, mlflow: as their environment variables say. trackio: its local data base."""
+    """Experiment trackers to which the run is reported, too. Each must be installed. tensorboard: event files in the
+    run folder. wandb, mlflow: as their environment variables say. trackio: its local database."""
     method_name: Annotated[
         Literal[tuple(recipes.METHODS | BASELINES)] | None,  # type: ignore[valid-type]
         Choice(name="method"),

@@ -67,7 +67,7 @@ class TensorBoard:
 
 
 class WandB:
-    """Log to Weights & Biases; WANDB_MODE=offline and its other environment variables hold."""
+    """Log to Weights & Biases; its environment variables are respected, such as WANDB_MODE=offline."""
 
     def __init__(self, run: TrackedRun) -> None:
         import wandb
@@ -115,7 +115,7 @@ class MLflow:
 
 
 class Trackio:
-    """Log to trackio's local data base."""
+    """Log to trackio's local database."""
 
     def __init__(self, run: TrackedRun) -> None:
         import trackio
@@ -146,8 +146,7 @@ class _Reporter:
     """Passes events of a log to trackers. One that fails gets no more events, and does not stop the run."""
 
     def __init__(self, session: Session, names: Sequence[TrackerName]) -> None:
-        self.session, self.trackers = session, dict.fromkeys(names)
-        run = session.run
+        self.session, run = session, session.run
         self._steps: dict[int, int] = {}
         """Number of steps so far, by task."""
         for event in run.log_file.events():
@@ -201,9 +200,8 @@ def check_trackers(names: Sequence[str]) -> tuple[TrackerName, ...]:
         if name not in known:
             raise ValueError(f"expected trackers among {', '.join(known)}, got {name!r}")
         if importlib.util.find_spec(name) is None:
-            package = "mlflow-skinny, or mlflow" if name == "mlflow" else name
             raise ValueError(f"expected {name} to be installed for --tracker {name}: pip install"
-                             f" 'prompt-gradient-projection[{name}]', which installs {package}")  # fmt: skip
+                             f" 'prompt-gradient-projection[{name}]'")  # fmt: skip
     return tuple(name for name in known if name in names)
 
 
