@@ -139,14 +139,18 @@ class Predictor:
         """Names of the classes learned so far."""
         self._transform = self.transforms.test()
 
-    @torch.no_grad()
-    def _features(self, images: Sequence[StrPath | Tensor]) -> Tensor:
-        """Return the features `(B, D)` of images that the readout uses."""
+    def preprocess(self, images: Sequence[StrPath | Tensor]) -> Tensor:
+        """Return images as the encoder takes them, `(B, 3, S, S)`; see `probabilities` for arguments and errors."""
         if isinstance(images, str | os.PathLike):
             raise TypeError(f"expected a list of images, got a single one: pass [{str(images)!r}]")
         pixels = [_checked(image) if isinstance(image, Tensor) else read_image(_file(image)) for image in images]
-        batch = torch.stack([self._transform(image) for image in pixels]).to(self.device)  # (B, 3, S, S)
-        return self.classifier.features(batch)
+        size = self.transforms.size
+        return torch.stack([self._transform(image) for image in pixels]) if pixels else torch.empty(0, 3, size, size)
+
+    @torch.no_grad()
+    def _features(self, images: Sequence[StrPath | Tensor]) -> Tensor:
+        """Return the features `(B, D)` of images that the readout uses."""
+        return self.classifier.features(self.preprocess(images).to(self.device))
 
     @torch.no_grad()
     def _probabilities(self, features: Tensor) -> Tensor:
@@ -200,7 +204,6 @@ class Predictor:
             raise ValueError(f"expected a readout that can tell unknown images (lda, ncm or logistic), got"
                              f" {self._readout.name!r}")  # fmt: skip
 
-    @torch.no_grad()
     def predict(
         self, images: Sequence[StrPath | Tensor], top: int = 1, reject: float | None = None
     ) -> list[Prediction]:
@@ -219,10 +222,17 @@ class Predictor:
         """
         if top < 1:
             raise ValueError(f"expected top of at least 1, got {top}")
+        if reject is not None:
+            self.unknown_threshold(reject)  # its errors come before those of images
+        return self.predict_preprocessed(self.preprocess(images), top, reject)
+
+    @torch.no_grad()
+    def predict_preprocessed(self, images: Tensor, top: int = 1, reject: float | None = None) -> list[Prediction]:
+        """Return the most probable classes of images `(B, 3, S, S)` from `preprocess`; see `predict`."""
         threshold = None if reject is None else self.unknown_threshold(reject)
         if not len(images):
             return []
-        features = self._features(images)
+        features = self.classifier.features(images.to(self.device))
         best = self._probabilities(features).topk(min(top, len(self.classes)), dim=-1)
         unknown = [False] * len(features)
         if threshold is not None:

@@ -77,12 +77,13 @@ def names(scenario):
 
 def test_files_beside_the_data_decide_the_tasks(photos, tmp_path):
     assert [task.classes for task in scenario(config(photos)).tasks] == [(0, 1, 2), (3, 4)]
-    assert single_class_warning(scenario(config(photos))) is None
+    assert single_class_warning(config(photos), scenario(config(photos))) is None
     single = scenario(config(photos, tasks=5))
     assert [task.classes for task in single.tasks] == [(i,) for i in range(5)]
-    assert single_class_warning(single).startswith(
+    assert single_class_warning(config(photos), single).startswith(
         "a single class in task 1 of 5, task 2 of 5, task 3 of 5 and 2 more: "
     )
+    assert single_class_warning(config(photos, method=HeadOnly.Config(learns=False)), single) is None
     assert [task.classes for task in scenario(config(photos, tasks=2)).tasks] == [(0, 1, 2), (3, 4)]
     (photos / "class_order.txt").write_text("dog\n eel\n\ncat\nant\nbee\n", encoding="utf-8-sig")
     assert [task.classes for task in scenario(config(photos, tasks=2)).tasks] == [(3, 4, 2), (0, 1)]

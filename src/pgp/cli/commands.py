@@ -155,6 +155,45 @@ class ExportCommand:
 
 
 @dataclass(frozen=True)
+class UndoCommand:
+    """Forget the classes that were added to a run last. The run is again as it was before; its log keeps both."""
+
+    run: tyro.conf.Positional[Annotated[Path, Choice(metavar="RUN")]]
+    """Run folder."""
+
+
+@dataclass(frozen=True)
+class ServeCommand:
+    """Serve a finished run to browsers and programs: a page, and POST /predict, /teach and /undo.
+
+    A new checkpoint of the run is used as soon as it is written. Classes are taught from uploaded photos, which are
+    kept in the folder `taught` of the run. It needs pip install 'prompt-gradient-projection[serve]'.
+    """
+
+    run: tyro.conf.Positional[Annotated[Path, Choice(metavar="RUN")]]
+    """Run folder."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one."""
+    host: str = "127.0.0.1"
+    """Address to listen at. Other machines reach 0.0.0.0, for example; then the environment variable PGP_TOKEN must
+    hold a token, which requests carry as Authorization: Bearer TOKEN."""
+    readout: str | None = None
+    """Name of one of the run's readouts. If not given, the first."""
+    device: str | None = None
+    """Device such as cpu or cuda:1. If not given, a GPU if there is one, else the CPU."""
+    batch_size: int = 32
+    """Number of images that the encoder takes at a time, if so many wait."""
+    max_files: int = 64
+    """Number of images of a request to /predict."""
+    max_megabytes: float = 256
+    """Size of a request."""
+    max_megapixels: float = 50
+    """Size of an image."""
+    timeout: float = 60
+    """Seconds for a request to arrive, and for its images to be classified."""
+
+
+@dataclass(frozen=True)
 class ReportCommand:
     """Write tables and figures for runs. Runs that differ only in their seed share one row."""
 

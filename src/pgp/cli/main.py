@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -23,8 +24,10 @@ from pgp.cli.commands import (
     PredictCommand,
     ReportCommand,
     ResumeCommand,
+    ServeCommand,
     SweepCommand,
     TrainCommand,
+    UndoCommand,
 )
 from pgp.cli.exits import exit_status
 from pgp.config import Config, Hardware
@@ -52,10 +55,12 @@ usage: pgp COMMAND ...
   train --resume RUN      resume a run that stopped
   add RUN DATA            train a finished run on new classes, without the old
                           images
+  undo RUN                forget the classes that were added last
   eval RUN                evaluate a run's latest checkpoint again
   audit RUN               compare accuracy with and without task information
   predict RUN IMAGE ...   classify images, or all images in folders
   export RUN OUT          write an ONNX model
+  serve RUN               serve a page and an HTTP interface; teach classes there
   report RUN ...          write tables and figures over runs and seeds
   sweep RECIPE --over ... run a grid of configurations and their baselines
   list                    list recipes, data sets, scenarios and components
@@ -287,6 +292,46 @@ def export_command(words: list[str]) -> None:
     show.show_lines(f"compared: probabilities of onnxruntime and torch differ by at most {exported.difference:.0e}")
 
 
+def undo_command(words: list[str]) -> None:
+    """Run `pgp undo RUN`."""
+    command = parse.parse(UndoCommand, words, "pgp undo")
+    run = Run.open(command.run)
+    with run.writing():
+        name = run.undo_add()
+    show.show_lines(f"forgot task {name}: {run.folder} is as it was before")
+
+
+def serve_command(words: list[str]) -> None:
+    """Run `pgp serve RUN`."""
+    command = parse.parse(ServeCommand, words, "pgp serve")
+    try:
+        from pgp.serve import Limits, serve
+    except ImportError as error:
+        raise ValueError("pgp serve needs fastapi, uvicorn, python-multipart and prometheus-client: pip install"
+                         f" 'prompt-gradient-projection[serve]' ({error})") from error  # fmt: skip
+    limits = Limits(
+        request_bytes=int(command.max_megabytes * 2**20),
+        files=command.max_files,
+        pixels=int(command.max_megapixels * 1e6),
+        seconds=command.timeout,
+        batch_size=command.batch_size,
+    )
+
+    def announce(address: str) -> None:
+        show.show_lines(f"serving {command.run} at {address} until Ctrl-C")
+
+    serve(
+        command.run,
+        command.host,
+        command.port,
+        command.readout,
+        command.device,
+        limits=limits,
+        token=os.environ.get("PGP_TOKEN") or None,
+        announce=announce,
+    )
+
+
 def report_command(words: list[str]) -> None:
     """Run `pgp report RUN ...`."""
     command = parse.parse(ReportCommand, words, "pgp report")
@@ -379,7 +424,7 @@ def _check(config: Config) -> None:
     with show.progress() as bars:
         report = check_images(config.dataset, bars, data)
     show.show_lines(*report.lines())
-    show.show_tasks(build_scenario(config, data))
+    show.show_tasks(config, build_scenario(config, data))
     if not report.is_complete:
         raise ValueError("the data are not complete; see above")
     show.show_lines("complete: every image can be read")
@@ -392,6 +437,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "audit": audit_command,
     "predict": predict_command,
     "export": export_command,
+    "serve": serve_command,
+    "undo": undo_command,
     "report": report_command,
     "sweep": sweep_command,
     "list": list_command,

@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from pgp.analysis import audit
+from pgp.config import Config
 from pgp.distributed import rank
 from pgp.evaluation import metrics
 from pgp.progress import print_line
@@ -275,12 +276,12 @@ def _write_result(run: Run, name: str, write: Callable[[], object]) -> None:
         show_lines(f"file:   {run.folder / name}")
 
 
-def show_tasks(scenario: Scenario) -> None:
+def show_tasks(config: Config, scenario: Scenario) -> None:
     """Print the size of each task, and a warning if the tasks are unusual."""
     for task in scenario.tasks:
         show_lines(f"{scenario.describe(task)}: {len(task.classes)} classes, {len(task.train):,} training and"
                    f" {len(task.test):,} test images")  # fmt: skip
-    if concern := single_class_warning(scenario):
+    if concern := single_class_warning(config, scenario):
         print_note(f"warning: {concern}")
 
 

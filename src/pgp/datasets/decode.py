@@ -10,6 +10,8 @@ import io
 import re
 import stat
 import struct
+import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +58,19 @@ def decode(source: Path | bytes) -> Image.Image:
         if isinstance(error, UnidentifiedImageError):
             raise ValueError(_kind_of(source)) from error
         raise
+
+
+def num_pixels(content: bytes) -> int | None:
+    """Return width times height of an image as its header states them; None if it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                return image.width * image.height
+    except Image.DecompressionBombError:
+        return sys.maxsize
+    except Exception:  # whatever a decoder raises
+        return None
 
 
 def require_file(path: Path) -> None:

@@ -231,6 +231,20 @@ class Checkpoints:
             raise storage.write_error("write", self.folder / LATEST, error) from error
         storage.remove_folder(self.folder / str(last))
 
+    def go_back(self, name: CheckpointName) -> None:
+        """Make an older checkpoint the latest, and delete the newer ones.
+
+        Raises:
+            RunError: If the system refuses; nothing has changed then.
+        """
+        try:
+            self._point(name)
+        except OSError as error:
+            raise storage.write_error("write", self.folder / LATEST, error) from error
+        for newer in self.names():
+            if newer.task > name.task:
+                storage.remove_folder(self.folder / str(newer))
+
     def tidy(self) -> None:
         """Delete what earlier processes left: unfinished and replaced checkpoints, old steps, and unused pieces.
 

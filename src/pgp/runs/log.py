@@ -17,8 +17,8 @@ Event = dict[str, Any]
 class EventLog:
     """Events of a run, oldest first.
 
-    An event `resumed` names the checkpoint from which the run was resumed. Earlier events of steps after that
-    checkpoint are ignored, because these steps are trained and logged again.
+    The events `resumed` and `undone` name the checkpoint from which the run continues. Earlier events of steps after
+    that checkpoint are ignored, because these steps are trained and logged again, or were undone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class EventLog:
         for line in storage.read(self.path).splitlines():
             event = _event(line)
             if event is not None:
-                if event["event"] == "resumed":
+                if event["event"] in ("resumed", "undone"):
                     events = [earlier for earlier in events if not _beyond(earlier, event)]
                 events.append(event)
         return events

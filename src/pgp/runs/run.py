@@ -237,6 +237,31 @@ class Run:
         self._adds = True
         self.log_file.held = []
 
+    def undo_add(self) -> str:
+        """Forget the task that was added last; the run is again as it was before. Return the name of that task.
+
+        The process must be `writing`. The log keeps what happened.
+
+        Raises:
+            RunError: If the last finished task was not added, a task is unfinished, or the checkpoint of before was not
+                kept.
+        """
+        last, known = self.latest_finished(), self.describe()
+        if last != self.checkpoints.latest():
+            raise RunError(f"{self.folder} is inside a task: drop it with pgp train --resume {self.folder} --drop")
+        if not self.config_of(known).added:
+            raise RunError(f"expected a run to which pgp add has added a task, got {self.folder}")
+        before = CheckpointName(last.task - 1)
+        if before not in self.checkpoints.finished():
+            raise RunError(f"undoing a task needs the checkpoint before it, but {self.folder} keeps only the newest")
+        self._stamp_log()
+        self.checkpoints.go_back(before)
+        self._identity = self.describe(before)
+        self._write_identity()
+        self.log("undone", task=before.task, step=0)
+        self.write_matrices(self.matrices())
+        return self.data_of(known).task_names[-1]
+
     def _write_identity(self) -> None:
         """Write `config.json` and `classes.json` if they are missing or differ."""
         known = self._identity

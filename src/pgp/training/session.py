@@ -162,7 +162,7 @@ class Session:
     @property
     def data_warnings(self) -> list[str]:
         """Warnings about the data, as sentences."""
-        found = [*self.data.messages(), self._size_mismatch, single_class_warning(self.scenario)]
+        found = [*self.data.messages(), self._size_mismatch, single_class_warning(self.config, self.scenario)]
         return [warning for warning in found if warning]
 
     @property

@@ -20,6 +20,7 @@ from pgp.config import Config
 from pgp.datasets.base import ArraySplit, BadImageError, ConcatSplit, Dataset, DatasetConfig, Split, with_advice
 from pgp.datasets.loader import SampleKey, sequential_batches
 from pgp.datasets.text import lines_of, normalized, read_text
+from pgp.methods.head_only import HeadOnly
 from pgp.rng import make_generator
 from pgp.runs.identity import DataDescription
 from pgp.scenario import (
@@ -199,11 +200,13 @@ def _is_readable(split: Split, index: int, skip_bad: bool) -> bool:
     return True
 
 
-def single_class_warning(scenario: Scenario) -> str | None:
-    """Return a sentence that names the tasks with a single class, or None if there are none.
+def single_class_warning(config: Config, scenario: Scenario) -> str | None:
+    """Return a sentence that names the tasks with a single class, or None if there are none or nothing is trained.
 
     The loss compares the classes of one task, so it is 0 there.
     """
+    if isinstance(config.method, HeadOnly.Config) and not config.method.learns:
+        return None
     alone = [scenario.describe(task) for task in scenario.tasks if len(task.classes) == 1]
     if not alone:
         return None

@@ -1,0 +1,382 @@
+"""The web service of a run: routes, and the program that listens."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+import python_multipart  # noqa: F401  (FastAPI needs it to read uploaded files)
+import uvicorn
+from fastapi import FastAPI, File, Form, Query, Request, Response, UploadFile
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from torch import Tensor
+
+from pgp import __version__
+from pgp.datasets.base import BadImageError
+from pgp.datasets.decode import num_pixels
+from pgp.datasets.files import read_image
+from pgp.predict import Prediction
+from pgp.serve.batching import Batcher
+from pgp.serve.limits import Guard, Limits, RefusedError, is_loopback
+from pgp.serve.measures import Measured, Measures
+from pgp.serve.model import Model, Snapshot
+from pgp.serve.teaching import Teacher
+from pgp.system.paths import StrPath, as_path
+from pgp.system.storage import RunError
+
+POLL_SECONDS = 1.0
+"""Seconds between two looks for a new checkpoint."""
+PAGE = {
+    "/": ("index.html", "text/html"),
+    "/page.css": ("page.css", "text/css"),
+    "/page.js": ("page.js", "text/javascript"),
+}
+"""Files of the page by path, with their types."""
+OPEN_PATHS = (*PAGE, "/health", "/openapi.json")
+"""Paths that need no token. They tell nothing of the run."""
+SECURITY_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:;"
+    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+
+class Service:
+    """A run, and everything that its routes share.
+
+    Args:
+        folder: The run folder.
+        readout: Name of one of the run's readouts. If None, the first.
+        device: Name of the device; see `pgp.Predictor`.
+        limits: What is accepted.
+    """
+
+    def __init__(self, folder: Path, readout: str | None, device: str | None, limits: Limits) -> None:
+        self.limits, self.measures = limits, Measures()
+        self.model = Model(folder, readout, device)
+        self.teacher = Teacher(folder, self.refresh)
+        self.batcher: Batcher[Tensor, tuple[Prediction, Snapshot]] = Batcher(
+            self.model.predict, limits.batch_size, limits.waiting_images, self.measures.batches.observe
+        )
+        self.measures.waiting.set_function(lambda: len(self.batcher))
+        self.measures.classes.set_function(lambda: len(self.model.snapshot.predictor.classes))
+
+    def refresh(self) -> None:
+        """Use the latest checkpoint of the run."""
+        if self.model.refresh():
+            self.measures.loads.inc()
+
+    @contextlib.asynccontextmanager
+    async def running(self, app: FastAPI) -> AsyncIterator[None]:
+        """Compute batches and look for new checkpoints within the block."""
+        tasks = [asyncio.create_task(self.batcher.run()), asyncio.create_task(self._watch())]
+        try:
+            yield
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            await asyncio.to_thread(self.refresh)
+
+    def read(self, content: bytes, name: str) -> Tensor:
+        """Return an uploaded image `(3, H, W)` uint8.
+
+        Raises:
+            BadImageError: If it cannot be read, or has too many pixels.
+        """
+        pixels = num_pixels(content)
+        if pixels is not None and pixels > self.limits.pixels:
+            raise BadImageError(f"cannot read the image {name}: expected at most {self.limits.pixels:,} pixels, got"
+                                f" {'far more' if pixels == sys.maxsize else f'{pixels:,}'}")  # fmt: skip
+        return read_image(Path(name), content)
+
+    def problem(self, content: bytes, name: str) -> str | None:
+        """Return why an uploaded image cannot be read, or None if it can."""
+        try:
+            self.read(content, name)
+        except BadImageError as error:
+            return str(error)
+        return None
+
+    async def preprocess(self, file: UploadFile) -> Tensor | str:
+        """Return an uploaded image `(3, S, S)` as the encoder takes it, or what is wrong with it."""
+
+        def work(content: bytes) -> Tensor:
+            return self.model.snapshot.predictor.preprocess([self.read(content, file.filename or "image")])[0]
+
+        try:
+            return await asyncio.to_thread(work, await file.read())
+        except BadImageError as error:
+            self.measures.images.labels("unreadable").inc()
+            return str(error)
+
+    async def classify(self, files: Sequence[UploadFile], top: int) -> tuple[list[dict[str, Any]], Snapshot]:
+        """Return an answer for each file, as JSON values, and the state of the run that gave them."""
+        images = await asyncio.gather(*map(self.preprocess, files))
+        readable = [image for image in images if not isinstance(image, str)]
+        results = iter(await asyncio.wait_for(self.batcher.submit(readable), self.limits.seconds))
+        answers, snapshot = [], self.model.snapshot
+        for file, image in zip(files, images, strict=True):
+            answer: dict[str, Any] = {"file": file.filename}
+            if isinstance(image, str):
+                answer["error"] = image
+            else:
+                prediction, snapshot = next(results)
+                self.measures.images.labels("unknown" if prediction.unknown else "classified").inc()
+                best = zip(prediction.names[:top], prediction.probabilities[:top], strict=True)
+                answer["unknown"] = prediction.unknown if snapshot.reject is not None else None
+                answer["classes"] = [{"name": name, "probability": probability} for name, probability in best]
+            answers.append(answer)
+        return answers, snapshot
+
+
+def build_app(
+    run: StrPath,
+    readout: str | None = None,
+    device: str | None = None,
+    *,
+    limits: Limits | None = None,
+    token: str | None = None,
+    hosts: Sequence[str] = (),
+) -> FastAPI:
+    """Return the web service of a run as an ASGI application, for a server of your own.
+
+    Args:
+        run: The run folder.
+        readout: Name of one of the run's readouts. If None, the first.
+        device: Name of the device; see `pgp.Predictor`.
+        limits: What is accepted. If None, the defaults.
+        token: Token that requests must carry as `Authorization: Bearer TOKEN`. If None, none.
+        hosts: Names that requests may give as their host. If empty, any.
+
+    Raises:
+        RunError: If no task of the run is finished.
+        ValueError: If the run has no such readout, or the machine no such device.
+    """
+    limits = limits or Limits()
+    service = Service(as_path(run, "a run folder"), readout, device, limits)
+    app = FastAPI(
+        title="prompt-gradient-projection",
+        version=__version__,
+        summary="Classify images with a finished run, and teach it classes.",
+        lifespan=service.running,
+        docs_url=None,  # these pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    _add_routes(app, service)
+    _add_page(app)
+    _add_errors(app)
+    app.add_middleware(Guard, limits=limits, token=token, hosts=hosts, open_paths=OPEN_PATHS)
+    paths = {getattr(route, "path", "") for route in app.routes}
+    app.add_middleware(Measured, measures=service.measures, paths=paths, headers=SECURITY_HEADERS)
+    return app
+
+
+def _add_routes(app: FastAPI, service: Service) -> None:
+    model, teacher, limits = service.model, service.teacher, service.limits
+
+    @app.post("/predict")
+    async def predict(
+        files: Annotated[list[UploadFile], File(description="Images.")],
+        top: Annotated[int, Query(ge=1, le=1000, description="Number of classes, the most probable first.")] = 5,
+    ) -> JSONResponse:
+        """Classify images among all classes learned so far.
+
+        The answer has one entry for each file: its classes with probabilities, and whether it is unlike all classes;
+        or an error. If no file can be read, the status is 400.
+        """
+        if len(files) > limits.files:
+            raise RefusedError(413, f"expected at most {limits.files} images at a time, got {len(files)}")
+        answers, snapshot = await service.classify(files, top)
+        status = 400 if all("error" in answer for answer in answers) else 200
+        content: dict[str, Any] = {"predictions": answers, "checkpoint": snapshot.version[0]}
+        if status == 400:
+            content["error"] = answers[0]["error"]
+        return JSONResponse(content, status)
+
+    @app.get("/classes")
+    def classes() -> dict[str, Any]:
+        """Return the learned classes, and what they were learned from; the latest first."""
+        snapshot = model.snapshot
+        return {
+            "run": model.folder.absolute().name,
+            "checkpoint": snapshot.version[0],
+            "readout": snapshot.predictor.readout,
+            "detects_unknown": snapshot.reject is not None,
+            "can_undo": snapshot.added > 0,
+            "problem": model.problem,
+            "classes": snapshot.learned_classes(),
+            "tasks": snapshot.learned_tasks(),
+        }
+
+    @app.get("/accuracy")
+    def accuracy() -> dict[str, Any]:
+        """Return the accuracy on the test images of each task after each task, by readout; null if not measured.
+
+        Entry `[i][j]` is the accuracy on task `j` after task `i`, in [0, 1], among all classes learned by then.
+        """
+        snapshot = model.snapshot
+        n = snapshot.finished
+        return {
+            "readout": snapshot.predictor.readout,
+            "tasks": [task["name"] for task in reversed(snapshot.learned_tasks())],
+            "accuracy": {
+                column: [[None if value != value else value for value in row[:n]] for row in matrix[:n].tolist()]
+                for column, matrix in snapshot.matrices.items()
+            },
+        }
+
+    @app.post("/teach", status_code=202)
+    async def teach(
+        name: Annotated[str, Form(description="Name of the class.")],
+        files: Annotated[list[UploadFile], File(description="Images of the class.")],
+    ) -> dict[str, Any]:
+        """Begin to teach a new class; `GET /teach` tells how far it is. Old images are not needed.
+
+        Images that cannot be read are left out, and listed in `skipped`.
+        """
+        if len(files) > limits.teaching_files:
+            raise RefusedError(413, f"expected at most {limits.teaching_files} images of a class, got {len(files)}")
+        photos, skipped = [], []
+        for file in files:
+            content = await file.read()
+            if problem := await asyncio.to_thread(service.problem, content, file.filename or "image"):
+                skipped.append(problem)
+            else:
+                photos.append(content)
+        if not photos:
+            raise RefusedError(400, f"expected images of the class, but none can be read: {skipped[0]}")
+        lesson = await asyncio.to_thread(teacher.teach, name, photos)
+        return {**lesson.to_json(), "skipped": skipped}
+
+    @app.get("/teach")
+    def lesson() -> dict[str, Any]:
+        """Return how far the class is that is being taught, or how teaching the last one ended."""
+        return teacher.lesson.to_json() if teacher.lesson else {"state": "none"}
+
+    @app.post("/undo")
+    def undo() -> dict[str, str]:
+        """Forget the classes that were added last. The run is again as it was before."""
+        return {"forgot": teacher.undo()}
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        """Return "ok", or "degraded" if an older checkpoint is used; the entry `problem` of `/classes` says why."""
+        return {"status": "degraded" if model.problem else "ok"}
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        """Return counts and times in the format of Prometheus."""
+        return Response(service.measures.text(), media_type="text/plain; version=0.0.4")
+
+
+def _add_page(app: FastAPI) -> None:
+    folder = resources.files("pgp.serve") / "page"
+
+    def route(content: bytes, kind: str) -> Callable[[], Response]:
+        return lambda: Response(content, media_type=kind)
+
+    for path, (file, kind) in PAGE.items():
+        app.get(path, include_in_schema=False)(route((folder / file).read_bytes(), kind))
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Answer every error as JSON with the entry `error`."""
+
+    @app.exception_handler(RefusedError)
+    async def refused(request: Request, error: RefusedError) -> JSONResponse:
+        headers = {"Retry-After": "1"} if error.status == 503 else None
+        return JSONResponse({"error": error.message}, error.status, headers)
+
+    @app.exception_handler(RunError)
+    async def run_error(request: Request, error: RunError) -> JSONResponse:
+        return JSONResponse({"error": str(error)}, 507 if "make room" in str(error) else 503)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, RefusedError):  # raised while the body was parsed
+            return await refused(request, error.__cause__)
+        return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
+
+    @app.exception_handler(asyncio.TimeoutError)
+    async def too_late(request: Request, error: asyncio.TimeoutError) -> JSONResponse:
+        return JSONResponse({"error": "the service is too busy: try again in a moment"}, 503, {"Retry-After": "5"})
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
+        found = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()]
+        return JSONResponse({"error": f"expected a request as /openapi.json describes it, got {'; '.join(found)}"}, 422)
+
+
+def serve(
+    run: StrPath,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    readout: str | None = None,
+    device: str | None = None,
+    *,
+    limits: Limits | None = None,
+    token: str | None = None,
+    announce: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Serve a run until a signal ends it.
+
+    Args:
+        run: The run folder.
+        host: Address to listen at.
+        port: Port to listen at; 0 takes a free one.
+        readout: Name of one of the run's readouts. If None, the first.
+        device: Name of the device; see `pgp.Predictor`.
+        limits: What is accepted. If None, the defaults.
+        token: Token that requests must carry. It is needed if `host` can be reached from other machines.
+        announce: Called with the address of the page when the service listens.
+
+    Raises:
+        RunError: If no task of the run is finished.
+        ValueError: If an argument is wrong, a token is missing, or the port is taken.
+    """
+    if not is_loopback(host) and not token:
+        raise ValueError(f"expected a token, because other machines can reach {host}: set PGP_TOKEN, or listen at"
+                         " 127.0.0.1")  # fmt: skip
+    limits = limits or Limits()
+    hosts = ("localhost", "127.0.0.1", "::1", host) if is_loopback(host) else ()
+    app = build_app(run, readout, device, limits=limits, token=token, hosts=hosts)
+    listening = _listen(host, port)
+    with listening:
+        shown = f"[{host}]" if ":" in host else host
+        announce(f"http://{shown}:{listening.getsockname()[1]}")
+        settings = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_keep_alive=10,
+            timeout_graceful_shutdown=10,
+        )
+        uvicorn.Server(settings).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port < 2**16:
+        raise ValueError(f"expected a port from 0 to 65535, got {port}")
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise ValueError(f"cannot listen at {host} port {port}: {reason}; name another --port, or --port 0 for a free"
+                         " one") from error  # fmt: skip

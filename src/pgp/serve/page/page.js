@@ -1,0 +1,255 @@
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+let signedInWith = sessionStorage.getItem("token");
+let pictures = []; // addresses of the thumbnails that are shown
+
+/** Make an element. Text from the run or the user is always set as text, never as HTML. */
+function element(tag, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+}
+
+async function call(path, options = {}) {
+  const headers = signedInWith ? { Authorization: `Bearer ${signedInWith}` } : {};
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers });
+  } catch {
+    throw new Error("The service does not answer. Is it still running?");
+  }
+  const body = await response.json().catch(() => ({}));
+  if (response.status === 401) {
+    $("content").hidden = true;
+    $("sign-in").hidden = false;
+    $("token").focus();
+  }
+  if (!response.ok && !body.predictions) throw new Error(body.error || `The service answered ${response.status}.`);
+  return body;
+}
+
+const percent = (value) => (value > 0.9995 && value < 1 ? "> 99.9 %" : `${(100 * value).toFixed(1)} %`);
+const count = (number, what) => `${number.toLocaleString("en")} ${what}${number === 1 ? "" : what.endsWith("s") ? "es" : "s"}`;
+
+// Asking
+
+async function ask(files) {
+  $("ask-error").textContent = "";
+  if (!files.length) return;
+  pictures.forEach(URL.revokeObjectURL);
+  pictures = [];
+  $("answers").replaceChildren();
+  for (let start = 0; start < files.length; start += 8) {
+    const some = files.slice(start, start + 8);
+    const body = new FormData();
+    some.forEach((file) => body.append("files", file));
+    try {
+      const found = await call("predict?top=3", { method: "POST", body });
+      found.predictions.forEach((answer, index) => $("answers").append(card(some[index], answer)));
+    } catch (error) {
+      $("ask-error").textContent = error.message;
+      return;
+    }
+  }
+}
+
+function card(file, answer) {
+  const about = element("div", { className: "about" });
+  const item = element("li", {}, about);
+  if (answer.error) {
+    about.append(element("p", { className: "error", textContent: answer.error }));
+  } else {
+    const picture = URL.createObjectURL(file);
+    pictures.push(picture);
+    item.prepend(element("img", { src: picture, alt: "" }));
+    const title = answer.unknown ? "None of these classes" : answer.classes[0].name;
+    about.append(element("p", { className: "best", textContent: title }));
+    if (answer.unknown) { // probabilities would say which class it is, if it were one of them
+      const similar = answer.classes.map(({ name }) => name).join(", ");
+      about.append(element("p", { textContent: `It is unlike all of them. The most similar: ${similar}.` }));
+      answer.classes = [];
+    }
+    const list = element("dl");
+    for (const { name, probability } of answer.classes) {
+      const bar = element("div");
+      bar.style.width = `${100 * probability}%`;
+      const value = element("dd", { textContent: percent(probability) });
+      list.append(element("dt", { textContent: name, title: name }), value);
+      list.append(element("div", { className: "meter" }, bar));
+    }
+    about.append(list);
+  }
+  about.append(element("p", { className: "file", textContent: file.name, title: file.name }));
+  return item;
+}
+
+// Teaching
+
+let photos = [];
+
+function choose(files) {
+  photos = files;
+  $("chosen").textContent = files.length ? `${count(files.length, "photo")} chosen` : "";
+}
+
+async function teach(event) {
+  event.preventDefault();
+  $("teach-error").textContent = $("taught").textContent = "";
+  if (!photos.length) {
+    $("teach-error").textContent = "Choose photos of the class first.";
+    return;
+  }
+  const body = new FormData();
+  body.append("name", $("name").value);
+  photos.forEach((file) => body.append("files", file));
+  busy(true);
+  $("doing").textContent = "sending photos";
+  try {
+    const begun = await call("teach", { method: "POST", body });
+    await follow(begun.number, begun.skipped);
+  } catch (error) {
+    $("teach-error").textContent = error.message;
+  }
+  busy(false);
+}
+
+/** Show the progress of a class until it is learned. */
+async function follow(number, skipped = []) {
+  for (;;) {
+    const lesson = await call("teach");
+    if (lesson.number !== number) return; // somebody else teaches another one by now
+    if (lesson.state === "learning") {
+      const { doing, done } = lesson.progress;
+      $("doing").textContent = doing || "preparing";
+      if (done === null) $("bar").removeAttribute("value");
+      else $("bar").value = done;
+      await new Promise((resolve) => setTimeout(resolve, 200));
+      continue;
+    }
+    if (lesson.state === "failed") throw new Error(`${lesson.name} is not learned: ${lesson.error}`);
+    const left = skipped.length ? ` Left out: ${skipped.join("; ")}.` : "";
+    const notes = lesson.messages.length ? ` Note: ${lesson.messages.join(" ")}` : "";
+    const summary = `Learned ${lesson.name} from ${count(lesson.photos, "photo")} in ${lesson.seconds.toFixed(1)} s.`;
+    $("taught").textContent = summary + left + notes;
+    $("name").value = $("teach-files").value = "";
+    choose([]);
+    await show();
+    return;
+  }
+}
+
+async function undo() {
+  $("teach-error").textContent = $("taught").textContent = "";
+  busy(true);
+  $("doing").textContent = "undoing";
+  try {
+    const { forgot } = await call("undo", { method: "POST" });
+    $("taught").textContent = `Forgot ${forgot}. The run is as it was before.`;
+    await show();
+  } catch (error) {
+    $("teach-error").textContent = error.message;
+  }
+  busy(false);
+}
+
+function busy(yes) {
+  $("learn").disabled = $("undo").disabled = yes;
+  $("progress").hidden = !yes;
+  $("bar").removeAttribute("value");
+}
+
+// What the run knows
+
+async function show() {
+  const [known, accuracy] = await Promise.all([call("classes"), call("accuracy")]);
+  document.title = `${known.run} – pgp`;
+  $("run").textContent = known.run;
+  $("summary").textContent = `${count(known.classes.length, "class")} learned in ${count(known.tasks.length, "task")}`;
+  $("problem").textContent = known.problem ? `The latest checkpoint cannot be used: ${known.problem}` : "";
+  $("undo").hidden = !known.can_undo;
+  $("undo").textContent = known.can_undo ? `Undo ${known.tasks[0].classes.join(", ")}`.slice(0, 60) : "";
+  $("classes").tBodies[0].replaceChildren(...known.tasks.map(row));
+  $("matrix").replaceChildren(matrix(accuracy));
+  $("sign-in").hidden = true;
+  $("content").hidden = false;
+}
+
+function row(task) {
+  const names = task.classes.map((name) => element("span", { textContent: name }));
+  const title = task.name ? `${task.number} ${task.name}` : `${task.number}`;
+  return element(
+    "tr", {},
+    element("th", { scope: "row", textContent: title }),
+    element("td", {}, element("div", { className: "chips" }, ...names)),
+    element("td", { className: "number", textContent: count(task.training_images, "photo") }),
+  );
+}
+
+function matrix({ accuracy, readout, tasks }) {
+  const column = accuracy[readout] ? readout : Object.keys(accuracy)[0];
+  if (!column) return element("p", { textContent: "Nothing was measured." });
+  const heads = tasks.map((name, index) => element("th", { scope: "col", className: "number", textContent: index + 1, title: name }));
+  const rows = accuracy[column].map((values, after) => element(
+    "tr", {},
+    element("th", { scope: "row", textContent: after + 1 }),
+    ...values.map((value, on) => cell(value, on <= after)),
+  ));
+  return element(
+    "table", {},
+    element("caption", { textContent: `Readout ${column}. Rows: after task; columns: on the images of task.` }),
+    element("thead", {}, element("tr", {}, element("th", { scope: "col", textContent: "After" }), ...heads)),
+    element("tbody", {}, ...rows),
+  );
+}
+
+function cell(value, learned) {
+  if (!learned) return element("td");
+  if (value === null) return element("td", { className: "none", textContent: "–", title: "not measured" });
+  const made = element("td", { textContent: (100 * value).toFixed(1) });
+  made.style.background = `rgba(var(--shade), ${(0.45 * value).toFixed(2)})`;
+  return made;
+}
+
+// Events
+
+function accept(zone, input, use) {
+  input.addEventListener("change", () => use([...input.files]));
+  for (const name of ["dragover", "dragleave", "drop"]) {
+    zone.addEventListener(name, (event) => {
+      event.preventDefault();
+      zone.classList.toggle("over", name === "dragover");
+      if (name === "drop") use([...event.dataTransfer.files]);
+    });
+  }
+}
+
+for (const name of ["dragover", "drop"]) { // a photo that misses the field must not replace the page
+  window.addEventListener(name, (event) => event.preventDefault());
+}
+accept($("ask-drop"), $("ask-files"), ask);
+accept($("teach-drop"), $("teach-files"), choose);
+$("teach").addEventListener("submit", teach);
+$("undo").addEventListener("click", undo);
+$("sign-in").addEventListener("submit", (event) => {
+  event.preventDefault();
+  signedInWith = $("token").value;
+  sessionStorage.setItem("token", signedInWith);
+  start();
+});
+
+async function start() {
+  try {
+    await show();
+    const lesson = await call("teach");
+    if (lesson.state === "learning") { // the page was loaded again while a class is being taught
+      busy(true);
+      await follow(lesson.number);
+      busy(false);
+    }
+  } catch (error) {
+    $("summary").textContent = error.message;
+  }
+}
+
+start();

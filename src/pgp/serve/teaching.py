@@ -1,0 +1,224 @@
+"""Teach a run a class from uploaded photos, one at a time, and undo it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+import re
+import threading
+import time
+import unicodedata
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import Progress
+
+from pgp import train
+from pgp.runs.run import Run
+from pgp.serve.limits import RefusedError
+from pgp.system import storage
+from pgp.system.storage import RunError
+
+TAUGHT = "taught"
+"""Folder of a run with the photos of the classes that were taught."""
+LONGEST_NAME = 100
+"""Maximum number of characters of a class name."""
+
+
+def class_name(text: str) -> str:
+    """Return a class name as it is recorded.
+
+    Raises:
+        RefusedError: If it is empty, too long, or has characters that are not visible.
+
+    >>> class_name("  sea   lion ")
+    'sea lion'
+    """
+    name = " ".join(unicodedata.normalize("NFC", text).split())
+    if not name:
+        raise RefusedError(400, "expected the name of the class, got none")
+    if len(name) > LONGEST_NAME:
+        raise RefusedError(400, f"expected a name of at most {LONGEST_NAME} characters, got {len(name):,}")
+    if not name.isprintable():
+        raise RefusedError(400, f"expected a name of visible characters, got {name!r:.80}")
+    return name
+
+
+@dataclass
+class Lesson:
+    """A class that is being taught, or was."""
+
+    number: int
+    name: str
+    photos: int
+    state: Literal["learning", "finished", "failed"] = "learning"
+    error: str = ""
+    """Why it failed."""
+    seconds: float = 0.0
+    messages: list[str] = field(default_factory=list)
+    """What the user should know, such as a class whose images look alike."""
+    progress: Progress | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values; `progress` is a text and a fraction in [0, 1]."""
+        bars = self.progress.tasks if self.progress and self.state == "learning" else []
+        bar = bars[-1] if bars else None
+        return {
+            "number": self.number,
+            "name": self.name,
+            "photos": self.photos,
+            "state": self.state,
+            "error": self.error,
+            "seconds": round(self.seconds, 2),
+            "messages": self.messages,
+            "progress": {
+                "doing": bar.description if bar else "",
+                "done": bar.completed / bar.total if bar and bar.total else None,
+            },
+        }
+
+
+class Teacher:
+    """Teaches one class at a time, in a thread.
+
+    The run does not change before a class is learned. A class that fails, or a process that dies, leaves it as it was.
+
+    Args:
+        folder: The run folder.
+        on_change: Called in the thread after the run has changed.
+    """
+
+    def __init__(self, folder: Path, on_change: Callable[[], object]) -> None:
+        self.folder, self.on_change = folder, on_change
+        self.lesson: Lesson | None = None
+        """The class that is being taught, or was taught last."""
+        self._busy = threading.Lock()
+        self._numbers = itertools.count(1)
+
+    def teach(self, name: str, photos: Sequence[bytes]) -> Lesson:
+        """Begin to teach the class `name` from image files, and return at once.
+
+        Raises:
+            RefusedError: If the class is known, another one is being taught, or the run does not take classes.
+            RunError: If the photos cannot be written.
+        """
+        name = class_name(name)
+        photos = list(dict.fromkeys(photos))  # the same photo twice says nothing new
+        if not self._busy.acquire(blocking=False):
+            raise RefusedError(409, self._busy_message())
+        try:
+            self._check(name)
+            table = self._write(name, photos)
+            self.lesson = Lesson(next(self._numbers), name, len(photos))
+            threading.Thread(target=self._learn, args=(self.lesson, table), name="teaching", daemon=True).start()
+        except BaseException:
+            self._busy.release()
+            raise
+        return self.lesson
+
+    def undo(self) -> str:
+        """Forget the task that was added last, and return its name. Photos that were uploaded for it are deleted.
+
+        Raises:
+            RefusedError: If a class is being taught, or no task was added.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise RefusedError(409, self._busy_message())
+        try:
+            run = Run.open(self.folder)
+            added = run.config.added
+            if not added:
+                raise RefusedError(409, "expected a class that was taught, but there is none to undo")
+            with run.writing():
+                name = run.undo_add()
+            for table in added[-1].search_paths:
+                if table.parent.parent == self._taught():
+                    storage.remove_folder(table.parent)
+            self.on_change()
+            return name
+        except RunError as error:
+            raise RefusedError(409, str(error)) from error
+        finally:
+            self._busy.release()
+
+    def _busy_message(self) -> str:
+        lesson = self.lesson
+        what = f"{lesson.name!r} is" if lesson and lesson.state == "learning" else "a class is"
+        return f"{what} being taught: wait until it is finished"
+
+    def _taught(self) -> Path:
+        return self.folder.absolute() / TAUGHT
+
+    def _check(self, name: str) -> None:
+        """Raise `RefusedError` if the run cannot learn the class."""
+        try:
+            run = Run.open(self.folder)
+            finished, tasks = run.progress()
+            unfinished = run.checkpoints.latest() != run.latest_finished()
+            names, setting = run.data.class_names, run.config.setting
+        except RunError as error:
+            raise RefusedError(503, f"the run cannot be read: {error}") from error
+        if finished < tasks or unfinished:
+            raise RefusedError(
+                409, "the run is inside a task: resume it with pgp train --resume, then it can be taught"
+            )
+        if setting == "dil":
+            raise RefusedError(409, "this run learns domains of the same classes, and takes no new class")
+        if name in names:
+            raise RefusedError(409, f"the class {name!r} is known already: choose another name, or undo it first")
+
+    def _write(self, name: str, photos: Sequence[bytes]) -> Path:
+        """Write the photos and a table of them into a new folder of the run, and return the path of the table."""
+        storage.make_folder(self._taught())
+        numbers = [int(path.name) for path in self._taught().iterdir() if path.name.isdecimal()]
+        folder = self._taught() / f"{max(numbers, default=0) + 1:04d}"
+        storage.make_folder(folder)
+        try:
+            text = io.StringIO(newline="")
+            rows = csv.writer(text)
+            rows.writerow(["path", "label"])
+            for number, photo in enumerate(photos, start=1):
+                storage.write(folder / f"{number:04d}", photo)
+                rows.writerow([f"{number:04d}", name])
+            table = folder / f"{_file_stem(name)}.csv"
+            storage.write(table, text.getvalue())
+        except RunError:
+            storage.remove_folder(folder)
+            raise
+        return table
+
+    def _learn(self, lesson: Lesson, table: Path) -> None:
+        started, notes = time.perf_counter(), io.StringIO()
+        lesson.progress = Progress(console=Console(file=notes, width=1000), disable=True)
+        try:
+            hardware = Run.open(self.folder).config.hardware
+            with warnings.catch_warnings(record=True) as raised:
+                warnings.simplefilter("always", UserWarning)
+                train.resume(self.folder, replace(hardware, devices=1, workers=0), lesson.progress, add=table)
+            printed = [line.partition("warning: ")[2] for line in notes.getvalue().splitlines()]
+            lesson.messages = [*filter(None, printed), *(str(each.message) for each in raised)]
+            self.on_change()
+        except BaseException as error:  # whatever it is: the run is as it was, and the service goes on
+            storage.remove_folder(table.parent)
+            lesson.error = str(error) or type(error).__name__
+        lesson.seconds = time.perf_counter() - started
+        lesson.progress = None
+        self._busy.release()
+        lesson.state = "failed" if lesson.error else "finished"
+
+
+def _file_stem(name: str) -> str:
+    """Return a file name for a class, which becomes the name of its task.
+
+    >>> _file_stem("sea lion"), _file_stem("../<b>"), _file_stem("CON")
+    ('sea lion', '_b_', 'CON_')
+    """
+    stem = re.sub(r'[\x00-\x1f<>:"/\\|?*.%]+', "_", name)[:60].strip(" _")
+    reserved = re.fullmatch(r"(?i)con|prn|aux|nul|(com|lpt)[0-9]", stem)
+    return os.fspath(stem + "_" if reserved else stem or "class")

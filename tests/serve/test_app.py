@@ -1,0 +1,392 @@
+"""The routes of the service, without a network."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from pgp import train
+from pgp.predict import Predictor
+from pgp.runs.run import Run
+from pgp.serve import Limits, app, build_app, serve
+from pgp.serve.teaching import TAUGHT
+from pgp.system import storage
+
+
+def uploads(paths):
+    return [("files", (path.name, path.read_bytes())) for path in paths]
+
+
+def contents(folder):
+    """Files of a run, but for its lock."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != ".pgp-lock")
+    return {path.relative_to(folder): path.read_bytes() for path in paths}
+
+
+def learned(client):
+    """Wait until the class is learned, and return how it ended."""
+    for _ in range(600):
+        lesson = client.get("/teach").json()
+        if lesson["state"] != "learning":
+            return lesson
+        time.sleep(0.05)
+    raise AssertionError(lesson)
+
+
+def teach(client, name, paths):
+    begun = client.post("/teach", data={"name": name}, files=uploads(paths))
+    assert begun.status_code == 202, begun.text
+    return learned(client)
+
+
+@pytest.fixture
+def client(run):
+    with TestClient(build_app(run), base_url="http://localhost") as client:
+        yield client
+
+
+def test_predictions_are_those_of_the_predictor(client, run, red):
+    expected = Predictor(run).predict(red, top=3, reject=0.05)
+    answer = client.post("/predict?top=3", files=uploads(red)).json()
+    assert answer["checkpoint"] == "task-05"
+    for path, found, prediction in zip(red, answer["predictions"], expected, strict=True):
+        assert (found["file"], found["unknown"]) == (path.name, prediction.unknown)
+        assert tuple(one["name"] for one in found["classes"]) == prediction.names
+        assert [one["probability"] for one in found["classes"]] == pytest.approx(prediction.probabilities, abs=1e-5)
+
+
+def test_what_the_run_knows(client, run):
+    known, described = client.get("/classes").json(), Run.open(run).data
+    assert [one["name"] for one in known["classes"]] == list(Predictor(run).classes)
+    assert {one["name"]: one["task"] for one in known["classes"]}["9"] == 5
+    assert [task["training_images"] for task in known["tasks"]] == list(reversed(described.train_images))
+    assert (known["can_undo"], known["problem"], known["detects_unknown"]) == (False, None, True)
+    accuracy, matrices = client.get("/accuracy").json(), Run.open(run).matrices()
+    found = torch.tensor(
+        [[float("nan") if v is None else v for v in row] for row in accuracy["accuracy"]["lda+patches+normalize"]]
+    )
+    torch.testing.assert_close(found, matrices["lda+patches+normalize"].to(found), equal_nan=True)
+    assert client.get("/health").json() == {"status": "ok"}
+    assert {"/predict", "/teach", "/undo"} <= set(client.get("/openapi.json").json()["paths"])
+
+
+def test_teach_predict_undo(client, run, red, green, tmp_path):
+    before, files = client.post("/predict", files=uploads(red)).json(), contents(run)
+    lesson = teach(client, " red  thing ", red)
+    assert (lesson["state"], lesson["name"], lesson["messages"]) == ("finished", "red thing", []), lesson
+    answer = client.post("/predict", files=uploads(red)).json()
+    assert {one["classes"][0]["name"] for one in answer["predictions"]} == {"red thing"}
+    known = client.get("/classes").json()
+    assert known["can_undo"]
+    assert known["tasks"][0] == {
+        "number": 6,
+        "name": "red thing",
+        "classes": ["red thing"],
+        "training_images": 4,
+        "test_images": 1,
+        "added": True,
+    }
+    assert client.post("/undo").json() == {"forgot": "red thing"}
+    assert client.post("/predict", files=uploads(red)).json() == before
+    log = Path("metrics.jsonl")
+    assert contents(run) == files | {log: (run / log).read_bytes()}
+    assert not list((run / TAUGHT).iterdir())
+    again = client.post("/undo")
+    assert (again.status_code, again.json()["error"]) == (
+        409,
+        "expected a class that was taught, but there is none to undo",
+    )
+    # what is learned afterwards is what a run without the undone class learns
+    shutil.copytree(run, tmp_path / "other")
+    assert teach(client, "green", green)["state"] == "finished"
+    train.resume(tmp_path / "other", add=green[0].parent.parent)
+    left, right = (Predictor(folder).probabilities([*red, *green]) for folder in (run, tmp_path / "other"))
+    torch.testing.assert_close(left, right)
+
+
+def test_teaching_is_pgp_add(client, run, finished, red, tmp_path):
+    table = tmp_path / "red.csv"
+    table.write_text("path,label\n" + "".join(f"{path},red\n" for path in red), encoding="utf-8")
+    shutil.copytree(finished, tmp_path / "added")
+    train.resume(tmp_path / "added", add=table)
+    teach(client, "red", red)
+    left, right = (Predictor(folder).probabilities(red) for folder in (run, tmp_path / "added"))
+    assert left.shape[1] == 11
+    torch.testing.assert_close(left, right, rtol=0, atol=0)
+
+
+def bomb():
+    file = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_broken_images_do_not_harm_the_good_ones(client, red):
+    files = [("files", ("a.png", b"no image")), *uploads(red[:1]), ("files", ("b.png", bomb())), ("files", ("c", b""))]
+    answer = client.post("/predict", files=files)
+    assert answer.status_code == 200
+    found = answer.json()["predictions"]
+    assert found[0]["error"].startswith("cannot read the image a.png: it is damaged, or no image")
+    assert found[1]["classes"]
+    assert "expected at most 50,000,000 pixels, got" in found[2]["error"]
+    assert found[3]["error"] == "cannot read the image c: the file is empty"
+    alone = client.post("/predict", files=files[:1])
+    assert (alone.status_code, alone.json()["error"]) == (400, found[0]["error"])
+    counts = client.get("/metrics").text
+    assert 'pgp_images_total{result="unreadable"} 4.0' in counts
+    assert 'pgp_requests_total{path="/predict",status="400"} 1.0' in counts
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "files"),  # an empty field counts as missing
+        ("  ", "expected the name of the class, got none"),
+        ("3", "the class '3' is known already: choose another name, or undo it first"),
+        ("n" * 10_000, "expected a name of at most 100 characters, got 10,000"),
+        ("a\x00b", "expected a name of visible characters, got 'a\\x00b'"),
+        ("a\u202eb", "expected a name of visible characters"),
+    ],
+)
+def test_names_that_cannot_be(client, run, red, name, message):
+    before = contents(run)
+    answer = client.post("/teach", data={"name": name}, files=uploads(red))
+    assert answer.status_code in (400, 409, 422)
+    assert message in answer.json()["error"] or answer.status_code == 422
+    assert contents(run) == before
+    assert client.get("/teach").json() == {"state": "none"}
+
+
+@pytest.mark.parametrize(
+    "name", ["<b onload=alert(1)>", "../../up", "a/b\\c", "CON", "日本 🦊", '"quoted", name', "=1+1", "%s%"]
+)
+def test_names_are_taken_as_they_are(client, run, red, name):
+    assert teach(client, name, red)["state"] == "finished"
+    assert Predictor(run).predict(red[:1])[0].names == (name,)
+    assert {path.parent.parent for path in run.rglob("*.csv") if path.parent != run} == {run / TAUGHT}
+
+
+def test_photos_that_cannot_be_read_are_left_out(client, run, red):
+    files = [*uploads(red), ("files", ("broken.png", b"x")), *uploads(red[:2])]
+    begun = client.post("/teach", data={"name": "red"}, files=files).json()
+    assert begun["photos"] == 5  # each photo once
+    (skipped,) = begun["skipped"]
+    assert skipped.startswith("cannot read the image broken.png: it is damaged")
+    assert learned(client)["state"] == "finished"
+    none = client.post("/teach", data={"name": "other"}, files=[("files", ("broken.png", b"x"))])
+    assert none.status_code == 400
+    assert none.json()["error"].startswith("expected images of the class, but none can be read: cannot read")
+
+
+def test_one_photo_is_enough(client, red):
+    lesson = teach(client, "red", red[:1])
+    assert lesson["state"] == "finished", lesson
+    assert any("red" in message for message in lesson["messages"])  # it has no test image
+    assert client.get("/classes").json()["tasks"][0]["training_images"] == 1
+    assert client.get("/accuracy").json()["accuracy"]["lda+patches+normalize"][5][5] is None
+
+
+def test_two_teachers(client, red, green, monkeypatch):
+    begin, resume = threading.Event(), train.resume
+
+    def slow(*args, **kwargs):
+        begin.wait(20)
+        return resume(*args, **kwargs)
+
+    monkeypatch.setattr(train, "resume", slow)
+    assert client.post("/teach", data={"name": "red"}, files=uploads(red)).status_code == 202
+    second = client.post("/teach", data={"name": "green"}, files=uploads(green))
+    undo = client.post("/undo")
+    for answer in (second, undo):
+        assert (answer.status_code, answer.json()["error"]) == (409, "'red' is being taught: wait until it is finished")
+    assert client.post("/predict", files=uploads(red)).status_code == 200  # meanwhile
+    begin.set()
+    assert learned(client)["state"] == "finished"
+    assert teach(client, "green", green)["state"] == "finished"
+
+
+def test_another_process_that_writes_to_the_run(client, run, red):
+    before = contents(run)
+    with Run.open(run).writing():
+        lesson = teach(client, "red", red)
+    assert lesson["state"] == "failed"
+    assert "is being written to by process" in lesson["error"]
+    assert not list((run / TAUGHT).iterdir())
+    assert contents(run) == before
+
+
+def test_a_full_disk_while_teaching(client, run, red, monkeypatch):
+    before, write = contents(run), storage.write
+
+    def full(path, content):
+        if failing in Path(path).parts or Path(path).parent.parent.name == failing:
+            raise storage.write_error("write", path, OSError(28, "No space left on device"))
+        write(path, content)
+
+    monkeypatch.setattr(storage, "write", full)
+    failing = TAUGHT
+    answer = client.post("/teach", data={"name": "red"}, files=uploads(red))
+    assert answer.status_code == 507
+    assert answer.json()["error"].endswith("No space left on device: make room")
+    failing = "checkpoints"
+    lesson = teach(client, "red", red)
+    assert (lesson["state"], "No space left" in lesson["error"]) == ("failed", True)
+    assert client.post("/predict", files=uploads(red)).json()["checkpoint"] == "task-05"
+    same = {path: data for path, data in contents(run).items() if path.name != "metrics.jsonl"}
+    assert same == {path: data for path, data in before.items() if path.name != "metrics.jsonl"}
+    failing = "none"
+    assert teach(client, "red", red)["state"] == "finished"
+
+
+def test_a_run_folder_that_vanishes(client, run, red, monkeypatch):
+    monkeypatch.setattr(app, "POLL_SECONDS", 0.05)
+    run.rename(run.with_name("moved"))
+    with TestClient(client.app, base_url="http://localhost") as watched:
+        for _ in range(200):
+            if watched.get("/health").json()["status"] == "degraded":
+                break
+            time.sleep(0.05)
+        assert watched.get("/health").json() == {"status": "degraded"}
+        assert "no run at" in watched.get("/classes").json()["problem"]
+        assert watched.post("/predict", files=uploads(red)).status_code == 200
+        answer = watched.post("/teach", data={"name": "red"}, files=uploads(red))
+        assert (answer.status_code, "the run cannot be read: no run at" in answer.json()["error"]) == (503, True)
+        assert not run.exists()
+        run.with_name("moved").rename(run)
+        for _ in range(200):
+            if watched.get("/health").json()["status"] == "ok":
+                break
+            time.sleep(0.05)
+        assert watched.get("/health").json() == {"status": "ok"}
+
+
+def test_a_class_that_is_added_elsewhere_is_used(run, red, monkeypatch):
+    monkeypatch.setattr(app, "POLL_SECONDS", 0.05)
+    with TestClient(build_app(run), base_url="http://localhost") as client:
+        train.resume(run, add=red[0].parent.parent)
+        for _ in range(200):
+            if client.get("/classes").json()["checkpoint"] == "task-06":
+                break
+            time.sleep(0.05)
+        answer = client.post("/predict", files=uploads(red[:1])).json()
+    assert answer["predictions"][0]["classes"][0]["name"] == "red"
+
+
+def test_an_unfinished_run_is_not_served(tmp_path):
+    with pytest.raises(storage.RunError, match="no run at"):
+        build_app(tmp_path / "none")
+
+
+def test_limits(run, red, tmp_path):
+    limits = Limits(request_bytes=4000, files=2, teaching_files=2, pixels=100)
+    with TestClient(build_app(run, limits=limits), base_url="http://localhost") as client:
+        many = client.post("/predict", files=uploads(red))
+        assert (many.status_code, many.json()["error"]) == (413, "expected at most 2 images at a time, got 5")
+        many = client.post("/teach", data={"name": "red"}, files=uploads(red))
+        assert (many.status_code, many.json()["error"]) == (413, "expected at most 2 images of a class, got 5")
+        large = client.post("/predict", files=[("files", ("a.png", bytes(5000)))])
+        assert large.status_code == 413
+        assert large.json()["error"].startswith("expected a request of at most 4,000 bytes: send fewer")
+
+        def chunks():
+            yield b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n'
+            for _ in range(9):
+                yield bytes(1000)
+
+        stream = client.post("/predict", content=chunks(), headers={"Content-Type": "multipart/form-data; boundary=x"})
+        assert (stream.status_code, stream.json()) == (413, large.json())
+        pixels = client.post("/predict", files=uploads(red[:1]))
+        assert "expected at most 100 pixels, got 1,440" in pixels.json()["error"]
+    with pytest.raises(ValueError, match="expected seconds above 0, got 0"):
+        Limits(seconds=0)
+
+
+def test_too_many_waiting_images(run, red):
+    with TestClient(build_app(run, limits=Limits(waiting_images=1)), base_url="http://localhost") as client:
+        answer = client.post("/predict", files=uploads(red[:2]))
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        assert "wait already: try again in a moment" in answer.json()["error"]
+
+
+def test_a_request_that_is_none_of_ours(client):
+    for answer in (
+        client.post("/predict"),
+        client.post("/predict", json={"files": "x"}),
+        client.post("/predict?top=0"),
+    ):
+        assert answer.status_code == 422
+        assert answer.json()["error"].startswith("expected a request as /openapi.json describes it, got ")
+    assert client.get("/nothing").status_code == 404
+    assert client.get("/nothing").json() == {"error": "Not Found"}
+    assert client.get("/predict").status_code == 405
+
+
+def test_the_token(run, red):
+    with TestClient(build_app(run, token="söcret"), base_url="http://localhost") as client:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "söcret".encode()}):
+            for path in ("/classes", "/accuracy", "/teach", "/metrics"):
+                answer = client.get(path, headers=headers)
+                assert answer.status_code == 401
+                assert answer.json()["error"] == "expected the token of this service, as Authorization: Bearer TOKEN"
+            assert client.post("/predict", files=uploads(red), headers=headers).status_code == 401
+        for path in ("/", "/page.js", "/page.css", "/health", "/openapi.json"):
+            assert client.get(path).status_code == 200
+        assert client.get("/classes", headers={"Authorization": "Bearer söcret".encode()}).status_code == 200
+
+
+def test_other_web_sites_cannot_use_the_service(run, red):
+    """A page from elsewhere in a browser of this machine can send requests, and name this machine by a domain."""
+    with TestClient(build_app(run, hosts=["localhost", "::1"]), base_url="http://localhost:80") as client:
+        for origin in ("http://evil.example", "null", "http://localhost:81"):
+            answer = client.post("/teach", data={"name": "red"}, files=uploads(red), headers={"Origin": origin})
+            assert answer.status_code == 403
+            assert (
+                answer.json()["error"] == f"expected a request from the page of this service, got one from {origin!r}"
+            )
+        assert client.post("/predict", files=uploads(red), headers={"Origin": "http://localhost"}).status_code == 200
+        for host in ("evil.example", "localhost.evil.example", ""):
+            answer = client.get("/classes", headers={"Host": host})
+            assert (answer.status_code, "expected a request to one of" in answer.json()["error"]) == (421, True)
+        assert client.get("/classes", headers={"Host": "[::1]:8000"}).status_code == 200
+
+
+def test_the_page_loads_nothing_from_elsewhere(client):
+    page = client.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "unsafe" not in policy
+    for path in ("/", "/page.js", "/page.css"):
+        text = client.get(path).text.replace("http://www.w3.org/2000/svg", "")
+        assert not {"http:", "https:", "innerHTML"} & set(re.findall("https?:|innerHTML", text))
+
+
+def test_where_it_may_listen(run):
+    with pytest.raises(
+        ValueError, match=r"expected a token, because other machines can reach 0\.0\.0\.0: set PGP_TOKEN"
+    ):
+        serve(run, "0.0.0.0")
+    with pytest.raises(ValueError, match="expected a port from 0 to 65535, got 99999"):
+        serve(run, port=99999)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"cannot listen at 127.0.0.1 port {port}: Address already in use; name"):
+            serve(run, port=port)
+    with pytest.raises(ValueError, match="expected a readout of this run"):
+        serve(run, readout="none")
+
+
+def test_answers_are_json_values(client, red):
+    text = client.post("/predict", files=uploads(red)).text
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(name))

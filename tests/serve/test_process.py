@@ -1,0 +1,86 @@
+"""The service as a process on a real socket."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import requests
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def start(run):
+    processes = []
+
+    def start(*flags):
+        command = [sys.executable, "-m", "pgp", "serve", str(run), "--port", "0", *flags]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        processes.append(process)
+        return process, re.search(r"http://127\.0\.0\.1:[0-9]+", process.stdout.readline())[0]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def uploads(paths):
+    return [("files", (path.name, path.read_bytes())) for path in paths]
+
+
+def test_slow_senders_do_not_stop_others(start, red):
+    process, address = start("--timeout", "1")
+    port = int(address.rpartition(":")[2])
+    slow = []
+    for text in (
+        "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        "Content-Length: 100000\r\n\r\n--x",
+        "POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Le",
+    ):
+        connection = socket.create_connection(("127.0.0.1", port))
+        connection.sendall(text.encode())
+        slow.append(connection)
+    assert requests.post(f"{address}/predict", files=uploads(red), timeout=20).status_code == 200
+    slow[0].settimeout(20)
+    answer = slow[0].recv(10_000).decode()
+    assert answer.startswith("HTTP/1.1 408")
+    assert "expected the whole request within 1 seconds" in answer
+    assert requests.get(f"{address}/health", timeout=20).json() == {"status": "ok"}
+    for connection in slow:
+        connection.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert process.stderr.read().strip() == "pgp: interrupted"
+
+
+def test_a_body_that_is_too_large_is_answered(start):
+    _, address = start("--max-megabytes", "1")
+    answer = requests.post(f"{address}/predict", files=[("files", ("a.png", bytes(8_000_000)))], timeout=20)
+    assert answer.status_code == 413
+    assert "expected a request of at most 1,048,576 bytes" in answer.json()["error"]
+
+
+def test_killed_while_it_is_taught(start, run, red):
+    """The run is as it was; the service starts again, and learns the class."""
+    process, address = start()
+    before = (run / "checkpoints" / "latest").read_bytes()
+    assert requests.post(f"{address}/teach", data={"name": "red"}, files=uploads(red), timeout=20).status_code == 202
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert (run / "checkpoints" / "latest").read_bytes() == before
+    _, address = start()
+    assert requests.post(f"{address}/teach", data={"name": "red"}, files=uploads(red), timeout=20).status_code == 202
+    for _ in range(600):
+        lesson = requests.get(f"{address}/teach", timeout=20).json()
+        if lesson["state"] != "learning":
+            break
+        time.sleep(0.05)
+    assert lesson["state"] == "finished", lesson
