@@ -189,6 +189,7 @@ function row(task) {
 function matrix({ accuracy, readout, tasks }) {
   const column = accuracy[readout] ? readout : Object.keys(accuracy)[0];
   if (!column) return element("p", { textContent: "Nothing was measured." });
+  $("measured").textContent = `Readout ${column}. Rows: after task. Columns: on the images of task.`;
   const heads = tasks.map((name, index) => element("th", { scope: "col", className: "number", textContent: index + 1, title: name }));
   const rows = accuracy[column].map((values, after) => element(
     "tr", {},
@@ -197,7 +198,6 @@ function matrix({ accuracy, readout, tasks }) {
   ));
   return element(
     "table", {},
-    element("caption", { textContent: `Readout ${column}. Rows: after task; columns: on the images of task.` }),
     element("thead", {}, element("tr", {}, element("th", { scope: "col", textContent: "After" }), ...heads)),
     element("tbody", {}, ...rows),
   );
