@@ -53,8 +53,9 @@ usage: pgp COMMAND ...
   add RUN DATA            train a finished run on new classes, without the old
                           images
   eval RUN                evaluate a run's latest checkpoint again
-  audit RUN               compare accuracy with and without task information
-  predict RUN IMAGE ...   classify images, or all images in folders
+  audit RUN               compare accuracy with and without the task of the
+                          test images
+  predict RUN IMAGE ...   classify images, and all images in folders
   export RUN OUT          write an ONNX model
   report RUN ...          write tables and figures over runs and seeds
   sweep RECIPE --over ... run a grid of configurations and their baselines
@@ -64,7 +65,7 @@ usage: pgp COMMAND ...
 
 Results go to standard output; progress and notes go to standard error.
 Exit status: 0 success; 2 an error that you can fix; 70 a bug in pgp;
-130 Ctrl-C; 143 SIGTERM; 129 SIGHUP; 141 the reader of the output went away.
+130 Ctrl-C; 143 SIGTERM; 129 SIGHUP; 141 the output pipe was closed.
 PGP_DEBUG=1 shows the traceback of an error."""
 
 
