@@ -47,8 +47,8 @@ def train(
 
     Args:
         config: What to do; `pgp.recipes` has complete configurations.
-        output: Run folder. It must not exist, be empty, or hold a run of the same configuration that was stopped before
-            its first checkpoint. If None, a new folder in `runs/`.
+        output: Run folder: one that does not exist yet, an empty one, or one with a run of the same configuration that
+            was stopped before its first checkpoint. If None, a new folder in `runs/`.
         progress: Where to draw progress bars. If None, nowhere.
         trackers: Names of experiment trackers to which the run is reported, too. If a tracker fails, the run continues.
 
