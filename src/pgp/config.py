@@ -62,7 +62,7 @@ class Optimizer:
     head."""
     later_prompt_lr_scale: float | None = None
     """Additional factor on the learning rate of all parameters outside the head, from the second task on; 0 freezes
-    the prompts. If None, 1."""
+    them. If None, 1."""
 
     def __post_init__(self) -> None:
         if not (self.lr > 0 and self.prompt_lr_scale >= 0 and self.clip >= 0 and self.weight_decay >= 0):
@@ -122,8 +122,8 @@ class Hardware:
     pin_memory: bool = True
     """Use pinned (page-locked) memory for batches if there is a GPU. Copies are faster, but use more RAM."""
     micro_batch_size: int | None = None
-    """Images per forward and backward pass; gradients are accumulated over the batch. Passes over a task's images
-    before or after its training use it too. If None, 4 on a CPU and the whole batch on a GPU."""
+    """Images per forward and backward pass; gradients are accumulated over the batch. If None, 4 on a CPU, and the
+    whole batch on a GPU. Passes over a task's images before or after its training have the same limit."""
 
     def __post_init__(self) -> None:
         if self.devices < 1 or self.workers < 0 or (self.micro_batch_size is not None and self.micro_batch_size < 1):
@@ -149,15 +149,15 @@ class Config:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """Precision of the forward and backward pass. It affects results, so it cannot change when a run is resumed."""
     tasks: int | None = 10
-    """Number of tasks into which the classes are split. If None, as many as the data define (domains, tasks), else
-    5."""
+    """Number of tasks into which the classes are split. If None, as many as the data define (domains, tasks), else 5,
+    or fewer for fewer than 10 classes."""
     increment: int | None = None
     """Classes per task, from the second task on. It decides the number of tasks, instead of `tasks`."""
     first_task: int | None = None
     """Classes of the first task, with `increment`, such as half of all. If None, `increment`."""
     adapt: Literal["every-task", "first-task"] = "every-task"
     """Tasks in which everything outside the head is trained: every one, or only the first, as RanPAC does
-    (first-session adaptation). Then later tasks train only the head, if something uses it."""
+    (first-session adaptation). With first-task, later tasks train only the head, or nothing if no readout uses it."""
     setting: Setting = "cil"
     """Scenario of continual learning. cil (class-incremental): each task brings new classes. til (task-incremental): as
     cil, but the task of a test image is given. dil (domain-incremental): every task has all classes, in a new domain.
@@ -167,9 +167,9 @@ class Config:
     shuffle: bool = False
     """Shuffle the classes (dil: the domains) with the seed. If not, they stay in the order of the data set."""
     class_order: Path | None = None
-    """Text file with one class per line, in the order of learning. If None, class_order.txt in the data folder, or next
-    to the table of images, if it exists. seed-N: the order `numpy.random.RandomState(N).permutation` (seed-1993 in
-    PyCIL, RanPAC, InfLoRA and others)."""
+    """Text file with one class per line, in the order of learning; or seed-N, for the order that
+    `numpy.random.RandomState(N).permutation` draws (seed-1993 in PyCIL, RanPAC, InfLoRA and others). If None,
+    class_order.txt in the data folder, or next to the table of images, if it exists."""
     task_file: Path | None = None
     """JSON file with the tasks in the order of learning: an object of task names, each with its list of classes (dil:
     of domains). If None, tasks.json in the data folder, or next to the table of images, if it exists."""
@@ -186,14 +186,15 @@ class Config:
     eval_batch_size: int = 32
     """Images per batch in evaluation. It changes only the results of --legacy-eval."""
     views: int = 0
-    """Number of augmented views of each training image to which readouts are fitted after a task, in addition to the
-    unaugmented image. Each view costs one forward pass per image."""
+    """Number of augmented views of each training image. After a task, readouts are fitted to them and to the image as
+    it is. Each view costs one forward pass per image."""
     experts: str = "none"
-    """Which tasks have an expert: none, every task (task), or the first tasks, as many as a number says. An expert is
-    what the method has trained in a task, frozen when it ends. At test, class statistics of its query tell the task of
-    an image."""
+    """Which tasks have an expert. none: no task. task: every task. A number: that many tasks, from the first. An expert
+    is what the method has trained in a task, frozen when the task ends. At test, an LDA classifier of queries (features
+    without prompts) tells the task of an image."""
     expert_candidates: int = 1
-    """Number of experts that an image passes through at test: those of its likeliest tasks. Each costs one pass."""
+    """Number of experts that an image passes through at test: those of its most probable tasks. Each costs one forward
+    pass."""
     drift_images: int = 16
     """Number of test images of each task on which drift is measured, after the task and after every later one; 0 turns
     it off. The results are in metrics.jsonl and pgp report."""

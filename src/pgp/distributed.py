@@ -34,7 +34,7 @@ def world_size() -> int:
 def all_reduce_sum_(tensor: Tensor) -> Tensor:
     """Replace `tensor` in place by its sum over all processes, and return it.
 
-    Collective: every process must call it.
+    Collective: in a distributed run, every process must call it.
     """
     if is_distributed():
         torch.distributed.all_reduce(tensor)
@@ -44,7 +44,7 @@ def all_reduce_sum_(tensor: Tensor) -> Tensor:
 def all_gather_rows(rows: Tensor) -> Tensor:
     """Return the rows of all processes in the order of their ranks, on the CPU.
 
-    Collective: every process must call it.
+    Collective: in a distributed run, every process must call it.
     """
     return torch.cat(all_gather_object(rows.cpu()))
 
@@ -52,7 +52,7 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 def all_gather_object(value: T) -> list[T]:
     """Return the values of all processes in the order of their ranks.
 
-    Collective: every process must call it.
+    Collective: in a distributed run, every process must call it.
     """
     if not is_distributed():
         return [value]

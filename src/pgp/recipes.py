@@ -292,7 +292,7 @@ def own() -> Config:
 
 
 def without_training(config: Config) -> Config:
-    """Return `config` with LDA on frozen features, fitted in one pass over the images and 2 over augmented views.
+    """Return `config` with LDA on frozen features, fitted in three passes over the images, two of them augmented.
 
     Nothing is trained by gradients, and the result does not depend on the order of the tasks.
     """
@@ -307,7 +307,7 @@ def without_training(config: Config) -> Config:
 
 
 def quick() -> Config:
-    """Fit LDA to frozen features of your own images: one pass, plus 2 augmented views; no training by gradients.
+    """Fit LDA to frozen features of your own images, in three passes (two of them augmented), without gradients.
 
     Run it as pgp train quick --data ./photos.
     """
@@ -315,7 +315,7 @@ def quick() -> Config:
 
 
 def demo_quick() -> Config:
-    """Fit LDA to frozen features of digits: one pass, plus 2 augmented views; no training by gradients. Offline."""
+    """Fit LDA to frozen features of digits, in three passes (two of them augmented), without gradients. Offline."""
     return replace(without_training(demo()), name="demo-quick")
 
 

@@ -143,7 +143,7 @@ class SecondMoment:
     def all_reduce(self) -> None:
         """Merge the moments of all processes.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
 
         Raises:
             ValueError: If this process has observed no vector.

@@ -47,16 +47,16 @@ def train(
 
     Args:
         config: What to do; `pgp.recipes` has complete configurations.
-        output: Run folder. It must be new, empty, or a run of the same configuration that was stopped before its first
-            checkpoint. If None, a new folder in `runs/`.
+        output: Run folder: one that does not exist yet, an empty one, or one with a run of the same configuration that
+            was stopped before its first checkpoint. If None, a new folder in `runs/`.
         progress: Where to draw progress bars. If None, nowhere.
-        trackers: Names of experiment trackers to which the run is reported; one that fails does not stop it.
+        trackers: Names of experiment trackers to which the run is reported, too. If a tracker fails, the run continues.
 
     Returns:
         The finished run.
 
     Raises:
-        ValueError: If the configuration cannot be carried out, or a tracker is not installed.
+        ValueError: If settings contradict each other or do not fit the data, or if a tracker is not installed.
         RunError: If `output` holds something else or another process writes to it, if the loss is not finite, or if the
             disk is full.
         Interrupted: After a signal such as Ctrl-C. The state is saved first.
@@ -77,17 +77,20 @@ def resume(
     data: Sequence[StrPath] = (),
     trackers: Sequence[TrackerName] = (),
 ) -> Run:
-    """Resume the run in `folder` from its latest checkpoint. On the same CPU the result is bitwise the same.
+    """Resume the run in `folder` from its latest checkpoint, or learn one more task.
+
+    On the same CPU, the result is bitwise equal to that of a run that was never interrupted.
 
     Args:
         folder: Run folder.
         hardware: Replaces the hardware that the run was started with.
         progress: Where to draw progress bars. If None, nowhere.
-        add: Data to learn as one more task, or their path, once all tasks so far are finished. The run stays as it is
-            until that task is finished.
-        on_bad_image: Replaces the run's own setting. No other setting can change.
+        add: Data to learn as one more task, or their path. All earlier tasks must be finished. Until the new task is
+            finished, the run predicts as before.
+        on_bad_image: Replaces the run's own setting. Apart from this, the hardware and the paths of its data, a resumed
+            run keeps its settings.
         drop: Discard an unfinished task, and resume after the latest finished one.
-        data: Where the data of the run are now, if they were moved; see `pgp.runs.data_paths.with_data_paths`.
+        data: New paths of the run's data, if they were moved; see `pgp.runs.data_paths.with_data_paths`.
         trackers: Names of experiment trackers, as in `train`.
 
     Returns:
@@ -119,7 +122,7 @@ def fit(session: Session, state: TrainState) -> Run:
 
 
 def fit_task(session: Session, state: TrainState, task: Task) -> None:
-    """Train on one task, from the step that the run has reached."""
+    """Train on one task, starting at `state.step`, which is above 0 if the run was stopped within the task."""
     config = session.config
     if state.step == 0:
         begin_task(session, state, task)
@@ -141,7 +144,8 @@ def fit_task(session: Session, state: TrainState, task: Task) -> None:
     for batch, _ in zip(session.training_stream(task, remaining), predictions, strict=False):
         if len(batch.indices):
             settings.set_rate(optimizer, state.step, len(plan), config.batch_size)
-            # one process skips images that cannot be read; several have to agree on the size of a batch
+            # a single process counts the images that it could read; several have a part of the batch each, and use its
+            # planned size, which is right because they never skip images
             global_batch_size = len(plan[state.step]) if session.fabric.world_size > 1 else len(batch.indices)
             health.add(state.step, train_step(session, state, optimizer, batch, task, global_batch_size))
         state.count_step()
@@ -150,7 +154,7 @@ def fit_task(session: Session, state: TrainState, task: Task) -> None:
         logs = saves or is_last or state.step % config.log_every_steps == 0
         stops = is_asked_to_stop(session, together=logs)
         if health and (logs or stops):
-            health.log(state.step)  # raises before a broken state is saved
+            health.log(state.step)  # raises if the loss is not finite, so that such a state is not saved
             session.log_online(state, task)
         if stops:
             stop_within(session, state, task)
@@ -162,7 +166,10 @@ def fit_task(session: Session, state: TrainState, task: Task) -> None:
 
 
 def begin_task(session: Session, state: TrainState, task: Task) -> None:
-    """Prepare a task: record references for drift, observe its images if needed before training, initialise prompts."""
+    """Prepare a task: snapshot protected parameters, observe its images, initialise prompts.
+
+    Images are observed only if the projection or a readout needs them as they are before training.
+    """
     if state.meter:
         state.meter.start_task()
     observe_before_training(session, state, task)
@@ -178,13 +185,17 @@ def begin_task(session: Session, state: TrainState, task: Task) -> None:
 def predict_before_training(
     session: Session, state: TrainState, task: Task, plan: Sequence[Sequence[SampleKey]]
 ) -> Iterator[None]:
-    """Predict each batch of `plan` in an online run, when the training loop asks for it. Else, predict nothing."""
+    """In an online run, predict the next batch of `plan` at each iteration, before the caller trains on it.
+
+    In other runs, each iteration does nothing.
+    """
     if state.online is None:
         yield from itertools.repeat(None, len(plan))
         return
     fabric, seen_classes = session.fabric, session.scenario.seen_classes(task.index)
     stream = batches(session.transformed("test", "arriving", task), plan, session.evaluator.loader_options)
-    left = len(task.train) - state.step * session.config.batch_size  # without the padding of the last batch
+    # images left to predict; a batch that is padded with images of earlier batches has more
+    left = len(task.train) - state.step * session.config.batch_size
     for batch, keys in zip(stream, plan, strict=True):
         images, labels, _ = batch.to(fabric.device)
         own = len(range(fabric.global_rank, min(left, len(keys)), fabric.world_size))
@@ -196,7 +207,7 @@ def predict_before_training(
 
 
 def _predict_only(session: Session, state: TrainState, task: Task, predictions: Iterator[None]) -> None:
-    """Predict the images of a task with a method that does not learn, in an online run."""
+    """In an online run, predict all images of a task that is not trained on. In other runs, do nothing."""
     if state.online:
         for _ in predictions:
             state.count_step()
@@ -210,11 +221,12 @@ def train_step(
     """Make one step on this process's part of a batch of `global_batch_size` images.
 
     Returns:
-        The loss and the norm of the gradients before clipping, `(2,)`, left on the device.
+        The loss, and the norm of the gradients before clipping, `(2,)`. They stay on the device, so that the CPU does
+        not wait for a GPU at every step.
 
     Raises:
-        RunError: On a CPU, if either is not finite; parameters are then unchanged. On a GPU, `check_finite` is called
-            only when losses are logged and before anything is saved, to avoid synchronisation.
+        RunError: On a CPU, if the loss or the norm is not finite; the step is then not made. On a GPU, they are checked
+            later, by `StepHealth.log`: whenever losses are logged, and before anything is saved.
     """
     fabric, method, model, clip = session.fabric, state.method, session.model, session.config.optimizer.clip
     images, labels, _ = batch.to(fabric.device)
@@ -230,7 +242,7 @@ def train_step(
         with fabric.no_backward_sync(model, enabled=number < len(micro_batches)):
             inputs = {name: tensor[rows] for name, tensor in prepared.items()} | leaves
             weight = len(rows) * fabric.world_size / global_batch_size
-            with fabric.autocast():  # Fabric casts in forward only, if there are several devices
+            with fabric.autocast():  # Fabric itself casts in loss() only with several devices
                 loss = model.loss(images[rows], labels[rows], task, inputs) * weight
             fabric.backward(loss)
         total += loss.detach()
@@ -268,7 +280,7 @@ def end_task(session: Session, state: TrainState, task: Task) -> None:
         with session.timed("drift"):
             drift = meter.end_task(method, task, session.progress) | stats
     state.finish_task(task, row)
-    # logged before the state is saved, so that a kill loses no line
+    # log first, then save: after a kill in between, the task is trained and logged again, so no line is missing
     session.log_task(state, task, row, ranks=ranks, readouts=fitted, drift=drift)
     session.save(state)
     session.write_accuracy(state)

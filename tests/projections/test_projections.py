@@ -422,7 +422,7 @@ def test_released_has_enough_after_as_many_images_as_it_is_wide():
 def test_released_is_the_published_basis_of_scores_of_images_and_old_prompts():
     toy = Toy()
     projection = ReleasedBasis(toy.protected(), ReleasedBasis.Config(0.9, 0.9, components=4, key_components=2))
-    assert projection.observation == ObservationSpec(when="before", view="train", repeat=True)
+    assert projection.observation == ObservationSpec(when="before", transform="train", repeat=True)
     images = {"prompts": draw(20, 3, 16, seed=5), "keys": draw(20, 1, 16, seed=6)}
     old = {space: target.parameter.detach().clone() for space, target in toy.protected().items()}
     for part in (slice(0, 7), slice(7, 20)):

@@ -144,7 +144,7 @@ class DriftMeter:
     def end_task(self, method: Method, task: Task, progress: Progress) -> dict[str, Any]:
         """Compare images of earlier tasks with their references, and store references for those of `task`.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
 
         Returns:
             A dictionary.

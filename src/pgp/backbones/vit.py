@@ -43,8 +43,8 @@ class ViT(Backbone):
         tag = "vit"
 
         model: str = "vit_base_patch16_224.orig_in21k"
-        """Model name of timm with its full tag (`timm.list_models(pretrained=True)`). The weights of a name without tag
-        depend on the version of timm, so such a name needs other `weights` than `hub`."""
+        """Model name of timm with its full tag (`timm.list_models(pretrained=True)`). A name without tag stands for
+        other weights in other versions of timm, so it is refused with `weights` `hub`."""
         weights: str = "hub"
         """`hub` for the tag's published weights, `random` for none, or the path of a checkpoint in timm's naming
         (.safetensors, or .pth without pickled code); `package:NAME` is a file that pgp ships."""

@@ -29,7 +29,7 @@ class TrainCommand:
     """Train with the projection of the recipe. --no-pgp is short for --projection none."""
     data: str | None = None
     """Your own images: a folder, a table (CSV, TSV, JSONL), or hf:NAME for a Hugging Face data set (a name or path).
-    Tasks come from the data (such as tasks.json next to them) or from --tasks, not from the recipe."""
+    The tasks are then those of the data (such as tasks.json next to them) or of --tasks, not those of the recipe."""
     twin: bool = False
     """Also train the same run without projection, and report both."""
     baselines: bool = False
@@ -37,8 +37,9 @@ class TrainCommand:
     a tenth of the prompt learning rate after the first task; with prompts frozen after the first task; a linear head
     and the nearest class mean on frozen features; joint training on all tasks."""
     tracker: tuple[TrackerName, ...] = ()
-    """Experiment trackers to which the run is reported, too. Each must be installed. tensorboard: event files in the
-    run folder. wandb, mlflow: as their environment variables say. trackio: its local database."""
+    """Experiment trackers to which the run is reported, too. Each must be installed. tensorboard writes event files
+    into the run folder, wandb and mlflow report to where their environment variables say, trackio to its local
+    database."""
     method_name: Annotated[
         Literal[tuple(recipes.METHODS | BASELINES)] | None,  # type: ignore[valid-type]
         Choice(name="method"),
@@ -51,8 +52,8 @@ class TrainCommand:
     backbone_name: Annotated[Literal[tuple(recipes.BACKBONES)] | None, Choice(name="backbone")] = None  # type: ignore[valid-type]
     """Replace the encoder of the recipe."""
     readout_names: Annotated[tuple[Literal[tuple(recipes.READOUTS)], ...] | None, Choice(name="readouts")] = None  # type: ignore[valid-type]
-    """Replace the readouts of the recipe, which are classifiers on its features. The first one is the default of pgp
-    predict, and comes first in tables and figures."""
+    """Replace the readouts of the recipe: the classifiers of features. The first one is the default of pgp predict, and
+    comes first in tables and figures."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class ResumeCommand:
     hardware: Annotated[Hardware, Choice(name="")]
     add: str | None = None
     """Images to learn as one more task of a finished run: a folder, a table or hf:NAME. The old images are not needed;
-    accuracy on old test images that are missing is not measured. The run does not change before the task is finished.
-    pgp add RUN DATA is short for pgp train --resume RUN --add DATA."""
+    accuracy on old test images that are missing is not measured. Until the task is finished, the run predicts as
+    before. pgp add RUN DATA is short for pgp train --resume RUN --add DATA."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """New path of the run's data, if they were moved. They must be the same data; the run records the path. For a run
     with added data, repeat the flag: once for each data set, in the order in which they were learned."""
@@ -125,8 +126,8 @@ class PredictCommand:
     top: int = 1
     """Number of classes to print, the most probable first."""
     unknown: bool = False
-    """Print `unknown` before the classes of an image that is unlike every learned class. The threshold comes from
-    held-out training images: 5 % of the images of learned classes are called unknown, too."""
+    """Print `unknown` before the classes of an image that is unlike every learned class. The threshold is set on
+    held-out training images, such that 5 % of the images of learned classes are called unknown, too."""
     json: bool = False
     """Print one JSON object per line instead of text."""
     readout: str | None = None

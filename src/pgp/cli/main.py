@@ -57,8 +57,9 @@ usage: pgp COMMAND ...
                           images
   undo RUN                forget the classes that were added last
   eval RUN                evaluate a run's latest checkpoint again
-  audit RUN               compare accuracy with and without task information
-  predict RUN IMAGE ...   classify images, or all images in folders
+  audit RUN               compare accuracy with and without the task of the
+                          test images
+  predict RUN IMAGE ...   classify images, and all images in folders
   export RUN OUT          write an ONNX model
   serve RUN               serve a page and an HTTP interface; teach classes there
   report RUN ...          write tables and figures over runs and seeds
@@ -69,7 +70,7 @@ usage: pgp COMMAND ...
 
 Results go to standard output; progress and notes go to standard error.
 Exit status: 0 success; 2 an error that you can fix; 70 a bug in pgp;
-130 Ctrl-C; 143 SIGTERM; 129 SIGHUP; 141 the reader of the output went away.
+130 Ctrl-C; 143 SIGTERM; 129 SIGHUP; 141 the output pipe was closed.
 PGP_DEBUG=1 shows the traceback of an error."""
 
 

@@ -123,7 +123,7 @@ class Evaluator:
     ) -> TaskAccuracies:
         """Evaluate each task up to task t. The accuracy on a missing task is NaN.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
 
         Args:
             method: What computes the features.
@@ -252,7 +252,7 @@ class Evaluator:
     def _sum(self, value: Tensor) -> Tensor:
         """Return the sum over all processes.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
         """
         if self.fabric.world_size == 1:
             return value

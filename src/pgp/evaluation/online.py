@@ -43,7 +43,7 @@ class OnlineAccuracy:
 
         It waits for the device.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
         """
         self.counts[task.index] += all_reduce_sum_(self._new).cpu()
         self._new = torch.zeros_like(self._new)

@@ -158,7 +158,8 @@ class Method(nn.Module, abc.ABC):
 
         It is called once for each batch, before `loss` is called for each micro-batch of it.
 
-        Collective: every process must call it, because prompts selected by vote count the votes of all processes.
+        Collective: in a distributed run, every process must call it, because prompts selected by vote count the votes
+        of all processes.
         """
         return {"query": self.query(images)} if self.uses_query else {}
 

@@ -147,7 +147,8 @@ class CLIPPrompt(ZeroShot):
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
         """What updates of the image prompt must be orthogonal to. tokens: tokens of old images at the input of the
         first block (the paper). affinity: directions that change attention scores. affinity+aggregation: also the
-        attention weights of the prompt. The last two are conditions of NSP2, and hold in the first block only."""
+        attention weights of the prompt. The last two are conditions of NSP2; here, they protect the first block
+        only."""
 
         def __post_init__(self) -> None:
             _check_template(self.template)
@@ -228,7 +229,7 @@ class CLIPPrompt(ZeroShot):
         return [self.image_prompt]
 
     def protected(self) -> dict[str, ProtectedParameter]:
-        """Return the image prompt; with aggregation, also along its other axis."""
+        """Return the image prompt; with aggregation, a second time, along the prompt axis (`shares`)."""
         protected = {"prompts": ProtectedParameter(self.image_prompt)}
         if self.settings.protect == "affinity+aggregation":
             protected["shares"] = ProtectedParameter(self.image_prompt, axis=-2, role="value")

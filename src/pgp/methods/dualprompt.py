@@ -33,7 +33,8 @@ class DualPrompt(Method):
     """General prefixes in early layers, and in later layers the experts that an image selects by key.
 
     The query is the CLS feature of the frozen encoder.
-    Loss: cross-entropy over the task's classes - `pull` * cosine similarity of the query and the selected keys.
+    The loss is the cross-entropy over the task's classes, minus `pull` times the cosine similarity of query and key,
+    summed over the selected keys. Both terms are averaged over images.
 
     Differs from the published code: every image gets the keys and values of its own experts. The published reshape
     mixes those of different images of a batch.
@@ -66,16 +67,17 @@ class DualPrompt(Method):
         same_key_and_value: bool = False
         """Use one parameter for both the keys and the values of a prefix."""
         selection: Literal["image", "batch"] = "image"
-        """Expert selection in training: per image (image), or by majority vote over the batch (batch, as published). At
-        test, selection is per image, except in --legacy-eval and pgp audit."""
+        """How experts are selected in training. image: each image selects its own. batch: all images of a batch get the
+        experts that most of them select (as published). At test, each image selects its own, except where --legacy-eval
+        and pgp audit say otherwise."""
         prompt_mask: bool = True
         """Give each task k experts of its own: in training, all images of task t (from 0) use experts t * k to t * k +
-        k - 1. If the pool has none left, they select experts by key, as without this flag. At test, images select by
-        key, from the whole pool."""
+        k - 1. In tasks for which the pool has no experts left, images select experts by key, as without this flag. At
+        test, images always select by key, from the whole pool."""
         shared_pool: bool = True
-        """Before task t, overwrite experts t * k to t * k + k - 1 with the k experts before them; keys are not copied.
+        """Before each task t > 0, copy experts (t - 1) * k to t * k - 1 over the next k experts; keys are not copied.
         With prompt_mask, the experts of a task thus start as those of the previous task. Without prompt_mask, no expert
-        belongs to a task, and the copy only makes two groups of experts equal."""
+        belongs to a task, so this is rarely useful."""
         protect: Literal["keys", "keys+values"] = "keys"
         """Which part of a prefix a projection protects. keys: its keys, with the attention queries of old images as
         inputs (the paper). keys+values: also its values, with the attention weights of old images as inputs; the

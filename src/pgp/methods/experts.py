@@ -124,7 +124,7 @@ class Experts(Method):
     def prepare_batch(self, images: Tensor, task: Task) -> dict[str, Tensor]:
         """See `Method.prepare_batch`. The first batch of a task without an expert of its own chooses one.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
         """
         if self._has_own_expert(task):
             return self.method.prepare_batch(images, task)

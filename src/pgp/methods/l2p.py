@@ -28,7 +28,8 @@ class L2P(Method):
     """A pool of prompts, from which each image selects those whose keys are most similar to its query.
 
     The query is the CLS feature of the frozen encoder. The selected prompts are inserted after CLS.
-    Loss: cross-entropy over the task's classes - `pull` * cosine similarity of the query and the selected keys.
+    The loss is the cross-entropy over the task's classes, minus `pull` times the cosine similarity of query and key,
+    summed over the selected keys. Both terms are averaged over images.
     """
 
     selects_prompts = True
@@ -53,20 +54,22 @@ class L2P(Method):
         keys: Literal["learned", "mean"] = "learned"
         """Key of a prompt: a parameter of its own (learned), or the mean of the prompt's tokens (mean)."""
         selection: Literal["image", "batch"] = "image"
-        """Prompt selection in training: per image (image), or by majority vote over the batch (batch, as published). At
-        test, selection is per image, except in --legacy-eval and pgp audit."""
+        """How prompts are selected in training. image: each image selects its own. batch: all images of a batch get the
+        prompts that most of them select (as published). At test, each image selects its own, except where --legacy-eval
+        and pgp audit say otherwise."""
         prompt_mask: bool = False
         """Give each task k prompts of its own: in training, all images of task t (from 0) use prompts t * k to t * k +
-        k - 1. If the pool has none left, they select prompts by key, as without this flag. At test, images select by
-        key, from the whole pool."""
+        k - 1. In tasks for which the pool has no prompts left, images select prompts by key, as without this flag. At
+        test, images always select by key, from the whole pool."""
         shared_pool: bool = False
-        """Before task t, overwrite prompts t * k to t * k + k - 1 with the k prompts before them; learned keys are not
+        """Before each task t > 0, copy prompts (t - 1) * k to t * k - 1 over the next k prompts; learned keys are not
         copied. With prompt_mask, the prompts of a task thus start as those of the previous task. Without prompt_mask,
-        no prompt belongs to a task, and the copy only makes two groups of prompts equal."""
+        no prompt belongs to a task, so this is rarely useful."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
         """What prompt updates must be orthogonal to. tokens: tokens of old images at the input of the first block (the
         paper). affinity: directions that change attention scores. affinity+aggregation: also the attention weights of
-        the prompts, along the prompt axis. The last two are conditions of NSP2, and hold in the first block only."""
+        the prompts, along the prompt axis. The last two are conditions of NSP2; here, they protect the first block
+        only."""
 
         def __post_init__(self) -> None:
             for name in ("pool_size", "length", "top_k"):
@@ -78,7 +81,7 @@ class L2P(Method):
                 )
 
         def as_expert(self) -> L2P.Config:
-            """See `Method.Config.as_expert`. Each task has a whole pool."""
+            """See `Method.Config.as_expert`. Each expert has a pool of its own, so nothing is masked or copied."""
             return replace(self, prompt_mask=False, shared_pool=False)
 
         def build(self, backbone: Backbone, class_names: Sequence[str], generator: torch.Generator) -> L2P:
@@ -127,7 +130,10 @@ class L2P(Method):
         return F.cross_entropy(logits, labels) - self.config.pull * selection.key_similarity
 
     def protected(self) -> dict[str, ProtectedParameter]:
-        """Return the prompts, and the keys if they are learned."""
+        """Return the prompts, and the keys if they are learned.
+
+        With aggregation, the prompts have a second space, `shares`: the prompt axis, with attention weights as inputs.
+        """
         protected = {"prompts": ProtectedParameter(self.pool.prompts)}
         if self.config.protect == "affinity+aggregation":
             protected["shares"] = ProtectedParameter(self.pool.prompts, axis=-2, role="value")
@@ -139,7 +145,8 @@ class L2P(Method):
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
         """Return the inputs of the prompts in the first block, and the queries as inputs of the keys.
 
-        No transformer block is computed, except for the attention scores of the first one if `protect` needs them.
+        If `query` is given, no transformer block is computed, except for the attention scores of the first one if
+        `protect` needs them.
         """
         query = self.query(images) if query is None else query
         selection = self.pool.select(query)

@@ -38,7 +38,7 @@ def majority_vote(selected: Tensor, size: int) -> Tensor:
     This is the published training rule. It makes the prompts of an image depend on its batch, so evaluation uses it
     only for the published protocol. If processes share a batch, all of them vote. Ties go to the lower index.
 
-    Collective: every process must call it.
+    Collective: in a distributed run, every process must call it.
 
     Args:
         selected: Indices of the prompts that each image selects for itself, `(B, k)`.

@@ -110,7 +110,7 @@ class VPT(Method):
         self.deviations.copy_(self._current_deviations())
 
     def protected(self) -> dict[str, ProtectedParameter]:
-        """Return the prompts of each block; with aggregation, each also along its other axis."""
+        """Return the prompts of each block; with aggregation, a second time, along the prompt axis (`shares`)."""
         protected = {f"prompts {layer}": ProtectedParameter(prompts) for layer, prompts in self._prompts_by_layer()}
         if self.config.protect == "affinity+aggregation":
             for layer, prompts in self._prompts_by_layer():

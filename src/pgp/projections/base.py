@@ -19,7 +19,7 @@ class ObservationSpec(NamedTuple):
 
     when: Literal["before", "after"] = "after"
     """Before or after the task is trained."""
-    view: Literal["train", "test"] = "test"
+    transform: Literal["train", "test"] = "test"
     """Which transform the images get: that of training, with augmentation, or that of testing."""
     repeat: bool = False
     """Repeat with new augmentations until `has_enough()` returns True."""
@@ -77,7 +77,7 @@ class Projection(abc.ABC):
 
         It is called after each batch, and only if `observation.repeat`.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
         """
         return False
 
@@ -94,7 +94,7 @@ class Projection(abc.ABC):
     def end_task(self) -> dict[str, float]:
         """Extend the protected subspaces by the inputs observed in this task, and return the rank of each space.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
         """
 
     def project(self, space: str, tensor: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class MomentProjection(Projection):
     def take_moments(self) -> dict[str, list[Tensor]]:
         """Return the second moments of this task's inputs by space, each `(..., D, D)`, and forget them.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
 
         Raises:
             ValueError: If no inputs of a space were observed in this task.
@@ -56,7 +56,7 @@ class MomentProjection(Projection):
     def _second_moments(self, space: str) -> list[Tensor]:
         """Return the second moments of one space, each `(..., D, D)`.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
         """
         inputs, prompts = self._inputs[space], self._prompts.get(space)
         inputs.all_reduce()

@@ -15,11 +15,14 @@ from pgp.subspace import ProtectedParameter, extend_basis
 
 
 class Orthogonal(MomentProjection):
-    """Projects steps of the prompts by `g - g U U^T`, where U spans a subspace of old tokens x and old prompts p.
+    """Replaces each gradient or update g of a protected parameter by `g - g U U^T`.
 
-    To first order, a change dp of a prompt does not change old attention scores if `x dp^T = 0` and `p dp^T = 0` for
-    all old x and p. Keys are protected in the same way against old queries, and prefixes against the queries of their
-    attention head. The basis grows by the rule of GPM, see `pgp.subspace.extend_basis`.
+    The columns of U are an orthonormal basis of the protected subspace: directions that the parameter's inputs in old
+    tasks use, such as sums of old tokens x and old prompts p. The paper argues that, to first order, a change dp of a
+    prompt does not change old attention scores if `x dp^T = 0` and `p dp^T = 0` for all old x and p; docs/methods.md
+    says when this holds. Keys for selecting prompts are kept orthogonal to old queries of images in the same way, and
+    attention keys of prefixes to old attention queries of their head. The basis grows by the rule of GPM, see
+    `pgp.subspace.extend_basis`.
     """
 
     @dataclass(frozen=True)
@@ -32,13 +35,13 @@ class Orthogonal(MomentProjection):
         """Vectors that the protected subspace is computed from, for old inputs x and old prompts p. sum: all sums x + p
         (the paper). union: x and p, each by itself. input: x alone (GPM)."""
         energy: float = 0.5
-        """Fraction of the inputs' energy (trace of the second moment) that the basis captures, in [0, 1]: the paper's
-        epsilon."""
+        """Fraction of the inputs' energy (trace of their second moment) that the basis must capture at least, in
+        [0, 1]; epsilon in the paper."""
         key_energy: float = 0.97
         """As `energy`, for the keys of prompts, whose inputs are the queries."""
         apply_to: Literal["gradient", "update"] = "gradient"
         """What is projected. gradient: the gradient before the optimizer's step (the paper). update: the change of the
-        parameter by the step; only this is exact for Adam, momentum and weight decay."""
+        parameter by the step. With Adam or weight decay, only this keeps steps out of the subspace."""
         value_energy: float | None = None
         """As `energy`, for parameters whose inputs are attention weights: values of prefixes, and prompts along the
         prompt axis. If None, `energy`."""
@@ -53,8 +56,8 @@ class Orthogonal(MomentProjection):
                     raise ValueError(f"expected projection.{name} in [0, 1], got {value}")
             if self.preserve_key_norms and self.apply_to == "gradient":
                 raise ValueError(
-                    "expected projection.apply_to=update with projection.preserve_key_norms, got gradient: a projected"
-                    " gradient does not determine the norms after the step"
+                    "expected projection.apply_to=update with projection.preserve_key_norms, got gradient: norms can be"
+                    " kept only if the step itself is projected"
                 )
 
         def build(self, protected: Mapping[str, ProtectedParameter], seed: int = 0) -> Orthogonal:
@@ -77,7 +80,7 @@ class Orthogonal(MomentProjection):
     def end_task(self) -> dict[str, float]:
         """Extend each basis by this task's second moments, clear the moments, and return the rank of each space.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
 
         Raises:
             ValueError: If no inputs of a space were observed in this task.
@@ -91,7 +94,8 @@ class Orthogonal(MomentProjection):
     def _constrained_value(self, space: str, target: ProtectedParameter, before: Tensor) -> Tensor:
         """Return `before` plus the projected change; for keys, rescaled so that their norms do not change.
 
-        Only the component outside the protected subspace is rescaled. See `Projection._constrained_value`.
+        Only the component outside the protected subspace is rescaled, so inner products with protected directions stay
+        the same. See `Projection._constrained_value`.
         """
         after = super()._constrained_value(space, target, before)
         if target.role != "key" or not self.config.preserve_key_norms:

@@ -69,7 +69,7 @@ class ReleasedBasis(Projection):
             raise ValueError(f"expected no values to protect, got {values}: the published code never protects values;"
                              " choose another --method.protect")  # fmt: skip
         self.config = config or ReleasedBasis.Config()
-        self.observation = ObservationSpec(when=self.config.when, view="train", repeat=True)
+        self.observation = ObservationSpec(when=self.config.when, transform="train", repeat=True)
         self._images: dict[str, list[Tensor]] = {}
         self._widths: dict[str, int] = {}
         self._prompts: dict[str, Tensor] = {}
@@ -77,7 +77,7 @@ class ReleasedBasis(Projection):
     def has_enough(self) -> bool:
         """Return whether all processes together have observed as many images as the model is wide.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
         """
         counts = {space: sum(len(batch) for batch in batches) for space, batches in self._images.items()}
         by_process = all_gather_object((counts, self._widths))
@@ -100,7 +100,7 @@ class ReleasedBasis(Projection):
     def end_task(self) -> dict[str, float]:
         """Add the scores of images and of prompts, whose rows are unrelated, and extend the basis by their sum.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
 
         Raises:
             ValueError: If fewer images were observed than the model is wide.
@@ -131,7 +131,7 @@ class ReleasedBasis(Projection):
     def _sample(self, space: str) -> Tensor:
         """Return as many observed images as the model is wide, `(D, N * D)`.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
         """
         width = self._widths.get(space, 0)
         images = all_gather_rows(torch.cat(self._images[space])) if width else torch.empty(0)

@@ -59,7 +59,7 @@ class Soft(MomentProjection):
     def end_task(self) -> dict[str, float]:
         """Add this task's second moments, and return the effective rank of each space.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
 
         Raises:
             ValueError: If no inputs of a space were observed in this task.

@@ -141,7 +141,7 @@ class Readout(abc.ABC):
     def end_task(self) -> None:
         """Fit the readout to everything observed so far.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
         """
 
     @abc.abstractmethod

@@ -131,7 +131,7 @@ class StatisticsReadout(Readout):
     def end_task(self) -> None:
         """Add the statistics of this task to those of earlier tasks, and fit to them.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
 
         Raises:
             ValueError: If no features of this task were observed.
@@ -161,7 +161,7 @@ class StatisticsReadout(Readout):
     def _test_on_held_out_images(self) -> None:
         """Fit without the held-out images of the task and test on them, to choose regularisation and temperature.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
         """
         held_out, batches = self._held_out, self._held_out_batches
         self._held_out, self._held_out_batches = {}, []
@@ -177,7 +177,7 @@ class StatisticsReadout(Readout):
     def _test(self, batches: Sequence[HeldOutBatch]) -> None:
         """Test fits to the current statistics, which leave out the images of `batches`.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
         """
         batches = [batch for batch in batches if bool(self.seen[batch.labels].all())]
         unaugmented = [batch.features for batch in batches if not batch.augmented]

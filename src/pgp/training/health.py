@@ -44,7 +44,7 @@ class StepHealth:
     def log(self, step: int) -> None:
         """Log the means over the steps since the last call.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
 
         Raises:
             RunError: If one of them is not finite.
@@ -57,7 +57,7 @@ class StepHealth:
 def check_finite(session: Session, task: Task, steps: dict[int, Tensor]) -> Tensor:
     """Return the losses and gradient norms of some steps, `(n, 2)` on the CPU, averaged over processes.
 
-    Collective: every process must call it.
+    Collective: in a distributed run, every process must call it.
 
     Raises:
         RunError: In every process, if one is not finite in any; the message names the step.

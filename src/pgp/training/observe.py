@@ -24,7 +24,7 @@ from pgp.training.state import TrainState
 def observe_before_training(session: Session, state: TrainState, task: Task) -> None:
     """Run the task's images through the model before training, if the projection or a readout needs it.
 
-    Collective: every process must call it.
+    Collective: in a distributed run, every process must call it.
     """
     if _observes_at(state.projection, "before"):
         observe(session, state, task, state.projection, [])
@@ -35,7 +35,7 @@ def observe_before_training(session: Session, state: TrainState, task: Task) -> 
 def observe_after_training(session: Session, state: TrainState, task: Task) -> None:
     """Run the task's images through the model after training, for the projection and the readouts.
 
-    Collective: every process must call it.
+    Collective: in a distributed run, every process must call it.
     """
     projection = state.projection
     readouts = state.fitted_readouts
@@ -58,7 +58,7 @@ def observe_after_training(session: Session, state: TrainState, task: Task) -> N
 def observe_views(session: Session, state: TrainState, task: Task, readouts: Sequence[Readout]) -> None:
     """Pass augmented views of the task's images to readouts, as many as the configuration asks for.
 
-    Collective: every process must call it.
+    Collective: in a distributed run, every process must call it.
     """
     views = session.transformed("train", "readout views", None)  # so the order of the tasks does not change them
     for view in range(session.config.views if readouts else 0):
@@ -68,7 +68,7 @@ def observe_views(session: Session, state: TrainState, task: Task, readouts: Seq
 def fit_readout(readout: Readout) -> dict[str, Any]:
     """Fit a readout to what it observed, and return the seconds that took and the bytes that it keeps.
 
-    Collective: every process must call it.
+    Collective: in a distributed run, every process must call it.
     """
     started = time.perf_counter()
     readout.end_task()
@@ -102,7 +102,7 @@ def observe(
 ) -> list[FeatureBatch]:
     """Pass the images of a task to a projection, to readouts, or to both at once.
 
-    Collective: every process must call it.
+    Collective: in a distributed run, every process must call it.
 
     Args:
         session: Data and devices.
@@ -123,7 +123,7 @@ def observe(
     """
     fabric, evaluator = session.fabric, session.evaluator
     spec = (projection.observation if projection else None) or ObservationSpec()
-    split = views or session.transformed(spec.view, "observed", task)
+    split = views or session.transformed(spec.transform, "observed", task)
     needs_memory = views is None and state.is_trainable  # a projection may hold the activations of these images
     at_once = (needs_memory and session.micro_batch_size) or session.config.eval_batch_size
     batch_size = at_once * fabric.world_size
@@ -169,7 +169,7 @@ def _check_seen(seen: list[int], task: Task) -> None:
 def _gather_features(kept: list[FeatureBatch]) -> FeatureBatch:
     """Return the images of all processes in the order of the split, on the CPU, however many processes share them.
 
-    Collective: every process must call it.
+    Collective: in a distributed run, every process must call it.
     """
     own = FeatureBatch.concat(kept)
     batch = FeatureBatch(all_gather_rows(own.indices), own.images.apply(all_gather_rows))

@@ -227,7 +227,7 @@ class Session:
     def log_online(self, state: TrainState, task: Task) -> None:
         """Log the accuracy of predictions before training, in an online run.
 
-        Collective: every process must call it.
+        Collective: in a distributed run, every process must call it.
         """
         if state.online:
             self.log("stream", task=task.index, step=state.step, **state.online.summarize(task))
