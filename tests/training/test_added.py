@@ -308,3 +308,57 @@ def test_a_class_that_looks_like_one_that_was_learned_is_a_warning(tmp_path, cap
         line["warning"] for line in Run.open(tmp_path / "run").events("data") if "wasp" in line.get("warning", "")
     ]
     assert warning.endswith("is it the same class under another name?")
+
+
+def test_undo_forgets_the_task_that_was_added_last(run, tmp_path, capsys):
+    before = contents(run.folder)
+    train.resume(run.folder, add=photos(tmp_path / "one", "ant"))
+    once, accuracy = Run.open(run.folder), Run.open(run.folder).matrices()
+    kept, events = names_and_tasks(once), once.events("task")
+    train.resume(run.folder, add=photos(tmp_path / "two", "eel"))
+    main.main(["undo", str(run.folder)])
+    again = Run.open(run.folder)
+    assert capsys.readouterr().out == f"forgot task two: {run.folder} is as it was before\n"
+    assert (names_and_tasks(again), again.events("task"), again.progress()) == (kept, events, (3, 3))
+    for column, matrix in accuracy.items():
+        torch.testing.assert_close(again.matrices()[column], matrix, equal_nan=True)
+    assert [event["task"] for event in again.events("undone")] == [3]
+    main.main(["undo", str(run.folder)])
+    after, log = contents(run.folder), Path("metrics.jsonl")
+    assert after[log].startswith(before[log])
+    assert {path: data for path, data in after.items() if path != log} == {
+        path: data for path, data in before.items() if path != log
+    }
+    with pytest.raises(SystemExit):
+        main.main(["undo", str(run.folder)])
+    assert "expected a run to which pgp add has added a task, got" in capsys.readouterr().err
+
+
+def test_undo_that_is_killed_is_complete_or_has_not_begun(run, tmp_path, monkeypatch):
+    train.resume(run.folder, add=photos(tmp_path / "one", "ant"))
+    monkeypatch.setattr(Run, "_write_identity", interrupt)
+    with pytest.raises(KeyboardInterrupt), run.writing():
+        run.undo_add()
+    monkeypatch.undo()
+    again = train.resume(run.folder, add=photos(tmp_path / "two", "eel"))
+    assert names_and_tasks(again) == (["bee", "cat", "dog", "eel"], [[0, 1], [2], [3]])
+    assert json.loads((run.folder / "classes.json").read_text(encoding="utf-8"))["names"][-1] == "eel"
+    assert len(again.events("task")) == 3
+
+
+def test_undo_needs_the_checkpoint_of_before(tmp_path):
+    old = photos(tmp_path / "old", "bee", "cat", "dog")
+    run = train.train(config(old, keep_checkpoints="last"), tmp_path / "run")
+    train.resume(run.folder, add=photos(tmp_path / "one", "ant"))
+    before = contents(run.folder)
+    with pytest.raises(RunError, match=r"undoing a task needs the checkpoint before it, but .* keeps only the newest"):
+        run.undo_add()
+    assert contents(run.folder) == before
+
+
+def test_undo_leaves_an_unfinished_task_alone(run, tmp_path, monkeypatch):
+    train.resume(run.folder, add=photos(tmp_path / "one", "ant"))
+    state = run.load()
+    run.save("task-04-step-000001", state)
+    with pytest.raises(RunError, match=r"is inside a task: drop it with pgp train --resume .* --drop"):
+        run.undo_add()

@@ -244,6 +244,7 @@ class Checkpoints:
         for newer in self.names():
             if newer.task > name.task:
                 storage.remove_folder(self.folder / str(newer))
+        self._tidy_pieces()
 
     def tidy(self) -> None:
         """Delete what earlier processes left: unfinished and replaced checkpoints, old steps, and unused pieces.
