@@ -61,7 +61,7 @@ usage: pgp COMMAND ...
                           test images
   predict RUN IMAGE ...   classify images, and all images in folders
   export RUN OUT          write an ONNX model
-  serve RUN               serve a page and an HTTP interface; teach classes there
+  serve RUN               serve a web page and an HTTP interface
   report RUN ...          write tables and figures over runs and seeds
   sweep RECIPE --over ... run a grid of configurations and their baselines
   list                    list recipes, data sets, scenarios and components
