@@ -176,7 +176,7 @@ def test_labels_of_any_kind(labels):
 def test_columns_follow_sorted_classes_whatever_came_first():
     classifier = ContinualImageClassifier(QUICK)
     for label, name in ((3, "z"), (2, "m"), (4, "a")):
-        classifier.partial_fit(X[Y == label], [name] * 6)
+        classifier.partial_fit(X[label == Y], [name] * 6)
     assert classifier.classes_.tolist() == ["a", "m", "z"]
     assert classifier._predictor.classes == ("z", "m", "a")
     probabilities = classifier.predict_proba(X[Y == 4])
@@ -197,7 +197,12 @@ FLOATS = X / 255
     [
         (FLOATS, Y, ValueError, r"uint8, from 0 \(black\) to 255, got float64: .* by \(255 \* X\)\.round\(\)\.astype"),
         (np.full_like(FLOATS, np.nan), Y, ValueError, r"expected images of uint8, .* got float64"),
-        (X.astype(int), Y, ValueError, r"expected images of uint8, .* got int64: convert them, as by X\.astype\('uint8"),
+        (
+            X.astype(int),
+            Y,
+            ValueError,
+            r"expected images of uint8, .* got int64: .* as by X\.astype\('uint8'\)",
+        ),
         (X.transpose(0, 3, 1, 2), Y, ValueError, r"got \(3, 32, 32\): channels come last, as in X\.transpose\(0, 2, 3"),
         (X[..., :2], Y, ValueError, r"expected images \(H, W, 3\) or \(H, W\), got \(32, 32, 2\)$"),
         (X[:, :0], Y, ValueError, r"expected images \(H, W, 3\) or \(H, W\), got \(0, 32, 3\)$"),
@@ -317,6 +322,9 @@ def test_a_folder_keeps_every_run(tmp_path, temporary):
         np.testing.assert_array_equal(other.predict_proba(X), before)
     assert again.partial_fit([np.zeros((8, 8), np.uint8)], [9]).classes_.tolist() == [*range(6), 9]
     assert classifier.fit(X[:12], Y[:12]).run_.folder == tmp_path / "runs" / "tiny-seed42-2"
+    with pytest.raises(BadImageError):
+        classifier.fit(["gone.png"], [0])
+    assert sorted(path.name for path in first.parent.iterdir() if path.is_dir()) == ["tiny-seed42", "tiny-seed42-2"]
     assert fitted(folder=tmp_path / "runs", random_state=1).run_.folder.name == "tiny-seed1"
     shutil.rmtree(first)
     with pytest.raises(RunError, match="no run at"):

@@ -28,7 +28,7 @@ from pgp.datasets.in_memory import InMemory, as_image, check_images
 from pgp.predict import Predictor
 from pgp.recipes import configure
 from pgp.runs.run import Run
-from pgp.system.outputs import make_unique_folder
+from pgp.system.outputs import is_empty, make_unique_folder
 from pgp.system.paths import StrPath, as_path
 from pgp.train import resume, train
 from pgp.training.session import accelerator_name
@@ -87,16 +87,21 @@ class ContinualImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[
         """
         data, classes = _training_data(X, y)
         config = configure(self.recipe, {"tasks": 1, "seed": self.random_state, **(self.settings or {})})
-        parent = tempfile.mkdtemp(prefix="pgp-") if self.folder is None else as_path(self.folder, "a folder for runs")
-        parent = Path(parent).expanduser().absolute()
-        delete = weakref.finalize(self, _delete, parent, os.getpid()) if self.folder is None else None
+        delete = None
+        if self.folder is None:
+            parent = Path(tempfile.mkdtemp(prefix="pgp-"))
+            delete = weakref.finalize(self, _delete, parent, os.getpid())
+        else:
+            parent = as_path(self.folder, "a folder for runs").expanduser().absolute()
+        folder = make_unique_folder(parent, f"{config.name}-seed{config.seed}")
         try:
-            folder = make_unique_folder(parent, f"{config.name}-seed{config.seed}")
             with _untested():
                 run = train(replace(config, dataset=data), folder)
         except BaseException:
             if delete:
                 delete()
+            elif is_empty(folder):
+                shutil.rmtree(folder)
             raise
         if previous := self.__dict__.pop("_delete", None):
             previous()
