@@ -22,7 +22,7 @@ LEVELS = [
     {"recipes", "baselines", "runs", "evaluation"},
     {"training", "analysis"},
     {"train"},
-    {"predict", "export", "reports", "serve", "sweeps"},
+    {"predict", "estimator", "export", "reports", "serve", "sweeps"},
     {"cli", "__main__"},
 ]
 """From the ground up: a module imports from its own level and below; `SEPARATE` folders do not import each other."""
@@ -32,7 +32,7 @@ HOMES = {
     "open_clip": {"backbones"},
     "torchvision": {"datasets"},
     "PIL": {"datasets"},
-    "sklearn": {"datasets", "evaluation"},
+    "sklearn": {"datasets", "evaluation", "estimator"},
     "requests": {"datasets"},
     "urllib3": {"datasets"},
     "pooch": {"datasets"},

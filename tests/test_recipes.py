@@ -59,7 +59,7 @@ def test_the_published_basis_of_each_method(name, energy, components, when):
 
 TAGS = {
     DatasetConfig: {"cifar100", "cub200", "digits", "fashion-mnist", "folder", "hugging-face", "imagenet-r", "manifest"}
-    | {"synthetic", "tiny-imagenet"},
+    | {"in-memory", "synthetic", "tiny-imagenet"},
     Backbone.Config: {"vit", "clip"},
     Method.Config: {"l2p", "dualprompt", "coda", "vpt", "lora", "adapter", "clip", "zero-shot", "head-only"},
     Projection.Config: {"orthogonal", "soft", "released", "random", "none"},

@@ -3,6 +3,7 @@ from .backbones.vit import ViT as ViT
 from .config import Config as Config
 from .config import Hardware as Hardware
 from .config import Optimizer as Optimizer
+from .estimator import ContinualImageClassifier as ContinualImageClassifier
 from .methods.clip_prompt import CLIPPrompt as CLIPPrompt
 from .methods.dualprompt import DualPrompt as DualPrompt
 from .methods.head_only import HeadOnly as HeadOnly

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from pgp.backbones.base import Backbone
 from pgp.backbones.clip import CLIP
@@ -44,6 +47,7 @@ from pgp.readouts.lda import LDA, NCM
 from pgp.readouts.logistic import Logistic
 from pgp.readouts.ranpac import RanPAC
 
+T = TypeVar("T")
 METHODS: dict[str, Method.Config] = {
     one.tag: one
     for one in (
@@ -459,3 +463,69 @@ RECIPES: dict[str, Callable[[], Config]] = {
         if (data, method) != ("domains", "lora_experts")  # tasks need different classes
     },
 }
+
+
+def lookup(table: Mapping[str, T], name: str, what: str, where: str) -> T:
+    """Return the entry `name` of `table`, and raise an error that suggests the nearest name if there is none."""
+    if name not in table:
+        near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
+        hint = f"perhaps you meant {near[0]!r}; " if near else ""
+        raise ValueError(f"unknown {what} {name!r}: {hint}see {where}")
+    return table[name]
+
+
+def with_components(config: Config, names: Mapping[str, Sequence[str]]) -> Config:
+    """Return `config` with other components, named as in `CHOICES`. Of several names of a field, the last one counts.
+
+    All names of readouts count. The published basis has the constants of the method.
+    """
+    for field, choices in CHOICES.items():
+        chosen = [choices[name] for name in names.get(field, ())]
+        if chosen:
+            value: Any = tuple(chosen) if field == "readouts" else chosen[-1]
+            config = replace(config, **{field: value})
+        if field == "projection" and isinstance(config.projection, ReleasedBasis.Config):
+            config = replace(config, projection=published_basis(config.method))
+    return config
+
+
+def configure(recipe: str | Config, settings: Mapping[str, Any]) -> Config:
+    """Return a recipe with other settings, named as the flags of pgp train.
+
+    Args:
+        recipe: Name of a recipe, or a complete configuration.
+        settings: Value of each setting, such as `{"optimizer.lr": 0.1}`. A component is given by its name, and readouts
+            by a list of names.
+
+    Raises:
+        ValueError: If a name is unknown, or a value is of the wrong type or out of range.
+
+    >>> config = configure("own", {"backbone": "demo-vit", "optimizer.lr": 0.1, "workers": 2})
+    >>> config.backbone.weights, config.optimizer.lr, config.hardware.workers
+    ('package:demo_vit.safetensors', 0.1, 2)
+    """
+    config = recipe if isinstance(recipe, Config) else lookup(RECIPES, recipe, "recipe", "pgp list")()
+    values = {name.replace("-", "_"): value for name, value in settings.items()}
+    components = {field: values.pop(field) for field in CHOICES if field in values}
+    names = {field: [given] if isinstance(given, str) else list(given) for field, given in components.items()}
+    for field, given in names.items():
+        for name in given:
+            lookup(CHOICES[field], name, field, "pgp list")
+    tree = with_components(config, names).to_json()
+    for path, value in values.items():
+        _set(tree, path, value.item() if isinstance(value, np.generic) else value)
+    return Config.from_json(tree)
+
+
+def _set(tree: dict[str, Any], path: str, value: Any) -> None:
+    """Replace the value at a dotted path of a configuration as JSON. Settings of the hardware need no prefix."""
+    *above, last = path.split(".")
+    node: Any = tree["hardware"] if path in tree["hardware"] else tree
+    for part in above:
+        node = node.get(part) if isinstance(node, dict) else None
+    known = [name for name in node if name not in ("tag", "version")] if isinstance(node, dict) else []
+    if last not in known:
+        near = difflib.get_close_matches(last, known, n=1)
+        hint = f"perhaps you meant {'.'.join([*above, near[0]])!r}; " if near else ""
+        raise ValueError(f"unknown setting {path!r}: {hint}see pgp train RECIPE --help")
+    node[last] = value

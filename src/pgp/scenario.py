@@ -186,8 +186,8 @@ def stratified_holdout(strata: Tensor, fraction: float, seed: int) -> Tensor:
 
     Args:
         strata: Stratum of each image, `(n,)`, such as its label.
-        fraction: Fraction of each stratum to hold out, in (0, 1); at least one image, and never all of them. Of a
-            single image, none is held out.
+        fraction: Fraction of each stratum to hold out, in [0, 1). Unless it is 0, at least one image is held out, but
+            never all of them, so that of a single image, none is.
         seed: Decides which images are held out.
 
     >>> stratified_holdout(torch.tensor([0, 0, 0, 0, 1, 1]), fraction=0.5, seed=0).tolist()
@@ -197,7 +197,7 @@ def stratified_holdout(strata: Tensor, fraction: float, seed: int) -> Tensor:
     for stratum in strata.unique().tolist():
         indices = (strata == stratum).nonzero().flatten()
         order = torch.randperm(len(indices), generator=make_generator(seed, "part", stratum))
-        count = min(len(indices) - 1, max(1, round(fraction * len(indices))))
+        count = min(len(indices) - 1, max(1, round(fraction * len(indices)))) if fraction else 0
         held_out[indices[order[:count]]] = True
     return held_out
 

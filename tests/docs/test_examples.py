@@ -1,4 +1,4 @@
-"""The files of docs/extending.md do all that their base classes ask for, and learn."""
+"""The files of docs/extending.md do all that their base classes ask for, and learn; so does the code of own-data.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pages import python_blocks
 
 import test_conformance as conformance
 import tiny
@@ -88,6 +89,14 @@ def test_the_readout_is_fitted_task_by_task_and_restored(tmp_path):
     more = CosineMeans.Config().build(torch.nn.Identity(), 5, 0)
     more.load_state_dict(readout.state_dict())
     assert torch.equal(more.logits(torch.tensor([[1.0, 0.0]]))[:, :3], logits[:1])
+
+
+def test_the_classifier_of_the_page_learns_digits(capsys):
+    (code,) = python_blocks(EXAMPLES.parent / "own-data.md")
+    exec(code, {})
+    classes, _, score = capsys.readouterr().out.rpartition(" ")
+    assert classes == "[0 1 2 3 4 5 6 7 8 9]"
+    assert float(score) > 0.85
 
 
 def test_the_data_set_is_learned_and_known_again(tmp_path):

@@ -64,9 +64,21 @@ def test_the_matrix_is_left_alone():
 
 @pytest.mark.parametrize("size", [0, 1, 3])
 @pytest.mark.parametrize("name", [*FIGURES, "accuracy_curve"])
-def test_an_empty_matrix_is_an_error(name, size):
-    with pytest.raises(ValueError, match="at least one learned task, got an empty accuracy matrix"):
-        getattr(metrics, name)(torch.full((size, size), math.nan))
+def test_without_a_measured_accuracy_there_is_no_figure(name, size):
+    value = getattr(metrics, name)(torch.full((size, size), math.nan))
+    assert value == [] if name == "accuracy_curve" else math.isnan(value)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("untested", range(3))
+def test_a_task_without_test_images_leaves_no_figure(name, untested):
+    """Not that of the tasks before it, either: it would pass for the accuracy on all tasks."""
+    matrix = torch.tensor([[0.9, math.nan, math.nan], [0.7, 0.8, math.nan], [0.5, 0.6, 0.7]], dtype=torch.float64)
+    matrix[:, untested] = math.nan
+    assert metrics.tasks_learned(matrix) == 3
+    assert metrics.accuracy_curve(matrix)[untested:] == pytest.approx([math.nan] * (3 - untested), nan_ok=True)
+    is_without_last = untested == 2 and name in ("forgetting", "backward_transfer")
+    assert math.isfinite(getattr(metrics, name)(matrix)) == is_without_last
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (4,), (2, 2, 2)])

@@ -197,7 +197,7 @@ class DriftMeter:
             out["usage"] = torch.cat(selected).float().mean(0).tolist()
         out["held"] = {}
         for space, target in protected.items():
-            if self.projection.rank(space):
+            if current and self.projection.rank(space):
                 sketches = [_like_parameter(self.references[i]["sketch"][space], target) for i in current]
                 total = torch.stack([explained_energy(self.projection, space, rows) for rows in sketches]).sum(0)
                 out["held"][space] = _ratio(*total)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pgp import __version__, distributed, train
+from pgp import __version__, distributed, recipes, train
 from pgp.analysis import audit, checkpoints
 from pgp.baselines import matching_baselines, unprojected
 from pgp.cli import catalogue, parse, published, show
@@ -96,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif words[0] == "--version":
         exit_status(lambda: show.show_lines(f"pgp {__version__}"))
     else:
-        exit_status(lambda: parse.lookup(COMMANDS, words[0], "command", "pgp --help")(words[1:]))
+        exit_status(lambda: recipes.lookup(COMMANDS, words[0], "command", "pgp --help")(words[1:]))
 
 
 def published_main(argv: Sequence[str] | None = None) -> None:
@@ -405,7 +405,7 @@ def data_command(words: list[str]) -> None:
     actions: dict[str, Callable[[Config], None]] = {"get": _get, "check": _check}
     if not words or words[0].startswith("-"):
         raise ValueError("expected pgp data get RECIPE or pgp data check RECIPE")
-    action = parse.lookup(actions, words[0], "action", "pgp --help")
+    action = recipes.lookup(actions, words[0], "action", "pgp --help")
     action(_train_command(words[1:], f"pgp data {words[0]}").config)
 
 

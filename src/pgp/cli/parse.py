@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import io
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +23,6 @@ from pgp.cli.renamed import refuse_old_spellings
 from pgp.config import Config, Hardware
 from pgp.datasets.own import dataset_from_path
 from pgp.projections.base import NoProjection
-from pgp.projections.released import ReleasedBasis
 from pgp.runs.run import Run
 
 Command = TypeVar("Command")
@@ -61,7 +59,7 @@ def train_command(words: list[str], program: str) -> TrainCommand:
         resume = ", or --resume RUN" if program == "pgp train" else ""
         raise ValueError(f"expected a recipe, as in {program} demo{resume}, got {words[0] if words else 'none'}:"
                          " pgp list names all recipes")  # fmt: skip
-    recipe = lookup(recipes.RECIPES, words[0], "recipe", "pgp list")
+    recipe = recipes.lookup(recipes.RECIPES, words[0], "recipe", "pgp list")
     refuse_old_spellings(words[1:])
     if len(words) > 1 and not words[1].startswith("-"):
         raise ValueError(f"expected flags after {words[0]}, got {words[1]}: for images, use --data {words[1]}")
@@ -104,15 +102,6 @@ def check_resumable(words: list[str]) -> None:
                              " fixed when a run begins")  # fmt: skip
 
 
-def lookup(table: dict[str, Callable[..., Any]], name: str, what: str, where: str) -> Callable[..., Any]:
-    """Return the entry `name` of `table`, and raise an error that suggests the nearest name if there is none."""
-    if name not in table:
-        near = difflib.get_close_matches(name, table, n=1, cutoff=0.4)
-        hint = f"perhaps you meant {near[0]!r}; " if near else ""
-        raise ValueError(f"unknown {what} {name!r}: {hint}see {where}")
-    return table[name]
-
-
 def _choose_components(config: Config, words: list[str]) -> Config:
     """Return `config` with the components that flags like `--projection none` name.
 
@@ -127,13 +116,13 @@ def _choose_components(config: Config, words: list[str]) -> Config:
     for name in flag_values(words, "--method"):
         if name in BASELINES:
             config = BASELINES[name](config)
-    for field, choices in recipes.CHOICES.items():
-        chosen = [choices[name] for name in flag_values(words, f"--{field}") if name in choices]
-        if chosen:
-            value: Any = tuple(chosen) if field == "readouts" else chosen[-1]
-            config = replace(config, **{field: value})
-        if field == "projection" and isinstance(config.projection, ReleasedBasis.Config):
-            config = replace(config, projection=recipes.published_basis(config.method))
+    config = recipes.with_components(
+        config,
+        {
+            field: [name for name in flag_values(words, f"--{field}") if name in choices]
+            for field, choices in recipes.CHOICES.items()
+        },
+    )
     if paths := flag_values(words, "--data"):  # the recipe's number of tasks is for its own data
         config = replace(config, dataset=dataset_from_path(paths[-1]), tasks=None)
     return config

@@ -92,6 +92,7 @@ class Dataset(NamedTuple):
 
     train: Split
     test: Split
+    """If it has no images, accuracy is not measured."""
     class_names: tuple[str, ...]
     tasks: tuple[tuple[str, tuple[str, ...]], ...] = ()
     """Tasks defined by the data, in order: the name and the classes of each."""

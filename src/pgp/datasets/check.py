@@ -21,7 +21,7 @@ class IntegrityReport(NamedTuple):
     expected: DatasetSize | None
     """Published size of the data set, if it has one."""
     without: tuple[str, ...]
-    """Classes without training or test images."""
+    """Classes without training images, or without test images if there are any at all."""
     bad: tuple[str, ...]
     """Error message for each image that cannot be read."""
     unreadable: tuple[str, ...] = ()
@@ -105,5 +105,6 @@ def _problem(location: _Location) -> tuple[_Location, str | None]:
 
 
 def _without(data: Dataset) -> tuple[str, ...]:
-    counts = [torch.bincount(split.labels, minlength=data.classes) for split in (data.train, data.test)]
+    splits = (data.train, data.test) if len(data.test) else (data.train,)
+    counts = [torch.bincount(split.labels, minlength=data.classes) for split in splits]
     return tuple(name for name, *each in zip(data.class_names, *counts, strict=True) if not all(each))

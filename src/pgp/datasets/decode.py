@@ -94,10 +94,15 @@ def starts_like_image(path: Path) -> bool:
 
 def _decode(file: Path | io.BytesIO) -> Image.Image:
     with Image.open(file, formats=FORMATS) as image:
-        image.load()
-        turn = _UPRIGHT.get(_orientation(image))
-        upright = _to_rgb(image)
-        return upright if turn is None else upright.transpose(turn)
+        return upright_rgb(image)
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return an image of Pillow as RGB, upright as its metadata say, with transparency on white."""
+    image.load()
+    turn = _UPRIGHT.get(_orientation(image))
+    upright = _to_rgb(image)
+    return upright if turn is None else upright.transpose(turn)
 
 
 def _orientation(image: Image.Image) -> int:

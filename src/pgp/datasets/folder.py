@@ -43,7 +43,8 @@ class Folder(DatasetConfig):
     root: Path = Path("data")
     """Folder with `train` and `test`, or with a folder per class."""
     test_share: float = 0.2
-    """Fraction of each class to hold out for testing if there is no folder `test`; at least one image."""
+    """Fraction of each class to hold out for testing if there is no folder `test`: at least one image, or none with 0,
+    which leaves accuracy unmeasured."""
     split_seed: int = 0
     """Seed that decides which images are held out."""
     domains: bool = False

@@ -13,7 +13,7 @@ from pgp.scenario import stratified_holdout
 def holdout_mask(split: Split, fraction: float, seed: int) -> Tensor:
     """Return which images of `split` to hold out for testing, bool `(n,)`: a fraction of each class in each domain.
 
-    Of a class (in a domain) with a single image, none is held out.
+    None is held out if `fraction` is 0, or of a class (in a domain) with a single image.
     """
     strata = split.labels
     if split.domains is not None:
@@ -23,8 +23,8 @@ def holdout_mask(split: Split, fraction: float, seed: int) -> Tensor:
 
 def check_test_share(test_share: float) -> None:
     """Raise if `test_share` is no valid setting of a data set."""
-    if not 0 < test_share < 1:
-        raise ValueError(f"expected dataset.test_share between 0 and 1, got {test_share}")
+    if not 0 <= test_share < 1:
+        raise ValueError(f"expected dataset.test_share between 0 and 1, got {test_share}: 0 holds out no image")
 
 
 def natural_order(words: Iterable[str]) -> tuple[str, ...]:

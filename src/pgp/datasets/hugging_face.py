@@ -42,7 +42,8 @@ class HuggingFace(DatasetConfig):
     domain: str | None = None
     """Column of the domains, for --setting dil."""
     test_share: float = 0.2
-    """Fraction of each class to hold out for testing if there is only one split; at least one image."""
+    """Fraction of each class to hold out for testing if there is only one split: at least one image, or none with 0,
+    which leaves accuracy unmeasured."""
     split_seed: int = 0
     """Seed that decides which images are held out."""
 

@@ -37,7 +37,8 @@ class Manifest(DatasetConfig):
     file: Path = Path("images.csv")
     """Path of the table."""
     test_share: float = 0.2
-    """Fraction of each class to hold out for testing if the table has no column `split`; at least one image."""
+    """Fraction of each class to hold out for testing if the table has no column `split`: at least one image, or none
+    with 0, which leaves accuracy unmeasured."""
     split_seed: int = 0
     """Seed that decides which images are held out."""
 

@@ -1,12 +1,14 @@
 """Continual-learning metrics from the accuracy matrix. Pure functions; every accuracy is in [0, 1].
 
-`matrix[t, j]` is the accuracy on task j after learning task t, NaN for j > t and for tasks not learned yet.
+`matrix[t, j]` is the accuracy on task j after learning task t, NaN for j > t, for tasks not learned yet, and where
+there were no test images to measure it. A metric of accuracies that were not measured is NaN, too.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping
 
 import torch
@@ -14,14 +16,15 @@ from torch import Tensor
 
 
 def tasks_learned(matrix: Tensor) -> int:
-    """Return the number of tasks learned so far: the rows of `matrix (T, T)` that are filled in.
+    """Return the number of tasks learned so far, up to the last row of `matrix (T, T)` with a measured accuracy.
 
     >>> tasks_learned(torch.tensor([[0.9, float("nan")], [float("nan"), float("nan")]]))
     1
     """
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"expected a square accuracy matrix (T, T), got {tuple(matrix.shape)}")
-    return int(matrix.diagonal().isfinite().sum())
+    measured = matrix.isfinite().any(1).nonzero()  # (rows, 1)
+    return int(measured[-1]) + 1 if len(measured) else 0
 
 
 def average_accuracy(matrix: Tensor) -> float:
@@ -30,8 +33,8 @@ def average_accuracy(matrix: Tensor) -> float:
     >>> round(average_accuracy(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     0.75
     """
-    t = _at_least_one(matrix)
-    return float(matrix[t - 1, :t].mean())
+    t = tasks_learned(matrix)
+    return float(matrix[t - 1, :t].mean()) if t else math.nan
 
 
 def forgetting(matrix: Tensor) -> float:
@@ -40,9 +43,9 @@ def forgetting(matrix: Tensor) -> float:
     >>> round(forgetting(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     0.2
     """
-    t = _at_least_one(matrix)
-    if t == 1:
-        return 0.0
+    t = tasks_learned(matrix)
+    if t < 2:
+        return 0.0 if t else math.nan
     best = matrix[:t, : t - 1].nan_to_num(nan=-torch.inf).amax(0)
     return float((best - matrix[t - 1, : t - 1]).mean())
 
@@ -55,9 +58,9 @@ def backward_transfer(matrix: Tensor) -> float:
     >>> round(backward_transfer(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     -0.2
     """
-    t = _at_least_one(matrix)
-    if t == 1:
-        return 0.0
+    t = tasks_learned(matrix)
+    if t < 2:
+        return 0.0 if t else math.nan
     return float((matrix[t - 1, : t - 1] - matrix.diagonal()[: t - 1]).mean())
 
 
@@ -67,7 +70,8 @@ def average_incremental_accuracy(matrix: Tensor) -> float:
     >>> round(average_incremental_accuracy(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     0.825
     """
-    return sum(accuracy_curve(matrix)) / _at_least_one(matrix)
+    curve = accuracy_curve(matrix)
+    return sum(curve) / len(curve) if curve else math.nan
 
 
 def accuracy_curve(matrix: Tensor) -> list[float]:
@@ -76,7 +80,7 @@ def accuracy_curve(matrix: Tensor) -> list[float]:
     >>> [round(value, 2) for value in accuracy_curve(torch.tensor([[0.9, float("nan")], [0.7, 0.8]]))]
     [0.9, 0.75]
     """
-    return [float(matrix[t, : t + 1].mean()) for t in range(_at_least_one(matrix))]
+    return [float(matrix[t, : t + 1].mean()) for t in range(tasks_learned(matrix))]
 
 
 def write_row(matrices: dict[str, Tensor], row: Mapping[str, Tensor], t: int, size: int) -> None:
@@ -129,10 +133,3 @@ def from_csv(text: str, size: int) -> dict[str, Tensor]:
         matrix = matrices.setdefault(row["column"], torch.full((size, size), torch.nan, dtype=torch.float64))
         matrix[int(row["after_task"]), int(row["task"])] = float(row["accuracy"])
     return matrices
-
-
-def _at_least_one(matrix: Tensor) -> int:
-    """Return the number of tasks learned so far, and raise a ValueError if there is none."""
-    if (t := tasks_learned(matrix)) == 0:
-        raise ValueError("expected at least one learned task, got an empty accuracy matrix")
-    return t

@@ -322,9 +322,11 @@ class Run:
             raise RunError(f"{self.folder} has no {TABLE} yet: no task of this run is finished")
         if storage.exists(path):
             text = storage.read(path)
-            if storage.digest(text) == self.checkpoints.record(name).accuracy:
-                return metrics.from_csv(text.decode(), len(self.data.tasks))
-        matrices: dict[str, Tensor] = self.checkpoints.load(name, {"matrices"})["matrices"]  # a crash came before it
+            is_current = storage.digest(text) == self.checkpoints.record(name).accuracy
+            if is_current and (measured := metrics.from_csv(text.decode(), len(self.data.tasks))):
+                return measured
+        # a crash came before the table, or nothing was measured, so that it has no rows
+        matrices: dict[str, Tensor] = self.checkpoints.load(name, {"matrices"})["matrices"]
         return matrices
 
     @property

@@ -113,12 +113,15 @@ def load_latest(run: Run, config: Config, progress: Progress) -> tuple[Session, 
 
     Raises:
         RunError: If no task is finished, or the data are others.
+        ValueError: If there are no test images.
     """
     name = run.latest_finished()
     config = replace(config, hardware=replace(config.hardware, devices=1))
     session = Session(build_fabric(config), config, progress, run)
     state = session.new_state()
     _check_data(session)
+    if not len(session.data.test):
+        raise ValueError(f"expected test images to measure accuracy on, got none: {run.folder} holds none out")
     session.load(state, name)
     return session, state
 

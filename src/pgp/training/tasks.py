@@ -69,10 +69,14 @@ def build_tasks(config: Config, learned: DataDescription | None = None) -> tuple
 def _build(dataset: DatasetConfig, recorded: DataDescription | None) -> Dataset:
     """Return a data set. If it is `recorded` and cannot be read or has changed, return what is left of it, and warn.
 
-    Test images are left if they are those that were recorded. Training images are needed no more.
+    Test images are left if they are those that were recorded. Training images are needed no more, so that a recorded
+    data set without test images is not read.
     """
     if recorded is None:
         return dataset.build()
+    empty = ArraySplit(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
+    if not any(recorded.test_images):
+        return Dataset(empty, empty, recorded.class_names)
     where = ", ".join(map(str, dataset.search_paths))
     try:
         data = dataset.read()
@@ -81,7 +85,6 @@ def _build(dataset: DatasetConfig, recorded: DataDescription | None) -> Dataset:
         reason = "they are other images than those that were learned"
     except (OSError, ValueError) as error:
         reason = str(error)
-    empty = ArraySplit(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
     try:
         test = dataset.read_test(recorded.class_names)
     except (OSError, ValueError):
@@ -142,11 +145,12 @@ def build_scenario(config: Config, data: Dataset) -> Scenario:
 
     Raises:
         ValueError: If two sources of equal priority decide the order, if their number of tasks is not that of the
-            settings, if a file does not name every class once, or if a task has no images.
+            settings, if a file does not name every class once, if a task has no training images, or if only some tasks
+            have test images.
     """
     scenario = _by_domain(config, data) if config.setting == "dil" else _by_class(config, data)
     for task in scenario.tasks:
-        if not len(task.train) or not len(task.test):
+        if not len(task.train) or (len(data.test) and not task.is_tested):
             raise ValueError(f"expected training and test images in every task, got {len(task.train)} and"
                              f" {len(task.test)} in {scenario.describe(task)} with classes {task.classes}")  # fmt: skip
     _check_classes(data)
@@ -154,7 +158,7 @@ def build_scenario(config: Config, data: Dataset) -> Scenario:
 
 
 def check_readable(data: Dataset, scenario: Scenario, *, skip_bad: bool, learned: int = 0) -> None:
-    """Raise unless each class to be learned has a training image that can be read, and each task a test image.
+    """Raise unless each class to be learned has a training image that can be read, and each tested task a test image.
 
     It opens images of a class, and test images of a task, until one can be read, so it costs little.
 
