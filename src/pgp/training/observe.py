@@ -28,8 +28,21 @@ def observe_before_training(session: Session, state: TrainState, task: Task) -> 
     """
     if _observes_at(state.projection, "before"):
         observe(session, state, task, state.projection, [])
-    if task.index and any(readout.needs_drift for readout in state.readouts):
+    if _needs_features_before(state, task):
         state.keep_features(_gather_features(observe(session, state, task, None, [], keep=True)))
+
+
+def compute_queries(session: Session, state: TrainState, task: Task) -> None:
+    """Compute the queries of the task's images without augmentation, if training uses them.
+
+    They depend on nothing that is learned, so a resumed run computes them again.
+
+    Collective: in a distributed run, every process must call it.
+    """
+    if session.uses_clean_queries(state):
+        if not len(session.frozen):  # or the features before training needed them
+            observe(session, state, task, None, [])
+        session.frozen.gather()
 
 
 def observe_after_training(session: Session, state: TrainState, task: Task) -> None:
@@ -53,6 +66,7 @@ def observe_after_training(session: Session, state: TrainState, task: Task) -> N
             old = readout.select_features(after._replace(features=before))
             readout.compensate(old, readout.select_features(after))
         state.features_before = None
+    session.frozen.clear()
 
 
 def observe_views(session: Session, state: TrainState, task: Task, readouts: Sequence[Readout]) -> None:
@@ -102,6 +116,8 @@ def observe(
 ) -> list[FeatureBatch]:
     """Pass the images of a task to a projection, to readouts, or to both at once.
 
+    Frozen features of images without augmentation are kept in `session.frozen`, if they are needed again.
+
     Collective: in a distributed run, every process must call it.
 
     Args:
@@ -127,6 +143,8 @@ def observe(
     needs_memory = views is None and state.is_trainable  # a projection may hold the activations of these images
     at_once = (needs_memory and session.micro_batch_size) or session.config.eval_batch_size
     batch_size = at_once * fabric.world_size
+    needs_frozen = bool(readouts) or state.method.uses_query
+    keeps_frozen = views is None and spec.transform == "test" and _needs_frozen_again(session, state, task)
     kept: list[FeatureBatch] = []
     for epoch in itertools.count() if spec.repeat else [view]:
         plan, num_images = sequential_batches(task.train, batch_size, epoch), 0
@@ -134,8 +152,9 @@ def observe(
         for batch in track(session.progress, stream, len(plan), f"{session.scenario.describe(task)}, looking at it"):
             if len(batch.indices):
                 num_images += len(batch.indices)
-                images, labels, indices = batch.to(fabric.device)
-                frozen = evaluator.frozen(state.method, images) if projection or readouts else None
+                images, labels, indices, _ = batch.to(fabric.device)
+                cached = indices if keeps_frozen else None
+                frozen = evaluator.frozen(state.method, images, cached, session.frozen) if needs_frozen else None
                 if projection:
                     with fabric.autocast():
                         activations = state.method.activations(images, frozen and frozen.query)
@@ -155,6 +174,16 @@ def observe(
                 return kept
         _check_seen(all_gather_object(num_images), task)
     return kept
+
+
+def _needs_frozen_again(session: Session, state: TrainState, task: Task) -> bool:
+    """Return whether the task's images pass without augmentation both before and after its training."""
+    return session.uses_clean_queries(state) or _needs_features_before(state, task)
+
+
+def _needs_features_before(state: TrainState, task: Task) -> bool:
+    """Return whether a readout needs the features of the task's images before its training."""
+    return task.index > 0 and any(readout.needs_drift for readout in state.readouts)
 
 
 def _check_seen(seen: list[int], task: Task) -> None:
