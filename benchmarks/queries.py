@@ -77,9 +77,11 @@ def measure(settings: Config) -> Line:
     return {"figures": figures, "train_seconds": round(seconds, 1), **kept}
 
 
-def run(data: str, root: Path, results: Path, part: int, parts: int, seeds: Sequence[int], tiny: bool) -> None:
+def run(
+    data: str, root: Path, results: Path, part: int, parts: int, seeds: Sequence[int], rows: Sequence[str], tiny: bool
+) -> None:
     """Run every row, query and seed that is not in the results yet, both runs of a pair one after the other."""
-    pairs = list(itertools.product(seeds, ROWS))
+    pairs = list(itertools.product(seeds, rows))
     for (seed, row), query in itertools.product(pairs[part - 1 :: parts], QUERIES):
         job = {"data": data, "row": row, "query": query, "seed": seed}
         if not any(job.items() <= line.items() for line in map(_named, records.read(results))):
@@ -135,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", choices=DATA, nargs="+", default=list(DATA))
     parser.add_argument("--part", type=emoji.share, default=(1, 1), help="which share of the pairs, such as 1/2")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
+    parser.add_argument(
+        "--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW", help="names of rows"
+    )
     parser.add_argument("--tiny", action="store_true", help="rehearse on noise with a tiny encoder; nothing is kept")
     options = parser.parse_args(argv)
     part, parts = options.part
@@ -143,12 +148,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif options.tiny:
         with tempfile.TemporaryDirectory() as scratch:
             root, results = rehearsal.pictures(Path(scratch) / "pictures"), Path(scratch) / RESULTS.name
-            run("emoji", root, results, part, parts, options.seeds[:1], True)
+            run("emoji", root, results, part, parts, options.seeds[:1], options.rows, True)
             records.write_page(results, table(results))
     else:
         emoji.get_ready(emoji.WEIGHTS, *([emoji.IMAGES] if "emoji" in options.data else []))
         for data in options.data:
-            run(data, protection.folder(data, tuning=False), RESULTS, part, parts, options.seeds, False)
+            run(data, protection.folder(data, tuning=False), RESULTS, part, parts, options.seeds, options.rows, False)
 
 
 if __name__ == "__main__":

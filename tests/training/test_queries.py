@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
 from dataclasses import replace
 
@@ -12,10 +11,8 @@ import torch
 import tiny
 from pgp import progress, recipes, train
 from pgp.analysis.drift import DriftMeter
-from pgp.config import Hardware
 from pgp.datasets.base import BadImageError
 from pgp.datasets.loader import LoaderOptions, batches, sequential_batches
-from pgp.datasets.synthetic import Synthetic
 from pgp.evaluation import metrics
 from pgp.evaluation.accuracy import Evaluator, extract_frozen
 from pgp.evaluation.online import OnlineAccuracy
@@ -25,7 +22,6 @@ from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
 from pgp.methods.lora import LoRA
 from pgp.methods.vpt import VPT
-from pgp.projections.base import NoProjection
 from pgp.projections.released import ReleasedBasis
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
@@ -211,9 +207,10 @@ def test_an_image_without_a_query_is_left_out_and_shifts_no_other(monkeypatch):
             raise BadImageError(f"{index}")
         return read(index)
 
-    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="skipped"):
+    with monkeypatch.context() as patch:
         patch.setattr(split, "image", image)
-        observe.compute_queries(session, state, task)
+        with pytest.warns(UserWarning, match="skipped"):
+            observe.compute_queries(session, state, task)
     plan = sequential_batches(task.train, 8)
     for batch in session.training_stream(task, plan):
         known = session.with_queries(state, batch)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pgp.datasets.loader import TransformedSplit, batches, sequential_batches
 from pgp.distributed import all_gather_object, all_gather_rows
-from pgp.evaluation.accuracy import FeatureBatch
+from pgp.evaluation.accuracy import FeatureBatch, FrozenCache
 from pgp.progress import track
 from pgp.projections.base import ObservationSpec, Projection
 from pgp.readouts.base import Features, Readout
@@ -28,8 +28,9 @@ def observe_before_training(session: Session, state: TrainState, task: Task) -> 
     """
     if _observes_at(state.projection, "before"):
         observe(session, state, task, state.projection, [])
-    if _needs_features_before(state, task):
-        state.keep_features(_gather_features(observe(session, state, task, None, [], keep=True)))
+    if task.index and any(readout.needs_drift for readout in state.readouts):
+        kept = observe(session, state, task, None, [], keep=True, cache=session.frozen)
+        state.keep_features(_gather_features(kept))
 
 
 def compute_queries(session: Session, state: TrainState, task: Task) -> None:
@@ -41,7 +42,7 @@ def compute_queries(session: Session, state: TrainState, task: Task) -> None:
     """
     if session.uses_clean_queries(state):
         if not len(session.frozen):  # or the features before training needed them
-            observe(session, state, task, None, [])
+            observe(session, state, task, None, [], cache=session.frozen)
         session.frozen.gather()
 
 
@@ -53,12 +54,14 @@ def observe_after_training(session: Session, state: TrainState, task: Task) -> N
     projection = state.projection
     readouts = state.fitted_readouts
     observes, keep = _observes_at(projection, "after"), state.features_before is not None
+    cache = session.frozen if len(session.frozen) else None
     if observes and projection.observation == ObservationSpec():  # readouts want the same images: one pass serves both
-        kept = observe(session, state, task, projection, readouts, keep)
+        kept = observe(session, state, task, projection, readouts, keep, cache)
     else:
         if observes:
             observe(session, state, task, projection, [])
-        kept = observe(session, state, task, None, readouts, keep) if readouts else []
+        kept = observe(session, state, task, None, readouts, keep, cache) if readouts else []
+    session.frozen.clear()
     observe_views(session, state, task, readouts)
     if state.features_before is not None:
         before, after = _align_by_index(state.features_before, _gather_features(kept))
@@ -66,7 +69,6 @@ def observe_after_training(session: Session, state: TrainState, task: Task) -> N
             old = readout.select_features(after._replace(features=before))
             readout.compensate(old, readout.select_features(after))
         state.features_before = None
-    session.frozen.clear()
 
 
 def observe_views(session: Session, state: TrainState, task: Task, readouts: Sequence[Readout]) -> None:
@@ -111,12 +113,11 @@ def observe(
     projection: Projection | None,
     readouts: Sequence[Readout],
     keep: bool = False,
+    cache: FrozenCache | None = None,
     views: TransformedSplit | None = None,
     view: int = 0,
 ) -> list[FeatureBatch]:
     """Pass the images of a task to a projection, to readouts, or to both at once.
-
-    Frozen features of images without augmentation are kept in `session.frozen`, if they are needed again.
 
     Collective: in a distributed run, every process must call it.
 
@@ -127,6 +128,8 @@ def observe(
         projection: The projection, which says how it observes, or None.
         readouts: The readouts.
         keep: Whether to return the features.
+        cache: Frozen features of these images without augmentation: those that it has are not computed again, and it
+            keeps the others. If None, all are computed.
         views: Augmented images, of which the view number `view` is passed. If None, images as the projection asks for
             them, by default without augmentation.
         view: Number of the view.
@@ -144,7 +147,6 @@ def observe(
     at_once = (needs_memory and session.micro_batch_size) or session.config.eval_batch_size
     batch_size = at_once * fabric.world_size
     needs_frozen = bool(readouts) or state.method.uses_query
-    keeps_frozen = views is None and spec.transform == "test" and _needs_frozen_again(session, state, task)
     kept: list[FeatureBatch] = []
     for epoch in itertools.count() if spec.repeat else [view]:
         plan, num_images = sequential_batches(task.train, batch_size, epoch), 0
@@ -153,8 +155,8 @@ def observe(
             if len(batch.indices):
                 num_images += len(batch.indices)
                 images, labels, indices, _ = batch.to(fabric.device)
-                cached = indices if keeps_frozen else None
-                frozen = evaluator.frozen(state.method, images, cached, session.frozen) if needs_frozen else None
+                cached = None if cache is None else indices
+                frozen = evaluator.frozen(state.method, images, cached, cache) if needs_frozen else None
                 if projection:
                     with fabric.autocast():
                         activations = state.method.activations(images, frozen and frozen.query)
@@ -174,16 +176,6 @@ def observe(
                 return kept
         _check_seen(all_gather_object(num_images), task)
     return kept
-
-
-def _needs_frozen_again(session: Session, state: TrainState, task: Task) -> bool:
-    """Return whether the task's images pass without augmentation both before and after its training."""
-    return session.uses_clean_queries(state) or _needs_features_before(state, task)
-
-
-def _needs_features_before(state: TrainState, task: Task) -> bool:
-    """Return whether a readout needs the features of the task's images before its training."""
-    return task.index > 0 and any(readout.needs_drift for readout in state.readouts)
 
 
 def _check_seen(seen: list[int], task: Task) -> None:
