@@ -58,6 +58,8 @@ Precision = Literal["32-true", "bf16-mixed"]
 VERSION = 2
 """Of this script, in every line of the results; older lines are marked on the page."""
 CLASSES = 100
+CLEAN = ", clean"
+"""Ending of a method's name that trains with `--query clean`: the queries of a batch are known."""
 TASK = Task(0, tuple(range(10)), torch.empty(0), torch.empty(0))
 
 
@@ -133,11 +135,14 @@ def train(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], 
             optimizer.zero_grad()
 
         return plain
+    kind, _, clean = kind.partition(CLEAN)
     session, state = untrained(kind, precision, scale)
     adam = session.config.optimizer.build(state.method, scale.batch)
     half_projection(state.method.protected()).attach(adam)
     ready = session.fabric.setup_optimizers(adam)
-    return lambda: train_step(session, state, ready, Batch(batch, labels, labels), TASK, scale.batch)
+    query = torch.rand(scale.batch, state.method.backbone.width, generator=make_generator(0, "query"))
+    whole = Batch(batch, labels, labels, query if clean else None)
+    return lambda: train_step(session, state, ready, whole, TASK, scale.batch)
 
 
 def untrained(kind: str, precision: Precision, scale: Scale) -> tuple[Session, TrainState]:
@@ -217,9 +222,17 @@ MEASURED = {
     "DualPrompt train step": ("train", "dualprompt", None),
     "DualPrompt boundary": ("boundary", "dualprompt", None),
     "LoRA train step": ("train", "lora", "vpt"),
+    "L2P train step, clean queries": ("train", "l2p, clean", "baseline"),
+    "DualPrompt train step, clean queries": ("train", "dualprompt, clean", "dualprompt"),
 }
 """By name: what is done, by which method, and against what; memory alone where against nothing."""
-OTHERS = {"baseline": "plain L2P", "query": "a query pass over the same images", "vpt": "a step of VPT", None: ""}
+OTHERS = {
+    "baseline": "plain L2P",
+    "query": "a query pass over the same images",
+    "vpt": "a step of VPT",
+    "dualprompt": "the step with queries of the augmented views",
+    None: "",
+}
 
 
 def autocast(precision: Precision) -> torch.autocast:

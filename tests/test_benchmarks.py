@@ -18,6 +18,7 @@ import mixed_data
 import pretrain_demo_clip
 import pretrain_demo_vit
 import protection
+import queries
 import readouts
 
 ROOT = Path(__file__).parent.parent
@@ -124,6 +125,16 @@ def test_readouts(capsys):
     assert json.loads(capsys.readouterr().out)["data"] == "mixed"
 
 
+def test_queries(capsys):
+    queries.main(["run", "--tiny"])
+    out = capsys.readouterr().out
+    lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]
+    assert [(line["row"], line["query"]) for line in lines] == list(itertools.product(queries.ROWS, queries.QUERIES))
+    rows = [row.split(" | ") for row in out.splitlines() if row.startswith("| emoji | ")]
+    assert [row[1:4] for row in rows] == [[row, readout, "1"] for row in queries.ROWS for readout in ("head", "lda")]
+    assert all(row[6].startswith(("+", "-")) for row in rows)  # a paired difference
+
+
 def test_emoji(capsys):
     emoji.main(["run", "--tiny", "--rows", "L2P", "L2P-PGP sum update 0.99"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| L2P")]
@@ -142,7 +153,7 @@ def test_protection(capsys):
     assert json.loads(capsys.readouterr().out)["data"] == "kanji"
 
 
-@pytest.mark.parametrize("benchmark", [emoji, protection])
+@pytest.mark.parametrize("benchmark", [emoji, protection, queries])
 def test_what_a_benchmark_lacks_is_named(benchmark, monkeypatch, tmp_path):
     monkeypatch.setattr(emoji, "WEIGHTS", tmp_path / "weights")
     with pytest.raises(SystemExit, match=r"skipped: this benchmark needs .*weights.* not part of the project"):

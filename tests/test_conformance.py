@@ -143,6 +143,22 @@ def test_a_slower_prompt_makes_the_steps_of_a_lower_rate(method, name):
 
 
 @torch.no_grad()
+def test_a_batch_with_given_queries_is_prepared_without_a_pass(method):
+    x, labels = images(6), torch.arange(6) % 3
+    query, alone = method.query(x), method.prepare_batch(x, TASK)
+    passes = []
+    method.backbone.register_forward_hook(lambda *_: passes.append(None))
+    prepared = method.prepare_batch(x, TASK, query)
+    assert passes == []
+    assert prepared.keys() == alone.keys()
+    assert ("query" in prepared) == method.uses_query
+    assert all(torch.equal(prepared[name], alone[name]) for name in alone)
+    if method.uses_query:
+        assert torch.equal(method.prepare_batch(x, TASK, query.flip(0))["query"], query.flip(0))
+    assert float(method.loss(x, labels, TASK, prepared)) == float(method.loss(x, labels, TASK, alone))
+
+
+@torch.no_grad()
 def test_no_image_depends_on_its_batch(method):
     x = images()
     together = method(x)

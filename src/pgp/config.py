@@ -183,6 +183,11 @@ class Config:
     """Epochs per task. With --setting oil, always one."""
     batch_size: int = 16
     """Images per step, over all devices."""
+    query: Literal["augmented", "clean"] = "augmented"
+    """Which view of a training image its query is computed of, for methods that use queries. augmented: the view that
+    is learned, at each step (as published). clean: the image without augmentation, as at test; it is computed once for
+    each image, so a step has one forward pass instead of two. The queries of a task are kept in memory while it is
+    learned. The method head-only, whose features are the queries, then learns from images without augmentation."""
     eval_batch_size: int = 32
     """Images per batch in evaluation. It changes only the results of --legacy-eval."""
     views: int = 0

@@ -25,6 +25,7 @@ from pgp.system.paths import StrPath
 from pgp.training import start
 from pgp.training.health import StepHealth, check_finite, warn_of_full_spaces
 from pgp.training.observe import (
+    compute_queries,
     fit_readout,
     observe_after_training,
     observe_before_training,
@@ -128,6 +129,7 @@ def fit_task(session: Session, state: TrainState, task: Task) -> None:
         begin_task(session, state, task)
     plan = training_batches(config, task, session.fabric.world_size)
     remaining = plan[state.step :]
+    compute_queries(session, state, task)
     predictions = predict_before_training(session, state, task, remaining)
     if not session.trains(state, task):
         _predict_only(session, state, task, predictions)
@@ -141,7 +143,8 @@ def fit_task(session: Session, state: TrainState, task: Task) -> None:
     state.start_training(optimizer)
 
     health = StepHealth(session, task)
-    for batch, _ in zip(session.training_stream(task, remaining), predictions, strict=False):
+    for loaded, _ in zip(session.training_stream(task, remaining), predictions, strict=False):
+        batch = session.with_queries(state, loaded)
         if len(batch.indices):
             settings.set_rate(optimizer, state.step, len(plan), config.batch_size)
             # a single process counts the images that it could read; several have a part of the batch each, and use its
@@ -197,12 +200,13 @@ def predict_before_training(
     # images left to predict; a batch that is padded with images of earlier batches has more
     left = len(task.train) - state.step * session.config.batch_size
     for batch, keys in zip(stream, plan, strict=True):
-        images, labels, _ = batch.to(fabric.device)
+        images, labels, _, query = session.with_queries(state, batch).to(fabric.device)
         own = len(range(fabric.global_rank, min(left, len(keys)), fabric.world_size))
         left -= len(keys)
         if own and len(images):
             with fabric.autocast():
-                state.online.predict(state.method, images[:own], labels[:own], task, seen_classes)
+                query = None if query is None else query[:own]
+                state.online.predict(state.method, images[:own], labels[:own], query, task, seen_classes)
         yield
 
 
@@ -229,9 +233,9 @@ def train_step(
             later, by `StepHealth.log`: whenever losses are logged, and before anything is saved.
     """
     fabric, method, model, clip = session.fabric, state.method, session.model, session.config.optimizer.clip
-    images, labels, _ = batch.to(fabric.device)
+    images, labels, _, query = batch.to(fabric.device)
     with fabric.autocast():
-        prepared = method.prepare_batch(images, task)
+        prepared = method.prepare_batch(images, task, query)
     micro_batches = torch.arange(len(images), device=images.device).split(session.micro_batch_size or len(images))
     shares_constants = len(micro_batches) > 1 and fabric.world_size == 1
     with fabric.autocast():

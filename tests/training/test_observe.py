@@ -53,6 +53,8 @@ if __name__ == "__main__":
         train.resume(folder, hardware)
     elif what == "experts":
         train.train(tiny.config(hardware=hardware, **EXPERTS), folder)
+    elif what == "clean":
+        train.train(tiny.config(hardware=hardware, query="clean", readouts=(LINEAR,)), folder)
     else:
         train.train(tiny.config(hardware=hardware, dataset=Synthetic(per_class=1), tasks=6), folder)
 """
@@ -104,6 +106,19 @@ def test_two_processes_train_the_same_experts_as_one(tmp_path, processes):
     assert learned == [name for name in ends[1] if name.startswith("/method")]
     for name, tensor in ends[0].items():
         if name in learned:
+            scale = float(tensor.double().abs().max())
+            torch.testing.assert_close(ends[1][name], tensor, rtol=0, atol=2e-3 * scale, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_from_the_same_clean_queries_as_one(tmp_path, processes):
+    ends = []
+    for devices in (1, 2):
+        done = processes("clean", devices, tmp_path / str(devices))
+        assert done.returncode == 0, done.stderr
+        ends.append(final(Run.open(tmp_path / str(devices))))
+    for name, tensor in ends[0].items():
+        if name.startswith(("/method", "/readouts")):
             scale = float(tensor.double().abs().max())
             torch.testing.assert_close(ends[1][name], tensor, rtol=0, atol=2e-3 * scale, msg=name)
 

@@ -219,7 +219,7 @@ class Backbone(nn.Module, abc.ABC):
         """Return the final CLS token and the mean of the final patch tokens without prompts, each `(B, D)`."""
         with torch.no_grad():
             tokens: Tensor = self(images)
-            return tokens[:, 0], tokens[:, 1:].mean(1)
+            return tokens[:, 0].clone(), tokens[:, 1:].mean(1)  # a view would keep all tokens in memory
 
     def freeze(self) -> None:
         """Stop training of all weights and switch to evaluation mode."""

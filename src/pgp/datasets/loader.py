@@ -26,10 +26,14 @@ class Batch(NamedTuple):
     """`(B,)`."""
     indices: Tensor
     """Indices of the images in their split, `(B,)`."""
+    query: Tensor | None = None
+    """Queries of the images, `(B, D)`, if they are known already."""
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch with images and labels on another device."""
-        return Batch(self.images.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.indices)
+        """Return the batch with everything but its indices on another device."""
+        query = None if self.query is None else self.query.to(device, non_blocking=True)
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
+        return Batch(images, labels, self.indices, query)
 
 
 class SampleKey(NamedTuple):

@@ -17,6 +17,7 @@ from torch import Tensor
 from pgp.config import Config
 from pgp.datasets.base import Dataset
 from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
+from pgp.distributed import all_gather_rows, is_distributed
 from pgp.evaluation.calibration import NUM_BINS, calibration_bins
 from pgp.methods.base import Method, mask_logits
 from pgp.progress import track
@@ -58,6 +59,49 @@ class FrozenFeatures(NamedTuple):
     """CLS token, `(B, D)`."""
     patches: Tensor | None
     """Mean of the patch tokens, `(B, D)`, if a readout uses it."""
+
+    def to(self, device: torch.device) -> FrozenFeatures:
+        """Return the same features on another device."""
+        return FrozenFeatures(self.query.to(device), None if self.patches is None else self.patches.to(device))
+
+
+class FrozenCache:
+    """Frozen features of some images of a split, on the CPU. They never change, so they are computed once."""
+
+    def __init__(self) -> None:
+        self._rows: dict[int, list[Tensor]] = {}  # by image, query and patches (D,)
+
+    def holds(self, indices: Tensor) -> Tensor:
+        """Return which of the images `indices (B,)` have features here, `(B,)` bool."""
+        return torch.tensor([index in self._rows for index in indices.tolist()], dtype=torch.bool)
+
+    def get(self, indices: Tensor) -> FrozenFeatures:
+        """Return the features of the images `indices (B,)`, all of which must be here, and at least one."""
+        columns = [torch.stack(column) for column in zip(*(self._rows[i] for i in indices.tolist()), strict=True)]
+        return FrozenFeatures(columns[0], columns[1] if len(columns) > 1 else None)
+
+    def put(self, indices: Tensor, frozen: FrozenFeatures) -> None:
+        """Keep the features of the images `indices (B,)`."""
+        rows = zip(*(tensor.cpu() for tensor in frozen if tensor is not None), strict=True)
+        self._rows.update(zip(indices.tolist(), map(list, rows), strict=True))
+
+    def gather(self) -> None:
+        """Add the images of all processes.
+
+        Collective: in a distributed run, every process must call it.
+        """
+        if is_distributed():
+            indices = torch.tensor(list(self._rows))
+            query, patches = self.get(indices)
+            patches = None if patches is None else all_gather_rows(patches)
+            self.put(all_gather_rows(indices), FrozenFeatures(all_gather_rows(query), patches))
+
+    def clear(self) -> None:
+        """Forget all images."""
+        self._rows.clear()
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 class TaskAccuracies(NamedTuple):
@@ -110,7 +154,7 @@ class Evaluator:
 
     def __init__(self, fabric: Fabric, config: Config, data: Dataset, scenario: Scenario) -> None:
         self.fabric, self.config, self.data, self.scenario = fabric, config, data, scenario
-        self._frozen: dict[int, list[Tensor]] = {}  # by test image, query and patches (D,)
+        self._test_cache = FrozenCache()
 
     @torch.no_grad()
     def evaluate(
@@ -173,27 +217,27 @@ class Evaluator:
         skip_bad = self.config.on_bad_image == "skip"
         return TransformedSplit(self.data.test, self.config.transforms.test(), 0, ("test",), skip_bad)
 
-    def frozen(self, method: Method, images: Tensor, indices: Tensor | None = None) -> FrozenFeatures | None:
+    def frozen(
+        self, method: Method, images: Tensor, indices: Tensor | None = None, cache: FrozenCache | None = None
+    ) -> FrozenFeatures | None:
         """Return the frozen features of images; None if neither the method nor a readout uses them.
 
         Args:
             method: What computes them.
             images: `(B, 3, S, S)`.
-            indices: For test images, their indices in their split, `(B,)`. Their frozen features are cached.
+            indices: Indices of the images in their split, `(B,)`, if their frozen features are to be cached.
+            cache: Where they are cached. If None, with those of the test images.
         """
         readouts = self.config.readouts
         patches = any(readout.uses_patches for readout in readouts)
         if not (method.uses_query or patches or any(readout.uses_query for readout in readouts)):
             return None
-        keys = [] if indices is None else indices.tolist()
-        if not keys or not all(key in self._frozen for key in keys):
-            frozen = extract_frozen(method, images, self.fabric.autocast, patches=patches)
-            if not keys:
-                return frozen
-            rows = zip(*(tensor.cpu() for tensor in frozen if tensor is not None), strict=True)
-            self._frozen.update(zip(keys, map(list, rows), strict=True))
-        found = [torch.stack(column).to(images.device) for column in zip(*map(self._frozen.get, keys), strict=True)]
-        return FrozenFeatures(found[0], found[1] if patches else None)
+        if indices is None:
+            return extract_frozen(method, images, self.fabric.autocast, patches=patches)
+        cache = self._test_cache if cache is None else cache
+        if not bool(cache.holds(indices).all()):
+            cache.put(indices, extract_frozen(method, images, self.fabric.autocast, patches=patches))
+        return cache.get(indices).to(images.device)
 
     def features(
         self,

@@ -17,8 +17,8 @@ class OnlineAccuracy:
 
     Predictions are those of the method's own head over the classes of all tasks so far, including the current one. They
     use no task label, and each image is predicted by itself, with the test transform. This costs another loading, query
-    and forward pass of each training image (for CLIP, also a pass of the text encoder in each step). It changes nothing
-    that is learned.
+    (unless queries are clean) and forward pass of each training image (for CLIP, also a pass of the text encoder in
+    each step). It changes nothing that is learned.
     """
 
     def __init__(self, tasks: int) -> None:
@@ -28,13 +28,15 @@ class OnlineAccuracy:
         self._summarized = self.counts.sum(0)
 
     @torch.no_grad()
-    def predict(self, method: Method, images: Tensor, labels: Tensor, task: Task, seen: Sequence[int]) -> None:
+    def predict(
+        self, method: Method, images: Tensor, labels: Tensor, query: Tensor | None, task: Task, seen: Sequence[int]
+    ) -> None:
         """Predict images `(B, 3, S, S)` of `task` that are about to be learned, among the classes `seen`.
 
-        It does not wait for the device.
+        If `query` is None, it is computed. It does not wait for the device.
         """
         method.refresh_head(task)  # the cached class embeddings must follow the last step
-        logits = mask_logits(method(images).float(), seen)
+        logits = mask_logits(method(images, query).float(), seen)
         correct = (logits.argmax(1) == labels).sum()
         self._new = self._new.to(correct.device) + torch.stack([correct, torch.full_like(correct, len(labels))])
 

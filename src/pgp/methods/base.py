@@ -153,15 +153,22 @@ class Method(nn.Module, abc.ABC):
         return logits
 
     @torch.no_grad()
-    def prepare_batch(self, images: Tensor, task: Task) -> dict[str, Tensor]:
+    def prepare_batch(self, images: Tensor, task: Task, query: Tensor | None = None) -> dict[str, Tensor]:
         """Return tensors that `loss` needs and that depend on the whole batch, by name, with one row for each image.
 
         It is called once for each batch, before `loss` is called for each micro-batch of it.
 
         Collective: in a distributed run, every process must call it, because prompts selected by vote count the votes
         of all processes.
+
+        Args:
+            images: Images `(B, 3, S, S)`.
+            task: The task of the images.
+            query: Queries of the images, `(B, D)`. If None and the method uses them, they are computed.
         """
-        return {"query": self.query(images)} if self.uses_query else {}
+        if not self.uses_query:
+            return {}
+        return {"query": self.query(images) if query is None else query}
 
     def batch_constants(self, task: Task) -> dict[str, Tensor]:
         """Return tensors shared by all micro-batches of a step, with gradients, by name. Called once per step."""

@@ -144,9 +144,9 @@ class DualPrompt(Method):
         return self._prompted_features(images, indices)
 
     @torch.no_grad()
-    def prepare_batch(self, images: Tensor, task: Task) -> dict[str, Tensor]:
+    def prepare_batch(self, images: Tensor, task: Task, query: Tensor | None = None) -> dict[str, Tensor]:
         """Return the queries `(B, D)` and the `indices (B, k)` of the selected experts."""
-        query = self.query(images)
+        query = self.query(images) if query is None else query
         slot = task.index if self.config.prompt_mask else None
         by_vote = self.config.selection == "batch"
         indices = select_prompts(cosine_similarity(query, self.key), self.config.top_k, slot=slot, by_vote=by_vote)

@@ -121,14 +121,14 @@ class Experts(Method):
         return best.indices, best.values.clamp(min=torch.finfo(best.values.dtype).tiny).log()
 
     @torch.no_grad()
-    def prepare_batch(self, images: Tensor, task: Task) -> dict[str, Tensor]:
+    def prepare_batch(self, images: Tensor, task: Task, query: Tensor | None = None) -> dict[str, Tensor]:
         """See `Method.prepare_batch`. The first batch of a task without an expert of its own chooses one.
 
         Collective: in a distributed run, every process must call it.
         """
         if self._has_own_expert(task):
-            return self.method.prepare_batch(images, task)
-        query = self.query(images)
+            return self.method.prepare_batch(images, task, query)
+        query = self.query(images) if query is None else query
         if int(self.expert_of_class[task.classes[0]]) < 0:
             nearest = majority_vote(self.route(query)[0][:, :1], len(self.stored))  # (B, 1), of all processes
             self.expert_of_class[list(task.classes)] = nearest[0, 0].to(self.expert_of_class)

@@ -115,9 +115,9 @@ class L2P(Method):
         return self._prompted_features(images, self.pool.select(query, by_vote=by_vote))
 
     @torch.no_grad()
-    def prepare_batch(self, images: Tensor, task: Task) -> dict[str, Tensor]:
+    def prepare_batch(self, images: Tensor, task: Task, query: Tensor | None = None) -> dict[str, Tensor]:
         """Return the queries `(B, D)` and the `indices (B, k)` of the selected prompts."""
-        query = self.query(images)
+        query = self.query(images) if query is None else query
         slot = task.index if self.config.prompt_mask else None
         selection = self.pool.select(query, slot=slot, by_vote=self.config.selection == "batch")
         return {"query": query, "indices": selection.indices}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pgp.datasets.loader import TransformedSplit, batches, sequential_batches
 from pgp.distributed import all_gather_object, all_gather_rows
-from pgp.evaluation.accuracy import FeatureBatch
+from pgp.evaluation.accuracy import FeatureBatch, FrozenCache
 from pgp.progress import track
 from pgp.projections.base import ObservationSpec, Projection
 from pgp.readouts.base import Features, Readout
@@ -29,7 +29,21 @@ def observe_before_training(session: Session, state: TrainState, task: Task) -> 
     if _observes_at(state.projection, "before"):
         observe(session, state, task, state.projection, [])
     if task.index and any(readout.needs_drift for readout in state.readouts):
-        state.keep_features(_gather_features(observe(session, state, task, None, [], keep=True)))
+        kept = observe(session, state, task, None, [], keep=True, cache=session.frozen)
+        state.keep_features(_gather_features(kept))
+
+
+def compute_queries(session: Session, state: TrainState, task: Task) -> None:
+    """Compute the queries of the task's images without augmentation, if training uses them.
+
+    They depend on nothing that is learned, so a resumed run computes them again.
+
+    Collective: in a distributed run, every process must call it.
+    """
+    if session.uses_clean_queries(state):
+        if not len(session.frozen):  # or the features before training needed them
+            observe(session, state, task, None, [], cache=session.frozen)
+        session.frozen.gather()
 
 
 def observe_after_training(session: Session, state: TrainState, task: Task) -> None:
@@ -40,12 +54,14 @@ def observe_after_training(session: Session, state: TrainState, task: Task) -> N
     projection = state.projection
     readouts = state.fitted_readouts
     observes, keep = _observes_at(projection, "after"), state.features_before is not None
+    cache = session.frozen if len(session.frozen) else None
     if observes and projection.observation == ObservationSpec():  # readouts want the same images: one pass serves both
-        kept = observe(session, state, task, projection, readouts, keep)
+        kept = observe(session, state, task, projection, readouts, keep, cache)
     else:
         if observes:
             observe(session, state, task, projection, [])
-        kept = observe(session, state, task, None, readouts, keep) if readouts else []
+        kept = observe(session, state, task, None, readouts, keep, cache) if readouts else []
+    session.frozen.clear()
     observe_views(session, state, task, readouts)
     if state.features_before is not None:
         before, after = _align_by_index(state.features_before, _gather_features(kept))
@@ -97,6 +113,7 @@ def observe(
     projection: Projection | None,
     readouts: Sequence[Readout],
     keep: bool = False,
+    cache: FrozenCache | None = None,
     views: TransformedSplit | None = None,
     view: int = 0,
 ) -> list[FeatureBatch]:
@@ -111,6 +128,8 @@ def observe(
         projection: The projection, which says how it observes, or None.
         readouts: The readouts.
         keep: Whether to return the features.
+        cache: Frozen features of these images without augmentation: those that it has are not computed again, and it
+            keeps the others. If None, all are computed.
         views: Augmented images, of which the view number `view` is passed. If None, images as the projection asks for
             them, by default without augmentation.
         view: Number of the view.
@@ -127,6 +146,7 @@ def observe(
     needs_memory = views is None and state.is_trainable  # a projection may hold the activations of these images
     at_once = (needs_memory and session.micro_batch_size) or session.config.eval_batch_size
     batch_size = at_once * fabric.world_size
+    needs_frozen = bool(readouts) or state.method.uses_query
     kept: list[FeatureBatch] = []
     for epoch in itertools.count() if spec.repeat else [view]:
         plan, num_images = sequential_batches(task.train, batch_size, epoch), 0
@@ -134,8 +154,9 @@ def observe(
         for batch in track(session.progress, stream, len(plan), f"{session.scenario.describe(task)}, looking at it"):
             if len(batch.indices):
                 num_images += len(batch.indices)
-                images, labels, indices = batch.to(fabric.device)
-                frozen = evaluator.frozen(state.method, images) if projection or readouts else None
+                images, labels, indices, _ = batch.to(fabric.device)
+                cached = None if cache is None else indices
+                frozen = evaluator.frozen(state.method, images, cached, cache) if needs_frozen else None
                 if projection:
                     with fabric.autocast():
                         activations = state.method.activations(images, frozen and frozen.query)

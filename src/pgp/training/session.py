@@ -21,7 +21,7 @@ from pgp.config import Config, Hardware
 from pgp.datasets.base import DatasetSize
 from pgp.datasets.loader import Batch, SampleKey, TransformedSplit, batches
 from pgp.evaluation import metrics
-from pgp.evaluation.accuracy import Evaluator, TaskAccuracies
+from pgp.evaluation.accuracy import Evaluator, FrozenCache, TaskAccuracies
 from pgp.evaluation.calibration import expected_calibration_error
 from pgp.evaluation.online import OnlineAccuracy
 from pgp.progress import print_line, track
@@ -76,6 +76,8 @@ class Session:
         """The handler of stop signals."""
         self.saved: Path | None = None
         """The newest checkpoint."""
+        self.frozen = FrozenCache()
+        """Frozen features of the current task's training images without augmentation, while they are needed again."""
         self._run = run
         self._seconds: dict[str, float] = {}
 
@@ -153,6 +155,22 @@ class Session:
         """Yield this process's part of the planned batches, under a progress bar."""
         stream = batches(self.transformed("train", "view", task), plan, self.evaluator.loader_options)
         return track(self.progress, stream, len(plan), f"{self.scenario.describe(task)}, training")
+
+    def uses_clean_queries(self, state: TrainState) -> bool:
+        """Whether training uses the queries of images without augmentation."""
+        return self.config.query == "clean" and state.method.uses_query
+
+    def with_queries(self, state: TrainState, batch: Batch) -> Batch:
+        """Return a batch of the current task's training images with their clean queries, if training uses them.
+
+        An image that could not be read when the queries were computed is left out.
+        """
+        if not self.uses_clean_queries(state):
+            return batch
+        held = self.frozen.holds(batch.indices)
+        if not bool(held.all()):
+            batch = Batch(batch.images[held], batch.labels[held], batch.indices[held])
+        return batch._replace(query=self.frozen.get(batch.indices).query) if len(batch.indices) else batch
 
     @property
     def description(self) -> DataDescription:
