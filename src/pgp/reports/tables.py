@@ -140,7 +140,7 @@ def format_row(line: ResultRow, shown: Mapping[str, str] = STATISTICS) -> list[s
     return out
 
 
-def _name(line: ResultRow, table: Sequence[ResultRow]) -> str:
+def row_name(line: ResultRow, table: Sequence[ResultRow]) -> str:
     """Return label and column of a row, each only if rows of the table differ in it."""
     labels, columns = {one.label for one in table}, {one.column for one in table}
     words = []
