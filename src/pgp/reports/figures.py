@@ -78,9 +78,8 @@ def draw_calibration(table: Sequence[ResultRow], path: Path) -> None:
     for line in table:
         if not line.calibration:
             continue
-        bins = torch.stack(list(line.calibration)).sum(0)  # (NUM_BINS, 3), over seeds
-        images, confidence, hits = bins[bins[:, 0] > 0].T
-        x, y = 100 * confidence / images, 100 * hits / images
+        images, confidence, accuracy = line.reliability().T
+        x, y = 100 * confidence, 100 * accuracy
         error, _ = line.spread(CALIBRATION)
         label = f"{plot_text(row_name(line, table))}: error {100 * error:.1f} %"
         (curve,) = axes.plot(x.numpy(), y.numpy(), linewidth=1, label=label)

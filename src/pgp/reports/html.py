@@ -191,16 +191,17 @@ class Row:
         if within is None:
             return "The log does not say what it is forgotten by."
         if within <= (1 - MOST) * forgotten:
-            return (
-                "Mostly competition between tasks: within their own task, old images are still told apart, but classes"
-                " of other tasks win. A readout fitted to class statistics helps against it; projection cannot."
-            )
+            return f"Mostly by competition between tasks. {self._advice}"
         if within >= MOST * forgotten:
-            return (
-                "Mostly changed features: old images are confused within their own task, too. A stronger projection"
-                " helps against it."
-            )
-        return "Partly competition between tasks, partly changed features: some of it is left when the task is known."
+            return "Mostly because features changed. A stronger projection can help."
+        return "Partly because features changed, partly by competition between tasks."
+
+    @property
+    def _advice(self) -> str:
+        """What helps against competition between tasks."""
+        if self.line.column.partition("/")[0] == "head":
+            return "Projection cannot help, but a readout fitted to class statistics can."
+        return "pgp audit --oracle tells whether outdated class statistics are the reason."
 
 
 @dataclass(frozen=True, eq=False)
@@ -349,6 +350,8 @@ def render(runs: Sequence[Run]) -> str:
         facts=_facts(groups),
         groups=groups,
         rows=rows,
+        protocol=_protocol(runs),
+        most_forgotten=max([row.forgetting or 0.0 for row in rows]),
         statistics=tables.statistics([row.line for row in rows]),
         format_row=tables.format_row,
         differences=_differences(groups),
@@ -359,7 +362,7 @@ def render(runs: Sequence[Run]) -> str:
         matrix_map=_matrix_map,
         confusion_map=_confusion_map,
         usage_map=_usage_map,
-        calibration=_calibration_chart(rows),
+        calibration=_calibration_charts(rows),
         drift=_drift_figures(groups),
         parameters=list(drift.PARAMETERS.values()),
         pictures=pictures,
@@ -434,6 +437,16 @@ def _facts(groups: Sequence[Group]) -> list[tuple[str, str]]:
         "written": [datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")],
     }
     return [(heading, ", ".join(filter(None, dict.fromkeys(values)))) for heading, values in facts.items()]
+
+
+def _protocol(runs: Sequence[Run]) -> str:
+    """Return how test images are predicted, in a sentence."""
+    given = {run.config.setting == "til" for run in runs}
+    if given == {True}:
+        return "Each image is predicted among the classes of its own task, which is given."
+    if given == {False}:
+        return "Each image is predicted among all classes learned so far; its task is not given."
+    return "Runs with setting til are given the task of each image; the others predict among all classes learned so far."
 
 
 def _differences(groups: Sequence[Group]) -> list[tuple[Row, comparison.Difference, list[str]]]:
@@ -524,21 +537,21 @@ def _usage_map(group: Group) -> Markup:
     )  # fmt: skip
 
 
-def _calibration_chart(rows: Sequence[Row]) -> Markup | None:
-    series = []
+def _calibration_charts(rows: Sequence[Row]) -> list[tuple[Row, float, Markup]]:
+    """Return the calibration error and a reliability diagram of each row that has one."""
+    out = []
     for row in rows:
         if not row.line.has(CALIBRATION):
             continue
-        bins = torch.stack(list(row.line.calibration)).sum(0)  # (NUM_BINS, 3), over seeds
-        images, confidence, hits = bins[bins[:, 0] > 0].T
-        points = list(zip((100 * confidence / images).tolist(), (100 * hits / images).tolist(), strict=True))
-        weights = (images / images.sum()).tolist()
-        series.append(Series(row.key, row.name, points, row.color, row.dash, weights))
-    if not series:
-        return None
-    return svg.line_chart(
-        "accuracy by confidence", series, "confidence, %", "accuracy, %", y_max=100, x_range=(0, 100), diagonal=True
-    )
+        images, confidence, accuracy = row.line.reliability().T.tolist()
+        points = [(100 * x, 100 * y) for x, y in zip(confidence, accuracy, strict=True)]
+        series = Series("", row.name, points, row.color, weights=[count / sum(images) for count in images])
+        chart = svg.line_chart(
+            f"accuracy by confidence, {row.name}", [series], "confidence, %", "accuracy, %",
+            y_max=100, x_range=(0, 100), diagonal=True,
+        )  # fmt: skip
+        out.append((row, row.line.spread(CALIBRATION)[0], chart))
+    return out
 
 
 def _drift_figures(groups: Sequence[Group]) -> list[Figure]:

@@ -56,6 +56,12 @@ class ResultRow(NamedTuple):
             values = [getattr(metrics, figure)(matrix) for matrix in self.matrices]
         return mean(values), stdev(values) if len(values) > 1 else None
 
+    def reliability(self) -> Tensor:
+        """Return the images, the mean confidence and the accuracy of each bin that has images, `(n, 3)`, over seeds."""
+        bins = torch.stack(list(self.calibration)).sum(0)
+        bins = bins[bins[:, 0] > 0]
+        return torch.cat([bins[:, :1], bins[:, 1:] / bins[:, :1]], 1)
+
 
 STATISTICS = {
     "average_accuracy": "average accuracy",
