@@ -24,14 +24,14 @@ class Pair(NamedTuple):
     label: int
     """The images' class."""
     predicted: int
-    count: int
+    images: int
     """Number of images."""
 
 
 class ConfusedImage(NamedTuple):
     """An image that was predicted as another class."""
 
-    index: int
+    image: int
     """Its index in the test split."""
     label: int
     predicted: int
@@ -50,7 +50,7 @@ def top_pairs(confusion: Tensor, most: int) -> list[Pair]:
 
     >>> import torch
     >>> top_pairs(torch.tensor([[5, 2], [1, 7]]), 1)
-    [Pair(label=0, predicted=1, count=2)]
+    [Pair(label=0, predicted=1, images=2)]
     """
     wrong = confusion.clone().fill_diagonal_(0).flatten()
     counts, places = wrong.sort(descending=True, stable=True)
@@ -102,16 +102,14 @@ def confused_images(
         queues.append(rows[confidence[rows].argsort(descending=True, stable=True)].tolist())
     found: list[ConfusedImage] = []
     for turn in range(max(map(len, queues), default=0)):
-        for pair, rows in zip(pairs, queues, strict=True):
+        for pair, queue in zip(pairs, queues, strict=True):
             if len(found) == most:
                 return found
-            if turn < len(rows):
-                index = int(predictions.images[rows[turn]])
+            if turn < len(queue):
+                index = int(predictions.images[queue[turn]])
                 try:
                     picture = thumbnail(split.image(index), THUMBNAIL)
                 except (OSError, ValueError):
                     continue
-                found.append(
-                    ConfusedImage(index, pair.label, pair.predicted, float(confidence[rows[turn]]), picture)
-                )
+                found.append(ConfusedImage(index, pair.label, pair.predicted, float(confidence[queue[turn]]), picture))
     return found

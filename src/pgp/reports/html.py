@@ -7,6 +7,7 @@ the data, if they are still there.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import statistics
 import string
@@ -59,7 +60,9 @@ class Pool(NamedTuple):
 
     def class_accuracy(self, column: str, k: int = 1) -> Tensor:
         """Return the top-k accuracy of each class, `(C,)`, the mean over seeds; NaN for a class without images."""
-        return self._mean([per_image.class_accuracy(one, column, len(data.class_names), k) for one, data in self.members])
+        return self._mean(
+            [per_image.class_accuracy(one, column, len(data.class_names), k) for one, data in self.members]
+        )
 
     def top_accuracy(self, column: str) -> float | None:
         """Return the top-`TOP` accuracy, averaged over tasks with equal weight; None if it was not recorded."""
@@ -187,7 +190,7 @@ class Row:
         if forgotten is None:
             return "Forgetting was not measured, because old test images were missing."
         if forgotten < LITTLE:
-            return "Little is forgotten."
+            return "Little is forgotten of what was learned."
         if within is None:
             return "The log does not say what it is forgotten by."
         if within <= (1 - MOST) * forgotten:
@@ -266,20 +269,29 @@ class Group:
 
     @property
     def costs(self) -> dict[str, str]:
-        """Time, memory and storage, the mean over seeds."""
+        """Time, memory and storage, the mean over seeds.
+
+        Raises:
+            RunError: If the log does not hold what pgp writes there.
+        """
+        with reading(self.runs[0].log_file.path):
+            return self._costs()
+
+    def _costs(self) -> dict[str, str]:
         seconds: dict[str, list[float]] = {}
         for log in self.logs:
+            spent = [event.get("seconds", {}) for event in log]
             for part in PARTS:
-                if any(part in event["seconds"] for event in log):
-                    seconds.setdefault(part, []).append(sum(event["seconds"].get(part, 0.0) for event in log))
+                if any(part in one for one in spent):
+                    seconds.setdefault(part, []).append(sum(one.get(part, 0.0) for one in spent))
         out = {PARTS[part]: _duration(statistics.mean(values)) for part, values in seconds.items()}
         for kind, text in (("ram", "peak memory of the process"), ("gpu", "peak memory of the GPU")):
             peaks = [max(event.get("memory", {}).get(kind, 0) for event in log) for log in self.logs if log]
             out[text] = _size(max(peaks)) if any(peaks) else NOT_RECORDED
         if not any(event.get("memory", {}).get("gpu") for log in self.logs for event in log):
             del out["peak memory of the GPU"]
-        for name, spent in (self.logs[0][-1]["readouts"] if self.logs[0] else {}).items():
-            out[f"stored by {name}"] = _size(spent["bytes"])
+        for name, fit in (self.logs[0][-1].get("readouts", {}) if self.logs[0] else {}).items():
+            out[f"stored by {name}"] = _size(fit["bytes"])
         out["checkpoints on disk"] = _size(statistics.mean(_bytes_below(run) for run in self.runs))
         out["machine"] = "; ".join(dict.fromkeys(_machine(run) for run in self.runs)) or NOT_RECORDED
         return out
@@ -389,12 +401,11 @@ def read_groups(runs: Sequence[Run]) -> list[Group]:
     for number, (label, members) in enumerate(grouped):
         found = [(run.predictions(), run.data) for run in members]
         pool = Pool([(one, data) for one, data in found if one is not None])
-        logs = [_log(run) for run in members]
-        several, rows = len(grouped) > 1, []
-        columns = list(members[0].matrices())
-        for letter, column in zip(_letters(len(columns)), columns, strict=True):
-            line = next(left)
-            key = (f"{number + 1}" if several else "") + (letter if len(columns) > 1 else "")
+        logs = [run.events("task") for run in members]
+        several, rows = len(grouped) > 1, list[Row]()
+        columns = len(members[0].matrices())
+        for letter, line in zip(_letters(columns), itertools.islice(left, columns), strict=True):
+            key = (f"{number + 1}" if several else "") + (letter if columns > 1 else "")
             color, dash = (number, len(rows)) if several else (len(rows), 0)
             finals = [log[-1] for log in logs if log]
             rows.append(Row(key, tables.row_name(line, lines), color, dash, line, pool, finals))
@@ -407,19 +418,6 @@ def read_groups(runs: Sequence[Run]) -> list[Group]:
 
 def _letters(count: int) -> list[str]:
     return [string.ascii_lowercase[i % 26] + (str(i // 26) if i >= 26 else "") for i in range(count)]
-
-
-def _log(run: Run) -> list[Event]:
-    """Return the events at the ends of tasks.
-
-    Raises:
-        RunError: If the log does not hold what pgp writes there.
-    """
-    events = run.events("task")
-    with reading(run.log_file.path):
-        for event in events:
-            event["seconds"].get("train"), event["readouts"].items()
-    return events
 
 
 def _facts(groups: Sequence[Group]) -> list[tuple[str, str]]:
@@ -446,7 +444,9 @@ def _protocol(runs: Sequence[Run]) -> str:
         return "Each image is predicted among the classes of its own task, which is given."
     if given == {False}:
         return "Each image is predicted among all classes learned so far; its task is not given."
-    return "Runs with setting til are given the task of each image; the others predict among all classes learned so far."
+    return (
+        "Runs with setting til are given the task of each image; the others predict among all classes learned so far."
+    )
 
 
 def _differences(groups: Sequence[Group]) -> list[tuple[Row, comparison.Difference, list[str]]]:
@@ -455,8 +455,10 @@ def _differences(groups: Sequence[Group]) -> list[tuple[Row, comparison.Differen
     for group in groups[1:]:
         entry = Entry(group.label, group.entry.runs, {groups[0].label: groups[0].entry})
         for row in group.rows:
-            for one in comparison.differences(entry, row.line.column):
-                out.append((row, one, [comparison.signed(value) if value else "" for value in one.values.values()]))
+            out += [
+                (row, one, [comparison.signed(value) if value else "" for value in one.values.values()])
+                for one in comparison.differences(entry, row.line.column)
+            ]
     return out
 
 
@@ -472,7 +474,9 @@ def _settings(groups: Sequence[Group]) -> list[tuple[str, list[str], bool]]:
 
 
 def _word(value: Any) -> str:
-    return {True: "yes", False: "no", None: "none"}.get(value, str(value)) if not isinstance(value, list) else str(value)
+    return (
+        {True: "yes", False: "no", None: "none"}.get(value, str(value)) if not isinstance(value, list) else str(value)
+    )
 
 
 def _accuracy_chart(rows: Sequence[Row]) -> Markup:
@@ -504,8 +508,10 @@ def _task_curves(row: Row) -> Markup:
     series = []
     for j in range(last):
         points = [(t + 1, float(matrix[t, j])) for t in range(j, last) if matrix[t, j].isfinite()]
-        label = str(j + 1) if last <= NUMBERED else ""
-        series.append(Series(label, f"task {j + 1}", points, j, j // svg.COLORS))
+        if last <= NUMBERED:
+            series.append(Series(str(j + 1), f"task {j + 1}", points, j, j // svg.COLORS))
+        else:
+            series.append(Series("", f"task {j + 1}", points, row.color, thin=True))
     return svg.line_chart(
         f"accuracy on each task, {row.name}", series, "tasks learned", "accuracy on a task, %", y_max=100,
         x_range=None if last > 1 else (0, 2),

@@ -41,6 +41,8 @@ class Series(NamedTuple):
     """Areas of its dots relative to the largest, in [0, 1]; if empty, all dots are small."""
     band: Sequence[float] = ()
     """Half the height of a band around it, by point."""
+    thin: bool = False
+    """Whether it is one of very many, which are drawn thin and without dots."""
 
 
 def line_chart(
@@ -114,14 +116,10 @@ def heat_map(
         Markup('<rect class="ground" x="{}" y="{}" width="{:.1f}" height="{:.1f}"/>').format(
             LEFT, TOP, side * columns, side * rows
         ),
-        Markup('<g transform="translate({} {}) scale({:.4f})">{}</g>').format(
-            LEFT, TOP, side, Markup("").join(cells)
-        ),
+        Markup('<g transform="translate({} {}) scale({:.4f})">{}</g>').format(LEFT, TOP, side, Markup("").join(cells)),
     ]
-    for i in ticks_of(rows):
-        parts.append(_text(LEFT - 6, TOP + side * (i + 0.5) + 4, i + 1, "end"))
-    for i in ticks_of(columns):
-        parts.append(_text(LEFT + side * (i + 0.5), TOP + side * rows + 15, i + 1, "middle"))
+    parts += [_text(LEFT - 6, TOP + side * (i + 0.5) + 4, i + 1, "end") for i in ticks_of(rows)]
+    parts += [_text(LEFT + side * (i + 0.5), TOP + side * rows + 15, i + 1, "middle") for i in ticks_of(columns)]
     parts.append(_text(LEFT + side * columns / 2, TOP + side * rows + 34, column_label, "middle", "label"))
     parts.append(_vertical(TOP + side * rows / 2, row_label))
     return _svg(title, width, max(height, 90), parts)
@@ -133,9 +131,8 @@ def level(value: float) -> int:
 
 
 def _svg(title: str, width: float, height: float, parts: Iterable[Markup]) -> Markup:
-    return Markup(
-        '<svg viewBox="0 0 {:.0f} {:.0f}" style="max-width:{:.0f}px" role="img" aria-label="{}"><title>{}</title>{}</svg>'
-    ).format(width, height, 1.2 * width, printable(title), printable(title), Markup("").join(parts))
+    svg = '<svg viewBox="0 0 {:.0f} {:.0f}" style="max-width:{:.0f}px" role="img" aria-label="{}">{}</svg>'
+    return Markup(svg).format(width, height, 1.2 * width, printable(title), Markup("").join(parts))
 
 
 def _grid(
@@ -173,12 +170,13 @@ def _curve(one: Series, place: Callable[[float, float], tuple[float, float]]) ->
         upper = [place(x, y + half) for (x, y), half in zip(one.points, one.band, strict=True)]
         lower = [place(x, y - half) for (x, y), half in zip(one.points, one.band, strict=True)]
         parts.append(Markup('<path class="band" d="{}z"/>').format(_path([*upper, *reversed(lower)])))
-    parts.append(
-        Markup('<path class="curve" d="{}" stroke-dasharray="{}"/>').format(
-            _path(points), DASHES[one.dash % len(DASHES)]
-        )
-    )
-    if one.weights or len(points) <= DOTTED:
+    if one.thin:
+        title = Markup("<title>{}</title>").format(printable(one.name))
+        parts.append(Markup('<path class="curve thin" d="{}">{}</path>').format(_path(points), title))
+    else:
+        dash = DASHES[one.dash % len(DASHES)]
+        parts.append(Markup('<path class="curve" d="{}" stroke-dasharray="{}"/>').format(_path(points), dash or "none"))
+    if one.weights or (len(points) <= DOTTED and not one.thin):
         radii = [2 + 8 * math.sqrt(weight) for weight in one.weights] or [3.0] * len(points)
         for (x, y), (raw_x, raw_y), radius in zip(points, one.points, radii, strict=True):
             tooltip = printable(f"{one.name}: {raw_y:.1f} at {raw_x:.4g}")
