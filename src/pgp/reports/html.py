@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pgp.evaluation import metrics
 from pgp.evaluation import predictions as per_image
+from pgp.evaluation.accuracy import LEGACY
 from pgp.evaluation.predictions import TOP, Predictions
 from pgp.reports import comparison, drift, svg, tables
 from pgp.reports.comparison import Entry
@@ -159,6 +160,11 @@ class Row:
         return mean_of([mean_of(value) if isinstance(value, list) else value for value in values])
 
     @property
+    def is_legacy(self) -> bool:
+        """Whether it follows the published protocol, whose predictions are not recorded image by image."""
+        return self.line.column.endswith(LEGACY)
+
+    @property
     def top_accuracy(self) -> float | None:
         """Top-`TOP` accuracy; None if it was not recorded."""
         return self.pool.top_accuracy(self.line.column) if self._is_recorded else None
@@ -202,7 +208,7 @@ class Row:
     @property
     def _advice(self) -> str:
         """What helps against competition between tasks."""
-        if self.line.column.partition("/")[0] == "head":
+        if self.line.column.removesuffix(LEGACY) == "head":
             return "Projection cannot help, but a readout fitted to class statistics can."
         return "pgp audit --oracle tells whether outdated class statistics are the reason."
 
