@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pgp.distributed import all_gather_object
+from pgp.subspace import to_float64
 
 TOP = 5
 """Number of classes that are stored for each image, the most probable first."""
@@ -162,5 +163,5 @@ def _pair_counts(rows: Tensor, columns: Tensor, size: int) -> Tensor:
 
 def _mean_by(groups: Tensor, values: Tensor, size: int) -> Tensor:
     """Return the mean of `values (n,)` in each of `size` groups."""
-    sums = torch.zeros(size, dtype=torch.float64).index_add(0, groups, values.double())
+    sums = torch.zeros(size, dtype=torch.float64).index_add(0, groups, to_float64(values))
     return sums / torch.bincount(groups, minlength=size)

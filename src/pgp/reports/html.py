@@ -21,13 +21,13 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
+from pgp.analysis.confusion import ConfusedImage, Pair, confused_images, read_test_images, top_pairs
 from pgp.evaluation import metrics
 from pgp.evaluation import predictions as per_image
 from pgp.evaluation.accuracy import LEGACY
 from pgp.evaluation.predictions import TOP, Predictions
 from pgp.reports import comparison, drift, svg, tables
 from pgp.reports.comparison import Entry
-from pgp.reports.confused import ConfusedImage, Pair, confused_images, read_test_images, top_pairs
 from pgp.reports.drift import DriftHistory, mean_of
 from pgp.reports.figures import NUMBERED
 from pgp.reports.svg import Series
@@ -35,6 +35,7 @@ from pgp.reports.tables import CALIBRATION, ONLINE, ResultRow
 from pgp.runs.checkpoint import reading
 from pgp.runs.identity import DataDescription
 from pgp.runs.run import Run
+from pgp.subspace import to_float64
 from pgp.system import storage
 from pgp.system.escaping import printable
 from pgp.system.storage import RunError
@@ -92,7 +93,7 @@ class Pool(NamedTuple):
             counts.append(per_image.task_confusion(one, column, task_of, len(data.tasks)))
         if not counts:
             return None
-        total = torch.stack(counts).sum(0).double()
+        total = to_float64(torch.stack(counts).sum(0))
         learned = 1 + max(int(one.tasks.max()) for one, _ in self.members)
         return (total / total.sum(1, keepdim=True))[:learned, :learned]  # NaN for a task without images
 
@@ -640,7 +641,7 @@ def _duration(seconds: float) -> str:
     """Return a duration in words.
 
     >>> _duration(3.21), _duration(75), _duration(7300)
-    ('3.2 s', '1 min 15 s', '2 h 2 min')
+    ('3.2 s', '1 min 15 s', '2 h 1 min')
     """
     if seconds < 60:
         return f"{seconds:.1f} s"
