@@ -179,6 +179,8 @@ def test_runs_are_pooled_and_compared_with_the_first(runs):
         assert difference.values["average_accuracy"].mean == pytest.approx(expected)
         assert f"{column} 2 {comparison.signed(difference.values['average_accuracy'])} " in page.text
     assert "projection.tag orthogonal none" in page.text
+    assert "legacy_eval no no" in page.text
+    assert "save_every_steps 0 0" in page.text
     assert "seeds 1, 2" in page.text
     assert 0 < len(page.all("img")) <= html.PICTURES
 

@@ -201,17 +201,17 @@ class Row:
         if within is None:
             return "The log does not say what it is forgotten by."
         if within <= (1 - MOST) * forgotten:
-            return f"Mostly by competition between tasks. {self._advice}"
+            return Markup("Mostly by competition between tasks. ") + self._advice
         if within >= MOST * forgotten:
             return "Mostly because features changed. A stronger projection can help."
         return "Partly because features changed, partly by competition between tasks."
 
     @property
-    def _advice(self) -> str:
+    def _advice(self) -> Markup:
         """What helps against competition between tasks."""
         if self.line.column.removesuffix(LEGACY) == "head":
-            return "Projection cannot help, but a readout fitted to class statistics can."
-        return "pgp audit --oracle tells whether outdated class statistics are the reason."
+            return Markup("Projection cannot help, but a readout fitted to class statistics can.")
+        return Markup("<code>pgp audit --oracle</code> tells whether outdated class statistics are the reason.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -481,9 +481,11 @@ def _settings(groups: Sequence[Group]) -> list[tuple[str, list[str], bool]]:
 
 
 def _word(value: Any) -> str:
-    return (
-        {True: "yes", False: "no", None: "none"}.get(value, str(value)) if not isinstance(value, list) else str(value)
-    )
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
 
 
 def _accuracy_chart(rows: Sequence[Row]) -> Markup:
