@@ -40,6 +40,8 @@ HOMES = {
     "datasets": {"datasets"},
     "lightning_fabric": {"evaluation", "training"},
     "matplotlib": {"reports"},
+    "jinja2": {"reports"},
+    "markupsafe": {"reports"},
     "tyro": {"config", "cli"},
     "onnx": {"export"},
     "onnxruntime": {"export"},

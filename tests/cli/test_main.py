@@ -47,6 +47,10 @@ def test_train_eval_report_and_resume(tmp_path, capsys):
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.count("±") == 2 * 5
     assert (tmp_path / "out" / "report.png").is_file()
+    assert not (tmp_path / "out" / "report.html").exists()
+    main.main(["report", "1", "2", "--output", "out", "--html"])
+    assert "page:   out/report.html" in capsys.readouterr().out
+    assert (tmp_path / "out" / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     (tmp_path / "1" / "checkpoints" / "latest").write_text("task-02")
     main.main(["train", "--resume", "1", "--workers", "0"])
     assert Run.open(tmp_path / "1").latest_checkpoint() == "task-03"

@@ -203,6 +203,9 @@ class ReportCommand:
     output: Path | None = None
     """Folder for report.md, report.png, calibration.png and drift.png. If not given, the folder of a single run, else
     the working directory."""
+    html: bool = False
+    """Also write report.html, one file with everything: accuracy, forgetting, confusion between tasks and classes with
+    pictures, calibration, drift, prompts, cost and settings. It loads nothing from elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -342,7 +342,7 @@ def report_command(words: list[str]) -> None:
     output = command.output or (runs[0].folder if len(runs) == 1 else Path())
     check_outside(output, [path for run in runs for path in _data_paths(run.config)])
     make_output(output)
-    show.show_report(runs, output)
+    show.show_report(runs, output, html=command.html)
 
 
 def _data_paths(config: Config) -> list[Path]:

@@ -28,6 +28,7 @@ from pgp.distributed import rank
 from pgp.evaluation import metrics
 from pgp.progress import print_line
 from pgp.reports import comparison, drift, figures, tables
+from pgp.reports import html as page
 from pgp.runs.run import Run
 from pgp.scenario import Scenario
 from pgp.sweeps import sweep
@@ -157,8 +158,11 @@ def _draw(
     return paths
 
 
-def show_report(runs: Sequence[Run], folder: Path | None = None) -> None:
-    """Print the table of runs, and write it and the figures to `folder`; only the first process does so."""
+def show_report(runs: Sequence[Run], folder: Path | None = None, *, html: bool = False) -> None:
+    """Print the table of runs, and write it and the figures to `folder`; only the first process does so.
+
+    If `html`, write the page, too.
+    """
     if rank() > 0:
         return
     lines, courses = tables.result_rows(runs), drift.drift_histories(runs)
@@ -171,6 +175,9 @@ def show_report(runs: Sequence[Run], folder: Path | None = None) -> None:
     storage.write(folder / "report.md", "\n".join(texts))
     figures = _draw(runs, folder, lines, courses)
     show_lines(f"table:  {folder / 'report.md'}", *(f"figure: {path}" for path in figures))
+    if html:
+        storage.write(folder / page.FILE, page.render(runs))
+        show_lines(f"page:   {folder / page.FILE}")
     for run in runs:
         done, tasks = run.progress()
         left = "" if done == tasks else f"  (unfinished: {done} of {tasks} tasks; resume with pgp train --resume)"

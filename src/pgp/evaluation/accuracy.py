@@ -18,7 +18,9 @@ from pgp.config import Config
 from pgp.datasets.base import Dataset
 from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
 from pgp.distributed import all_gather_rows, is_distributed
+from pgp.evaluation import predictions
 from pgp.evaluation.calibration import NUM_BINS, calibration_bins
+from pgp.evaluation.predictions import Predictions, top_classes
 from pgp.methods.base import Method, mask_logits
 from pgp.progress import track
 from pgp.readouts.base import Features, Readout
@@ -116,6 +118,8 @@ class TaskAccuracies(NamedTuple):
     `within_task` is competition between tasks in the classifier."""
     calibration: dict[str, Tensor]
     """Bins of confidence over the images of all tasks, `(NUM_BINS, 3)`; see `pgp.evaluation.calibration`."""
+    predictions: Predictions
+    """What was predicted for each image, by readout; not for `LEGACY` columns."""
 
 
 def extract_frozen(method: Method, images: Tensor, autocast: Autocast, *, patches: bool) -> FrozenFeatures:
@@ -186,6 +190,7 @@ class Evaluator:
         correct, correct_within, correct_task = hits
         bins = {readout.name: torch.zeros(NUM_BINS, 3, dtype=torch.float64) for readout in readouts}
         counts = torch.zeros(t + 1, dtype=torch.float64)
+        found: list[predictions.PredictedBatch] = []
         plan = [(task, batch) for task in tasks for batch in sequential_batches(task.test, self.config.eval_batch_size)]
         stream = batches(self.test_split(), [batch for _, batch in plan], self.loader_options)
         stream = track(progress, stream, len(plan), f"evaluating on {t + 1} of {len(self.scenario)} tasks")
@@ -198,6 +203,8 @@ class Evaluator:
             features = FeatureBatch(batch.indices, self.features(method, images, frozen))
             if watch:
                 watch(task, features)
+            selected = self._selected_prompts(method, features)
+            found.append(predictions.PredictedBatch(batch.indices, batch.labels, task.index, {}, {}, selected))
             for column, logits in self.logits(method, readouts, images, features, task, t):
                 predicted = logits.argmax(1).cpu()
                 within_task = mask_logits(logits, task.classes).argmax(1).cpu()
@@ -205,12 +212,17 @@ class Evaluator:
                 correct_within[column][task.index] += (within_task == batch.labels).sum()
                 correct_task[column][task.index] += torch.isin(predicted, own_classes).sum()
                 if column in bins:
-                    bins[column] += calibration_bins(by_name[column].probabilities(logits).cpu(), batch.labels)
+                    probabilities = by_name[column].probabilities(logits).cpu()
+                    bins[column] += calibration_bins(probabilities, batch.labels)
+                    found[-1].top[column] = top_classes(logits, predicted)
+                    found[-1].confidence[column] = probabilities.max(1).values
         counts = self._sum(counts)
         if empty := [task.index for task in tasks if task.is_tested and not counts[task.index]]:
             raise ValueError(f"expected test images in every task, got none in {empty}")
         rates = [{column: self._sum(count) / counts for column, count in kind.items()} for kind in hits]
-        return TaskAccuracies(rates[0], rates[1], rates[2], {name: self._sum(table) for name, table in bins.items()})
+        calibration = {name: self._sum(table) for name, table in bins.items()}
+        gathered = predictions.gather(found, list(bins), t + 1, self.data.classes)
+        return TaskAccuracies(rates[0], rates[1], rates[2], calibration, gathered)
 
     def test_split(self) -> TransformedSplit:
         """Return the test images as every evaluation sees them."""
@@ -282,6 +294,15 @@ class Evaluator:
             self.fabric.world_size,
             hardware.pin_memory,
         )
+
+    def _selected_prompts(self, method: Method, batch: FeatureBatch) -> Tensor | None:
+        """Return the prompts that images select, `(B, M)` bool, or None if the method does not select prompts."""
+        query = batch.images.query
+        if query is None or not method.selects_prompts:
+            return None
+        with self.fabric.autocast():
+            selected = method.selected_prompts(query)
+        return None if selected is None else selected.cpu()
 
     def _legacy_classes(self, method: Method, task: Task) -> Sequence[int]:
         """Return the classes among which the published evaluation scores images of `task`."""

@@ -89,20 +89,44 @@ def columns(member: Entry) -> list[str]:
     return list(next(iter(member.runs.values())).matrices()) if member.runs else []
 
 
-def _rows(member: Entry, column: str) -> Iterator[tuple[str, ...]]:
-    line = _result_row(member, column)
-    yield member.label, column, str(len(line.matrices)), *_cells(line)
+class Difference(NamedTuple):
+    """Differences of a readout of an entry to one of its baselines."""
+
+    baseline: str
+    column: str
+    """The readout."""
+    other: str
+    """The readout of the baseline: the same one, or its best."""
+    values: dict[str, PairedDifference | None]
+    """By metric; None if nothing can be compared."""
+
+    @property
+    def seeds(self) -> int:
+        """Number of seeds that both have."""
+        return max((one.seeds for one in self.values.values() if one), default=0)
+
+
+def differences(member: Entry, column: str) -> list[Difference]:
+    """Return the differences of a readout of an entry to each baseline that has a seed in common with it."""
+    found = []
     for name, baseline in member.baselines.items():
         other = _comparable_column(baseline, column)
         if other is None:
             continue
-        cells, seeds = [], 0
-        for figure in STATISTICS:
-            difference = paired(_values(member, column, figure), _values(baseline, other, figure))
-            seeds = max(seeds, difference.seeds if difference else 0)
-            cells.append(_signed(difference) if difference else "")
-        if seeds:
-            yield f"minus {name}", column if other == column else f"{column}, {other}", str(seeds), *cells
+        pairs = {figure: (_values(member, column, figure), _values(baseline, other, figure)) for figure in STATISTICS}
+        one = Difference(name, column, other, {figure: paired(*values) for figure, values in pairs.items()})
+        if one.seeds:
+            found.append(one)
+    return found
+
+
+def _rows(member: Entry, column: str) -> Iterator[tuple[str, ...]]:
+    line = _result_row(member, column)
+    yield member.label, column, str(len(line.matrices)), *_cells(line)
+    for one in differences(member, column):
+        cells = [signed(difference) if difference else "" for difference in one.values.values()]
+        readouts = column if one.other == column else f"{column}, {one.other}"
+        yield f"minus {one.baseline}", readouts, str(one.seeds), *cells
 
 
 def _comparable_column(baseline: Entry, column: str) -> str | None:
@@ -134,7 +158,8 @@ def _cells(line: ResultRow) -> list[str]:
     return [accuracy, "" if _is_single_task(line) else forgotten]
 
 
-def _signed(difference: PairedDifference) -> str:
+def signed(difference: PairedDifference) -> str:
+    """Return a difference in points with its sign, and its standard error if there are several seeds."""
     error = "" if difference.error is None else f" ± {100 * difference.error:.2f}"
     return f"{100 * difference.mean:+.2f}{error}"
 

@@ -79,18 +79,19 @@ def _events(run: Run) -> dict[int, Event]:
             for statistic in STATISTICS.values():
                 history.curve(statistic)
             for key in PARAMETERS:
-                _by_parameter(history, key)
+                by_parameter(history, key)
             _usage(history)
     return events
 
 
-def _mean(values: Sequence[float | None] | Mapping[str, float | None]) -> float | None:
+def mean_of(values: Sequence[float | None] | Mapping[str, float | None]) -> float | None:
+    """Return the mean of the values that were measured; None if none was."""
     measured = [v for v in (values.values() if isinstance(values, Mapping) else values) if v is not None]
     return statistics.mean(measured) if measured else None
 
 
 def _responses(event: Event) -> float | None:
-    return _mean([_mean(changes) for changes in event["drift"]["responses"].values()])
+    return mean_of([mean_of(changes) for changes in event["drift"]["responses"].values()])
 
 
 def _headline(figure: str) -> Callable[[Event], float | None]:
@@ -98,19 +99,19 @@ def _headline(figure: str) -> Callable[[Event], float | None]:
 
     def of(event: Event) -> float | None:
         value: Any = next(iter(event[figure].values()))
-        return _mean(value) if isinstance(value, list) else value
+        return mean_of(value) if isinstance(value, list) else value
 
     return of
 
 
 STATISTICS: dict[str, Callable[[Event], float | None]] = {
-    "features": lambda event: _mean(event["drift"]["features"]),
-    "logits": lambda event: _mean(event["drift"]["logits"]),
+    "features": lambda event: mean_of(event["drift"]["features"]),
+    "logits": lambda event: mean_of(event["drift"]["logits"]),
     "protected responses": _responses,
-    "other prompts": lambda event: _mean(event["drift"].get("changed", [])),
-    "energy held": lambda event: _mean(event["drift"]["held"]),
-    "removed": lambda event: _mean(event["drift"]["removed"]),
-    "leak": lambda event: _mean(event["drift"]["leak"]),
+    "other prompts": lambda event: mean_of(event["drift"].get("changed", [])),
+    "energy held": lambda event: mean_of(event["drift"]["held"]),
+    "removed": lambda event: mean_of(event["drift"]["removed"]),
+    "leak": lambda event: mean_of(event["drift"]["leak"]),
     "forgetting": _headline("forgetting"),
     "forgetting, task known": _headline("forgetting_within"),
     "task identified": _headline("identified"),
@@ -154,7 +155,7 @@ def draw_drift(table: Sequence[DriftHistory], path: Path) -> None:
     panels.append(_curves(table, forgetting, "forgetting, %; dashed: if the task is given"))
     panels.append(_curves(table, {"task identified": "-"}, "images with correctly predicted task, %"))
     for key, what in PARAMETERS.items():
-        if any(_by_parameter(history, key) for history in table):
+        if any(by_parameter(history, key) for history in table):
             panels.append(_draw_parameters(table, key, what))
     if any(_usage(history) for history in table):
         panels.append(_prompts(table))
@@ -191,11 +192,11 @@ def _curves(table: Sequence[DriftHistory], styles: Mapping[str, str], what: str)
 
 
 def _draw_parameters(table: Sequence[DriftHistory], key: str, what: str) -> Callable[[Any], None]:
-    names = list(dict.fromkeys(space for history in table for space in _by_parameter(history, key)))
+    names = list(dict.fromkeys(space for history in table for space in by_parameter(history, key)))
 
     def onto(axes: Any) -> None:
         for number, history in enumerate(table):
-            fractions = _by_parameter(history, key)
+            fractions = by_parameter(history, key)
             heights = [fractions.get(space, float("nan")) for space in names]
             axes.plot(range(len(names)), heights, ".", color=f"C{number}", label=plot_text(history.label))
         named = range(0, len(names), -(-len(names) // NAMED))
@@ -218,7 +219,7 @@ def _prompts(table: Sequence[DriftHistory]) -> Callable[[Any], None]:
     return onto
 
 
-def _by_parameter(history: DriftHistory, key: str) -> dict[str, float]:
+def by_parameter(history: DriftHistory, key: str) -> dict[str, float]:
     """Return a rank, or a fraction in percent, of each protected parameter after the last task: the mean over runs."""
 
     def values_of(event: Event) -> dict[str, float | None]:

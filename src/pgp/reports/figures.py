@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pgp.evaluation import metrics
-from pgp.reports.tables import CALIBRATION, ResultRow, _name
+from pgp.reports.tables import CALIBRATION, ResultRow, row_name
 from pgp.system import storage
 from pgp.system.escaping import plot_text, printable
 
@@ -49,7 +49,7 @@ def draw_accuracy(table: Sequence[ResultRow], path: Path) -> None:
         curves = 100 * torch.tensor([metrics.accuracy_curve(matrix) for matrix in line.matrices])  # (seeds, t)
         x, mean = range(1, curves.shape[1] + 1), curves.mean(0).numpy()
         style = "-" if line.column == table[0].column else "--"
-        axes.plot(x, mean, style, marker=marker(len(x)), markersize=3, label=plot_text(_name(line, table)))
+        axes.plot(x, mean, style, marker=marker(len(x)), markersize=3, label=plot_text(row_name(line, table)))
         if len(curves) > 1:
             deviation = curves.std(0).numpy()
             axes.fill_between(x, mean - deviation, mean + deviation, alpha=0.15)
@@ -61,7 +61,7 @@ def draw_accuracy(table: Sequence[ResultRow], path: Path) -> None:
     for i, axis in enumerate(grid.flat):
         axis.axis("on" if i < len(matrices) else "off")
         if i < len(matrices):
-            image = _draw_matrix(axis, matrices[i], plot_text(_name(table[i], table)), table[i].tasks, numbered)
+            image = _draw_matrix(axis, matrices[i], plot_text(row_name(table[i], table)), table[i].tasks, numbered)
     if not numbered:
         right.colorbar(image, ax=list(grid.flat), label="accuracy, %", shrink=0.7)
     save_figure(figure, path)
@@ -78,11 +78,10 @@ def draw_calibration(table: Sequence[ResultRow], path: Path) -> None:
     for line in table:
         if not line.calibration:
             continue
-        bins = torch.stack(list(line.calibration)).sum(0)  # (NUM_BINS, 3), over seeds
-        images, confidence, hits = bins[bins[:, 0] > 0].T
-        x, y = 100 * confidence / images, 100 * hits / images
+        images, confidence, accuracy = line.reliability().T
+        x, y = 100 * confidence, 100 * accuracy
         error, _ = line.spread(CALIBRATION)
-        label = f"{plot_text(_name(line, table))}: error {100 * error:.1f} %"
+        label = f"{plot_text(row_name(line, table))}: error {100 * error:.1f} %"
         (curve,) = axes.plot(x.numpy(), y.numpy(), linewidth=1, label=label)
         axes.scatter(x.numpy(), y.numpy(), 200 * (images / images.sum()).numpy() + 4, color=curve.get_color())
     axes.set(xlabel="confidence, %", ylabel="accuracy, %", xlim=(0, 102), ylim=(0, 102))
@@ -135,7 +134,7 @@ def _draw_matrix(axis: Any, matrix: Tensor, title: str, tasks: Sequence[str], nu
             j, t, f"{value:.0f}", ha="center", va="center", fontsize=8 if len(matrix) <= 5 else 6,
             color="white" if value < 60 else "black",
         )  # fmt: skip
-    ticks = _ticks(len(matrix))
+    ticks = ticks_of(len(matrix))
     axis.set_xticks(ticks, [str(i + 1) for i in ticks], fontsize=7)
     axis.set_yticks(ticks, [_shorten(tasks[i]) or str(i + 1) for i in ticks], fontsize=7)
     axis.set_xlabel("accuracy on task, %" if numbered else "task", fontsize=8)
@@ -144,10 +143,10 @@ def _draw_matrix(axis: Any, matrix: Tensor, title: str, tasks: Sequence[str], nu
     return image
 
 
-def _ticks(tasks: int) -> list[int]:
+def ticks_of(tasks: int) -> list[int]:
     """Return the tasks that are labelled beside a matrix: all up to twelve, else every second, fifth, tenth, ....
 
-    >>> _ticks(3), _ticks(100)
+    >>> ticks_of(3), ticks_of(100)
     ([0, 1, 2], [0, 9, 19, 29, 39, 49, 59, 69, 79, 89, 99])
     """
     step = next(step for step in itertools.chain((1, 2, 5), itertools.count(10, 10)) if tasks <= 12 * step)

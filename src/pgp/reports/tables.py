@@ -56,6 +56,12 @@ class ResultRow(NamedTuple):
             values = [getattr(metrics, figure)(matrix) for matrix in self.matrices]
         return mean(values), stdev(values) if len(values) > 1 else None
 
+    def reliability(self) -> Tensor:
+        """Return the images, the mean confidence and the accuracy of each bin that has images, `(n, 3)`, over seeds."""
+        bins = torch.stack(list(self.calibration)).sum(0)
+        bins = bins[bins[:, 0] > 0]
+        return torch.cat([bins[:, :1], bins[:, 1:] / bins[:, :1]], 1)
+
 
 STATISTICS = {
     "average_accuracy": "average accuracy",
@@ -140,7 +146,7 @@ def format_row(line: ResultRow, shown: Mapping[str, str] = STATISTICS) -> list[s
     return out
 
 
-def _name(line: ResultRow, table: Sequence[ResultRow]) -> str:
+def row_name(line: ResultRow, table: Sequence[ResultRow]) -> str:
     """Return label and column of a row, each only if rows of the table differ in it."""
     labels, columns = {one.label for one in table}, {one.column for one in table}
     words = []

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from pgp.config import Config
 from pgp.evaluation import metrics
-from pgp.runs.checkpoint import LATEST, CheckpointName, Checkpoints, Record
+from pgp.evaluation.predictions import Predictions
+from pgp.runs.checkpoint import LATEST, CheckpointName, Checkpoints, Record, reading
 from pgp.runs.environment import describe_environment
 from pgp.runs.identity import DataDescription, Identity
 from pgp.runs.lock import locked
@@ -328,6 +329,19 @@ class Run:
         # a crash came before the table, or nothing was measured, so that it has no rows
         matrices: dict[str, Tensor] = self.checkpoints.load(name, {"matrices"})["matrices"]
         return matrices
+
+    def predictions(self) -> Predictions | None:
+        """Return what was predicted for each test image after the latest finished task; None if it was not recorded.
+
+        Raises:
+            RunError: If no task is finished, or the checkpoint is damaged.
+        """
+        name = self.latest_finished()
+        state = self.load(name, {"predictions"}).get("predictions")
+        if state is None:
+            return None
+        with reading(self.checkpoints.folder / str(name)):
+            return Predictions.from_state(state)
 
     @property
     def data(self) -> DataDescription:

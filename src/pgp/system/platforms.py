@@ -146,6 +146,16 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def peak_memory() -> int | None:
+    """Return the largest resident size of this process so far in bytes; None if the system does not say."""
+    if WINDOWS:
+        return None
+    import resource  # only Unix has it
+
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else 1024 * largest
+
+
 def quoted(path: Path) -> str:
     """Return a path quoted for a shell of this system."""
     return subprocess.list2cmdline([str(path)]) if WINDOWS else shlex.quote(str(path))

@@ -30,6 +30,7 @@ from pgp.runs.data_paths import resolve_paths
 from pgp.runs.identity import DataDescription
 from pgp.runs.run import Run
 from pgp.scenario import Task, stratified_holdout
+from pgp.system import platforms
 from pgp.system.signals import StopRequest
 from pgp.system.storage import RunError
 from pgp.training.state import TrainState
@@ -274,6 +275,7 @@ class Session:
         record: dict[str, Any] = {
             "task": task.index,
             "seconds": self._seconds,
+            "memory": self._peak_memory(),
             "ranks": ranks,
             "readouts": readouts,
             "average_accuracy": averages,
@@ -289,6 +291,12 @@ class Session:
             record["stream_accuracy"] = state.online.accuracy(task)
         self.log("task", **_without_nan(record))
         self._seconds = {}
+
+    def _peak_memory(self) -> dict[str, int]:
+        """Return the peak memory of this process so far in bytes, by kind: resident (`ram`) and of its GPU (`gpu`)."""
+        device, ram = self.fabric.device, platforms.peak_memory()
+        gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+        return {kind: size for kind, size in (("ram", ram), ("gpu", gpu)) if size is not None}
 
     def print_accuracy(self, state: TrainState, task: Task) -> None:
         """Print the average accuracy after `task`."""

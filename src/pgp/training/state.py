@@ -12,6 +12,7 @@ from pgp.analysis.drift import DriftMeter
 from pgp.evaluation import metrics
 from pgp.evaluation.accuracy import FeatureBatch, TaskAccuracies
 from pgp.evaluation.online import OnlineAccuracy
+from pgp.evaluation.predictions import Predictions
 from pgp.methods.base import Method
 from pgp.projections.base import Projection
 from pgp.readouts.base import Readout
@@ -57,6 +58,8 @@ class TrainState:
         """Accuracy matrices `(T, T)` by column."""
         self.within_task: dict[str, Tensor] = {}
         """Matrices like `matrices`, of the accuracy among the classes of an image's own task."""
+        self.predictions: Predictions | None = None
+        """Predictions after the last finished task; None in a run of an older pgp, until its next task is finished."""
         self.task, self.step = 0, 0
         """Position in training: the number of finished tasks, and of finished steps of the next one."""
         self.optimizer: Any = None
@@ -103,6 +106,7 @@ class TrainState:
         """Count `task` as finished, with the accuracies of all tasks up to it."""
         metrics.write_row(self.matrices, row.accuracy, task.index, self.num_tasks)
         metrics.write_row(self.within_task, row.within_task, task.index, self.num_tasks)
+        self.predictions = row.predictions
         self.task = task.index + 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -120,6 +124,8 @@ class TrainState:
         }
         if self.features_before is not None:
             state["before"] = self.features_before
+        if self.predictions is not None:
+            state["predictions"] = self.predictions._asdict()
         if self.meter:
             state["drift"] = self.meter.state_dict()
         if self.online:
@@ -133,7 +139,7 @@ class TrainState:
             ValueError: If something is missing, or does not fit this run.
             RunError: If it was trained on another encoder.
         """
-        if missing := self.state_dict().keys() - state.keys():
+        if missing := self.state_dict().keys() - state.keys() - {"predictions"}:
             raise ValueError(f"expected {sorted(missing)} in it")
         Run.check_encoder(state["backbone"], self.fingerprint)
         task, step = state["task"], state["step"]
@@ -143,6 +149,7 @@ class TrainState:
         self.task, self.step = task, step
         self.matrices = self._padded(state["matrices"])
         self.within_task = self._padded(state["within"])
+        self.predictions = Predictions(**state["predictions"]) if "predictions" in state else None
         self.method.load_trainable_state_dict(state["method"])
         self.projection.load_state_dict(state["projection"])
         device = float64_device(self.device)
