@@ -21,6 +21,8 @@ NOTE = (
     "In percent, mean ± standard deviation over seeds. Rows that begin with `minus` are differences to a baseline with"
     " the same seed, mean ± standard error of that mean.\n"
 )
+FEW = 3
+"""Maximum number of entries for which panels are small, and have the values of each entry beside its name."""
 MARKS = "sD^vP*Xh"
 """Markers of baselines in the figure, in order."""
 
@@ -149,13 +151,17 @@ def draw_comparison(members: Sequence[Entry], path: Path) -> None:
     points = [member for member in members if member not in used_as_baseline] or members
     baselines = [member for member in members if member not in points]
     readouts = list(dict.fromkeys(column for member in points for column in columns(member)))
-    looks = {member: style.look(number) for number, member in enumerate(points)}
-    looks |= {member: Look(style.INK, marker=MARKS[i % len(MARKS)]) for i, member in enumerate(baselines)}
+    looks = {member: style.look(number)._replace(dash="") for number, member in enumerate(points)}
+    looks |= {member: Look(style.INK, "", MARKS[i % len(MARKS)], is_open=True) for i, member in enumerate(baselines)}
+    for member in looks:
+        if _is_single_task(_result_row(member, columns(member)[0])):
+            looks[member] = Look(looks[member].colour, ":", "")
     key = {member.label: own for member, own in looks.items()} if len(looks) > DIRECT else {}
     wide = min(3, len(readouts))
     tall = -(-len(readouts) // wide)
-    width = max(5.2, 4.4 * wide)
-    height = 3.8 * tall + 0.3 + (style.legend_height(list(key), width) if key else 0)
+    size = 0.75 if len(looks) <= FEW else 1.0
+    width = max(5.2, (4.4 * size) * wide)
+    height = 3.8 * size * tall + 0.3 + (style.legend_height(list(key), width) if key else 0)
     figure = style.new_figure(width, height)
     grid: Any = figure.subplots(tall, wide, squeeze=False)
     for axes in grid.flat[len(readouts) :]:
@@ -188,42 +194,44 @@ def _draw_panel(
     names = style.short_names([member.label for member in looks])
     baseline_points, single = [], []
     for (member, own), name in zip(looks.items(), names, strict=True):
-        is_baseline = member in baselines
-        other = _comparable_column(member, column) if is_baseline else column
+        other = _comparable_column(member, column) if member in baselines else column
         if other is None or other not in columns(member):
             continue
         line = _result_row(member, other)
         if _is_single_task(line):
             single.append((100 * line.spread("average_accuracy")[0], name, own))
             continue
-        x, y = _draw_point(axes, line, own, is_open=is_baseline)
+        x, y = _draw_point(axes, line, own)
         if named:
-            style.name_point(axes, x, y, name, own)
-        if is_baseline:
+            values = f"\n{y:.1f} %, {x:.1f} points" if len(looks) <= FEW else ""
+            style.name_point(axes, x, y, f"{name}{values}", own)
+        if member in baselines:
             baseline_points.append((x, y))
     axes.margins(0.15)
-    for y, name, own in single:
+    for y, _, own in single:
         axes.axhline(y, color=own.colour, linestyle=":", linewidth=1)
-        if named:
-            style.name_point(axes, axes.get_xlim()[0], y, name, own)
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    left, high = max(left, -0.05 * right), min(high, 101)
     if best := frontier(baseline_points):
-        low, right = axes.get_ylim()[0], axes.get_xlim()[1]
-        xs = [best[0][0], *(x for x, _ in best), max(right, best[-1][0])]
-        ys = [low, *(y for _, y in best), best[-1][1]]
-        axes.step(xs, ys, where="post", color=style.FAINT, linewidth=0.8)
-        axes.set(xlim=(None, right), ylim=(low, None))
-    axes.set(xlabel="forgetting (points)", ylabel="average accuracy (%)")
+        corners = [(best[0][0], low)]
+        for x, y in best:
+            corners += [(x, corners[-1][1]), (x, y)]
+        corners.append((right, best[-1][1]))
+        axes.plot(*zip(*corners, strict=True), color=style.FAINT, linewidth=0.8)
+    axes.set(xlim=(left, right), ylim=(low, high), xlabel="forgetting (points)", ylabel="average accuracy (%)")
+    for y, name, own in single if named else []:
+        style.name_line(axes, right, y, name, own)
     axes.set_title(column)
     axes.grid()
 
 
-def _draw_point(axes: Any, line: ResultRow, own: Look, *, is_open: bool) -> tuple[float, float]:
+def _draw_point(axes: Any, line: ResultRow, own: Look) -> tuple[float, float]:
     """Draw a point with its standard deviations, and return its (forgetting, accuracy) in percent."""
     accuracy, accuracy_std = line.spread("average_accuracy")
     forgotten, forgotten_std = line.spread("forgetting")
     x, y = 100 * forgotten, 100 * accuracy
     axes.errorbar(
         x, y, xerr=100 * (forgotten_std or 0), yerr=100 * (accuracy_std or 0), linestyle="", elinewidth=0.8,
-        color=own.colour, marker=own.marker, markersize=5, markerfacecolor="white" if is_open else own.colour, zorder=3,
+        color=own.colour, marker=own.marker, markersize=5, markerfacecolor=own.fill, zorder=3,
     )  # fmt: skip
     return x, y

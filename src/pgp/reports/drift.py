@@ -169,15 +169,15 @@ def draw_drift(table: Sequence[DriftHistory], path: Path) -> None:
     keys = [key for key in PARAMETERS if any(_by_parameter(history, key) for history in table)]
     spaces = list(dict.fromkeys(space for history in table for key in keys for space in _by_parameter(history, key)))
     few = max(history.end for history in table) < FEW
-    names = short_names(labels, columns=22)
-    direct = not few and len(table) <= DIRECT // 2 and not any("\n" in name for name in names)
+    names = short_names(labels, columns=14) if len(table) > 1 else [""]
+    direct = not few and len(table) <= DIRECT and sum(name.count("\n") + 2 for name in names) <= 12
     legend = {} if direct or len(table) == 1 else dict(zip(labels, looks, strict=True))
 
-    width = 10.0
-    wide = min(3 if direct and len(table) > 1 else 4, len(headings))
-    heights = [0.17 * max(1, len(table) * 0.7) * len(headings) + 0.8 if few else 2.1 * -(-len(headings) // wide)]
+    width = 10.5
+    wide = min(4, len(headings))
+    heights = [0.17 * max(1, len(table) * 0.75) * len(headings) + 0.8 if few else 2.1 * -(-len(headings) // wide)]
     if keys:
-        heights.append(0.15 * min(len(spaces) * max(1, 0.7 * len(table)), style.NAMED) + 0.9)
+        heights.append(0.15 * min(len(spaces) * max(1, 0.8 * len(table)), style.NAMED) + 0.9)
     if usage := any(_usage(history) for history in table):
         heights.append(1.6)
     heights[0] += style.legend_height(labels, width) if legend else 0
@@ -201,6 +201,8 @@ def draw_drift(table: Sequence[DriftHistory], path: Path) -> None:
 def _explanation(table: Sequence[DriftHistory], few: bool) -> str:
     """Say in words what colours, curves and bars mean."""
     words = [] if len(table) == 1 else ["Colour: run."]
+    if len(table) > len(style.COLOURS):
+        words.append("Bars in the order of the legend.")
     words.append("Statistics of old tasks are means over these tasks; bars show the state after the last task.")
     if max(len(history.runs) for history in table) > 1:
         words.append(f"Means over seeds; {'whiskers' if few else 'bands'}: ± 1 standard deviation.")
@@ -218,17 +220,24 @@ def _deviations(history: DriftHistory, heading: str) -> dict[int, float]:
     return {task: 100 * deviation for task, deviation in deviations.items() if task in curve}
 
 
-def _draw_summary(
-    axes: Any, table: Sequence[DriftHistory], looks: Sequence[Look], headings: Sequence[str]
-) -> None:
+def _wrapped(title: str) -> str:
+    return textwrap.fill(title, 28)
+
+
+def _unit(heading: str) -> str:
+    return " points" if "points" in PANELS[heading][1] else " %"
+
+
+def _draw_summary(axes: Any, table: Sequence[DriftHistory], looks: Sequence[Look], headings: Sequence[str]) -> None:
     """Draw every statistic after the last task as a bar."""
     series = []
     for history, own in zip(table, looks, strict=True):
         values = [_curve(history, heading).get(history.end + 1) for heading in headings]
         deviations = [_deviations(history, heading).get(history.end + 1) for heading in headings]
         series.append(Bars(values, deviations, own))
-    units = [" points" if "points" in PANELS[heading][1] else " %" for heading in headings]
-    style.draw_bars(axes, [PANELS[heading][0] for heading in headings], series, units)
+    style.draw_bars(
+        axes, [PANELS[heading][0] for heading in headings], series, [_unit(heading) for heading in headings]
+    )
     axes.set(xlabel="%, forgetting in points")
 
 
@@ -252,10 +261,10 @@ def _draw_curves(
             style.draw_curve(axes, curve, _deviations(history, heading), own)
             if names and curve:
                 x = max(curve)
-                name = f"{names[number]}\n" if len(table) > 1 else ""
-                style.name_line(axes, x, curve[x], f"{name}{curve[x]:.1f}", own)
+                value = f"{curve[x]:.1f}{_unit(heading)}"
+                style.name_line(axes, x, curve[x], f"{names[number]}\n{value}".strip(), own)
         axes.set(xlabel="tasks learned", ylabel=unit)
-        axes.set_title(title)
+        axes.set_title(_wrapped(title))
         whole_numbers(axes)
         axes.grid(axis="y")
         highest[unit] = max(highest.get(unit, 1.0), axes.get_ylim()[1])
@@ -274,9 +283,10 @@ def _draw_parameters(
         series = []
         for history, own in zip(table, looks, strict=True):
             values = _by_parameter(history, key)
-            series.append(Bars([values.get(space) for space in spaces], [None] * len(spaces), own))
+            if any(_by_parameter(history, one) for one in keys):
+                series.append(Bars([values.get(space) for space in spaces], [None] * len(spaces), own))
         style.draw_bars(axes, spaces, series, ["" if key == "rank" else " %"] * len(spaces))
-        axes.set_title("\n".join(textwrap.wrap(title, 26)))
+        axes.set_title(_wrapped(title))
         axes.set(xlabel=unit)
 
 
@@ -292,9 +302,11 @@ def _draw_prompts(axes: Any, table: Sequence[DriftHistory], looks: Sequence[Look
         else:
             axes.plot(x, usage, linestyle="", marker=own.marker, markersize=2.5, color=own.colour)
     axes.set_title("images that select each prompt")
-    axes.set(xlabel="prompt", ylabel="images (%)", xlim=(0, prompts + 1))
+    axes.set(xlabel="prompt", ylabel="images (%)", xlim=(0.5, prompts + 0.5))
     axes.set_ylim(bottom=0)
     whole_numbers(axes)
+    if prompts <= 12:
+        axes.set_xticks(range(1, prompts + 1))
     axes.grid(axis="y")
 
 

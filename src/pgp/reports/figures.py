@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from matplotlib.colors import ListedColormap
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from pgp.evaluation import metrics
@@ -18,6 +19,8 @@ from pgp.reports.tables import CALIBRATION, ResultRow, _name
 
 NUMBERED = 12
 """Maximum number of tasks for which an accuracy matrix is drawn with numbers; larger ones have a colour bar."""
+MANY = 12
+"""Maximum number of accuracy matrices of full size."""
 FEW = 2
 """Maximum number of tasks for which the average accuracy is drawn as a slope, with its values."""
 
@@ -32,13 +35,16 @@ def draw_accuracy(table: Sequence[ResultRow], path: Path) -> None:
     tasks = max(metrics.tasks_learned(matrix) for line in table for matrix in line.matrices)
     shown = [line for line in table if metrics.tasks_learned(line.matrices[0]) > 1]
     online = any(line.online for line in table)
-    key = _key(table, looks) if len(table) > DIRECT else {}
     narrow = tasks <= FEW
-    side = min(2.3, max(1.1, 0.4 * tasks))
-    wide = _columns(shown, 2 if narrow else 4)
-    tall = -(-len(shown) // wide)
-    matrix_width, matrix_height = (side + 0.25) * wide + 1.0, (side + 0.42) * tall + 0.75
     names = [_labelled(name, 100) for name in short_names([_name(line, table) for line in table])]
+    direct = len(table) <= DIRECT and "\n".join(names).count("\n") < (10 if narrow else 18)
+    key = {} if direct else _key(table, looks)
+    side = 1.5 if len(shown) > MANY else min(2.3, max(1.1, 0.4 * tasks))
+    wide = _side_by_side(shown, 2 if narrow else 4 if len(shown) <= MANY else 6)
+    tall = -(-len(shown) // wide)
+    titles = _titles(shown, side)
+    matrix_width = (max(side, style.name_width(titles)) + 0.25) * wide + (1.7 if tasks > NUMBERED else 1.0)
+    matrix_height = (side + 0.3 + 0.14 * max((title.count("\n") + 1 for title in titles), default=0)) * tall + 0.8
     curve_width = (2.2 if narrow else 5.4) + (0.3 if key else style.name_width(names)) + 3.4 * online
     curve_height = (2.1 if narrow else 3.1) + (style.legend_height(list(key), curve_width) if key else 0) + 0.3
     beside = narrow and bool(shown)
@@ -55,12 +61,12 @@ def draw_accuracy(table: Sequence[ResultRow], path: Path) -> None:
     panels: Any = parts[0].subplots(1, 1 + online, squeeze=False)[0]
     _draw_averages(panels[0], table, looks, tasks, named=not key)
     if online:
-        _draw_online(panels[1], table, looks)
+        _draw_online(panels[1], table, looks, named=not key)
     if key:
         style.legend(parts[0], key, curve_width)
     style.note(parts[0], _explanation(table), curve_width if beside else width)
     if shown:
-        _draw_matrices(parts[1], shown, wide)
+        _draw_matrices(parts[1], shown, titles, wide, few_ticks=len(shown) > MANY)
     save_figure(figure, path)
 
 
@@ -93,7 +99,7 @@ def _explanation(table: Sequence[ResultRow]) -> str:
     if runs > 1:
         words.append("Colour: run.")
     if readouts > 1:
-        words.append("Line style: readout.")
+        words.append("Line style: readout." if runs > 1 else "Colour and line style: readout.")
     if seeds := sorted({len(line.matrices) for line in table} - {1}):
         many = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         words.append(f"Lines: mean over {many} seeds; bands: ± 1 standard deviation.")
@@ -122,13 +128,15 @@ def _draw_averages(axes: Any, table: Sequence[ResultRow], looks: Sequence[Look],
     low = 10 * max(0, int(min(lowest - 2, 89) // 10))
     axes.set(xlabel="tasks learned", ylabel="average accuracy (%)", ylim=(low, 100 + 0.03 * (100 - low)))
     whole_numbers(axes)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
     axes.grid(axis="y")
     if tasks <= FEW:
         axes.set(xticks=range(1, tasks + 1), xlim=(0.9, tasks + 0.1))
     else:
         axes.set_xlim(1 - 0.01 * tasks, tasks + 0.01 * tasks)
     if tasks == FEW and named:  # the values take the place of the axis
-        axes.set_yticks([])
+        axes.set(yticks=[], ylabel="")
+        axes.set_title("average accuracy (%)")
         axes.spines["left"].set_visible(False)
 
 
@@ -136,7 +144,7 @@ def _labelled(name: str, value: float) -> str:
     return f"{name}: {value:.1f} %" if name else f"{value:.1f} %"
 
 
-def _draw_online(axes: Any, table: Sequence[ResultRow], looks: Sequence[Look]) -> None:
+def _draw_online(axes: Any, table: Sequence[ResultRow], looks: Sequence[Look], *, named: bool) -> None:
     """Draw the online accuracy of each run. The readouts of a run share one curve."""
     drawn: list[list[dict[int, float]]] = []
     names = short_names([line.label for line in table])
@@ -148,32 +156,37 @@ def _draw_online(axes: Any, table: Sequence[ResultRow], looks: Sequence[Look]) -
         for stream in line.online:
             style.draw_curve(axes, {x: 100 * value for x, value in stream.items()}, {}, own._replace(dash="-"))
         last = max(line.online[0])
-        if len(table) <= DIRECT:
+        if named:
             text = _labelled(name if several else "", 100 * line.online[0][last])
             style.name_line(axes, last, 100 * line.online[0][last], text, own)
     axes.set(xlabel="images so far", ylabel="online accuracy (%)", ylim=(0, 103))
     axes.set_title("Online accuracy: images predicted before they are learned")
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.xaxis.set_major_locator(style.MaxNLocator(nbins=5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.grid(axis="y")
 
 
-def _columns(shown: Sequence[ResultRow], most: int) -> int:
-    """Return the number of matrices side by side: the readouts of a run if all runs have the same ones."""
+def _side_by_side(shown: Sequence[ResultRow], most: int) -> int:
+    """Return the number of matrices side by side, at most `most`; the readouts of a run stay together."""
     readouts = len({line.column for line in shown})
     if len(shown) <= most:
         return max(1, len(shown))
-    return readouts if 1 < readouts <= most and len(shown) % readouts == 0 else most
+    return most - most % readouts if readouts <= most and len(shown) % readouts == 0 else most
 
 
-def _draw_matrices(part: Any, table: Sequence[ResultRow], wide: int) -> None:
+def _titles(table: Sequence[ResultRow], width: float) -> list[str]:
+    """Return the titles of matrices that are `width` inches wide."""
+    names = [_name(line, table) for line in table]
+    return short_names(names, columns=max(18, int(width / 0.065))) if len(table) > 1 else [""] * len(table)
+
+
+def _draw_matrices(part: Any, table: Sequence[ResultRow], titles: Sequence[str], wide: int, *, few_ticks: bool) -> None:
     """Draw the accuracy matrices, `wide` of them side by side."""
     matrices = [torch.stack(line.matrices).mean(0) for line in table]
     learned = [metrics.tasks_learned(line.matrices[0]) for line in table]
     numbered = max(learned) <= NUMBERED
     tall = -(-len(table) // wide)
     grid: Any = part.subplots(tall, wide, squeeze=False)
-    titles = short_names([_name(line, table) for line in table]) if len(table) > 1 else [""]
     missing = False
     for i, axes in enumerate(grid.flat):
         if i >= len(table):
@@ -181,7 +194,7 @@ def _draw_matrices(part: Any, table: Sequence[ResultRow], wide: int) -> None:
             continue
         matrix, named = matrices[i][: learned[i], : learned[i]], table[i].tasks[: learned[i]]
         missing |= bool(matrix.tril().isnan().any())
-        image = _draw_matrix(axes, matrix, named, numbered)
+        image = _draw_matrix(axes, matrix, named, numbered, 6 if few_ticks else 12)
         axes.set_title(titles[i])
         if i % wide == 0:
             axes.set_ylabel("after task")
@@ -190,15 +203,16 @@ def _draw_matrices(part: Any, table: Sequence[ResultRow], wide: int) -> None:
         if i + wide >= len(table):
             axes.set_xlabel("on task")
     if not numbered:
-        part.colorbar(image, ax=[axes for axes in grid.flat if axes.figure], label="accuracy (%)", shrink=0.8, aspect=30)
+        every: Any = [axes for axes in grid.flat if axes.figure]
+        part.colorbar(image, ax=every, label="accuracy (%)", shrink=0.9 / tall, anchor=(0, 1), aspect=25)
     seeds = ", mean over seeds" if max(len(line.matrices) for line in table) > 1 else ""
     part.suptitle(f"Accuracy (%) on each task after each task{seeds}", x=0.01, ha="left", fontsize=style.TEXT)
     if missing:
         part.supxlabel("grey: not measured", x=0.01, ha="left", fontsize=style.SMALL, color=style.FAINT)
 
 
-def _draw_matrix(axes: Any, matrix: Tensor, tasks: Sequence[str], numbered: bool) -> Any:
-    """Draw an accuracy matrix with or without numbers, and return its image."""
+def _draw_matrix(axes: Any, matrix: Tensor, tasks: Sequence[str], numbered: bool, names: int) -> Any:
+    """Draw an accuracy matrix with or without numbers, and at most about `names` names of tasks; return its image."""
     percent = 100 * matrix
     unmeasured = torch.where(matrix.isnan() & torch.ones_like(matrix).tril().bool(), 1.0, torch.nan)
     axes.imshow(unmeasured.numpy(), cmap=ListedColormap(["#CCCCCC"]))
@@ -209,22 +223,21 @@ def _draw_matrix(axes: Any, matrix: Tensor, tasks: Sequence[str], numbered: bool
             j, t, f"{value:.0f}", ha="center", va="center", fontsize=style.TEXT if len(matrix) <= 6 else 5.5,
             color="white" if value < 60 else "black",
         )  # fmt: skip
-    ticks = _ticks(len(matrix))
+    ticks = _ticks(len(matrix), names)
     axes.set_xticks(ticks, [str(i + 1) for i in ticks])
-    names = short_names([tasks[i] or str(i + 1) for i in ticks], columns=14, lines=1)
-    axes.set_yticks(ticks, [name.replace("\n", "") for name in names])
+    axes.set_yticks(ticks, short_names([tasks[i] or i + 1 for i in ticks], columns=14, lines=1))
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return image
 
 
-def _ticks(tasks: int) -> list[int]:
-    """Return the tasks that are labelled beside a matrix: all up to twelve, else every second, fifth, tenth, ....
+def _ticks(tasks: int, most: int = 12) -> list[int]:
+    """Return the tasks that are labelled beside a matrix: all up to `most`, else every second, fifth, tenth, ....
 
     >>> _ticks(3), _ticks(100)
     ([0, 1, 2], [0, 9, 19, 29, 39, 49, 59, 69, 79, 89, 99])
     """
-    step = next(step for step in itertools.chain((1, 2, 5), itertools.count(10, 10)) if tasks <= 12 * step)
+    step = next(step for step in itertools.chain((1, 2, 5), itertools.count(10, 10)) if tasks <= most * step)
     ticks = list(range(step - 1, tasks, step))
     return [0, *ticks] if step > 2 else ticks
 
@@ -237,28 +250,45 @@ def draw_calibration(table: Sequence[ResultRow], path: Path) -> None:
     """
     shown = [line for line in table if line.calibration]
     looks = [own for line, own in zip(table, _looks(table), strict=True) if line.calibration]
-    names = short_names([_name(line, shown) for line in shown]) if len(shown) > 1 else [""]
-    labels = [_labelled(name, 100 * line.spread(CALIBRATION)[0]) for line, name in zip(shown, names, strict=True)]
+    names = short_names([_name(line, shown) for line in shown]) if len(shown) > 1 else ["calibration"]
+    labels = [
+        f"{name}: error {100 * line.spread(CALIBRATION)[0]:.1f} %" for line, name in zip(shown, names, strict=True)
+    ]
     key = dict(zip(labels, looks, strict=True)) if len(shown) > DIRECT else {}
-    width = 4.3 + (0 if key else style.name_width(labels))
-    figure = style.new_figure(width, 4.3 + (style.legend_height(labels, width) if key else 0))
+    width = 5.0
+    figure = style.new_figure(width, 5.2 + (style.legend_height(labels, width) if key else 0))
     axes: Any = figure.subplots()
     axes.plot((0, 100), (0, 100), color=style.FAINT, linewidth=0.8)
-    axes.text(4, 6, "confidence = accuracy", rotation=45, rotation_mode="anchor", color=style.FAINT, fontsize=7)
-    for line, own, label in zip(shown, looks, labels, strict=True):
-        bins = torch.stack(list(line.calibration)).sum(0)  # (NUM_BINS, 3), over seeds
-        images, confidence, hits = bins[bins[:, 0] > 0].T
-        x, y = (100 * confidence / images).numpy(), (100 * hits / images).numpy()
+    curves = [_reliability(line) for line in shown]
+    for i, ((x, y, share), own) in enumerate(zip(curves, looks, strict=True)):
         axes.plot(x, y, color=own.colour, linestyle=own.dash, linewidth=1)
-        area = 200 * (images / images.sum()).numpy() + 4
-        axes.scatter(x, y, area, color=own.colour, marker=own.marker, alpha=0.8, linewidth=0)
+        axes.scatter(x, y, 200 * share + 4, color=own.colour, marker=own.marker, alpha=0.8, linewidth=0)
         if not key:
-            style.name_line(axes, x[-1], y[-1], label, own)
+            others = torch.cat([torch.stack(other[:2], 1) for other in (*curves[:i], *curves[i + 1 :])] or [END])
+            apart = torch.cdist(torch.stack((x, y), 1), others).amin(1) * share.sqrt()
+            at = int(apart.argmax())  # many images, and far from the other curves
+            style.name_point(axes, float(x[at]), float(y[at]), labels[i], own)
     axes.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 103), ylim=(0, 103), aspect="equal")
-    axes.set_title("Beside the names: calibration error" if len(shown) > 1 else "Beside the line: calibration error")
     axes.grid()
     if key:
         style.legend(figure, key, width)
-    words = _explanation(shown).partition("Lines:")[0]
-    style.note(figure, f"{words}Area of a dot: share of the images with this confidence, over all seeds.", width)
+    words = _explanation([line._replace(matrices=line.matrices[:1]) for line in shown])
+    seeds = " of all seeds" if max(len(line.calibration) for line in shown) > 1 else ""
+    style.note(
+        figure,
+        f"{words} Grey diagonal: confidence equals accuracy. Area of a dot: share of the images{seeds}. Error: expected"
+        " calibration error.".strip(),
+        width,
+    )
     save_figure(figure, path)
+
+
+END = torch.tensor([[100.0, 100.0]], dtype=torch.float64)
+"""The end of the diagonal."""
+
+
+def _reliability(line: ResultRow) -> tuple[Tensor, Tensor, Tensor]:
+    """Return confidence and accuracy in percent, and the share of images, of each bin that has images."""
+    bins = torch.stack(list(line.calibration)).sum(0)  # (NUM_BINS, 3), over seeds
+    images, confidence, hits = bins[bins[:, 0] > 0].T
+    return 100 * confidence / images, 100 * hits / images, images / images.sum()

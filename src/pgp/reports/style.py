@@ -6,18 +6,19 @@ import contextlib
 import functools
 import io
 import itertools
-import os
 import re
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.style
+import numpy as np
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.text import Annotation, Text
@@ -48,6 +49,9 @@ COLUMNS, LINES = 28, 3
 BREAKS = (r",\s", r"\s", r"[,/_+-]")
 """Where a name may be broken into lines, the best first."""
 
+MARK = "\u200e"
+"""The left-to-right mark of Unicode."""
+
 TEXT, SMALL = 8, 7
 """Sizes of text in points."""
 DPI = 160
@@ -75,6 +79,13 @@ class Look(NamedTuple):
     colour: str
     dash: Any = "-"
     marker: str = "o"
+    is_open: bool = False
+    """Whether the marker is only an outline."""
+
+    @property
+    def fill(self) -> str:
+        """The colour inside the marker."""
+        return "white" if self.is_open else self.colour
 
 
 def look(number: int, dash: int = 0) -> Look:
@@ -132,28 +143,40 @@ def readable(text: object) -> str:
 
 
 def short_names(names: Sequence[object], columns: int = COLUMNS, lines: int = LINES) -> list[str]:
-    """Return names in at most `lines` lines of `columns` columns, with all that distinguishes them.
+    r"""Return names in at most `lines` lines of `columns` columns, with all that distinguishes them.
 
-    If they are too long for two lines, a beginning that they share is left out, and then the middle. Different names
-    stay different, if need be in more lines.
+    If they are too long for two lines, the beginning that they share is left out up to a few words, and then the
+    middle. Different names stay different, if need be in more lines.
 
     >>> short_names(["energy 0.9", "joint"])
     ['energy 0.9', 'joint']
-    >>> short_names(["projection.energy 0.9, space union", "projection.energy 0.9, space sum"], columns=16)
-    ['…space union', '…space sum']
+    >>> short_names(["projection.energy 0.9, space union", "projection.energy 0.9, space sum"], columns=15)
+    ['…0.9, space\nunion', '…0.9, space sum']
     """
     texts = [readable(name) for name in names]
     long = {text for text in texts if _columns(text) > columns * min(2, lines)}
-    shared = os.path.commonprefix(sorted(long)) if len(long) > 1 else ""
-    if shared in long:
-        shared = ""
-    shared = shared[: max((match.end() for match in re.finditer(r"[\s,/_-]", shared)), default=0)]
+    shared = _shared_beginning(long) if len(long) > 1 else ""
+    longest = min((len(text) for text in long), default=0) - columns // 2  # some of the words that follow stay
+    ends = (match.end() for match in re.finditer(r"[\s,/_-]", shared))
+    shared = shared[: max((end for end in ends if end <= longest), default=0)]
     rest = {text: f"…{text.removeprefix(shared)}" if shared and text in long else text for text in dict.fromkeys(texts)}
     for limit in itertools.count(columns * lines, columns):
         short = {text: _cut_middle(part, limit) for text, part in rest.items()}
         if len(set(short.values())) == len(short):
-            return [_broken(short[text], columns) for text in texts]
+            return [_left_to_right(_broken(short[text], columns)) for text in texts]
     raise AssertionError
+
+
+def _shared_beginning(texts: Collection[str]) -> str:
+    pairs = zip(min(texts), max(texts), strict=False)
+    return "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _left_to_right(text: str) -> str:
+    """Mark the lines of a text with Hebrew or Arabic, so that what follows a name is drawn to its right."""
+    if any(unicodedata.bidirectional(char) in ("R", "AL") for char in text) and _has_glyph(MARK):
+        return "\n".join(f"{MARK}{line}{MARK}" for line in text.split("\n"))
+    return text
 
 
 def name_width(names: Sequence[str]) -> float:
@@ -167,7 +190,7 @@ def _columns(text: str) -> int:
 
 
 def _width(char: str) -> int:
-    return 0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
+    return 0 if unicodedata.combining(char) or char == MARK else 1 + (unicodedata.east_asian_width(char) in "WF")
 
 
 def _cut_middle(text: str, limit: int) -> str:
@@ -193,11 +216,6 @@ def _broken(text: str, columns: int) -> str:
 # curves and bars
 
 
-def marker(points: int, of: str = "o") -> str:
-    """Return the marker of a curve: `of`, or none if there are so many points that they would hide the line."""
-    return of if points <= DOTTED else ""
-
-
 def whole_numbers(axes: Any) -> None:
     """Put ticks of the x-axis at whole numbers only, at most ten of them."""
     axes.xaxis.set_major_locator(MaxNLocator(nbins=10, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
@@ -206,8 +224,9 @@ def whole_numbers(axes: Any) -> None:
 def draw_curve(axes: Any, means: Mapping[int, float], deviations: Mapping[int, float | None], own: Look) -> None:
     """Draw a curve, with a band of one standard deviation where there is one."""
     x = list(means)
-    width = 1.4 if len(x) <= DOTTED else 1.0
-    style = {"color": own.colour, "linestyle": own.dash, "marker": marker(len(x), own.marker), "linewidth": width}
+    style: dict[str, Any] = {"color": own.colour, "linestyle": own.dash, "marker": own.marker}
+    if len(x) > DOTTED:  # dots would hide the line
+        style |= {"marker": "", "linewidth": 1} if own.marker == MARKERS[0] else {"markevery": len(x) // 8}
     axes.plot(x, list(means.values()), **style)
     spread = {x: deviation for x, deviation in deviations.items() if deviation is not None}
     if spread:
@@ -226,20 +245,21 @@ class Bars(NamedTuple):
 def draw_bars(axes: Any, rows: Sequence[str], series: Sequence[Bars], units: Sequence[str]) -> None:
     """Draw horizontal bars from the top down, with their values and `units` if they are few."""
     thick = 0.8 / len(series)
-    for number, bars in enumerate(series):
+    for place, bars in enumerate(series):
         for row, (value, deviation) in enumerate(zip(bars.values, bars.deviations, strict=True)):
             if value is None:
                 continue
-            y = row - 0.4 + thick * (number + 0.5)
+            y = row - 0.4 + thick * (place + 0.5)
             axes.barh(y, value, 0.9 * thick, color=bars.own.colour, xerr=deviation, error_kw={"elinewidth": 0.8})
             if len(rows) * len(series) <= 2 * NAMED:
-                end = value + (deviation or 0)
+                number = f"{value:.1f}" if units[row] else f"{value:.1f}".removesuffix(".0")
                 axes.annotate(
-                    f"{value:.1f}{units[row]}", (end, y), (3, 0), textcoords="offset points", va="center",
-                    fontsize=SMALL, annotation_clip=False,
+                    f"{number}{units[row]}", (value + (deviation or 0), y), (3, 0), textcoords="offset points",
+                    va="center", fontsize=SMALL, annotation_clip=False,
                 )  # fmt: skip
-    step = -(-len(rows) // NAMED)
-    axes.set_yticks(range(0, len(rows), step), [short_names(rows, lines=1)[i] for i in range(0, len(rows), step)])
+    named = range(0, len(rows), -(-len(rows) // NAMED))
+    names = short_names(rows, columns=40, lines=1)
+    axes.set_yticks(named, [names[i] for i in named])
     axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, None))
     axes.set_xlim(0, 1.02 * axes.get_xlim()[1])
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
@@ -273,7 +293,10 @@ def name_point(axes: Any, x: float, y: float, text: str, own: Look) -> None:
 def legend(figure: Any, looks: Mapping[str, Look], width: float) -> None:
     """Put a legend above a figure or subfigure that is `width` inches wide."""
     names = short_names(list(looks))
-    handles = [Line2D([], [], color=own.colour, linestyle=own.dash, marker=own.marker) for own in looks.values()]
+    handles = [
+        Line2D([], [], color=own.colour, linestyle=own.dash, marker=own.marker, markerfacecolor=own.fill)
+        for own in looks.values()
+    ]
     drawn = figure.legend(
         handles, [""] * len(names), loc="outside upper left", ncols=_legend_grid(names, width)[1], handlelength=3
     )
@@ -301,11 +324,12 @@ def note(figure: Any, text: str, width: float) -> None:
 
 def arrange(figure: Figure) -> None:
     """Lay out a figure, and move names so that they do not overlap."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # nothing may move any more
+    for _ in range(2):  # a layout depends on the size of what it lays out
+        figure.draw_without_rendering()
+    figure.set_layout_engine("none")
     renderer: Any = FigureCanvasAgg(figure).get_renderer()
     for axes in figure.axes:
-        named: dict[str, list[Any]] = {}
+        named: dict[str | None, list[Any]] = {}
         for text in axes.texts:
             named.setdefault(text.get_gid(), []).append(text)
         for side in ("left", "right"):
@@ -317,7 +341,7 @@ def arrange(figure: Figure) -> None:
 
 def _spread_names(axes: Any, texts: Sequence[Any], renderer: Any) -> None:
     centers = [axes.transData.transform(text.xy)[1] for text in texts]
-    heights = [_extent(text, renderer).height + 0.02 * DPI for text in texts]
+    heights = [_extent(text, renderer).height + 0.04 * DPI for text in texts]
     box = axes.get_window_extent(renderer)
     for text, center in zip(texts, spread(centers, heights, box.y0, box.y1), strict=True):
         text.xyann = (text.xyann[0], axes.transData.inverted().transform((0, center))[1])
@@ -365,23 +389,50 @@ def _extent(name: Annotation, renderer: Any) -> Bbox:
 def _place_names(axes: Any, texts: Sequence[Any], renderer: Any) -> None:
     """Move each name to the free place inside the axes that is nearest to its point."""
     inside = axes.get_window_extent(renderer)
+    drawn = _drawn_points(axes)
     points = [axes.transData.transform(text.xy) for text in texts]
     radius = 5 * DPI / 72
     taken = [Bbox.from_extents(x - radius, y - radius, x + radius, y + radius) for x, y in points]
+    names: list[Bbox] = []
     for text, (x, y) in zip(texts, points, strict=True):
-        size = _extent(text, renderer)
-        width, height = size.width, size.height
-        steps_x = [inside.x0 + i * (inside.width - width) / 40 for i in range(41)]
-        steps_y = [inside.y0 + i * (inside.height - height) / 60 for i in range(61)]
-        near = [(x + radius, y - height / 2), (x - radius - width, y - height / 2)]
-        places = [*near, *itertools.product(steps_x, steps_y)]
+        extent = _extent(text, renderer)
+        width, height = extent.width + radius / 2, extent.height + radius / 2
+        places = [(x + radius, y - height / 2), (x - radius - width, y - height / 2)]
+        places += itertools.product(
+            np.linspace(inside.x0, inside.x1 - width, 41), np.linspace(inside.y0, inside.y1 - height, 61)
+        )
         places.sort(key=partial(_gap, width=width, height=height, x=x, y=y))
-        for place in places:
-            box = Bbox.from_bounds(*place, width, height)
-            if inside.x0 <= box.x0 and box.x1 <= inside.x1 and not any(box.overlaps(other) for other in taken):
-                break
+        boxes = [Bbox.from_bounds(*place, width, height) for place in places]
+        free = [box for box in boxes if inside.x0 <= box.x0 and box.x1 <= inside.x1 and not box.count_overlaps(taken)]
+        clear = (box for box in free if not box.count_contains(drawn) and not _crosses(box, (x, y), names))
+        box = next(clear, free[0] if free else boxes[0])
         taken.append(box)
-        text.xyann = (box.x0, box.y0)
+        names.append(box)
+        drawn = np.concatenate([drawn, _line_to(box, (x, y))])
+        text.xyann = (box.x0 + radius / 4, box.y0 + radius / 4)
+
+
+def _crosses(box: Bbox, point: tuple[float, float], names: Sequence[Bbox]) -> bool:
+    """Return whether the line from a name's box to its point crosses another name."""
+    line = _line_to(box, point)
+    return any(other.count_contains(line) for other in names)
+
+
+def _line_to(box: Bbox, point: tuple[float, float]) -> Any:
+    return np.linspace(((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2), point, 50)
+
+
+def _drawn_points(axes: Any) -> Any:
+    """Return points along every line and error bar, in pixels, `(N, 2)`."""
+    lines = [line.get_transform().transform(line.get_xydata()) for line in axes.lines]
+    for collection in axes.collections:
+        if isinstance(collection, LineCollection):  # error bars
+            lines += [axes.transData.transform(segment) for segment in collection.get_segments()]
+    out = [np.zeros((0, 2))]
+    for corners in lines:
+        for start, end in itertools.pairwise(corners):
+            out.append(np.linspace(start, end, 2 + int(np.hypot(*(end - start)) / 4)))
+    return np.concatenate(out)
 
 
 def _gap(place: tuple[float, float], *, width: float, height: float, x: float, y: float) -> float:
