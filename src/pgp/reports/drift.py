@@ -238,7 +238,8 @@ def _draw_summary(axes: Any, table: Sequence[DriftHistory], looks: Sequence[Look
     style.draw_bars(
         axes, [PANELS[heading][0] for heading in headings], series, [_unit(heading) for heading in headings]
     )
-    axes.set(xlabel="%, forgetting in points")
+    units = {PANELS[heading][1] for heading in headings}
+    axes.set(xlabel=units.pop() if len(units) == 1 else "%, forgetting in points")
 
 
 def _draw_curves(

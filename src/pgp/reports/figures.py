@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,16 +115,22 @@ def _draw_averages(axes: Any, table: Sequence[ResultRow], looks: Sequence[Look],
         curves = 100 * torch.tensor([metrics.accuracy_curve(matrix) for matrix in line.matrices])  # (seeds, t)
         means = dict(enumerate(curves.mean(0).tolist(), start=1))
         deviations = dict(enumerate(curves.std(0).tolist(), start=1)) if len(curves) > 1 else {}
-        lowest = min([lowest, *(v - deviations.get(x, 0) for x, v in means.items())])
+        means = {x: value for x, value in means.items() if math.isfinite(value)}
+        deviations = {x: deviations[x] for x in means if x in deviations}
+        if not means:
+            continue
+        lowest = min([lowest, *(value - deviations.get(x, 0) for x, value in means.items())])
         last = max(means)
-        if last == 1 < tasks:
+        if len(curves[0]) == 1 < tasks:
             axes.axhline(means[1], color=own.colour, linestyle=own.dash, linewidth=1)
             name = f"{name} (one task)"
         else:
             style.draw_curve(axes, means, deviations, own)
         if named:
-            style.name_line(axes, tasks if last == 1 else last, means[last], _labelled(name, means[last]), own)
-        if named and tasks == FEW == last:
+            style.name_line(
+                axes, tasks if len(curves[0]) == 1 else last, means[last], _labelled(name, means[last]), own
+            )
+        if named and tasks == FEW == last and 1 in means:
             style.name_line(axes, 1, means[1], f"{means[1]:.1f} %", own, side="left")
     low = 10 * max(0, int(min(lowest - 2, 89) // 10))
     axes.set(xlabel="tasks learned", ylabel="average accuracy (%)", ylim=(low, 100 + 0.03 * (100 - low)))
@@ -250,27 +257,27 @@ def draw_calibration(table: Sequence[ResultRow], path: Path) -> None:
     """
     shown = [line for line in table if line.calibration]
     looks = [own for line, own in zip(table, _looks(table), strict=True) if line.calibration]
-    names = short_names([_name(line, shown) for line in shown]) if len(shown) > 1 else ["calibration"]
-    labels = [
-        f"{name}: error {100 * line.spread(CALIBRATION)[0]:.1f} %" for line, name in zip(shown, names, strict=True)
-    ]
-    key = dict(zip(labels, looks, strict=True)) if len(shown) > DIRECT else {}
+    names = [_name(line, shown) for line in shown] if len(shown) > 1 else ["calibration"]
+    errors = [f": error {100 * line.spread(CALIBRATION)[0]:.1f} %" for line in shown]
+    key = {name + error: own for name, error, own in zip(names, errors, looks, strict=True)}
+    direct = len(shown) <= DIRECT
+    labels = [name + error for name, error in zip(short_names(names, columns=20), errors, strict=True)]
     width = 5.0
-    figure = style.new_figure(width, 5.2 + (style.legend_height(labels, width) if key else 0))
+    figure = style.new_figure(width, 5.2 + (0 if direct else style.legend_height(list(key), width)))
     axes: Any = figure.subplots()
     axes.plot((0, 100), (0, 100), color=style.FAINT, linewidth=0.8)
     curves = [_reliability(line) for line in shown]
     for i, ((x, y, share), own) in enumerate(zip(curves, looks, strict=True)):
         axes.plot(x, y, color=own.colour, linestyle=own.dash, linewidth=1)
         axes.scatter(x, y, 200 * share + 4, color=own.colour, marker=own.marker, alpha=0.8, linewidth=0)
-        if not key:
+        if direct:
             others = torch.cat([torch.stack(other[:2], 1) for other in (*curves[:i], *curves[i + 1 :])] or [END])
             apart = torch.cdist(torch.stack((x, y), 1), others).amin(1) * share.sqrt()
             at = int(apart.argmax())  # many images, and far from the other curves
             style.name_point(axes, float(x[at]), float(y[at]), labels[i], own)
     axes.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 103), ylim=(0, 103), aspect="equal")
     axes.grid()
-    if key:
+    if not direct:
         style.legend(figure, key, width)
     words = _explanation([line._replace(matrices=line.matrices[:1]) for line in shown])
     seeds = " of all seeds" if max(len(line.calibration) for line in shown) > 1 else ""

@@ -246,17 +246,17 @@ def draw_bars(axes: Any, rows: Sequence[str], series: Sequence[Bars], units: Seq
     """Draw horizontal bars from the top down, with their values and `units` if they are few."""
     thick = 0.8 / len(series)
     for place, bars in enumerate(series):
-        for row, (value, deviation) in enumerate(zip(bars.values, bars.deviations, strict=True)):
-            if value is None:
-                continue
-            y = row - 0.4 + thick * (place + 0.5)
-            axes.barh(y, value, 0.9 * thick, color=bars.own.colour, xerr=deviation, error_kw={"elinewidth": 0.8})
-            if len(rows) * len(series) <= 2 * NAMED:
-                number = f"{value:.1f}" if units[row] else f"{value:.1f}".removesuffix(".0")
-                axes.annotate(
-                    f"{number}{units[row]}", (value + (deviation or 0), y), (3, 0), textcoords="offset points",
-                    va="center", fontsize=SMALL, annotation_clip=False,
-                )  # fmt: skip
+        shown = [(i, value, bars.deviations[i] or 0) for i, value in enumerate(bars.values) if value is not None]
+        ys = [i - 0.4 + thick * (place + 0.5) for i, _, _ in shown]
+        widths, spread = [value for _, value, _ in shown], [deviation for _, _, deviation in shown]
+        whiskers = {"xerr": spread, "error_kw": {"elinewidth": 0.8, "ecolor": INK}} if any(spread) else {}
+        axes.barh(ys, widths, 0.9 * thick, color=bars.own.colour, **whiskers)
+        for (i, value, deviation), y in zip(shown, ys, strict=True) if len(rows) * len(series) <= NAMED else []:
+            number = f"{value:.1f}" if units[i] else f"{value:.1f}".removesuffix(".0")
+            axes.annotate(
+                f"{number}{units[i]}", (value + deviation, y), (3, 0), textcoords="offset points", va="center",
+                fontsize=SMALL, annotation_clip=False,
+            )  # fmt: skip
     named = range(0, len(rows), -(-len(rows) // NAMED))
     names = short_names(rows, columns=40, lines=1)
     axes.set_yticks(named, [names[i] for i in named])
@@ -324,11 +324,13 @@ def note(figure: Any, text: str, width: float) -> None:
 
 def arrange(figure: Figure) -> None:
     """Lay out a figure, and move names so that they do not overlap."""
+    engine: Any = figure.get_layout_engine()
     for _ in range(2):  # a layout depends on the size of what it lays out
-        figure.draw_without_rendering()
+        engine.execute(figure)
     figure.set_layout_engine("none")
     renderer: Any = FigureCanvasAgg(figure).get_renderer()
     for axes in figure.axes:
+        axes.apply_aspect()
         named: dict[str | None, list[Any]] = {}
         for text in axes.texts:
             named.setdefault(text.get_gid(), []).append(text)
@@ -404,8 +406,9 @@ def _place_names(axes: Any, texts: Sequence[Any], renderer: Any) -> None:
         places.sort(key=partial(_gap, width=width, height=height, x=x, y=y))
         boxes = [Bbox.from_bounds(*place, width, height) for place in places]
         free = [box for box in boxes if inside.x0 <= box.x0 and box.x1 <= inside.x1 and not box.count_overlaps(taken)]
-        clear = (box for box in free if not box.count_contains(drawn) and not _crosses(box, (x, y), names))
-        box = next(clear, free[0] if free else boxes[0])
+        clear = [box for box in free if not box.count_contains(drawn)]
+        direct = (box for box in clear if not _crosses(box, (x, y), names))
+        box = next(direct, (clear or free or boxes)[0])
         taken.append(box)
         names.append(box)
         drawn = np.concatenate([drawn, _line_to(box, (x, y))])
