@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from pgp.backbones.clip import CLIP
 from pgp.backbones.vit import ViT
+from pgp.reports import style
 
 CIFAR_NAMES = re.findall(
     r"\w+",
@@ -44,6 +45,7 @@ def _quick_figures(request, monkeypatch):
         whole(canvas, *arguments, **options)
 
     monkeypatch.setattr(FigureCanvasAgg, "print_png", quick)
+    monkeypatch.setattr(style, "arrange", lambda figure: None)
 
 
 def golden(name: str) -> dict[str, torch.Tensor]:

@@ -134,14 +134,14 @@ def test_figures_thin_out_what_would_be_a_blot(tmp_path, monkeypatch, tasks):
     figures.draw_accuracy(tables.result_rows([run]), tmp_path / "accuracy.png")
     drift.draw_drift(drift.drift_histories([run]), tmp_path / "drift.png")
     accuracy, history = drawn
-    axes = [part for sub in accuracy.subfigs for part in sub.axes]
-    assert sum(len(part.texts) for part in axes) == (3 * tasks * (tasks + 1) // 2 if tasks <= 12 else 0)
-    assert any(part.get_ylabel() == "accuracy, %" for part in axes) == (tasks > 12)  # a colour bar
-    for part in (*axes, *history.axes):
+    matrices = [part for part in accuracy.axes if part.images]
+    assert sum(len(part.texts) for part in matrices) == (3 * tasks * (tasks + 1) // 2 if tasks <= 12 else 0)
+    assert any(part.get_ylabel() == "accuracy (%)" for part in accuracy.axes) == (tasks > 12)  # a colour bar
+    for part in (*accuracy.axes, *history.axes):
         low, high = part.get_xlim()
         assert sum(low <= tick <= high for tick in part.get_xticks()) <= 48
-        assert len(part.get_yticks()) <= 12
-    for part in [axes[0], *history.axes[:5]]:
+        assert len(part.get_yticks()) <= 48
+    for part in [accuracy.axes[0], *(history.axes[:5] if tasks > 2 else [])]:
         assert sum(1 for tick in part.get_xticks() if 1 <= tick <= tasks) in range(1, 12)
         assert all(tick == int(tick) for tick in part.get_xticks())
         assert {line.get_marker() for line in part.lines} == ({"o"} if tasks <= 20 else {""})

@@ -9,13 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-
 from pgp.evaluation import metrics
-from pgp.reports import figures, tables
+from pgp.reports import style, tables
+from pgp.reports.style import DIRECT, Look
 from pgp.reports.tables import ResultRow
 from pgp.runs.run import Run
-from pgp.system.escaping import plot_text
 
 STATISTICS = {name: tables.STATISTICS[name] for name in ("average_accuracy", "forgetting")}
 HEAD = ("run", "readout", "seeds", *STATISTICS.values())
@@ -23,6 +21,8 @@ NOTE = (
     "In percent, mean ± standard deviation over seeds. Rows that begin with `minus` are differences to a baseline with"
     " the same seed, mean ± standard error of that mean.\n"
 )
+FEW = 3
+"""Maximum number of entries for which panels are small, and have the values of each entry beside its name."""
 MARKS = "sD^vP*Xh"
 """Markers of baselines in the figure, in order."""
 
@@ -164,6 +164,7 @@ def signed(difference: PairedDifference) -> str:
     return f"{100 * difference.mean:+.2f}{error}"
 
 
+@style.styled()
 def draw_comparison(members: Sequence[Entry], path: Path) -> None:
     """Draw accuracy against forgetting as a PNG, with a panel for each readout.
 
@@ -175,61 +176,87 @@ def draw_comparison(members: Sequence[Entry], path: Path) -> None:
     points = [member for member in members if member not in used_as_baseline] or members
     baselines = [member for member in members if member not in points]
     readouts = list(dict.fromkeys(column for member in points for column in columns(member)))
-    width = 1 + 4.6 * len(readouts)
-    longest = max(len(member.label) for member in members)
-    legend_columns = max(1, int(width / (0.6 + 0.055 * longest)))
-    figure = Figure(figsize=(width, 5 + 0.17 * (2 + len(members) // legend_columns)), layout="constrained")
-    panels: Any = figure.subplots(1, len(readouts), squeeze=False)
-    for axes, column in zip(panels.flat, readouts, strict=True):
-        _draw_panel(axes, column, points, baselines)
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", fontsize=7, ncols=legend_columns)
-    figures.save_figure(figure, path)
+    looks = {member: style.look(number)._replace(dash="") for number, member in enumerate(points)}
+    looks |= {member: Look(style.INK, "", MARKS[i % len(MARKS)], is_open=True) for i, member in enumerate(baselines)}
+    for member in looks:
+        if _is_single_task(_result_row(member, columns(member)[0])):
+            looks[member] = Look(looks[member].colour, ":", "")
+    key = {member.label: own for member, own in looks.items()} if len(looks) > DIRECT else {}
+    wide = min(3, len(readouts))
+    tall = -(-len(readouts) // wide)
+    size = 0.75 if len(looks) <= FEW else 1.0
+    width = max(5.2, (4.4 * size) * wide)
+    height = 3.8 * size * tall + 0.3 + (style.legend_height(list(key), width) if key else 0)
+    figure = style.new_figure(width, height)
+    grid: Any = figure.subplots(tall, wide, squeeze=False)
+    for axes in grid.flat[len(readouts) :]:
+        axes.remove()
+    for axes, column in zip(grid.flat, readouts, strict=False):
+        _draw_panel(axes, column, looks, baselines, named=not key)
+    if key:
+        style.legend(figure, key, width)
+    style.note(figure, _explanation(members, baselines), width)
+    style.save_figure(figure, path)
 
 
-def _draw_panel(axes: Any, column: str, points: Sequence[Entry], baselines: Sequence[Entry]) -> None:
+def _explanation(members: Sequence[Entry], baselines: Sequence[Entry]) -> str:
+    """Say in words what markers and lines mean."""
+    words = []
+    if baselines:
+        words.append("Black, open: baselines. Grey steps: their frontier; below and to the right of it, a baseline is"
+                     " better.")  # fmt: skip
+    if any(_is_single_task(_result_row(member, column)) for member in members for column in columns(member)):
+        words.append("Dotted: learned as one task, which cannot be forgotten.")
+    if max(len(member.runs) for member in members) > 1:
+        words.append("Means over seeds; error bars: ± 1 standard deviation.")
+    return " ".join(words)
+
+
+def _draw_panel(
+    axes: Any, column: str, looks: Mapping[Entry, Look], baselines: Sequence[Entry], *, named: bool
+) -> None:
     """Draw one readout: points in colour, baselines in black, and their frontier."""
-    for number, member in enumerate(points):
-        if column in columns(member):
-            _draw_point(
-                axes,
-                _result_row(member, column),
-                member.label,
-                color=f"C{number % 10}",
-                marker="od"[number // 10 % 2],
-                zorder=3,
-            )
-    baseline_points = []
-    for number, baseline in enumerate(baselines):
-        other = _comparable_column(baseline, column)
-        if other is None:
+    names = style.short_names([member.label for member in looks])
+    baseline_points, single = [], []
+    for (member, own), name in zip(looks.items(), names, strict=True):
+        other = _comparable_column(member, column) if member in baselines else column
+        if other is None or other not in columns(member):
             continue
-        line = _result_row(baseline, other)
+        line = _result_row(member, other)
         if _is_single_task(line):
-            mean, _ = line.spread("average_accuracy")
-            axes.axhline(100 * mean, color="black", linestyle=":", linewidth=1, label=plot_text(baseline.label))
+            single.append((100 * line.spread("average_accuracy")[0], name, own))
             continue
-        mark = MARKS[number % len(MARKS)]
-        baseline_points.append(
-            _draw_point(axes, line, baseline.label, color="black", marker=mark, markersize=5, markerfacecolor="white")
-        )
+        x, y = _draw_point(axes, line, own)
+        if named:
+            values = f"\n{y:.1f} %, {x:.1f} points" if len(looks) <= FEW else ""
+            style.name_point(axes, x, y, f"{name}{values}", own)
+        if member in baselines:
+            baseline_points.append((x, y))
+    axes.margins(0.15)
+    for y, _, own in single:
+        axes.axhline(y, color=own.colour, linestyle=":", linewidth=1)
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    left, high = max(left, -0.05 * right), min(high, 101)
     if best := frontier(baseline_points):
-        low, right = axes.get_ylim()[0], axes.get_xlim()[1]
-        xs = [best[0][0], *(x for x, _ in best), max(right, best[-1][0])]
-        ys = [low, *(y for _, y in best), best[-1][1]]
-        axes.step(xs, ys, where="post", color="black", linewidth=0.8, alpha=0.6, label="frontier of baselines")
-        axes.set(xlim=(None, right), ylim=(low, None))
-    axes.set(xlabel="forgetting, %", ylabel="average accuracy, %", title=column)
-    axes.grid(alpha=0.3)
+        corners = [(best[0][0], low)]
+        for x, y in best:
+            corners += [(x, corners[-1][1]), (x, y)]
+        corners.append((right, best[-1][1]))
+        axes.plot(*zip(*corners, strict=True), color=style.FAINT, linewidth=0.8)
+    axes.set(xlim=(left, right), ylim=(low, high), xlabel="forgetting (points)", ylabel="average accuracy (%)")
+    for y, name, own in single if named else []:
+        style.name_line(axes, right, y, name, own)
+    axes.set_title(column)
+    axes.grid()
 
 
-def _draw_point(axes: Any, line: ResultRow, label: str, **style: Any) -> tuple[float, float]:
+def _draw_point(axes: Any, line: ResultRow, own: Look) -> tuple[float, float]:
     """Draw a point with its standard deviations, and return its (forgetting, accuracy) in percent."""
     accuracy, accuracy_std = line.spread("average_accuracy")
     forgotten, forgotten_std = line.spread("forgetting")
     x, y = 100 * forgotten, 100 * accuracy
     axes.errorbar(
-        x, y, xerr=100 * (forgotten_std or 0), yerr=100 * (accuracy_std or 0), linestyle="", elinewidth=0.8, capsize=2,
-        label=plot_text(label), **style,
+        x, y, xerr=100 * (forgotten_std or 0), yerr=100 * (accuracy_std or 0), linestyle="", elinewidth=0.8,
+        color=own.colour, marker=own.marker, markersize=5, markerfacecolor=own.fill, zorder=3,
     )  # fmt: skip
     return x, y

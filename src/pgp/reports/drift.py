@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from matplotlib.figure import Figure
-
-from pgp.reports.figures import marker, save_figure, whole_numbers
+from pgp.reports import style
+from pgp.reports.style import DIRECT, Bars, Look, save_figure, short_names, whole_numbers
 from pgp.reports.tables import group_runs, markdown_table
 from pgp.runs.checkpoint import reading
 from pgp.runs.run import Run
-from pgp.system.escaping import plot_text
-
-NAMED = 48
-"""Maximum number of parameter names at an axis; if there are more, only every second or third is written."""
-
 
 Event = dict[str, Any]
 """The event that is logged at the end of a task."""
@@ -46,10 +41,18 @@ class DriftHistory(NamedTuple):
 
         Tasks without a value are left out.
         """
+        return {task: statistics.mean(of_runs) for task, of_runs in self._values(figure).items()}
+
+    def deviations(self, figure: Callable[[Event], float | None]) -> dict[int, float]:
+        """Return the standard deviation of a statistic over at least two runs, by number of tasks learned."""
+        return {task: statistics.stdev(runs) for task, runs in self._values(figure).items() if len(runs) > 1}
+
+    def _values(self, figure: Callable[[Event], float | None]) -> dict[int, list[float]]:
+        """Return the values of the runs that have one, by number of tasks learned."""
         tasks = sorted({task for events in self.runs for task in events})
         values = {task + 1: [figure(events[task]) for events in self.runs if task in events] for task in tasks}
         measured = {task: [value for value in of_runs if value is not None] for task, of_runs in values.items()}
-        return {task: statistics.mean(of_runs) for task, of_runs in measured.items() if of_runs}
+        return {task: of_runs for task, of_runs in measured.items() if of_runs}
 
     def last(self, figure: Callable[[Event], float | None]) -> float | None:
         """Return the mean of a statistic after the last task, or None if no run has a value."""
@@ -122,14 +125,28 @@ First come changes since the end of each old task, averaged over old tasks (and 
 the projection did, averaged over protected parameters, and then the accuracy of the first readout.
 """
 
-PARAMETERS = {
-    "rank": "rank of each protected subspace",
-    "held": "energy of old inputs in the subspace, %",
-    "gradients": "energy of gradients in the subspace, %",
-    "updates": "energy of updates in the subspace, %",
-    "leak": "leak: energy of a task's change in the subspace, %",
+PANELS = {
+    "features": ("change of old features", "relative change (%)"),
+    "logits": ("change of old logits", "relative change (%)"),
+    "protected responses": ("change of old protected responses", "relative change (%)"),
+    "other prompts": ("old images that select other prompts", "images (%)"),
+    "forgetting": ("forgetting", "forgetting (points)"),
+    "forgetting, task known": ("forgetting if the task is given", "forgetting (points)"),
+    "task identified": ("images with correctly predicted task", "images (%)"),
 }
-"""Statistics of each protected parameter by key in the log, with titles; see `pgp.analysis.drift`."""
+"""Title and axis of each statistic that is drawn over tasks, by heading."""
+
+PARAMETERS = {
+    "rank": ("rank of the protected subspace", "directions"),
+    "held": ("old inputs in the subspace", "energy (%)"),
+    "gradients": ("gradients in the subspace", "energy (%)"),
+    "updates": ("updates in the subspace", "energy (%)"),
+    "leak": ("leak: a task's change in the subspace", "energy (%)"),
+}
+"""Title and axis of each statistic of protected parameters, by key in the log; see `pgp.analysis.drift`."""
+
+FEW = 2
+"""Maximum number of tasks for which statistics are drawn as bars: a curve would have a single point."""
 
 
 def markdown(table: Sequence[DriftHistory]) -> str:
@@ -141,82 +158,158 @@ def markdown(table: Sequence[DriftHistory]) -> str:
     return markdown_table(["run", "seeds", *STATISTICS], rows)
 
 
+@style.styled()
 def draw_drift(table: Sequence[DriftHistory], path: Path) -> None:
     """Draw every statistic over tasks, and each protected parameter and prompt after the last task, as a PNG.
 
-    Statistics that no run has are left out.
+    Statistics that no run has are left out. For two tasks, all statistics are bars in one panel.
     """
-    panels: list[Callable[[Any], None]] = []
-    changes = {heading: f"change of old {heading}, %" for heading in ("features", "logits", "protected responses")}
-    for heading, what in {**changes, "other prompts": "old images that select other prompts, %"}.items():
-        if any(len(history.curve(STATISTICS[heading])) for history in table):
-            panels.append(_curves(table, {heading: "-"}, what))
-    forgetting = {"forgetting": "-", "forgetting, task known": "--"}
-    panels.append(_curves(table, forgetting, "forgetting, %; dashed: if the task is given"))
-    panels.append(_curves(table, {"task identified": "-"}, "images with correctly predicted task, %"))
-    for key, what in PARAMETERS.items():
-        if any(by_parameter(history, key) for history in table):
-            panels.append(_draw_parameters(table, key, what))
-    if any(_usage(history) for history in table):
-        panels.append(_prompts(table))
-    wide = min(3, len(panels))
-    tall = -(-len(panels) // wide)
-    figure = Figure(figsize=(4.2 * wide, 3.1 * tall), layout="constrained")
-    axes: Any = figure.subplots(tall, wide, squeeze=False)
-    for number, axis in enumerate(axes.flat):
-        axis.axis("on" if number < len(panels) else "off")
-        if number < len(panels):
-            panels[number](axis)
-            axis.grid(alpha=0.3)
-            axis.set_ylim(bottom=0)
-    if len(table) > 1:
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", fontsize=8, ncols=2)
+    looks = [style.look(number) for number in range(len(table))]
+    labels = [history.label for history in table]
+    headings = [heading for heading in PANELS if any(_curve(history, heading) for history in table)]
+    keys = [key for key in PARAMETERS if any(by_parameter(history, key) for history in table)]
+    spaces = list(dict.fromkeys(space for history in table for key in keys for space in by_parameter(history, key)))
+    few = max(history.end for history in table) < FEW
+    names = short_names(labels, columns=14) if len(table) > 1 else [""]
+    direct = not few and len(table) <= DIRECT and sum(name.count("\n") + 2 for name in names) <= 12
+    legend = {} if direct or len(table) == 1 else dict(zip(labels, looks, strict=True))
+
+    width = 10.5
+    wide = min(4, len(headings))
+    heights = [0.17 * max(1, len(table) * 0.75) * len(headings) + 0.8 if few else 2.1 * -(-len(headings) // wide)]
+    if keys:
+        heights.append(0.15 * min(len(spaces) * max(1, 0.8 * len(table)), style.NAMED) + 0.9)
+    if usage := any(_usage(history) for history in table):
+        heights.append(1.6)
+    heights[0] += style.legend_height(labels, width) if legend else 0
+    heights[-1] += 0.25
+    figure = style.new_figure(width, sum(heights))
+    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    if legend:
+        style.legend(parts[0], legend, width)
+    if few:
+        _draw_summary(parts[0].subplots(), table, looks, headings)
+    else:
+        _draw_curves(parts[0], table, looks, headings, wide, names if direct else [])
+    if keys:
+        _draw_parameters(parts[1], table, looks, keys, spaces)
+    if usage:
+        _draw_prompts(parts[-1].subplots(), table, looks)
+    style.note(parts[-1], _explanation(table, few), width)
     save_figure(figure, path)
 
 
-def _curves(table: Sequence[DriftHistory], styles: Mapping[str, str], what: str) -> Callable[[Any], None]:
-    def onto(axes: Any) -> None:
-        for number, history in enumerate(table):
-            for line, (heading, style) in enumerate(styles.items()):
-                curve = history.curve(STATISTICS[heading])
-                label = plot_text(history.label) if line == 0 else None
-                heights = [100 * value for value in curve.values()]
-                style_of = {"marker": marker(len(curve)), "markersize": 3, "color": f"C{number}", "label": label}
-                axes.plot(list(curve), heights, style, **style_of)
-        axes.set(xlabel="tasks learned")
-        axes.set_title(what, fontsize=9)
+def _explanation(table: Sequence[DriftHistory], few: bool) -> str:
+    """Say in words what colours, curves and bars mean."""
+    words = [] if len(table) == 1 else ["Colour: run."]
+    if len(table) > len(style.COLOURS):
+        words.append("Bars in the order of the legend.")
+    words.append("Statistics of old tasks are means over these tasks; bars show the state after the last task.")
+    if max(len(history.runs) for history in table) > 1:
+        words.append(f"Means over seeds; {'whiskers' if few else 'bands'}: ± 1 standard deviation.")
+    return " ".join(words)
+
+
+def _curve(history: DriftHistory, heading: str) -> dict[int, float]:
+    """Return a statistic in percent by number of tasks learned. A single task cannot be forgotten."""
+    curve = history.curve(STATISTICS[heading])
+    return {task: 100 * value for task, value in curve.items() if task > 1 or not heading.startswith("forgetting")}
+
+
+def _deviations(history: DriftHistory, heading: str) -> dict[int, float]:
+    curve, deviations = _curve(history, heading), history.deviations(STATISTICS[heading])
+    return {task: 100 * deviation for task, deviation in deviations.items() if task in curve}
+
+
+def _wrapped(title: str) -> str:
+    return textwrap.fill(title, 28)
+
+
+def _unit(heading: str) -> str:
+    return " points" if "points" in PANELS[heading][1] else " %"
+
+
+def _draw_summary(axes: Any, table: Sequence[DriftHistory], looks: Sequence[Look], headings: Sequence[str]) -> None:
+    """Draw every statistic after the last task as a bar."""
+    series = []
+    for history, own in zip(table, looks, strict=True):
+        values = [_curve(history, heading).get(history.end + 1) for heading in headings]
+        deviations = [_deviations(history, heading).get(history.end + 1) for heading in headings]
+        series.append(Bars(values, deviations, own))
+    style.draw_bars(
+        axes, [PANELS[heading][0] for heading in headings], series, [_unit(heading) for heading in headings]
+    )
+    units = {PANELS[heading][1] for heading in headings}
+    axes.set(xlabel=units.pop() if len(units) == 1 else "%, forgetting in points")
+
+
+def _draw_curves(
+    part: Any,
+    table: Sequence[DriftHistory],
+    looks: Sequence[Look],
+    headings: Sequence[str],
+    wide: int,
+    names: Sequence[str],
+) -> None:
+    """Draw every statistic over tasks in a panel of its own, `names` at the ends of its curves."""
+    grid: Any = part.subplots(-(-len(headings) // wide), wide, squeeze=False)
+    for axes in grid.flat[len(headings) :]:
+        axes.remove()
+    highest: dict[str, float] = {}
+    for axes, heading in zip(grid.flat, headings, strict=False):
+        title, unit = PANELS[heading]
+        for number, (history, own) in enumerate(zip(table, looks, strict=True)):
+            curve = _curve(history, heading)
+            style.draw_curve(axes, curve, _deviations(history, heading), own)
+            if names and curve:
+                x = max(curve)
+                value = f"{curve[x]:.1f}{_unit(heading)}"
+                style.name_line(axes, x, curve[x], f"{names[number]}\n{value}".strip(), own)
+        axes.set(xlabel="tasks learned", ylabel=unit)
+        axes.set_title(_wrapped(title))
         whole_numbers(axes)
-
-    return onto
-
-
-def _draw_parameters(table: Sequence[DriftHistory], key: str, what: str) -> Callable[[Any], None]:
-    names = list(dict.fromkeys(space for history in table for space in by_parameter(history, key)))
-
-    def onto(axes: Any) -> None:
-        for number, history in enumerate(table):
-            fractions = by_parameter(history, key)
-            heights = [fractions.get(space, float("nan")) for space in names]
-            axes.plot(range(len(names)), heights, ".", color=f"C{number}", label=plot_text(history.label))
-        named = range(0, len(names), -(-len(names) // NAMED))
-        axes.set_xticks(named, [names[i] for i in named], rotation=90, fontsize=8 if len(names) <= 12 else 5)
-        axes.set_title(what, fontsize=9)
-        axes.set(xlim=(-0.5, len(names) - 0.5), ylim=(0, None if key == "rank" else 103))
-
-    return onto
+        axes.grid(axis="y")
+        highest[unit] = max(highest.get(unit, 1.0), axes.get_ylim()[1])
+    for axes, heading in zip(grid.flat, headings, strict=False):
+        together = PANELS[heading][1] == "forgetting (points)"
+        axes.set_ylim(0, highest["forgetting (points)"] if together else max(1.0, axes.get_ylim()[1]))
 
 
-def _prompts(table: Sequence[DriftHistory]) -> Callable[[Any], None]:
-    def onto(axes: Any) -> None:
-        for number, history in enumerate(table):
-            usage = _usage(history)
-            axes.plot(range(1, len(usage) + 1), [100 * fraction for fraction in usage], ".", color=f"C{number}")
-        axes.set_title("images that select a prompt, %", fontsize=9)
-        axes.set(xlabel="prompt", ylim=(0, 103))
-        whole_numbers(axes)
+def _draw_parameters(
+    part: Any, table: Sequence[DriftHistory], looks: Sequence[Look], keys: Sequence[str], spaces: Sequence[str]
+) -> None:
+    """Draw the statistics of each protected parameter as bars, side by side."""
+    panels: Any = part.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    for axes, key in zip(panels, keys, strict=True):
+        title, unit = PARAMETERS[key]
+        series = []
+        for history, own in zip(table, looks, strict=True):
+            values = by_parameter(history, key)
+            if any(by_parameter(history, one) for one in keys):
+                series.append(Bars([values.get(space) for space in spaces], [None] * len(spaces), own))
+        style.draw_bars(axes, spaces, series, ["" if key == "rank" else " %"] * len(spaces))
+        axes.set_title(_wrapped(title))
+        axes.set(xlabel=unit)
 
-    return onto
+
+def _draw_prompts(axes: Any, table: Sequence[DriftHistory], looks: Sequence[Look]) -> None:
+    """Draw the fraction of images that select each prompt: as bars, or as dots if there are many."""
+    prompts = max(len(_usage(history)) for history in table)
+    thick = 0.8 / len(table)
+    for number, (history, own) in enumerate(zip(table, looks, strict=True)):
+        usage = [100 * fraction for fraction in _usage(history)]
+        x = range(1, len(usage) + 1)
+        if prompts * len(table) <= 2 * style.NAMED:
+            axes.bar([i - 0.4 + thick * (number + 0.5) for i in x], usage, 0.9 * thick, color=own.colour)
+        else:
+            axes.plot(x, usage, linestyle="", marker=own.marker, markersize=2.5, color=own.colour)
+    axes.set_title("images that select each prompt")
+    axes.set(xlabel="prompt", ylabel="images (%)", xlim=(0.5, prompts + 0.5))
+    axes.set_ylim(bottom=0)
+    whole_numbers(axes)
+    if prompts <= 12:
+        axes.set_xticks(range(1, prompts + 1))
+    axes.grid(axis="y")
 
 
 def by_parameter(history: DriftHistory, key: str) -> dict[str, float]:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 from markupsafe import Markup
 from torch import Tensor
 
-from pgp.reports.figures import DOTTED, ticks_of
+from pgp.reports.figures import ticks_of
+from pgp.reports.style import DOTTED
 from pgp.system.escaping import printable
 
 WIDTH, HEIGHT = 440, 270

@@ -44,15 +44,6 @@ def markdown_cell(text: object) -> str:
     return printable(text).replace("|", r"\|").replace("<", "&lt;")
 
 
-def plot_text(text: object) -> str:
-    r"""Return `text` for a figure, where a dollar sign does not begin a formula.
-
-    >>> print(plot_text("5$ or $x$"))
-    5\$ or \$x\$
-    """
-    return printable(text).replace("$", r"\$")
-
-
 def json_line(value: Any, *, ascii_only: bool = False) -> str:
     r"""Return `value` as one line of JSON that is safe for a terminal.
 
