@@ -55,51 +55,58 @@ MOST = 0.75
 Event = dict[str, Any]
 
 
+class Recorded(NamedTuple):
+    """What a run recorded of each test image."""
+
+    run: Run
+    data: DataDescription
+    predictions: Predictions
+
+
 class Pool(NamedTuple):
     """Predictions of runs that differ only in their seed, of those that recorded them."""
 
-    members: list[tuple[Predictions, DataDescription]]
+    members: list[Recorded]
+
+    def has(self, column: str) -> bool:
+        """Return whether the predictions of a readout are recorded."""
+        return bool(self.members) and all(column in one.predictions.top for one in self.members)
 
     def class_accuracy(self, column: str, k: int = 1) -> Tensor:
         """Return the top-k accuracy of each class, `(C,)`, the mean over seeds; NaN for a class without images."""
-        return self._mean(
-            [per_image.class_accuracy(one, column, len(data.class_names), k) for one, data in self.members]
-        )
+        accuracies = [
+            per_image.class_accuracy(one.predictions, column, len(one.data.class_names), k) for one in self.members
+        ]
+        return torch.stack(accuracies).nanmean(0)
 
-    def top_accuracy(self, column: str) -> float | None:
-        """Return the top-`TOP` accuracy, averaged over tasks with equal weight; None if it was not recorded."""
-        if not self.members:
-            return None
-        return _finite(self._mean([per_image.task_accuracy(p, column, len(d.tasks), TOP) for p, d in self.members]))
+    def top_accuracy(self, column: str) -> float:
+        """Return the top-`TOP` accuracy, averaged with equal weight over the tasks that have test images."""
+        accuracies = [
+            per_image.task_accuracy(one.predictions, column, len(one.data.tasks), TOP) for one in self.members
+        ]
+        return float(torch.stack(accuracies).nanmean())
 
     def class_confusion(self, column: str) -> Tensor:
         """Return how many images of each class were predicted as each class, `(C, C)`, over all seeds."""
-        return sum(  # type: ignore[return-value]
-            per_image.class_confusion(one, column, len(data.class_names)) for one, data in self.members
-        )
+        counts = [per_image.class_confusion(one.predictions, column, len(one.data.class_names)) for one in self.members]
+        return torch.stack(counts).sum(0)
 
     def task_confusion(self, column: str) -> Tensor | None:
         """Return the fraction of each task's images that are predicted as a class of each task, `(t, t)`.
 
-        It is None if nothing was recorded, or if tasks share classes.
+        It is None if tasks share classes.
         """
         counts = []
-        for one, data in self.members:
+        for _, data, found in self.members:
             task_of = torch.full((len(data.class_names),), -1)
             for number, labels in enumerate(data.tasks):
                 if bool((task_of[list(labels)] >= 0).any()):
                     return None
                 task_of[list(labels)] = number
-            counts.append(per_image.task_confusion(one, column, task_of, len(data.tasks)))
-        if not counts:
-            return None
+            counts.append(per_image.task_confusion(found, column, task_of, len(data.tasks)))
         total = to_float64(torch.stack(counts).sum(0))
-        learned = 1 + max(int(one.tasks.max()) for one, _ in self.members)
+        learned = 1 + max(int(one.predictions.tasks.max()) for one in self.members)
         return (total / total.sum(1, keepdim=True))[:learned, :learned]  # NaN for a task without images
-
-    @staticmethod
-    def _mean(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(tensors)).nanmean(0)
 
 
 class ClassResult(NamedTuple):
@@ -107,7 +114,7 @@ class ClassResult(NamedTuple):
 
     name: str
     task: str
-    """Number of its task; "" if it is in several."""
+    """Number of its task; "" if it is in several, or if seeds differ in it."""
     images: int
     """Number of test images of a seed."""
     confused_with: str
@@ -167,26 +174,27 @@ class Row:
 
     @property
     def top_accuracy(self) -> float | None:
-        """Top-`TOP` accuracy; None if it was not recorded."""
-        return self.pool.top_accuracy(self.line.column) if self._is_recorded else None
+        """Top-`TOP` accuracy; None if it was not recorded, or not measured in every task."""
+        return self.pool.top_accuracy(self.line.column) if self.is_recorded and self.accuracy is not None else None
 
     @property
-    def _is_recorded(self) -> bool:
-        return bool(self.pool.members) and all(self.line.column in one.top for one, _ in self.pool.members)
+    def is_recorded(self) -> bool:
+        """Whether its predictions were recorded image by image."""
+        return self.pool.has(self.line.column)
 
     @property
     def task_confusion(self) -> Tensor | None:
         """See `Pool.task_confusion`."""
-        return self.pool.task_confusion(self.line.column) if self._is_recorded else None
+        return self.pool.task_confusion(self.line.column) if self.is_recorded else None
 
     @functools.cached_property
     def pairs(self) -> list[Pair]:
         """The most confused pairs of classes; empty if nothing was recorded."""
-        return top_pairs(self.pool.class_confusion(self.line.column), PAIRS) if self._is_recorded else []
+        return top_pairs(self.pool.class_confusion(self.line.column), PAIRS) if self.is_recorded else []
 
     def class_accuracy(self, k: int) -> Tensor | None:
         """Return the top-k accuracy of each class, `(C,)`; None if it was not recorded."""
-        return self.pool.class_accuracy(self.line.column, k) if self._is_recorded else None
+        return self.pool.class_accuracy(self.line.column, k) if self.is_recorded else None
 
     @property
     def verdict(self) -> str:
@@ -240,17 +248,18 @@ class Group:
         """The classes learned so far, those with the lowest accuracy of the first readout first."""
         if not self.pool.members:
             return []
-        found = [[row.class_accuracy(k) for k in (1, TOP)] for row in self.rows]
-        predictions, _ = self.pool.members[0]
-        counts = torch.bincount(predictions.labels, minlength=len(self.data.class_names)).tolist()
+        found = [(row.class_accuracy(1), row.class_accuracy(TOP)) for row in self.rows]
+        labels = self.pool.members[0].predictions.labels
+        counts = torch.bincount(labels, minlength=len(self.data.class_names)).tolist()
         wrong = self.pool.class_confusion(self.rows[0].line.column).fill_diagonal_(0).max(1)
+        same_tasks = len({one.data.tasks for one in self.pool.members}) == 1
         out = []
         for label, tasks in self._tasks_of_classes().items():
-            accuracy = [tuple(_at(values, label) for values in pair) for pair in found]
+            accuracy = [(_at(first, label), _at(top, label)) for first, top in found]
             other = self.data.class_names[int(wrong.indices[label])] if wrong.values[label] else ""
-            task = ", ".join(map(str, tasks)) if len(tasks) == 1 else ""
-            out.append(ClassResult(self.data.class_names[label], task, counts[label], other, accuracy))  # type: ignore[arg-type]
-        return sorted(out, key=lambda one: (one.accuracy[0][0] is None, one.accuracy[0][0]))
+            task = str(tasks[0]) if len(tasks) == 1 and same_tasks else ""
+            out.append(ClassResult(self.data.class_names[label], task, counts[label], other, accuracy))
+        return sorted(out, key=lambda one: math.inf if one.accuracy[0][0] is None else one.accuracy[0][0])
 
     def _tasks_of_classes(self) -> dict[int, list[int]]:
         """Return the numbers of the tasks of each class that was learned, from 1, by label."""
@@ -263,7 +272,7 @@ class Group:
     @property
     def usage(self) -> Tensor | None:
         """Fraction of each task's images that select each prompt, `(t, M)`, of the first seed."""
-        return next((one.usage for one, _ in self.pool.members), None)
+        return next((one.predictions.usage for one in self.pool.members), None)
 
     @property
     def parameters(self) -> list[tuple[str, list[str]]]:
@@ -406,8 +415,8 @@ def read_groups(runs: Sequence[Run]) -> list[Group]:
     grouped = tables.group_runs(runs)
     out = []
     for number, (label, members) in enumerate(grouped):
-        found = [(run.predictions(), run.data) for run in members]
-        pool = Pool([(one, data) for one, data in found if one is not None])
+        found = [(run, run.data, run.predictions()) for run in members]
+        pool = Pool([Recorded(run, data, predictions) for run, data, predictions in found if predictions is not None])
         logs = [run.events("task") for run in members]
         several, rows = len(grouped) > 1, list[Row]()
         columns = len(members[0].matrices())
@@ -592,8 +601,7 @@ def _pictures(groups: Sequence[Group]) -> tuple[Mapping[str, list[ConfusedImage]
     notes: dict[str, None] = {}
     splits: dict[str, Any] = {}
     for group, row in rows:
-        predictions, _ = group.pool.members[0]
-        run = next(run for run in group.runs if run.predictions() is not None)
+        run, _, predictions = group.pool.members[0]
         try:
             if group.key not in splits:
                 splits[group.key] = read_test_images(run, predictions)

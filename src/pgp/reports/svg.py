@@ -24,6 +24,8 @@ DASHES = ("", "6 3", "2 3", "8 3 2 3")
 """Patterns of lines of one colour."""
 COLORS = 8
 """Number of colours of the style sheet, `--c0` to `--c7`."""
+CELL = 14.0
+"""Largest side of a cell of a heat map."""
 LEVELS = 10
 """Colours of a heat map differ by a tenth of its range."""
 
@@ -103,27 +105,25 @@ def heat_map(
         tooltip: Returns the text of a cell from its row, its column and its value.
     """
     rows, columns = values.shape
-    side = min(14.0, (WIDTH - LEFT - 8) / columns)
-    width, height = LEFT + side * columns + 8, TOP + side * rows + BOTTOM
+    across, down = min(CELL, (WIDTH - LEFT - 8) / columns), min(CELL, (WIDTH - LEFT - 8) / rows)  # size of a cell
+    right, bottom = LEFT + across * columns, TOP + down * rows
     cells = []
     for r, c in values.isfinite().nonzero().tolist():
         value = float(values[r, c])
-        cells.append(
-            Markup('<path class="q{}" d="M{} {}h1v1h-1z"><title>{}</title></path>').format(
-                level(value), c, r, printable(tooltip(r, c, value))
-            )
-        )
+        text = printable(tooltip(r, c, value))
+        cell = '<path class="q{}" d="M{} {}h1v1h-1z"><title>{}</title></path>'
+        cells.append(Markup(cell).format(level(value), c, r, text))
+    ground = '<rect class="ground" x="{}" y="{}" width="{:.1f}" height="{:.1f}"/>'
+    group = '<g transform="translate({} {}) scale({:.4f} {:.4f})" shape-rendering="crispEdges">{}</g>'
     parts = [
-        Markup('<rect class="ground" x="{}" y="{}" width="{:.1f}" height="{:.1f}"/>').format(
-            LEFT, TOP, side * columns, side * rows
-        ),
-        Markup('<g transform="translate({} {}) scale({:.4f})">{}</g>').format(LEFT, TOP, side, Markup("").join(cells)),
+        Markup(ground).format(LEFT, TOP, right - LEFT, bottom - TOP),
+        Markup(group).format(LEFT, TOP, across, down, Markup("").join(cells)),
     ]
-    parts += [_text(LEFT - 6, TOP + side * (i + 0.5) + 4, i + 1, "end") for i in ticks_of(rows)]
-    parts += [_text(LEFT + side * (i + 0.5), TOP + side * rows + 15, i + 1, "middle") for i in ticks_of(columns)]
-    parts.append(_text(LEFT + side * columns / 2, TOP + side * rows + 34, column_label, "middle", "label"))
-    parts.append(_vertical(TOP + side * rows / 2, row_label))
-    return _svg(title, width, max(height, 90), parts)
+    parts += [_text(LEFT - 6, TOP + down * (i + 0.5) + 4, i + 1, "end") for i in ticks_of(rows)]
+    parts += [_text(LEFT + across * (i + 0.5), bottom + 15, i + 1, "middle") for i in ticks_of(columns)]
+    parts.append(_text((LEFT + right) / 2, bottom + 34, column_label, "middle", "label"))
+    parts.append(_vertical((TOP + bottom) / 2, row_label))
+    return _svg(title, right + 8, max(bottom + BOTTOM, 90), parts)
 
 
 def level(value: float) -> int:
