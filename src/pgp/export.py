@@ -18,8 +18,8 @@ from pgp.datasets.transforms import BatchTestTransform
 from pgp.predict import Classifier, Predictor
 from pgp.runs.run import Run
 from pgp.system import storage
+from pgp.system.outputs import require_empty
 from pgp.system.paths import StrPath, as_path
-from pgp.system.storage import RunError
 
 INPUT, OUTPUT = "images", "probabilities"
 """Names of the graph's input and output."""
@@ -71,7 +71,7 @@ def export(run: Run | StrPath, output: StrPath, readout: str | None = None, *, p
             probabilities than torch.
     """
     folder = as_path(output, "a folder for the exported files")
-    _require_empty(folder)
+    require_empty(folder, "the exported files")
     runtime = _onnxruntime()
     predictor = Predictor(run, readout, device="cpu", precision="32-true")
     classifier, transforms = predictor.classifier, predictor.transforms
@@ -88,12 +88,6 @@ def export(run: Run | StrPath, output: StrPath, readout: str | None = None, *, p
     except OSError as error:
         raise storage.write_error("write", folder, error) from error
     return Exported(folder, tuple(folder / name for name in (ONNX, TORCH, PREPROCESSING)), difference)
-
-
-def _require_empty(folder: Path) -> None:
-    if storage.exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise RunError(f"expected a new or empty folder for the exported files, but {folder} is not empty: name another"
-                       f" one")  # fmt: skip
 
 
 def _onnxruntime() -> Any:

@@ -108,6 +108,8 @@ class Predictor:
     ) -> None:
         run = run if isinstance(run, Run) else Run.open(as_path(run, "a run folder"))
         config, name = run.config, run.latest_finished()
+        self.run = run
+        """The run."""
         state = run.load(name, {"backbone", "method", "readouts"})
         names, tasks = run.data.class_names, run.data.tasks
         self.device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -138,6 +140,76 @@ class Predictor:
         self.classes = tuple(names[label] for label in learned)
         """Names of the classes learned so far."""
         self._transform = self.transforms.test()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repository_or_folder: StrPath,
+        *,
+        revision: str | None = None,
+        readout: str | None = None,
+        device: str | None = None,
+        precision: Literal["32-true", "bf16-mixed"] | None = None,
+        token: str | None = None,
+    ) -> Predictor:
+        """Return a classifier from the Hugging Face hub, or from a run folder.
+
+        What was downloaded stays in a cache, so a pinned revision needs no network the next time.
+
+        Args:
+            repository_or_folder: A repository that `pgp push` wrote, OWNER/NAME; or a run folder, if it exists.
+            revision: Hash of a commit of the repository, which never changes; or a branch or tag. If None, the newest.
+            readout: See `Predictor`.
+            device: See `Predictor`.
+            precision: See `Predictor`.
+            token: Token of the hub, for a private repository. If None, that of `hf auth login` or of HF_TOKEN.
+
+        Raises:
+            RunError: If the hub or the repository has no such model (a `pgp.hub.HubError`), or as `Predictor`.
+            ValueError: If an argument has a wrong form, or as `Predictor`.
+        """
+        from pgp import hub
+
+        folder = as_path(repository_or_folder, "a run folder, or a repository OWNER/NAME")
+        if not folder.is_dir():
+            run = hub.fetch(str(repository_or_folder), revision=revision, token=token)
+        elif revision is None:
+            run = Run.open(folder)
+        else:
+            raise ValueError(f"expected no revision for the folder {folder}, got {revision!r:.60}: it has only one")
+        return cls(run, readout, device, precision)
+
+    def save_pretrained(self, folder: StrPath, *, license: str | None = None) -> None:
+        """Write a run folder with the latest finished task and a model card, fit to be published.
+
+        Args:
+            folder: Folder to write, new or empty.
+            license: Licence of the model for its card, as the hub spells it, such as apache-2.0.
+
+        Raises:
+            RunError, ValueError: As `pgp.hub.save`.
+        """
+        from pgp import hub
+
+        hub.save(self.run, folder, license=license)
+
+    def push_to_hub(
+        self, repository: str, *, private: bool = True, license: str | None = None, token: str | None = None
+    ) -> str:
+        """Publish the run on the Hugging Face hub, and return the hash of the commit; see `pgp.hub.push`.
+
+        Args:
+            repository: Name of the repository, OWNER/NAME.
+            private: Whether only its owner may see it.
+            license: Licence of the model for its card, as the hub spells it, such as apache-2.0.
+            token: Token of the hub. If None, that of `hf auth login` or of HF_TOKEN.
+
+        Raises:
+            RunError, ValueError: As `pgp.hub.push`.
+        """
+        from pgp import hub
+
+        return hub.push(self.run, repository, public=not private, license=license, token=token).revision
 
     def preprocess(self, images: Sequence[StrPath | Tensor]) -> Tensor:
         """Return images as the encoder takes them, `(B, 3, S, S)`; see `probabilities` for arguments and errors."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pgp.backbones.norms import norm_std, pull_back
+from pgp.backbones.weights import EncoderSource
 
 
 class Trace(NamedTuple):
@@ -85,6 +86,15 @@ class Backbone(nn.Module, abc.ABC):
         def with_absolute_paths(self) -> Backbone.Config:
             """Return the same settings with absolute paths, so that a run can be resumed from another directory."""
             return self
+
+        @property
+        def local_files(self) -> tuple[str, ...]:
+            """Paths of files that the encoder needs and that neither pgp nor its library provides."""
+            return ()
+
+        def source(self) -> EncoderSource:
+            """Return where the weights come from, as far as their library says; it needs no network."""
+            return EncoderSource()
 
     @abc.abstractmethod
     def embed(self, images: Tensor) -> Tensor:

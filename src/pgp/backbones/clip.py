@@ -28,6 +28,7 @@ from pgp.backbones.base import (
     drop_prompts,
     insert_prompts,
 )
+from pgp.backbones.weights import EncoderSource
 
 
 class CLIP(VisionLanguage):
@@ -60,6 +61,20 @@ class CLIP(VisionLanguage):
             model = weights.resolve_weights(self.model) if _is_model_file(self.model) else self.model
             source = weights.resolve_weights(self.weights) if _is_weights_file(self.weights) else self.weights
             return replace(self, model=model, weights=source)
+
+        @property
+        def local_files(self) -> tuple[str, ...]:
+            """See `Backbone.Config.local_files`."""
+            files = [self.model] if _is_model_file(self.model) else []
+            files += [self.weights] if _is_weights_file(self.weights) else []
+            return tuple(file for file in files if not weights.is_packaged(file))
+
+        def source(self) -> EncoderSource:
+            """See `Backbone.Config.source`."""
+            if weights.is_packaged(self.weights):
+                return weights.PACKAGED
+            published = _open_clip().pretrained.get_pretrained_cfg(self.model, self.weights)
+            return EncoderSource(published.get("hf_hub", "").rstrip("/") or None)
 
     model: Any
 

@@ -31,6 +31,7 @@ from pgp.backbones.base import (
     drop_prompts,
     insert_prompts,
 )
+from pgp.backbones.weights import EncoderSource
 
 
 class ViT(Backbone):
@@ -63,6 +64,19 @@ class ViT(Backbone):
             if self.weights in ("hub", "random"):
                 return self
             return replace(self, weights=weights.resolve_weights(self.weights))
+
+        @property
+        def local_files(self) -> tuple[str, ...]:
+            """See `Backbone.Config.local_files`."""
+            provided = self.weights in ("hub", "random") or weights.is_packaged(self.weights)
+            return () if provided else (self.weights,)
+
+        def source(self) -> EncoderSource:
+            """See `Backbone.Config.source`."""
+            if self.weights != "hub":
+                return weights.PACKAGED if weights.is_packaged(self.weights) else EncoderSource()
+            published = timm.get_pretrained_cfg(self.model)
+            return EncoderSource(published.hf_hub_id, published.license) if published else EncoderSource()
 
     vit: Any
 

@@ -14,7 +14,7 @@ import zipfile
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -44,6 +44,18 @@ _LARGEST_DESCRIPTION = 1 << 20
 """Maximum size in bytes of a model configuration in JSON."""
 
 
+class EncoderSource(NamedTuple):
+    """Where an encoder's weights come from, as far as the library that provides them says."""
+
+    repository: str | None = None
+    """Repository on the Hugging Face hub."""
+    license: str | None = None
+
+
+PACKAGED = EncoderSource(None, "apache-2.0")
+"""The source of the weights that pgp ships."""
+
+
 class WeightsError(ValueError):
     """A file of weights, or a model configuration, that cannot be used. The message names the file and the reason."""
 
@@ -53,6 +65,12 @@ def packaged_weights(name: str) -> Path:
     if name.startswith("package:"):
         return Path(str(resources.files("pgp") / "weights" / name.removeprefix("package:")))
     return Path(name).expanduser()
+
+
+def is_packaged(name: str) -> bool:
+    """Return whether `name` is `package:NAME` of a file that pgp ships."""
+    shipped = {file.name for file in (resources.files("pgp") / "weights").iterdir()}
+    return name.startswith("package:") and name.removeprefix("package:") in shipped
 
 
 def resolve_weights(name: str) -> str:

@@ -195,6 +195,38 @@ class ServeCommand:
 
 
 @dataclass(frozen=True)
+class PushCommand:
+    """Publish a finished run on the Hugging Face hub: what predicts and learns on, and a model card.
+
+    Names of classes and tasks, numbers of images and statistics of classes are published; images and paths never are.
+    A repository that does not exist is created, private unless --public is given.
+    """
+
+    run: tyro.conf.Positional[Annotated[Path, Choice(metavar="RUN")]]
+    """Run folder."""
+    repository: tyro.conf.Positional[Annotated[str, Choice(metavar="OWNER/NAME")]]
+    """Repository of models on the hub."""
+    public: bool = False
+    """Let everybody see the repository. If not given, only its owner may."""
+    license: str | None = None
+    """Licence of the model for its card, as the hub spells it, such as apache-2.0 or cc-by-4.0."""
+    replace: bool = False
+    """Push although the repository holds other files than those of this run. Its history keeps them."""
+
+
+@dataclass(frozen=True)
+class PullCommand:
+    """Download a run that pgp push published, to a run folder for pgp predict, pgp export and pgp add."""
+
+    repository: tyro.conf.Positional[Annotated[str, Choice(metavar="OWNER/NAME")]]
+    """Repository of models on the hub."""
+    output: Path | None = None
+    """Run folder, new or empty. If not given, runs/NAME."""
+    revision: str | None = None
+    """Hash of a commit, branch or tag of the repository. If not given, the newest commit of the main branch."""
+
+
+@dataclass(frozen=True)
 class ReportCommand:
     """Write tables and figures for runs. Runs that differ only in their seed share one row."""
 

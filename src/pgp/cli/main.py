@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pgp import __version__, distributed, recipes, train
+from pgp import __version__, distributed, hub, recipes, train
 from pgp.analysis import audit, checkpoints
 from pgp.baselines import matching_baselines, unprojected
 from pgp.cli import catalogue, parse, published, show
@@ -22,6 +22,8 @@ from pgp.cli.commands import (
     EvalCommand,
     ExportCommand,
     PredictCommand,
+    PullCommand,
+    PushCommand,
     ReportCommand,
     ResumeCommand,
     ServeCommand,
@@ -62,6 +64,8 @@ usage: pgp COMMAND ...
   predict RUN IMAGE ...   classify images, and all images in folders
   export RUN OUT          write an ONNX model
   serve RUN               serve a web page and an HTTP interface
+  push RUN OWNER/NAME     publish a finished run on the Hugging Face hub
+  pull OWNER/NAME         download a published run to a run folder
   report RUN ...          write tables and figures over runs and seeds
   sweep RECIPE --over ... run a grid of configurations and their baselines
   list                    list recipes, data sets, scenarios and components
@@ -333,6 +337,36 @@ def serve_command(words: list[str]) -> None:
     )
 
 
+def push_command(words: list[str]) -> None:
+    """Run `pgp push RUN OWNER/NAME`."""
+    command = parse.parse(PushCommand, words, "pgp push")
+    pushed = hub.push(
+        command.run, command.repository, public=command.public, license=command.license, replace=command.replace
+    )
+    kind = "private" if pushed.is_private else "public"
+    show.show_lines(
+        f"pushed:   {len(pushed.files)} files, {pushed.size / 1e6:.3g} MB, to a {kind} repository",
+        f"page:     {pushed.url}",
+        f"revision: {pushed.revision}",
+        f"use it:   pgp pull {command.repository}, or Predictor.from_pretrained",
+    )
+
+
+def pull_command(words: list[str]) -> None:
+    """Run `pgp pull OWNER/NAME`."""
+    command = parse.parse(PullCommand, words, "pgp pull")
+    hub.check_repository(command.repository)
+    output = command.output or Path("runs") / platforms.safe_name(command.repository.partition("/")[2])
+    with show.progress() as bars:
+        pulled = hub.pull(command.repository, output, revision=command.revision, progress=bars)
+    show.show_lines(
+        f"pulled:   {command.repository}",
+        f"revision: {pulled.revision}",
+        f"run:      {pulled.run.folder}",
+        f"use it:   pgp predict {platforms.quoted(pulled.run.folder)} IMAGE ...",
+    )
+
+
 def report_command(words: list[str]) -> None:
     """Run `pgp report RUN ...`."""
     command = parse.parse(ReportCommand, words, "pgp report")
@@ -438,6 +472,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "audit": audit_command,
     "predict": predict_command,
     "export": export_command,
+    "push": push_command,
+    "pull": pull_command,
     "serve": serve_command,
     "undo": undo_command,
     "report": report_command,

@@ -179,6 +179,11 @@ class DatasetConfig(abc.ABC):
         paths = {name: value.expanduser().absolute() for name, value in values.items() if isinstance(value, Path)}
         return replace(self, **paths)
 
+    def without_paths(self) -> DatasetConfig:
+        """Return the same settings with the default of every setting that names a file or a folder."""
+        names = [one for one in fields(self) if _is_path(getattr(self, one.name))]
+        return replace(self, **{one.name: one.default for one in names})
+
     def relocated(self, path: str) -> DatasetConfig:
         """Return the same data set at another path.
 
@@ -193,6 +198,11 @@ class DatasetConfig(abc.ABC):
     def with_domains(self) -> DatasetConfig:
         """Return the same settings with domains, if the data set has a setting for them."""
         return self
+
+
+def _is_path(value: object) -> bool:
+    """Return whether a setting is a path, or a text with a character that a path of several parts has."""
+    return isinstance(value, Path) or (isinstance(value, str) and any(char in value for char in "/\\~"))
 
 
 def require_folder(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,6 +78,11 @@ class HuggingFace(DatasetConfig):
         """See `DatasetConfig.with_absolute_paths`; a name on the hub does not change."""
         path = Path(self.name).expanduser()
         return replace(self, name=str(path.absolute())) if path.exists() else self
+
+    def without_paths(self) -> DatasetConfig:
+        """See `DatasetConfig.without_paths`; a name on the hub is no path."""
+        on_hub = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", self.name, re.ASCII)
+        return self if on_hub else replace(self, name="")
 
     def relocated(self, path: str) -> DatasetConfig:
         """See `DatasetConfig.relocated`."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
 
-from pgp.config import Config
+from pgp.config import Config, Hardware
 from pgp.datasets.own import relocate
 from pgp.runs.run import Run
 from pgp.system.paths import StrPath
@@ -26,6 +28,44 @@ def resolve_paths(config: Config) -> Config:
         added=added,
         **paths,
     )
+
+
+def portable(config: Config) -> Config:
+    """Return `config` for other machines: without paths and data of this one, and with the default hardware.
+
+    Drift is not measured any more, since its references are features of single images.
+
+    Raises:
+        ValueError: If the encoder, or a component that is not pgp's own, needs a file that only this machine has.
+    """
+    if files := config.backbone.local_files:
+        raise ValueError(f"expected an encoder that others can load, got weights from the file {files[0]}: train with"
+                         " published weights, which --backbone names")  # fmt: skip
+    moved = replace(
+        config,
+        dataset=config.dataset.without_paths(),
+        added=tuple(more.without_paths() for more in config.added),
+        hardware=Hardware(),
+        class_order=None if config.class_order_seed is None else config.class_order,
+        task_file=None,
+        drift_images=0,
+    )
+    for name, value in _texts(moved.to_json()):
+        if PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute():
+            raise ValueError(f"expected settings without paths, got {value!r:.80} as {name}: others have no such file")
+    return moved
+
+
+def _texts(tree: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the texts in a JSON tree, with their dotted names."""
+    if isinstance(tree, str):
+        yield name, tree
+    elif isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _texts(value, f"{name}.{key}" if name else key)
+    elif isinstance(tree, Sequence):
+        for value in tree:
+            yield from _texts(value, name)
 
 
 FILES = ("class_order", "task_file")

@@ -28,6 +28,7 @@ from pgp.system.paths import StrPath, as_path
 from pgp.system.storage import RunError as RunError
 
 CONFIG, CLASSES, LOG, TABLE = "config.json", "classes.json", "metrics.jsonl", "accuracy.csv"
+ENVIRONMENT = "environment.json"
 
 
 class Run:
@@ -77,7 +78,7 @@ class Run:
         storage.make_folder(self.checkpoints.folder)
         self._identity = identity
         self._write_identity()
-        storage.write(self.folder / "environment.json", json.dumps(describe_environment(), indent=2))
+        storage.write(self.folder / ENVIRONMENT, json.dumps(describe_environment(), indent=2))
         if begun:
             self.log("resumed", task=0, step=0)
 
@@ -400,6 +401,39 @@ class Run:
                 self._adds = False
             if name.step is None and (newest := self.config_of(known).kept_checkpoints):
                 self.checkpoints.keep(newest)
+
+    def copy(self, folder: StrPath, name: CheckpointName, change: Callable[[Config], Config]) -> Run:
+        """Write a run that has only the state at the end of a task, without anything about this machine.
+
+        It can be resumed and has the same identifier. Of the log, it has what was measured of finished tasks; of the
+        environment, the versions; of the state, all but references of drift, which are features of single images.
+
+        Args:
+            folder: Folder to write, missing or empty.
+            name: Checkpoint of a finished task.
+            change: Function from the recorded configuration to that of the copy; results must not depend on it.
+
+        Returns:
+            The copy.
+        """
+        state, known, copy = self.load(name), self.describe(name), Run(folder)
+        state.pop("drift", None)
+        environment = self.folder / ENVIRONMENT
+        make_output(copy.folder)
+        storage.make_folder(copy.checkpoints.folder)
+        copy._identity = known._replace(config=change(self.config_of(known)).to_json())
+        copy._write_identity()
+        if storage.exists(environment):
+            with reading(environment):
+                versions = {"versions": storage.read_json(environment)["versions"]}
+            storage.write(copy.folder / ENVIRONMENT, json.dumps(versions, indent=2))
+        for event in ("task", "stream"):
+            for values in self.events(event):
+                if values.get("task", 0) < name.task:
+                    copy.log(**values)
+        copy.save(name, state)
+        copy.write_matrices(state["matrices"])
+        return copy
 
     def _finished(self) -> CheckpointName | None:
         last = self.checkpoints.latest()

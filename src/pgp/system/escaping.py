@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from typing import Any
 
@@ -10,6 +11,10 @@ UNSAFE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 """Unicode categories that can move a cursor, hide text, reverse it or break a line; surrogates cannot be encoded."""
 JOINERS = frozenset("\u200c\u200d")
 """Characters of these categories that are allowed, because they occur in words of many scripts and in emoji."""
+
+
+MARKUP = re.compile(r"[\\`*_\[\]#!|<>~$@&]|:(?=//)|(?<=www)\.", re.IGNORECASE)
+"""What is markup inside a sentence of Markdown, with the addresses that GitHub and the Hugging Face hub link."""
 
 
 def printable(text: object) -> str:
@@ -42,6 +47,15 @@ def markdown_cell(text: object) -> str:
     a\|b\n&lt;i>
     """
     return printable(text).replace("|", r"\|").replace("<", "&lt;")
+
+
+def markdown_text(text: object) -> str:
+    r"""Return `text` for Markdown, in a sentence or a cell, where none of it is markup, a link or a mention.
+
+    >>> print(markdown_text("[a](http://b) *c*|d"))
+    \[a\](http\://b) \*c\*\|d
+    """
+    return MARKUP.sub(r"\\\g<0>", printable(text))
 
 
 def json_line(value: Any, *, ascii_only: bool = False) -> str:

@@ -46,6 +46,13 @@ def is_empty(folder: Path) -> bool:
     return all(path.name in (MARKER, LOCK, WRITER) for path in folder.iterdir())
 
 
+def require_empty(folder: Path, what: str) -> None:
+    """Raise a RunError unless `folder` is missing or empty; `what` says for what it is, such as the exported files."""
+    if storage.exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise storage.RunError(f"expected a new or empty folder for {what}, but {folder} is not empty: name another"
+                               f" one")  # fmt: skip
+
+
 def make_unique_folder(parent: Path, stem: str) -> Path:
     """Create and return a new folder: `parent/stem`, or `parent/stem-2`, `parent/stem-3`, ... if that exists.
 
