@@ -27,7 +27,8 @@ def compile_blocks(session: Session, state: TrainState) -> None:
             raise
         except Exception as error:  # the compiler's errors have many types
             backbone.compiles_blocks = False
-            reason = (str(error).strip() or type(error).__name__).partition("\n")[0]
+            cause = getattr(error, "inner_exception", error)  # of the compiler's backend
+            reason = (str(cause).strip() or type(cause).__name__).partition("\n")[0]
             session.warn(f"torch.compile failed, so the encoder's blocks run uncompiled: {reason}")
 
 
