@@ -27,6 +27,15 @@ GOLDENS = Path(__file__).parent / "goldens"
 TOLERANCE = {torch.float64: (1e-10, 1e-6), torch.float32: (1e-5, 5e-4)}
 
 
+def pytest_collection_modifyitems(items):
+    """Skip tests that need a GPU where there is none, and say so."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU, and torch sees none"))
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)

@@ -15,7 +15,7 @@ import pgp
 SOURCE = Path(__file__).parent.parent / "src" / "pgp"
 MODULES = {path: ast.parse(path.read_text()) for path in SOURCE.rglob("*.py")}
 LEVELS = [
-    {"system", "distributed", "rng", "progress", "scenario", "subspace"},
+    {"system", "distributed", "rng", "precision", "progress", "scenario", "subspace"},
     {"backbones", "projections", "readouts", "datasets"},
     {"methods"},
     {"config"},

@@ -12,6 +12,7 @@ import pytest
 import adding
 import cost
 import emoji
+import gpu
 import kanji_data
 import loading
 import mixed_data
@@ -65,6 +66,19 @@ def test_loading(capsys):
     out = capsys.readouterr().out
     assert "| photos, later passes, 0 workers |" in out
     assert "measured anew" not in out
+
+
+def test_gpu(capsys, monkeypatch):
+    words = ["--rounds", "1", "--compile", "no", "--precision", "32-true", "16-mixed"]
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: False)
+    gpu.main(["--tiny", *words])
+    out = capsys.readouterr().out
+    assert out.count("| CPU | l2p | ") == out.count("| CPU | dualprompt | ") == 2
+    assert "Measured on a CPU: these numbers say nothing about a GPU." in out
+    with pytest.raises(SystemExit):
+        gpu.main(words)
+    assert "expected a CUDA GPU, and torch sees none" in capsys.readouterr().err
+    assert not gpu.RESULTS.exists() or "| CPU |" not in gpu.table()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

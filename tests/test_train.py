@@ -40,7 +40,8 @@ from pgp.runs.run import Run
 from pgp.runs.statetree import pieces_in
 from pgp.system.storage import RunError
 from pgp.training import observe
-from pgp.training.session import Session, accelerator_name, build_fabric
+from pgp.training.devices import accelerator_name, build_fabric
+from pgp.training.session import Session
 from pgp.training.tasks import build_scenario, training_batches
 
 

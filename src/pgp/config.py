@@ -23,6 +23,7 @@ from pgp.datasets.base import DatasetConfig
 from pgp.datasets.transforms import Transforms
 from pgp.methods.base import Method
 from pgp.methods.experts import Experts
+from pgp.precision import Precision
 from pgp.projections.base import Projection
 from pgp.readouts.base import Readout
 from pgp.rng import make_generator
@@ -79,10 +80,11 @@ class Optimizer:
         later = 1.0 if index == 0 or self.later_prompt_lr_scale is None else self.later_prompt_lr_scale
         return replace(self, lr=lr, weight_decay=decay, prompt_lr_scale=self.prompt_lr_scale * later)
 
-    def build(self, method: Method, batch_size: int) -> torch.optim.Optimizer:
+    def build(self, method: Method, batch_size: int, *, fused: bool = False) -> torch.optim.Optimizer:
         """Return a new optimizer for all trainable parameters of `method`.
 
-        The factor on the learning rate of each parameter group is stored in the group as `lr_scale`.
+        The factor on the learning rate of each parameter group is stored in the group as `lr_scale`. With `fused`, the
+        optimizer itself leaves out steps of gradients that are not finite, so that the CPU needs not wait for them.
         """
         lr, trainable = self.rate(0, 1, batch_size), [p for p in method.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": trainable, "lr_scale": 1.0}]
@@ -93,9 +95,11 @@ class Optimizer:
             groups = [{"params": head, "lr_scale": 1.0}, {"params": prompts, "lr_scale": self.prompt_lr_scale}]
             groups = [group | {"lr": lr * group["lr_scale"]} for group in groups if group["params"]]
         if self.name == "sgd":
-            return torch.optim.SGD(groups, lr, momentum=self.momentum, weight_decay=self.weight_decay)
+            return torch.optim.SGD(
+                groups, lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=fused or None
+            )
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
-        return kind(groups, lr, betas=self.betas, weight_decay=self.weight_decay)
+        return kind(groups, lr, betas=self.betas, weight_decay=self.weight_decay, fused=fused or None)
 
     def set_rate(self, optimizer: torch.optim.Optimizer, step: int, steps: int, batch_size: int) -> None:
         """Set the learning rate of each parameter group of `optimizer` for `step` of `steps`."""
@@ -124,6 +128,8 @@ class Hardware:
     micro_batch_size: int | None = None
     """Images per forward and backward pass; gradients are accumulated over the batch. If None, 4 on a CPU, and the
     whole batch on a GPU. Passes over a task's images before or after its training have the same limit."""
+    compile: bool = False
+    """Compile the encoder's blocks with torch.compile before the first task. If that fails, they run uncompiled."""
 
     def __post_init__(self) -> None:
         if self.devices < 1 or self.workers < 0 or (self.micro_batch_size is not None and self.micro_batch_size < 1):
@@ -146,8 +152,10 @@ class Config:
     transforms: Transforms = field(default_factory=Transforms)
     optimizer: Optimizer = field(default_factory=Optimizer)
     hardware: Annotated[Hardware, tyro.conf.arg(name="")] = field(default_factory=Hardware)
-    precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    """Precision of the forward and backward pass. It affects results, so it cannot change when a run is resumed."""
+    precision: Precision = "32-true"
+    """Precision of the forward and backward pass. 32-true: float32. tf32: float32, with factors of matrix products
+    rounded to TF32 on GPUs that have it. bf16-mixed: matrix products in bfloat16. 16-mixed: matrix products in float16,
+    with a scaled loss, for GPUs without bfloat16. It affects results, so it cannot change when a run is resumed."""
     tasks: int | None = 10
     """Number of tasks into which the classes are split. If None, as many as the data define (domains, tasks), else 5,
     or fewer for fewer than 10 classes."""

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from pgp.datasets.ignored import Ignored
 from pgp.datasets.scan import images_below
 from pgp.evaluation.accuracy import extract_features, extract_frozen
 from pgp.methods.base import Method, mask_logits
+from pgp.precision import Precision, float32_products, mixed_dtype
 from pgp.readouts.base import Readout
 from pgp.runs.checkpoint import reading
 from pgp.runs.run import Run
@@ -54,7 +55,7 @@ class Classifier(nn.Module):
         readout: Readout,
         settings: Readout.Config,
         learned: Sequence[int],
-        precision: Literal["32-true", "bf16-mixed"] = "32-true",
+        precision: Precision = "32-true",
     ) -> None:
         super().__init__()
         self.method, self.readout, self.learned, self.precision = method, readout, list(learned), precision
@@ -78,9 +79,10 @@ class Classifier(nn.Module):
         return self.readout.probabilities(logits)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        if self.precision == "32-true":
-            return nullcontext()
-        return torch.autocast(next(self.method.parameters()).device.type, torch.bfloat16)
+        device, dtype = next(self.method.parameters()).device.type, mixed_dtype(self.precision)
+        if device == "cpu" and dtype is None:
+            return nullcontext()  # nothing to set, and nothing that torch.export cannot trace
+        return torch.autocast(device, dtype) if dtype else float32_products(device, tf32=self.precision == "tf32")
 
 
 class Predictor:
@@ -104,7 +106,7 @@ class Predictor:
         run: Run | StrPath,
         readout: str | None = None,
         device: str | None = None,
-        precision: Literal["32-true", "bf16-mixed"] | None = None,
+        precision: Precision | None = None,
     ) -> None:
         run = run if isinstance(run, Run) else Run.open(as_path(run, "a run folder"))
         config, name = run.config, run.latest_finished()
@@ -118,8 +120,8 @@ class Predictor:
         checkpoint = run.checkpoints.folder / str(name)
         with reading(checkpoint):
             run.check_encoder(state["backbone"], backbone.fingerprint())
-        if precision == "bf16-mixed":
-            backbone.to_bfloat16_()
+        if dtype := mixed_dtype(precision):
+            backbone.to_mixed_(dtype)
         method = config.build_method(backbone, names)
         with reading(checkpoint):
             method.load_trainable_state_dict(state["method"])
@@ -149,7 +151,7 @@ class Predictor:
         revision: str | None = None,
         readout: str | None = None,
         device: str | None = None,
-        precision: Literal["32-true", "bf16-mixed"] | None = None,
+        precision: Literal[32 - true, bf16 - mixed] | None = None,
         token: str | None = None,
     ) -> Predictor:
         """Return a classifier from the Hugging Face hub, or from a run folder.

@@ -227,7 +227,8 @@ def extend_basis(basis: Tensor, second: Tensor, energy: float) -> Tensor:
     values, vectors = torch.linalg.eigh((rest + rest.mT) / 2)  # ascending
     values, vectors = values.flip(-1).clamp(min=0), vectors.flip(-1)
     total = second.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)  # (..., 1)
-    missing = values.flip(-1).cumsum(-1).flip(-1)  # (..., D): not captured before direction i is added
+    sums = values.flip(-1).cpu().cumsum(-1).flip(-1)  # on the CPU, because a GPU does not always add in one order
+    missing = sums.to(values.device)  # (..., D): not captured before direction i is added
     rounding = second.shape[-1] * torch.finfo(torch.float64).eps * total
     needed = (missing > (1 - energy) * total + rounding) & (values > rounding)  # (..., D)
     count = int(needed.sum(-1).max())

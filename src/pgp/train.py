@@ -23,7 +23,8 @@ from pgp.runs.run import Run
 from pgp.scenario import Task
 from pgp.system.paths import StrPath
 from pgp.training import start
-from pgp.training.health import StepHealth, check_finite, warn_of_full_spaces
+from pgp.training.compiling import compile_blocks
+from pgp.training.health import StepHealth, check_finite, clip_gradients, warn_of_full_spaces
 from pgp.training.observe import (
     compute_queries,
     fit_readout,
@@ -113,6 +114,8 @@ def resume(
 
 def fit(session: Session, state: TrainState) -> Run:
     """Learn the remaining tasks, one after the other."""
+    if session.config.hardware.compile:
+        compile_blocks(session, state)
     for task in session.remaining(state):
         with session.timed("train"):
             fit_task(session, state, task)
@@ -135,7 +138,7 @@ def fit_task(session: Session, state: TrainState, task: Task) -> None:
         _predict_only(session, state, task, predictions)
         return
     settings = config.optimizer_of(task.index)
-    plain = settings.build(state.method, config.batch_size)
+    plain = settings.build(state.method, config.batch_size, fused=session.scaler is not None)
     state.restore_optimizer(plain)
     handles = [state.meter.attach(plain)] if state.meter else []
     handles.append(state.projection.attach(plain))  # every step is projected from here on
@@ -232,7 +235,7 @@ def train_step(
         RunError: On a CPU, if the loss or the norm is not finite; the step is then not made. On a GPU, they are checked
             later, by `StepHealth.log`: whenever losses are logged, and before anything is saved.
     """
-    fabric, method, model, clip = session.fabric, state.method, session.model, session.config.optimizer.clip
+    fabric, method, model = session.fabric, state.method, session.model
     images, labels, _, query = batch.to(fabric.device)
     with fabric.autocast():
         prepared = method.prepare_batch(images, task, query)
@@ -252,15 +255,11 @@ def train_step(
         total += loss.detach()
     for name, leaf in leaves.items():
         constants[name].backward(leaf.grad)
-    if clip:
-        norm = fabric.clip_gradients(model, optimizer, max_norm=clip, error_if_nonfinite=False)
-        assert norm is not None
-    else:
-        norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+    norm = clip_gradients(session, optimizer)
     health = torch.stack([total, norm.to(total)])
     if health.device.type == "cpu":
         check_finite(session, task, {state.step: health})
-    optimizer.step()  # the projection's hooks run in here
+    optimizer.step()  # the projection's hooks run in here; a scaled step that is not finite changes nothing
     optimizer.zero_grad()
     return health
 

@@ -27,7 +27,8 @@ from pgp.projections.base import NoProjection
 from pgp.readouts.head import MethodHead
 from pgp.rng import make_generator
 from pgp.scenario import Task
-from pgp.training.session import Session, build_fabric
+from pgp.training.devices import build_fabric
+from pgp.training.session import Session
 from prompted import change_of_first_block, roughen
 
 TASK = Task(0, (4, 1, 2), torch.arange(4), torch.arange(4))

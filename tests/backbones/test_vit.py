@@ -385,7 +385,7 @@ def test_inputs_are_checked():
 def test_half_the_memory_and_the_same_results_under_autocast():
     vit, halved = tiny().float(), tiny().float()
     halved.load_state_dict(vit.state_dict())
-    halved.to_bfloat16_()
+    halved.to_mixed_(torch.bfloat16)
     assert halved.vit.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16
     x = images(32, dtype=torch.float32)
     prefix = torch.randn(3, 2, 4, 3, 12, generator=torch.Generator().manual_seed(3))

@@ -255,6 +255,12 @@ def test_a_reader_that_has_seen_enough(run, photos):
         (FileNotFoundError(2, "No such file or directory", "a/\x1bb"), 2, "pgp: a/\\x1bb: No such file or directory"),
         (RecursionError("maximum recursion depth exceeded"), 2, "nested too deeply"),
         (MemoryError(), 2, "memory ran out: try a smaller --micro-batch-size"),
+        (
+            torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            2,
+            "memory ran out: try a smaller",
+        ),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), 2, "memory ran out: try a smaller"),
         (KeyError("x"), 70, "this is a fault of pgp, please report it: KeyError: 'x'; PGP_DEBUG=1 shows where"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (BrokenPipeError(), 141, ""),

@@ -20,7 +20,8 @@ from pgp.readouts.experts import ExpertLDA
 from pgp.readouts.lda import LDA
 from pgp.runs.run import Run
 from pgp.training import observe
-from pgp.training.session import Session, build_fabric
+from pgp.training.devices import build_fabric
+from pgp.training.session import Session
 from test_train import final
 
 LINEAR = LDA.Config(query=True, compensate="linear")
@@ -32,7 +33,8 @@ from pathlib import Path
 from pgp import train
 from pgp.config import Hardware
 from pgp.datasets.synthetic import Synthetic
-from pgp.training.session import Session, build_fabric
+from pgp.training.devices import build_fabric
+from pgp.training.session import Session
 from test_observe import EXPERTS, LINEAR
 
 torch.set_num_threads(1)

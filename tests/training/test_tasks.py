@@ -37,7 +37,8 @@ from pgp.reports import figures, tables
 from pgp.runs.data_paths import resolve_paths
 from pgp.runs.run import Run
 from pgp.system.storage import RunError
-from pgp.training.session import Session, build_fabric
+from pgp.training.devices import build_fabric
+from pgp.training.session import Session
 from pgp.training.tasks import build_scenario, describe_data, single_class_warning
 
 DOMAINS = Synthetic(classes=3, per_class=8, domains=3, noise=0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -71,6 +72,8 @@ class Backbone(nn.Module, abc.ABC):
     """Number of blocks."""
     heads: int
     """Attention heads per block H."""
+    compiles_blocks: bool = False
+    """Whether blocks are compiled when they are first used."""
 
     @dataclass(frozen=True)
     class Config(abc.ABC):
@@ -231,6 +234,10 @@ class Backbone(nn.Module, abc.ABC):
             tokens: Tensor = self(images)
             return tokens[:, 0].clone(), tokens[:, 1:].mean(1)  # a view would keep all tokens in memory
 
+    def block_function(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return `function`, which computes a block, as it is or compiled. Its results differ by rounding only."""
+        return _compiled(function) if self.compiles_blocks else function
+
     def freeze(self) -> None:
         """Stop training of all weights and switch to evaluation mode."""
         self.requires_grad_(False)
@@ -241,15 +248,15 @@ class Backbone(nn.Module, abc.ABC):
         super().train(False)
         return self
 
-    def to_bfloat16_(self) -> None:
-        """Convert the weights of linear and convolution layers to bfloat16, as autocast does at every use.
+    def to_mixed_(self, dtype: torch.dtype) -> None:
+        """Convert the weights of linear and convolution layers to bfloat16 or float16, as autocast does at every use.
 
         Under autocast, results do not change and the weights take half the memory. Without autocast, the encoder no
         longer works.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
-                module.to(torch.bfloat16)
+                module.to(dtype)
 
     def fingerprint(self) -> str:
         """Return a hash of all weights, with which a checkpoint recognises its encoder."""
@@ -294,6 +301,12 @@ class VisionLanguage(Backbone):
 
         They are computed from the end token, whose position is found in `tokens`.
         """
+
+
+@functools.cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a function that torch compiles when it is called; once for all blocks and numbers of images and tokens."""
+    return torch.compile(function, dynamic=True)
 
 
 def by_name(adapted: Adapted | None, layer: int) -> dict[str, Callable[[Tensor], Tensor]]:

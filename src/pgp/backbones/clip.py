@@ -127,7 +127,10 @@ class CLIP(VisionLanguage):
         x = self.embed(images)  # (B, N, D)
         for layer, block in enumerate(self.model.visual.transformer.resblocks):
             x, functions = insert_prompts(x, prompts.get(layer) if prompts else None), by_name(adapted, layer)
-            x = _block(block, x, functions) if functions else block(x)
+            if functions:
+                x = self.block_function(_block)(block, x, functions)
+            else:
+                x = self.block_function(_plain_block)(block, x)
         tokens: Tensor = self.model.visual.ln_post(x[:, :num_tokens])  # (B, num_tokens, D)
         return tokens
 
@@ -214,6 +217,12 @@ def _qkv(attn: Any, name: str) -> tuple[Tensor, Tensor | None]:
     D, bias = attn.embed_dim, attn.in_proj_bias
     rows = slice(_QKV.index(name) * D, (_QKV.index(name) + 1) * D)
     return attn.in_proj_weight[rows], None if bias is None else bias[rows]
+
+
+def _plain_block(block: Any, x: Tensor) -> Tensor:
+    """Return the output of a block for tokens `(B, N, D)`, as open_clip computes it."""
+    out: Tensor = block(x)
+    return out
 
 
 def _block(block: Any, x: Tensor, functions: Mapping[str, Callable[[Tensor], Tensor]]) -> Tensor:

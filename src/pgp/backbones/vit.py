@@ -124,7 +124,10 @@ class ViT(Backbone):
             prefix, functions = prefixes.get(layer) if prefixes else None, by_name(adapted, layer)
             needed = num_tokens if num_tokens is not None and layer == self.depth - 1 else x.shape[1]
             is_plain = prefix is None and needed == x.shape[1] and not functions
-            x = block(x) if is_plain else _block(block, x, needed, prefix, functions)
+            if is_plain:
+                x = self.block_function(_plain_block)(block, x)
+            else:
+                x = self.block_function(_block)(block, x, needed, prefix, functions)
         tokens: Tensor = self.vit.norm(x)
         return tokens
 
@@ -197,6 +200,12 @@ _IDENTITY = nn.Identity()
 def _block(block: Any, x: Tensor, num_tokens: int, prefix: Tensor | None, functions: Functions) -> Tensor:
     """Return the output of a timm block for its first `num_tokens` tokens, with a prefix in its attention if given."""
     return _attend(block, x[:, :num_tokens], *_heads(block, x, num_tokens, prefix, functions), functions)
+
+
+def _plain_block(block: Any, x: Tensor) -> Tensor:
+    """Return the output of a timm block for all tokens, as timm computes it."""
+    out: Tensor = block(x)
+    return out
 
 
 def _heads(

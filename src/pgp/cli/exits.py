@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
-import torch
-
 from pgp import distributed
 from pgp.cli import show
 from pgp.system import escaping, platforms, signals
@@ -22,6 +20,9 @@ from pgp.system.storage import RunError
 
 LOST = re.compile("closed by peer|reset by peer|gloo|NCCL")
 """Pattern for errors of torch that mean that another process of the run ended."""
+
+NO_MEMORY = re.compile("can't allocate memory|out of memory|CUBLAS_STATUS_ALLOC_FAILED")
+"""Pattern for errors of torch that mean that the memory of the machine, or of a CUDA or Apple GPU, ran out."""
 
 
 def exit_status(work: Callable[[], None]) -> None:
@@ -89,7 +90,7 @@ def _explained(error: Exception) -> tuple[str, int]:
         return "another process of this run ended while this one waited for it; its message is above", 2
     if isinstance(error, RecursionError):
         return f"expected data of a few levels, got something nested too deeply ({message})", 2
-    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in message:
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(message)):
         return "memory ran out: try a smaller --micro-batch-size, --eval-batch-size or --batch-size", 2
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{error.filename}: {error.strerror}", 2

@@ -198,7 +198,7 @@ class Evaluator:
             if not len(batch.indices):
                 continue
             counts[task.index] += len(batch.indices)
-            images, own_classes = batch.images.to(self.fabric.device), torch.tensor(task.classes)
+            images, own_classes = batch.to(self.fabric.device).images, torch.tensor(task.classes)
             frozen = self.frozen(method, images, batch.indices)
             features = FeatureBatch(batch.indices, self.features(method, images, frozen))
             if watch:
@@ -292,7 +292,7 @@ class Evaluator:
             self.config.on_bad_image,
             self.fabric.global_rank,
             self.fabric.world_size,
-            hardware.pin_memory,
+            hardware.pin_memory and self.fabric.device.type == "cuda",
         )
 
     def _selected_prompts(self, method: Method, batch: FeatureBatch) -> Tensor | None:

@@ -253,6 +253,13 @@ def mask_logits(logits: Tensor, classes: Sequence[int]) -> Tensor:
     >>> mask_logits(torch.tensor([[1.0, 2.0, 3.0]]), [0, 1])
     tensor([[1., 2., -inf]])
     """
-    allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    allowed = torch.zeros(logits.shape[-1], dtype=torch.bool)
     allowed[list(classes)] = True
-    return logits.masked_fill(~allowed, -torch.inf)
+    return logits.masked_fill(~to_device(allowed, logits.device), -torch.inf)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on `device`. The CPU does not wait for a GPU to copy it."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

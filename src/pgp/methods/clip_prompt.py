@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgp.backbones.base import Backbone, VisionLanguage
-from pgp.methods.base import Method
+from pgp.methods.base import Method, to_device
 from pgp.rng import make_generator
 from pgp.scenario import Task
 from pgp.subspace import ProtectedInputs, ProtectedParameter
@@ -37,7 +37,8 @@ class TextHead(nn.Module):
 
     def learn(self, labels: Sequence[int], text: Tensor) -> None:
         """Cache text features `(n, E)` of the classes `labels`."""
-        self.text[list(labels)] = F.normalize(text.detach(), dim=-1).to(self.text)
+        rows = to_device(torch.tensor(labels), self.text.device)
+        self.text[rows] = F.normalize(text.detach(), dim=-1).to(self.text)
 
 
 class ZeroShot(Method):
@@ -96,7 +97,7 @@ class ZeroShot(Method):
 
     def text_features(self, task: Task) -> Tensor:
         """Return the text features `(n, E)` of the classes of `task`, in their order."""
-        tokens = self.backbone.tokenize(self.texts(task.classes)).to(self.head.text.device)
+        tokens = to_device(self.backbone.tokenize(self.texts(task.classes)), self.head.text.device)
         with torch.no_grad():
             return self.backbone.encode_text(self.backbone.embed_text(tokens), tokens)
 
@@ -109,8 +110,8 @@ class ZeroShot(Method):
         text = (prepared or {}).get("text")
         text = F.normalize(self.text_features(task) if text is None else text, dim=-1)
         logits = self.head.scale * F.normalize(self.features(images), dim=-1) @ text.T  # (B, n)
-        position = {label: index for index, label in enumerate(task.classes)}
-        targets = torch.tensor([position[label] for label in labels.tolist()], device=logits.device)  # (B,)
+        classes = to_device(torch.tensor(task.classes), labels.device)
+        targets = (labels.unsqueeze(1) == classes).int().argmax(1)  # (B, n) -> (B,)
         return F.cross_entropy(logits, targets)
 
     def _prompts(self, count: int) -> dict[int, Tensor]:
@@ -205,13 +206,16 @@ class CLIPPrompt(ZeroShot):
     def text_features(self, task: Task) -> Tensor:
         """Return the text features `(n, E)` of the classes of `task`, each in its context."""
         config, (front, back) = self.settings, self._placeholders
-        tokens = self.backbone.tokenize(self.texts(task.classes)).to(self.context.device)  # (n, T)
+        tokens = to_device(self.backbone.tokenize(self.texts(task.classes)), self.context.device)  # (n, T)
         ends = tokens.argmax(-1, keepdim=True)  # position of the end token
         before = torch.arange(1, 1 + front, device=tokens.device).expand(len(tokens), -1)
         after = ends - back + torch.arange(back, device=tokens.device)
         positions = torch.cat([before, after], dim=1).unsqueeze(-1)  # (n, L, 1): of the placeholders
         embedded = self.backbone.embed_text(tokens)  # (n, T, W)
-        context = self.context[list(task.classes)] if config.per_class else self.context.expand(len(tokens), -1, -1)
+        if config.per_class:
+            context = self.context[to_device(torch.tensor(task.classes), self.context.device)]
+        else:
+            context = self.context.expand(len(tokens), -1, -1)
         embedded = embedded.scatter(1, positions.expand_as(context), context.to(embedded.dtype))  # (n, T, W)
         return self.backbone.encode_text(embedded, tokens)
 

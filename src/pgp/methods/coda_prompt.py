@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -65,7 +64,9 @@ class CODAPrompt(Method):
             return CODAPrompt(self, backbone, len(class_names), generator)
 
     used: Tensor
-    """Number of components of the tasks so far, `()`."""
+    """Number of components of the tasks so far, `()`, for checkpoints."""
+    num_used: int = 0
+    """The same number, for which the CPU need not wait."""
 
     def __init__(self, config: CODAPrompt.Config, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
         super().__init__(backbone, linear_head(backbone.width, classes, generator))
@@ -83,23 +84,22 @@ class CODAPrompt(Method):
     @torch.no_grad()
     def begin_task(self, task: Task) -> None:
         """Draw the components of the task, orthonormal to those of earlier tasks."""
-        self.used.fill_(min((task.index + 1) * self.config.per_task, self.config.pool_size))
+        self.num_used = min((task.index + 1) * self.config.per_task, self.config.pool_size)
+        self.used.fill_(self.num_used)
         for layer, pool in self._pools():
             pool.draw(self._components_of(task), make_generator(self.seed, "coda", layer, task.index))
 
     def skip_task(self, task: Task) -> None:
         """Do nothing: there are no new components."""
 
-    def for_export(self) -> Method:
-        """See `Method.for_export`. The number of used components becomes a constant."""
-        exported = copy.copy(self)
-        exported._buffers = {}
-        exported.used = int(self.used)  # type: ignore[assignment]
-        return exported
+    def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
+        """See `Method.load_trainable_state_dict`."""
+        super().load_trainable_state_dict(state)
+        self.num_used = int(self.used)
 
     def _components_of(self, task: Task) -> slice:
         """Return the components that `task` trains; none, if the pool was used up or the task was skipped."""
-        stop = min((task.index + 1) * self.config.per_task, int(self.used))
+        stop = min((task.index + 1) * self.config.per_task, self.num_used)
         return slice(min(task.index * self.config.per_task, stop), stop)
 
     def features(self, images: Tensor, query: Tensor | None = None, *, by_vote: bool = False) -> Tensor:
@@ -146,7 +146,7 @@ class CODAPrompt(Method):
 
         Only the components `learned` get gradients.
         """
-        return {layer: pool(query, int(self.used), learned) for layer, pool in self._pools()}
+        return {layer: pool(query, self.num_used, learned) for layer, pool in self._pools()}
 
     def _prompted_features(self, images: Tensor, prefixes: dict[int, Tensor]) -> Tensor:
         """Return the CLS token of images with these prefixes, `(B, D)`."""
@@ -189,7 +189,7 @@ class ComponentPool(nn.Module):
         prefixes = torch.cat([self.prefix_keys.flatten(1), self.prefix_values.flatten(1)], dim=1) / 2**0.5
         for rows in (prefixes, self.attention, self.key):
             rows = freeze_rows(rows[: learned.stop], learned)
-            total = total + (rows @ rows.T - torch.eye(len(rows)).to(rows)).square().sum()
+            total = total + (rows @ rows.T - torch.eye(len(rows), dtype=rows.dtype, device=rows.device)).square().sum()
         return total
 
 

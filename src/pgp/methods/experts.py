@@ -61,6 +61,7 @@ class Experts(Method):
         self.router: TaskRouter = TaskRouter(classes)
         self.stored: list[list[Tensor]] = []
         """The parameters of each expert, in the order of `_parts`."""
+        self._expert_of_task: dict[int, int] = {}
 
     @property
     def backbone(self) -> Backbone:  # type: ignore[override]
@@ -129,7 +130,7 @@ class Experts(Method):
         if self._has_own_expert(task):
             return self.method.prepare_batch(images, task, query)
         query = self.query(images) if query is None else query
-        if int(self.expert_of_class[task.classes[0]]) < 0:
+        if self._expert_of(task) < 0:
             nearest = majority_vote(self.route(query)[0][:, :1], len(self.stored))  # (B, 1), of all processes
             self.expert_of_class[list(task.classes)] = nearest[0, 0].to(self.expert_of_class)
         return {"query": query}
@@ -143,9 +144,8 @@ class Experts(Method):
         prepared = prepared or self.prepare_batch(images, task)
         if self._has_own_expert(task):
             return self.method.loss(images, labels, task, prepared)
-        expert = self.expert_of_class[task.classes[0]].expand(len(images))
-        with torch.no_grad():
-            features = self._features_with(images, prepared["query"], expert)
+        with torch.no_grad(), self._expert(self._expert_of(task)):
+            features = self.method.features(images, prepared["query"])
         return F.cross_entropy(mask_logits(self.head(features), task.classes), labels)
 
     def protected(self) -> dict[str, ProtectedParameter]:
@@ -179,6 +179,7 @@ class Experts(Method):
         numbers = own.pop("expert_of_class")
         self.method.load_trainable_state_dict(own)
         self.expert_of_class[: len(numbers)] = numbers.to(self.expert_of_class)
+        self._expert_of_task = {}
         count = len({name.split(".")[1] for name in state if name.startswith("stored.")})
         parts = self._parts()
         self.stored = [
@@ -191,6 +192,15 @@ class Experts(Method):
     def for_export(self) -> Method:
         """See `Method.for_export`. Each image passes through every expert."""
         return AllExperts(self) if self.stored else self
+
+    def _expert_of(self, task: Task) -> int:
+        """Return the number of the expert that `task` uses, -1 for none yet. It waits for a GPU once for each task."""
+        if task.index not in self._expert_of_task:
+            number = int(self.expert_of_class[task.classes[0]])
+            if number < 0:
+                return number
+            self._expert_of_task[task.index] = number
+        return self._expert_of_task[task.index]
 
     def _has_own_expert(self, task: Task) -> bool:
         return self.limit is None or task.index < self.limit

@@ -47,7 +47,8 @@ def majority_vote(selected: Tensor, size: int) -> Tensor:
     >>> majority_vote(torch.tensor([[0, 1], [1, 2], [1, 2]]), size=4)
     tensor([[1, 2], [1, 2], [1, 2]])
     """
-    counts = all_reduce_sum_(torch.bincount(selected.flatten(), minlength=size))  # (M,)
+    prompts = torch.arange(size, device=selected.device)
+    counts = all_reduce_sum_((selected.flatten().unsqueeze(1) == prompts).sum(0))  # (M,); bincount waits for a GPU
     winners = counts.argsort(descending=True, stable=True)[: selected.shape[1]]  # (k,)
     return winners.expand_as(selected)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,13 +50,38 @@ class StepHealth:
         Raises:
             RunError: If one of them is not finite.
         """
-        loss, norm = check_finite(self.session, self.task, self._steps).mean(0).tolist()
-        self.session.log("train", task=self.task.index, step=step, loss=loss, gradient_norm=norm)
+        steps = check_finite(self.session, self.task, self._steps)
+        record: dict[str, Any] = {"task": self.task.index, "step": step, "loss": float(steps[:, 0].mean())}
+        made = steps[:, 1][steps[:, 1].isfinite()]
+        record["gradient_norm"] = float(made.mean()) if len(made) else None
+        if self.session.scaler:
+            record |= {"skipped": len(steps) - len(made), "loss_scale": self.session.scaler.get_scale()}
+        self.session.log("train", **record)
         self._steps = {}
+
+
+def clip_gradients(session: Session, optimizer: Any) -> Tensor:
+    """Clip the gradients of `optimizer`, without their scale in precision 16-mixed, and return their norm before it.
+
+    Scaled gradients that are not finite are set to 0: the scaler has noticed them, and lets the optimizer make no step.
+    """
+    plain, clip = optimizer.optimizer, session.config.optimizer.clip
+    if session.scaler:
+        session.scaler.unscale_(plain)
+    parameters = [parameter for group in plain.param_groups for parameter in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    if session.scaler:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.nan_to_num_(0, 0, 0)
+    return norm
 
 
 def check_finite(session: Session, task: Task, steps: dict[int, Tensor]) -> Tensor:
     """Return the losses and gradient norms of some steps, `(n, 2)` on the CPU, averaged over processes.
+
+    In precision 16-mixed, gradients that are not finite are no error at first: the step is skipped, and the scale of
+    the loss halved. It is an error once the scale is below 1.
 
     Collective: in a distributed run, every process must call it.
 
@@ -65,11 +91,13 @@ def check_finite(session: Session, task: Task, steps: dict[int, Tensor]) -> Tens
     means = session.fabric.all_reduce(torch.stack(list(steps.values())), reduce_op="mean")
     assert isinstance(means, Tensor)
     means = means.cpu()
-    for step, values in zip(steps, means, strict=True):
-        for what, value in zip(("loss", "norm of the gradients"), values.tolist(), strict=True):
-            if not math.isfinite(value):
+    may_skip = session.scaler is not None and session.scaler.get_scale() >= 1
+    advice = "--optimizer.lr, or with --precision bf16-mixed or 32-true" if session.scaler else "--optimizer.lr"
+    for step, (loss, norm) in zip(steps, means.tolist(), strict=True):
+        for what, value, matters in (("loss", loss, True), ("norm of the gradients", norm, not may_skip)):
+            if matters and not math.isfinite(value):
                 raise RunError(
                     f"the {what} is {value} at step {step} of task {task.index + 1}: start a new run with a lower"
-                    f" --optimizer.lr. {session.last_good_state()}"
+                    f" {advice}. {session.last_good_state()}"
                 )
     return means

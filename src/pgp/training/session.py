@@ -12,18 +12,18 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.strategies.ddp import DDPStrategy
 from rich.progress import Progress
 from torch import Tensor
 
 from pgp.analysis.drift import DriftMeter
-from pgp.config import Config, Hardware
+from pgp.config import Config
 from pgp.datasets.base import DatasetSize
 from pgp.datasets.loader import Batch, SampleKey, TransformedSplit, batches
 from pgp.evaluation import metrics
 from pgp.evaluation.accuracy import Evaluator, FrozenCache, TaskAccuracies
 from pgp.evaluation.calibration import expected_calibration_error
 from pgp.evaluation.online import OnlineAccuracy
+from pgp.precision import mixed_dtype
 from pgp.progress import print_line, track
 from pgp.runs.checkpoint import CheckpointName, reading
 from pgp.runs.data_paths import resolve_paths
@@ -57,7 +57,7 @@ class Session:
         """Open the data of `config`, and divide them into tasks.
 
         Args:
-            fabric: Devices and precision, from `build_fabric`.
+            fabric: Devices and precision, from `pgp.training.devices.build_fabric`.
             config: What to do.
             progress: Where to draw progress bars.
             run: The run folder. If None, `open_run` has to come before anything is logged or saved.
@@ -87,8 +87,8 @@ class Session:
         config, fabric = self.config, self.fabric
         backbone = config.backbone.build(config.transforms.size)
         fingerprint = backbone.fingerprint()
-        if config.precision == "bf16-mixed":
-            backbone.to_bfloat16_()
+        if dtype := mixed_dtype(config.precision):
+            backbone.to_mixed_(dtype)
         method = config.build_method(backbone, self.data.class_names)
         self.model = fabric.setup_module(method)
         self.model.mark_forward_method("loss")
@@ -106,7 +106,13 @@ class Session:
             device=fabric.device,
             meter=meter,
             online=OnlineAccuracy(len(self.scenario)) if config.setting == "oil" else None,
+            scaler=self.scaler,
         )
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """What scales the loss in precision 16-mixed, so that small gradients are not rounded to 0; else None."""
+        return getattr(self.fabric.strategy.precision, "scaler", None)
 
     def open_run(self, run: Run) -> None:
         """Log to `run` and save in it from now on."""
@@ -228,10 +234,11 @@ class Session:
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Record the duration of the block for the log of the current task."""
-        started = time.perf_counter()
+        """Record the duration of the block for the log of the current task, without timed blocks inside it."""
+        started, inner = time.perf_counter(), sum(self._seconds.values())
         yield
-        self._seconds[what] = time.perf_counter() - started
+        inner = sum(self._seconds.values()) - inner
+        self._seconds[what] = time.perf_counter() - started - inner
 
     def log(self, event: str, **values: Any) -> None:
         """Write one line of `metrics.jsonl`."""
@@ -330,29 +337,3 @@ def calibration_to_json(bins: Tensor) -> dict[str, Any]:
     images, confidence, hits = bins.T.tolist()
     error = expected_calibration_error(bins)
     return {"error": error, "images": images, "confidence": confidence, "hits": hits}
-
-
-def build_fabric(config: Config) -> Fabric:
-    """Return a Fabric for the hardware and precision of `config`.
-
-    Raises:
-        ValueError: If this machine does not have that hardware.
-    """
-    hardware = config.hardware
-    try:
-        return Fabric(
-            accelerator=accelerator_name(hardware),
-            devices=hardware.devices,
-            precision=config.precision,
-            strategy=DDPStrategy(find_unused_parameters=True) if hardware.devices > 1 else "auto",
-        )
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"this machine cannot compute with --accelerator {hardware.accelerator} --devices"
-                         f" {hardware.devices} --precision {config.precision}: {error}") from error  # fmt: skip
-
-
-def accelerator_name(hardware: Hardware) -> str:
-    """Return Fabric's name of the accelerator. Its own `auto` may choose MPS, which has no float64."""
-    if hardware.accelerator == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return "cuda" if hardware.accelerator == "gpu" else hardware.accelerator

@@ -23,7 +23,8 @@ from pgp.runs.run import Run
 from pgp.system.outputs import make_output, make_unique_folder
 from pgp.system.paths import StrPath
 from pgp.system.storage import RunError
-from pgp.training.session import Session, build_fabric
+from pgp.training.devices import build_fabric
+from pgp.training.session import Session
 from pgp.training.state import TrainState
 from pgp.training.stop import stoppable
 from pgp.training.tasks import check_readable

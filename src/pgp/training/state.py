@@ -38,6 +38,7 @@ class TrainState:
         device: torch.device,
         meter: DriftMeter | None = None,
         online: OnlineAccuracy | None = None,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None:
         """Begin with no task learned.
 
@@ -50,9 +51,10 @@ class TrainState:
             device: The device of the method.
             meter: The drift meter, or None.
             online: Counts of predictions before training, in an online run; else None.
+            scaler: What scales the loss, in precision 16-mixed; else None.
         """
         self.method, self.projection, self.readouts = method, projection, list(readouts)
-        self.meter, self.online = meter, online
+        self.meter, self.online, self.scaler = meter, online, scaler
         self.fingerprint, self.num_tasks, self.device = fingerprint, num_tasks, device
         self.matrices: dict[str, Tensor] = {}
         """Accuracy matrices `(T, T)` by column."""
@@ -130,6 +132,8 @@ class TrainState:
             state["drift"] = self.meter.state_dict()
         if self.online:
             state["stream"] = self.online.state_dict()
+        if self.scaler:
+            state["scaler"] = self.scaler.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -160,6 +164,8 @@ class TrainState:
             self.meter.load_state_dict(state["drift"])
         if self.online:
             self.online.load_state_dict(state["stream"])
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
         self.optimizer_state, self.features_before = state["optimizer"], state.get("before")
 
     def non_finite(self) -> list[str]:

@@ -1,0 +1,44 @@
+"""Precision of the encoder's passes: the names that settings use, and what they mean to torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Precision = Literal["32-true", "tf32", "bf16-mixed", "16-mixed"]
+
+
+def mixed_dtype(precision: Precision) -> torch.dtype | None:
+    """Return the dtype of matrix products under autocast; None if there is no autocast.
+
+    >>> mixed_dtype("bf16-mixed"), mixed_dtype("tf32")
+    (torch.bfloat16, None)
+    """
+    dtypes: dict[str, torch.dtype] = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    return dtypes.get(precision)
+
+
+@contextmanager
+def float32_products(device: str, *, tf32: bool) -> Iterator[None]:
+    """Say how a CUDA GPU multiplies float32 matrices inside the block: in float32, or rounded to TF32.
+
+    By itself, torch rounds to TF32 in convolutions only. Other devices are left as they are.
+
+    Args:
+        device: Type of the device, such as "cuda".
+        tf32: Whether factors may be rounded to TF32, which has the 10 bits of float16's mantissa.
+    """
+    if device != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
