@@ -103,7 +103,7 @@ def plain_pass(config: Config, scale: Scale) -> Callable[[], Any]:
     model.head.requires_grad_(True)
     model.cls_token.requires_grad_(True)  # the gradient passes all blocks, as that of a prompt does
     model.to(fabric.device)
-    images, labels, _ = batch_of(scale).to(fabric.device)
+    images, labels, *_ = batch_of(scale).to(fabric.device)
 
     def run() -> None:
         with fabric.autocast():

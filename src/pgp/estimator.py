@@ -31,7 +31,7 @@ from pgp.runs.run import Run
 from pgp.system.outputs import is_empty, make_unique_folder
 from pgp.system.paths import StrPath, as_path
 from pgp.train import resume, train
-from pgp.training.session import accelerator_name
+from pgp.training.devices import accelerator_name
 
 
 class ContinualImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]

@@ -151,7 +151,7 @@ class Predictor:
         revision: str | None = None,
         readout: str | None = None,
         device: str | None = None,
-        precision: Literal[32 - true, bf16 - mixed] | None = None,
+        precision: Precision | None = None,
         token: str | None = None,
     ) -> Predictor:
         """Return a classifier from the Hugging Face hub, or from a run folder.
