@@ -99,11 +99,14 @@ class Load(threading.Thread):
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
         headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
         while (image := self.take()) is not None:
-            started = time.perf_counter()
-            connection.request("POST", "/predict?top=1", body_of(image), headers)
-            response = connection.getresponse()
-            answer = json.loads(response.read())
-            self.keep(image, response.status, answer, time.perf_counter() - started)
+            started, status, answer = time.perf_counter(), 0, None  # a status of 0: there was no answer
+            try:
+                connection.request("POST", "/predict?top=1", body_of(image), headers)
+                response = connection.getresponse()
+                status, answer = response.status, json.loads(response.read())
+            except (OSError, http.client.HTTPException, ValueError):
+                connection.close()  # the next request opens another one
+            self.keep(image, status, answer, time.perf_counter() - started)
         connection.close()
 
 
@@ -159,11 +162,12 @@ def measure_speed(*, tiny: bool) -> Iterator[dict[str, Any]]:
                     def keep(
                         image: bytes, status: int, answer: Any, took: float, seconds: list[float] = seconds
                     ) -> None:
-                        if status != 200:
-                            raise RuntimeError(f"expected an answer, got {status}: {answer}")
-                        seconds.append(took)
+                        if status == 200:
+                            seconds.append(took)
 
                     total = send(port, images, clients, keep)
+                    if len(seconds) < requests:
+                        raise RuntimeError(f"expected {requests} answers, got {len(seconds)}")
                     yield {
                         "clients": clients,
                         "batch_size": batch_size,
@@ -206,10 +210,13 @@ def measure_endurance(*, tiny: bool) -> dict[str, Any]:
         done = threading.Event()
 
         def change_often() -> None:
-            for number in range(swaps):
-                change(number)
-                time.sleep(1.5)  # the service looks once a second
-            done.set()
+            try:
+                for number in range(swaps):
+                    change(number)
+                    found["changes"] += 1
+                    time.sleep(1.5)  # the service looks once a second
+            finally:
+                done.set()
 
         with service(run) as (port, process):
             swapping = threading.Thread(target=change_often)
@@ -221,9 +228,9 @@ def measure_endurance(*, tiny: bool) -> dict[str, Any]:
                     found["good, lost"] += 1
                 else:
                     name = answer["predictions"][0]["classes"][0]["name"]
-                    right = expected[answer["checkpoint"]][good.index(image)] == name
+                    right = expected[answer["predictions"][0]["checkpoint"]][good.index(image)] == name
                     found["good, right" if right else "good, wrong"] += 1
-                    found[answer["checkpoint"]] += 1
+                    found[answer["predictions"][0]["checkpoint"]] += 1
 
             swapping.start()
             seconds, sent, memory = 0.0, 0, []
@@ -233,6 +240,9 @@ def measure_endurance(*, tiny: bool) -> dict[str, Any]:
                 sent += len(some)
                 memory.append(_resident(process))
             swapping.join()
+            outcomes = sum(number for outcome, number in found.items() if ", " in outcome)
+            if outcomes != sent or found["changes"] != swaps:
+                raise RuntimeError(f"expected {sent} outcomes and {swaps} changes, got {outcomes} and {found['changes']}")
             loads = _metric(port, "pgp_checkpoint_loads_total")
     return {"requests": sent, "seconds": seconds, "swaps": swaps, "loads": loads, "found": found, "megabytes": memory}
 

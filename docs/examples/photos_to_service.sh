@@ -18,8 +18,10 @@ curl --silent --retry 60 --retry-delay 1 --retry-all-errors --output /dev/null "
 curl --silent --form files=@photo.jpg "http://127.0.0.1:$PORT/predict?top=2"; echo
 
 # teach the running service one more class, and wait until it is learned
-curl --silent --fail --form name=lamp $(printf -- '--form files=@%s ' lamp/*) "http://127.0.0.1:$PORT/teach"; echo
-while curl --silent "http://127.0.0.1:$PORT/teach" | grep -q '"state":"learning"'; do sleep 0.2; done
+lamps=()
+for photo in lamp/*; do lamps+=(--form "files=@\"$photo\""); done
+curl --silent --fail --form name=lamp "${lamps[@]}" "http://127.0.0.1:$PORT/teach"; echo
+until curl --silent "http://127.0.0.1:$PORT/teach" | grep -q '"state":"finished"'; do sleep 0.2; done
 curl --silent "http://127.0.0.1:$PORT/classes"; echo
 
 # write an ONNX model of all that was learned, and use it without pgp

@@ -7,8 +7,10 @@ import json
 import re
 import shutil
 import socket
+import struct
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,12 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from pgp import train
+from pgp import recipes, train
+from pgp.datasets.decode import num_pixels
 from pgp.predict import Predictor
-from pgp.runs.run import Run
+from pgp.runs.run import TAUGHT, Run
 from pgp.serve import Limits, app, build_app, serve
-from pgp.serve.teaching import TAUGHT
+from pgp.serve.model import Model
 from pgp.system import storage
 
 
@@ -59,7 +62,7 @@ def client(run):
 def test_predictions_are_those_of_the_predictor(client, run, red):
     expected = Predictor(run).predict(red, top=3, reject=0.05)
     answer = client.post("/predict?top=3", files=uploads(red)).json()
-    assert answer["checkpoint"] == "task-05"
+    assert {one["checkpoint"] for one in answer["predictions"]} == {"task-05"}
     for path, found, prediction in zip(red, answer["predictions"], expected, strict=True):
         assert (found["file"], found["unknown"]) == (path.name, prediction.unknown)
         assert tuple(one["name"] for one in found["classes"]) == prediction.names
@@ -97,12 +100,15 @@ def test_teach_predict_undo(client, run, red, green, tmp_path):
         "test_images": 1,
         "added": True,
     }
-    assert client.post("/undo").json() == {"forgot": "red thing"}
+    other = client.post("/undo", data={"name": "green"})
+    expected = "expected a class that was added last (red thing), got 'green'"
+    assert (other.status_code, other.json()["error"]) == (409, expected)
+    assert client.post("/undo", data={"name": "red thing"}).json() == {"forgot": ["red thing"]}
     assert client.post("/predict", files=uploads(red)).json() == before
     log = Path("metrics.jsonl")
     assert contents(run) == files | {log: (run / log).read_bytes()}
     assert not list((run / TAUGHT).iterdir())
-    again = client.post("/undo")
+    again = client.post("/undo", data={"name": "red thing"})
     assert (again.status_code, again.json()["error"]) == (
         409,
         "expected a class that was taught, but there is none to undo",
@@ -207,7 +213,7 @@ def test_two_teachers(client, red, green, monkeypatch):
     monkeypatch.setattr(train, "resume", slow)
     assert client.post("/teach", data={"name": "red"}, files=uploads(red)).status_code == 202
     second = client.post("/teach", data={"name": "green"}, files=uploads(green))
-    undo = client.post("/undo")
+    undo = client.post("/undo", data={"name": "red"})
     for answer in (second, undo):
         assert (answer.status_code, answer.json()["error"]) == (409, "'red' is being taught: wait until it is finished")
     assert client.post("/predict", files=uploads(red)).status_code == 200  # meanwhile
@@ -231,7 +237,8 @@ def test_a_full_disk_while_teaching(client, run, red, monkeypatch):
 
     def full(path, content):
         if failing in Path(path).parts or Path(path).parent.parent.name == failing:
-            raise storage.write_error("write", path, OSError(28, "No space left on device"))
+            error = OSError(28, "No space left on device")
+            raise storage.write_error("write", path, error) from error
         write(path, content)
 
     monkeypatch.setattr(storage, "write", full)
@@ -242,7 +249,7 @@ def test_a_full_disk_while_teaching(client, run, red, monkeypatch):
     failing = "checkpoints"
     lesson = teach(client, "red", red)
     assert (lesson["state"], "No space left" in lesson["error"]) == ("failed", True)
-    assert client.post("/predict", files=uploads(red)).json()["checkpoint"] == "task-05"
+    assert client.post("/predict", files=uploads(red)).json()["predictions"][0]["checkpoint"] == "task-05"
     same = {path: data for path, data in contents(run).items() if path.name != "metrics.jsonl"}
     assert same == {path: data for path, data in before.items() if path.name != "metrics.jsonl"}
     failing = "none"
@@ -333,7 +340,9 @@ def test_a_request_that_is_none_of_ours(client):
 
 
 def test_the_token(run, red):
-    with TestClient(build_app(run, token="söcret"), base_url="http://localhost") as client:
+    with pytest.raises(ValueError, match="expected a token of visible ASCII characters"):
+        build_app(run, token="söcret")
+    with TestClient(build_app(run, token="secret"), base_url="http://localhost") as client:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "söcret".encode()}):
             for path in ("/classes", "/accuracy", "/teach", "/metrics"):
                 answer = client.get(path, headers=headers)
@@ -342,7 +351,7 @@ def test_the_token(run, red):
             assert client.post("/predict", files=uploads(red), headers=headers).status_code == 401
         for path in ("/", "/page.js", "/page.css", "/health", "/openapi.json"):
             assert client.get(path).status_code == 200
-        assert client.get("/classes", headers={"Authorization": "Bearer söcret".encode()}).status_code == 200
+        assert client.get("/classes", headers={"Authorization": "Bearer secret"}).status_code == 200
 
 
 def test_other_web_sites_cannot_use_the_service(run, red):
@@ -355,10 +364,79 @@ def test_other_web_sites_cannot_use_the_service(run, red):
                 answer.json()["error"] == f"expected a request from the page of this service, got one from {origin!r}"
             )
         assert client.post("/predict", files=uploads(red), headers={"Origin": "http://localhost"}).status_code == 200
-        for host in ("evil.example", "localhost.evil.example", ""):
+        malformed = client.post("/predict", files=uploads(red), headers={"Origin": "http://["})
+        assert malformed.status_code == 403
+        for host in ("evil.example", "localhost.evil.example", "", "evil@localhost", "["):
             answer = client.get("/classes", headers={"Host": host})
             assert (answer.status_code, "expected a request to one of" in answer.json()["error"]) == (421, True)
         assert client.get("/classes", headers={"Host": "[::1]:8000"}).status_code == 200
+
+
+def test_forms_in_other_encodings_are_refused(client):
+    """Python's decoder of punycode takes quadratic time, and others give text that is no Unicode."""
+    for charset in ("punycode", '"raw_unicode_escape"', "latin-1"):
+        kind = f"multipart/form-data; boundary=x; charset={charset}"
+        answer = client.post("/teach", content=b"--x--", headers={"Content-Type": kind})
+        assert (answer.status_code, answer.json()["error"][:29]) == (415, "expected a form in UTF-8, got")
+    kind = "multipart/form-data; boundary=x; charset=UTF-8"
+    assert client.post("/teach", content=b"--x--", headers={"Content-Type": kind}).status_code == 422
+
+
+def test_tiles_of_a_tiff_count_as_pixels():
+    """Ten pixels a side, in one tile of 30,000 pixels a side."""
+    tags = {256: 10, 257: 10, 258: 8, 259: 1, 262: 1, 277: 1, 322: 30_000, 323: 30_000, 324: 8, 325: 8}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    content = struct.pack("<2sHIH", b"II", 42, 8, len(tags)) + entries + bytes(4)
+    assert num_pixels(content) == 30_000 * 30_000
+
+
+def test_what_was_learned_is_not_reported_as_failed(client, run, red, monkeypatch):
+    """The class is learned, but the service runs out of memory when it loads the new checkpoint."""
+
+    def fail(self):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(Model, "_load", fail)
+    assert teach(client, "red", red)["state"] == "finished"
+    assert client.get("/health").json() == {"status": "degraded"}
+    assert client.get("/classes").json()["problem"] == "no memory"
+    assert len(list((run / TAUGHT).iterdir())) == 1
+    monkeypatch.undo()
+    for _ in range(200):
+        if client.get("/health").json()["status"] == "ok":
+            break
+        time.sleep(0.05)
+    assert client.get("/classes").json()["tasks"][0]["name"] == "red"
+
+
+def test_another_run_in_the_same_folder_is_not_used(run, tmp_path):
+    model = Model(run)
+    run.rename(tmp_path / "moved")
+    train.train(recipes.RECIPES["demo-quick"](), run)
+    assert not model.refresh()
+    assert "holds another run than before: restart the service" in model.problem
+
+
+def test_only_the_warnings_of_the_lesson_are_in_its_notes(client, red, monkeypatch):
+    resume = train.resume
+
+    def noisy(*args, **kwargs):
+        other = threading.Thread(target=warnings.warn, args=("of another user",))
+        other.start()
+        other.join()
+        warnings.warn("of this lesson", stacklevel=1)
+        return resume(*args, **kwargs)
+
+    monkeypatch.setattr(train, "resume", noisy)
+    with pytest.warns(UserWarning, match="of another user"):
+        assert teach(client, "red", red)["messages"] == ["of this lesson"]
+
+
+def test_faults_are_answered_as_json(client, red):
+    client.app.state.service.batcher.function = lambda images: 1 / 0
+    answer = client.post("/predict", files=uploads(red))
+    assert (answer.status_code, answer.json()["error"][:24]) == (500, "this is a fault of pgp, ")
+    assert "content-security-policy" in answer.headers
 
 
 def test_the_page_loads_nothing_from_elsewhere(client):

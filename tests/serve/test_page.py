@@ -95,6 +95,7 @@ def test_drop_predict_teach_predict_undo_reload(browser, start, red, tmp_path, w
     page.reload()
     expect(page, "#summary", "11 classes learned in 6 tasks")
     expect(page, "#undo", f"Undo {name}")
+    page.on("dialog", lambda dialog: dialog.accept())
     page.click("#undo")
     expect(page, "#taught", "The run is as it was before.")
     expect(page, "#summary", "10 classes learned in 5 tasks")

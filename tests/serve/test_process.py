@@ -54,6 +54,8 @@ def test_slow_senders_do_not_stop_others(start, red):
     assert answer.startswith("HTTP/1.1 408")
     assert "expected the whole request within 1 seconds" in answer
     assert requests.get(f"{address}/health", timeout=20).json() == {"status": "ok"}
+    slow[1].settimeout(20)
+    assert slow[1].recv(10) == b""  # the connection is closed
     for connection in slow:
         connection.close()
     process.send_signal(signal.SIGINT)
@@ -84,3 +86,12 @@ def test_killed_while_it_is_taught(start, run, red):
             break
         time.sleep(0.05)
     assert lesson["state"] == "finished", lesson
+    assert len(list((run / "taught").iterdir())) == 1  # what was left of the first attempt is gone
+
+
+def test_headers_without_end_are_refused(start):
+    _, address = start()
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
+        connection.settimeout(20)
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + 200_000 * b"x")
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")

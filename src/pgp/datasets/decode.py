@@ -11,12 +11,11 @@ import re
 import stat
 import struct
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 Image.init()
 _CANDIDATES = ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "AVIF")
@@ -61,13 +60,17 @@ def decode(source: Path | bytes) -> Image.Image:
 
 
 def num_pixels(content: bytes) -> int | None:
-    """Return width times height of an image as its header states them; None if it cannot be read."""
+    """Return the number of pixels that an image takes in memory, as its header states it; None if it cannot be read.
+
+    The tiles of a TIFF may be larger than the image.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-                return image.width * image.height
-    except Image.DecompressionBombError:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            tile = 1
+            if isinstance(image, TiffImagePlugin.TiffImageFile):
+                tile = int(image.tag_v2.get(322, 1)) * int(image.tag_v2.get(323, 1))  # width and height of a tile
+            return max(image.width * image.height, tile)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         return sys.maxsize
     except Exception:  # whatever a decoder raises
         return None

@@ -27,6 +27,8 @@ from pgp.system.outputs import make_unique_folder as make_unique_folder
 from pgp.system.paths import StrPath, as_path
 from pgp.system.storage import RunError as RunError
 
+TAUGHT = "taught"
+"""Folder with the photos of classes that were taught to a running service, a numbered folder for each."""
 CONFIG, CLASSES, LOG, TABLE = "config.json", "classes.json", "metrics.jsonl", "accuracy.csv"
 ENVIRONMENT = "environment.json"
 
@@ -239,8 +241,24 @@ class Run:
         self._adds = True
         self.log_file.held = []
 
+    def discard_untaught(self) -> None:
+        """Delete uploaded photos from which no task was learned: those that were undone, or whose process was killed.
+
+        The process must be `writing`.
+        """
+        folder = (self.folder / TAUGHT).absolute()
+        names = {self.checkpoints.latest(), None}
+        added = [data for name in names for data in self.config_of(self.describe(name)).added]
+        kept = {path.absolute().parent for data in added for path in data.search_paths}
+        for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
+            if path.name.isdecimal() and path not in kept:
+                storage.remove_folder(path)
+
     def undo_add(self) -> str:
         """Forget the task that was added last; the run is again as it was before. Return the name of that task.
+
+        Photos that were uploaded for it are deleted. Once the older checkpoint is the latest, the task is forgotten,
+        even if an error comes afterwards.
 
         The process must be `writing`. The log keeps what happened.
 
@@ -262,6 +280,7 @@ class Run:
         self._write_identity()
         self.log("undone", task=before.task, step=0)
         self.write_matrices(self.matrices())
+        self.discard_untaught()
         return self.data_of(known).task_names[-1]
 
     def _write_identity(self) -> None:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import functools
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
 import python_multipart  # noqa: F401  (FastAPI needs it to read uploaded files)
 import uvicorn
-from fastapi import FastAPI, File, Form, Query, Request, Response, UploadFile
+from fastapi import Depends, FastAPI, File, Form, Query, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from torch import Tensor
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from pgp import __version__
 from pgp.datasets.base import BadImageError
@@ -65,6 +70,7 @@ class Service:
         self.limits, self.measures = limits, Measures()
         self.model = Model(folder, readout, device)
         self.teacher = Teacher(folder, self.refresh)
+        self._decoders = asyncio.Semaphore(limits.decoders)
         self.batcher: Batcher[Tensor, tuple[Prediction, Snapshot]] = Batcher(
             self.model.predict, limits.batch_size, limits.waiting_images, self.measures.batches.observe
         )
@@ -118,17 +124,24 @@ class Service:
             return self.model.snapshot.predictor.preprocess([self.read(content, file.filename or "image")])[0]
 
         try:
-            return await asyncio.to_thread(work, await file.read())
+            async with self._decoders:
+                return await asyncio.to_thread(work, await file.read())
         except BadImageError as error:
             self.measures.images.labels("unreadable").inc()
             return str(error)
 
-    async def classify(self, files: Sequence[UploadFile], top: int) -> tuple[list[dict[str, Any]], Snapshot]:
-        """Return an answer for each file, as JSON values, and the state of the run that gave them."""
-        images = await asyncio.gather(*map(self.preprocess, files))
-        readable = [image for image in images if not isinstance(image, str)]
-        results = iter(await asyncio.wait_for(self.batcher.submit(readable), self.limits.seconds))
-        answers, snapshot = [], self.model.snapshot
+    async def classify(self, files: Sequence[UploadFile], top: int) -> list[dict[str, Any]]:
+        """Return an answer for each file, as JSON values."""
+        if len(self.batcher) + len(files) > self.limits.waiting_images:  # before they are decoded
+            raise RefusedError(503, f"{len(self.batcher):,} images wait already: try again in a moment")
+
+        async def work() -> tuple[list[Tensor | str], Iterator[tuple[Prediction, Snapshot]]]:
+            images = await asyncio.gather(*map(self.preprocess, files))
+            readable = [image for image in images if not isinstance(image, str)]
+            return images, iter(await self.batcher.submit(readable))
+
+        images, results = await asyncio.wait_for(work(), self.limits.seconds)
+        answers = []
         for file, image in zip(files, images, strict=True):
             answer: dict[str, Any] = {"file": file.filename}
             if isinstance(image, str):
@@ -137,10 +150,11 @@ class Service:
                 prediction, snapshot = next(results)
                 self.measures.images.labels("unknown" if prediction.unknown else "classified").inc()
                 best = zip(prediction.names[:top], prediction.probabilities[:top], strict=True)
+                answer["checkpoint"] = snapshot.version[0]
                 answer["unknown"] = prediction.unknown if snapshot.reject is not None else None
                 answer["classes"] = [{"name": name, "probability": probability} for name, probability in best]
             answers.append(answer)
-        return answers, snapshot
+        return answers
 
 
 def build_app(
@@ -166,6 +180,8 @@ def build_app(
         RunError: If no task of the run is finished.
         ValueError: If the run has no such readout, or the machine no such device.
     """
+    if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
+        raise ValueError("expected a token of visible ASCII characters: others cannot be in a header of HTTP")
     limits = limits or Limits()
     service = Service(as_path(run, "a run folder"), readout, device, limits)
     app = FastAPI(
@@ -173,9 +189,13 @@ def build_app(
         version=__version__,
         summary="Classify images with a finished run, and teach it classes.",
         lifespan=service.running,
+        responses={"4XX": {"model": Error}, "5XX": {"model": Error}},
+        dependencies=[Depends(HTTPBearer(auto_error=False))] if token else [],  # `Guard` checks it; this describes it
+        redirect_slashes=False,
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
     )
+    app.state.service = service
     _add_routes(app, service)
     _add_page(app)
     _add_errors(app)
@@ -195,14 +215,14 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     ) -> JSONResponse:
         """Classify images among all classes learned so far.
 
-        The answer has one entry for each file: its classes with probabilities, and whether it is unlike all classes;
-        or an error. If no file can be read, the status is 400.
+        The answer has one entry for each file: its classes with probabilities, whether it is unlike all classes, and
+        the checkpoint that was used; or an error. If no file can be read, the status is 400.
         """
         if len(files) > limits.files:
             raise RefusedError(413, f"expected at most {limits.files} images at a time, got {len(files)}")
-        answers, snapshot = await service.classify(files, top)
+        answers = await service.classify(files, top)
         status = 400 if all("error" in answer for answer in answers) else 200
-        content: dict[str, Any] = {"predictions": answers, "checkpoint": snapshot.version[0]}
+        content: dict[str, Any] = {"predictions": answers}
         if status == 400:
             content["error"] = answers[0]["error"]
         return JSONResponse(content, status)
@@ -268,16 +288,19 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         return teacher.lesson.to_json() if teacher.lesson else {"state": "none"}
 
     @app.post("/undo")
-    def undo() -> dict[str, str]:
+    def undo(
+        name: Annotated[str, Form(description="One of the classes that were added last.")],
+    ) -> dict[str, list[str]]:
         """Forget the classes that were added last. The run is again as it was before."""
-        return {"forgot": teacher.undo()}
+        return {"forgot": teacher.undo(name)}
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     def health() -> dict[str, str]:
         """Return "ok", or "degraded" if an older checkpoint is used; the entry `problem` of `/classes` says why."""
         return {"status": "degraded" if model.problem else "ok"}
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
         """Return counts and times in the format of Prometheus."""
         return Response(service.measures.text(), media_type="text/plain; version=0.0.4")
@@ -290,7 +313,7 @@ def _add_page(app: FastAPI) -> None:
         return lambda: Response(content, media_type=kind)
 
     for path, (file, kind) in PAGE.items():
-        app.get(path, include_in_schema=False)(route((folder / file).read_bytes(), kind))
+        app.api_route(path, methods=["GET", "HEAD"], include_in_schema=False)(route((folder / file).read_bytes(), kind))
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -303,12 +326,14 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RunError)
     async def run_error(request: Request, error: RunError) -> JSONResponse:
-        return JSONResponse({"error": str(error)}, 507 if "make room" in str(error) else 503)
+        return JSONResponse({"error": str(error)}, 507 if _disk_is_full(error) else 409)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         if isinstance(error.__cause__, RefusedError):  # raised while the body was parsed
             return await refused(request, error.__cause__)
+        if _disk_is_full(error):
+            return JSONResponse({"error": "the disk for uploaded files is full: make room"}, 507)
         return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
 
     @app.exception_handler(asyncio.TimeoutError)
@@ -319,6 +344,21 @@ def _add_errors(app: FastAPI) -> None:
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         found = [f"{'.'.join(map(str, one['loc'][1:]))}: {one['msg']}" for one in error.errors()]
         return JSONResponse({"error": f"expected a request as /openapi.json describes it, got {'; '.join(found)}"}, 422)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Return whether an error has a full disk as its cause."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+class Error(BaseModel):
+    """The answer to a request that is not carried out."""
+
+    error: str
 
 
 def serve(
@@ -360,6 +400,7 @@ def serve(
         announce(f"http://{shown}:{listening.getsockname()[1]}")
         settings = uvicorn.Config(
             app,
+            http=functools.partial(_Protocol, limits.seconds),  # type: ignore[arg-type]
             log_level="warning",
             access_log=False,
             server_header=False,
@@ -368,6 +409,24 @@ def serve(
             timeout_graceful_shutdown=10,
         )
         uvicorn.Server(settings).run(sockets=[listening])
+
+
+class _Protocol(H11Protocol):
+    """HTTP 1.1 that closes connections on which no request begins in time. Its headers are limited to 64 KB."""
+
+    def __init__(self, seconds: float, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._seconds = seconds
+
+    def connection_made(self, transport: Any) -> None:
+        """Begin to wait for a request."""
+        super().connection_made(transport)
+        self.loop.call_later(self._seconds, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        cycle: object | None = self.cycle  # None before the first request, in spite of its type
+        if cycle is None and not self.transport.is_closing():
+            self.transport.close()
 
 
 def _listen(host: str, port: int) -> socket.socket:

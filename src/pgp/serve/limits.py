@@ -7,13 +7,17 @@ import contextlib
 import hmac
 import ipaddress
 import json
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, fields
+from email.message import Message
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Message as Event
 
+LOGGER = logging.getLogger("uvicorn.error")
 DRAIN_SECONDS = 2.0
 """Seconds for which the rest of a refused request is read."""
 
@@ -31,7 +35,11 @@ class Limits:
     pixels: int = 50_000_000
     """Pixels of one image."""
     seconds: float = 60.0
-    """Seconds for the body of a request to arrive, and for its answer."""
+    """Seconds for a request to arrive, and again for its images to be decoded and classified."""
+    requests: int = 64
+    """Requests that are answered at the same time."""
+    decoders: int = 2
+    """Images that are decoded at the same time; a large one may take a gigabyte of memory."""
     waiting_images: int = 1024
     """Images that wait to be classified. With more, requests are refused until there is room."""
     batch_size: int = 32
@@ -85,6 +93,7 @@ class Guard:
     ) -> None:
         self.app, self.limits, self.hosts, self.open_paths = app, limits, frozenset(hosts), frozenset(open_paths)
         self._expected = None if token is None else f"Bearer {token}".encode()
+        self._in_progress = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or pass it on."""
@@ -93,11 +102,12 @@ class Guard:
             return
         answered = False
 
-        async def sending(message: Message) -> None:
+        async def sending(message: Event) -> None:
             nonlocal answered
             answered = True
             await send(message)
 
+        self._in_progress += 1
         try:
             self._check(scope["path"], scope["method"], Headers(scope=scope))
             await self.app(scope, self._limited(receive), sending)
@@ -106,21 +116,33 @@ class Guard:
                 raise
             await _drain(receive)
             await _answer(send, refusal)
+        except Exception:
+            LOGGER.exception("an error while answering %s %s", scope["method"], scope["path"])
+            if not answered:
+                await _answer(send, RefusedError(500, "this is a fault of pgp, please report it with its log"))
+        finally:
+            self._in_progress -= 1
 
     def _check(self, path: str, method: str, headers: Headers) -> None:
         """Raise `RefusedError` unless the request may be carried out as far as its headers tell."""
-        host = headers.get("host", "")
-        if self.hosts and _host_name(host) not in self.hosts:
+        named = headers.getlist("host")
+        host = named[0] if named else ""
+        if self.hosts and (len(named) != 1 or _host_name(host) not in self.hosts):
             raise RefusedError(
                 421, f"expected a request to one of {', '.join(sorted(self.hosts))}, got host {host!r:.80}"
             )
         origin = headers.get("origin")
-        if origin is not None and method not in ("GET", "HEAD") and urlsplit(origin).netloc != host:
+        if origin is not None and method not in ("GET", "HEAD") and _netloc(origin) != host:
             raise RefusedError(403, f"expected a request from the page of this service, got one from {origin!r:.80}")
         if self._expected is not None and path not in self.open_paths:
             given = headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, self._expected):
                 raise RefusedError(401, "expected the token of this service, as Authorization: Bearer TOKEN")
+        if self._in_progress > self.limits.requests and path not in self.open_paths:
+            raise RefusedError(503, f"{self.limits.requests} requests are being answered: try again in a moment")
+        charset = _charset(headers.get("content-type", ""))
+        if charset not in ("", "utf-8"):  # some of Python's decoders take quadratic time
+            raise RefusedError(415, f"expected a form in UTF-8, got {charset!r:.80}")
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self.limits.request_bytes:
             raise self._too_large()
@@ -134,7 +156,7 @@ class Guard:
         loop, seconds = asyncio.get_running_loop(), self.limits.seconds
         deadline, size, complete = loop.time() + seconds, 0, False
 
-        async def limited() -> Message:
+        async def limited() -> Event:
             nonlocal size, complete
             if complete:  # what comes now is only the news that the client went away
                 return await receive()
@@ -182,7 +204,25 @@ def _host_name(host: str) -> str:
     >>> _host_name("localhost:8000"), _host_name("[::1]:8000"), _host_name("")
     ('localhost', '::1', '')
     """
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(f"//{host}")
+        return (parts.hostname or "") if parts.username is None else ""
+    return ""
+
+
+def _netloc(origin: str) -> str:
+    """Return host and port of an origin; "" if there are none."""
+    with contextlib.suppress(ValueError):
+        return urlsplit(origin).netloc
+    return ""
+
+
+def _charset(content_type: str) -> str:
+    """Return the encoding that a content type names, in lower case; "" if it names none.
+
+    >>> _charset('multipart/form-data; boundary=x; charset="UTF-8"'), _charset("text/plain")
+    ('utf-8', '')
+    """
+    message = Message()
+    message["content-type"] = content_type
+    return str(message.get_param("charset", "")).lower()

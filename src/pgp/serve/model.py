@@ -73,10 +73,14 @@ class Model:
         self.problem: str | None = None
         """Why the latest state of the run cannot be used, if so. The one of before is used."""
         self._loading = threading.Lock()
+        self._run_id = ""
         self.snapshot = self._load()
+        self._run_id = Run.open(folder).id
 
     def _load(self) -> Snapshot:
         run = Run.open(self.folder)
+        if self._run_id not in ("", run.id):
+            raise RunError(f"{self.folder} holds another run than before: restart the service to use it")
         version = self._version(run)
         predictor = Predictor(run, self.readout, self.device)
         reject = None
@@ -112,8 +116,8 @@ class Model:
                     self.problem = None
                     return False
                 self.snapshot = self._load()
-            except (RunError, ValueError, OSError) as error:
-                self.problem = str(error)
+            except Exception as error:  # whatever it is, the old one still works; to run out of memory is one
+                self.problem = str(error) or type(error).__name__
                 return False
             self.problem = None
             return True

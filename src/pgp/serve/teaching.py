@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import itertools
@@ -11,7 +12,7 @@ import threading
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,13 +21,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pgp import train
-from pgp.runs.run import Run
+from pgp.runs.run import TAUGHT, Run
 from pgp.serve.limits import RefusedError
 from pgp.system import storage
+from pgp.system.escaping import printable
 from pgp.system.storage import RunError
 
-TAUGHT = "taught"
-"""Folder of a run with the photos of the classes that were taught."""
 LONGEST_NAME = 100
 """Maximum number of characters of a class name."""
 
@@ -45,7 +45,7 @@ def class_name(text: str) -> str:
         raise RefusedError(400, "expected the name of the class, got none")
     if len(name) > LONGEST_NAME:
         raise RefusedError(400, f"expected a name of at most {LONGEST_NAME} characters, got {len(name):,}")
-    if not name.isprintable():
+    if printable(name) != name:
         raise RefusedError(400, f"expected a name of visible characters, got {name!r:.80}")
     return name
 
@@ -67,7 +67,8 @@ class Lesson:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values; `progress` is a text and a fraction in [0, 1]."""
-        bars = self.progress.tasks if self.progress and self.state == "learning" else []
+        progress = self.progress  # which the thread sets to None at the end
+        bars = progress.tasks if progress else []
         bar = bars[-1] if bars else None
         return {
             "number": self.number,
@@ -100,6 +101,10 @@ class Teacher:
         """The class that is being taught, or was taught last."""
         self._busy = threading.Lock()
         self._numbers = itertools.count(1)
+        with contextlib.suppress(RunError):  # while another process writes, nothing is left over for sure
+            run = Run.open(folder)
+            with run.writing():
+                run.discard_untaught()
 
     def teach(self, name: str, photos: Sequence[bytes]) -> Lesson:
         """Begin to teach the class `name` from image files, and return at once.
@@ -122,28 +127,31 @@ class Teacher:
             raise
         return self.lesson
 
-    def undo(self) -> str:
-        """Forget the task that was added last, and return its name. Photos that were uploaded for it are deleted.
+    def undo(self, name: str) -> list[str]:
+        """Forget the classes that were added last, and return their names. Photos that were uploaded are deleted.
+
+        Args:
+            name: One of these classes, so that nobody forgets the class of somebody else by mistake.
 
         Raises:
-            RefusedError: If a class is being taught, or no task was added.
+            RefusedError: If a class is being taught, none was added, or the last one is another.
+            RunError: If the files cannot be written.
         """
         if not self._busy.acquire(blocking=False):
             raise RefusedError(409, self._busy_message())
         try:
             run = Run.open(self.folder)
-            added = run.config.added
-            if not added:
+            if not run.config.added:
                 raise RefusedError(409, "expected a class that was taught, but there is none to undo")
-            with run.writing():
-                name = run.undo_add()
-            for table in added[-1].search_paths:
-                if table.parent.parent == self._taught():
-                    storage.remove_folder(table.parent)
-            self.on_change()
-            return name
-        except RunError as error:
-            raise RefusedError(409, str(error)) from error
+            names = [run.data.class_names[label] for label in run.data.tasks[-1]]
+            if name not in names:
+                raise RefusedError(409, f"expected a class that was added last ({', '.join(names)}), got {name!r:.120}")
+            try:
+                with run.writing():
+                    run.undo_add()
+            finally:
+                self.on_change()
+            return names
         finally:
             self._busy.release()
 
@@ -196,21 +204,40 @@ class Teacher:
     def _learn(self, lesson: Lesson, table: Path) -> None:
         started, notes = time.perf_counter(), io.StringIO()
         lesson.progress = Progress(console=Console(file=notes, width=1000), disable=True)
+        raised: list[str] = []
         try:
             hardware = Run.open(self.folder).config.hardware
-            with warnings.catch_warnings(record=True) as raised:
-                warnings.simplefilter("always", UserWarning)
+            with _warnings_of_this_thread(raised):
                 train.resume(self.folder, replace(hardware, devices=1, workers=0), lesson.progress, add=table)
-            printed = [line.partition("warning: ")[2] for line in notes.getvalue().splitlines()]
-            lesson.messages = [*filter(None, printed), *(str(each.message) for each in raised)]
-            self.on_change()
         except BaseException as error:  # whatever it is: the run is as it was, and the service goes on
             storage.remove_folder(table.parent)
             lesson.error = str(error) or type(error).__name__
+        else:
+            self.on_change()
+        printed = (line.partition("warning: ")[2] for line in notes.getvalue().splitlines())
+        lesson.messages = [*filter(None, printed), *raised]
         lesson.seconds = time.perf_counter() - started
         lesson.progress = None
         self._busy.release()
         lesson.state = "failed" if lesson.error else "finished"
+
+
+@contextlib.contextmanager
+def _warnings_of_this_thread(messages: list[str]) -> Iterator[None]:
+    """Add the warnings that this thread raises inside the block to `messages`; others are shown as before."""
+    own = threading.get_ident()
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def collect(message: Warning | str, *where: Any, **settings: Any) -> None:
+            if threading.get_ident() == own:
+                messages.append(str(message))
+            else:
+                show(message, *where, **settings)
+
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = collect
+        yield
 
 
 def _file_stem(name: str) -> str:

@@ -34,24 +34,31 @@ const count = (number, what) => `${number.toLocaleString("en")} ${what}${number 
 
 // Asking
 
+let question = 0; // answers to an older question are not shown
+
 async function ask(files) {
-  $("ask-error").textContent = "";
   if (!files.length) return;
+  const own = ++question;
+  $("ask-error").textContent = "";
   pictures.forEach(URL.revokeObjectURL);
   pictures = [];
   $("answers").replaceChildren();
   for (let start = 0; start < files.length; start += 8) {
+    $("asked").textContent = `Classifying ${count(files.length, "photo")} …`;
     const some = files.slice(start, start + 8);
     const body = new FormData();
     some.forEach((file) => body.append("files", file));
     try {
       const found = await call("predict?top=3", { method: "POST", body });
+      if (own !== question) return;
       found.predictions.forEach((answer, index) => $("answers").append(card(some[index], answer)));
     } catch (error) {
+      if (own !== question) return;
       $("ask-error").textContent = error.message;
-      return;
+      break;
     }
   }
+  $("asked").textContent = `${count($("answers").children.length, "photo")} classified`;
 }
 
 function card(file, answer) {
@@ -72,11 +79,11 @@ function card(file, answer) {
     }
     const list = element("dl");
     for (const { name, probability } of answer.classes) {
-      const bar = element("div");
+      const bar = element("span");
       bar.style.width = `${100 * probability}%`;
       const value = element("dd", { textContent: percent(probability) });
       list.append(element("dt", { textContent: name, title: name }), value);
-      list.append(element("div", { className: "meter" }, bar));
+      list.append(element("dd", { className: "meter", ariaHidden: "true" }, bar));
     }
     about.append(list);
   }
@@ -87,6 +94,7 @@ function card(file, answer) {
 // Teaching
 
 let photos = [];
+let latest = []; // the classes that were added last
 
 function choose(files) {
   photos = files;
@@ -95,7 +103,6 @@ function choose(files) {
 
 async function teach(event) {
   event.preventDefault();
-  $("teach-error").textContent = $("taught").textContent = "";
   if (!photos.length) {
     $("teach-error").textContent = "Choose photos of the class first.";
     return;
@@ -103,28 +110,35 @@ async function teach(event) {
   const body = new FormData();
   body.append("name", $("name").value);
   photos.forEach((file) => body.append("files", file));
-  busy(true);
-  $("doing").textContent = "sending photos";
-  try {
+  await working("sending photos", async () => {
     const begun = await call("teach", { method: "POST", body });
     await follow(begun.number, begun.skipped);
-  } catch (error) {
-    $("teach-error").textContent = error.message;
-  }
-  busy(false);
+  });
 }
 
 /** Show the progress of a class until it is learned. */
 async function follow(number, skipped = []) {
+  let failures = 0;
   for (;;) {
-    const lesson = await call("teach");
-    if (lesson.number !== number) return; // somebody else teaches another one by now
+    let lesson;
+    try {
+      lesson = await call("teach");
+    } catch (error) { // the class may still be learned
+      if (++failures > 10) throw error;
+      await pause(1000);
+      continue;
+    }
+    if (lesson.number !== number) {
+      await show();
+      $("taught").textContent = "The service was restarted, or another class was taught since: see the list of classes.";
+      return;
+    }
     if (lesson.state === "learning") {
       const { doing, done } = lesson.progress;
       $("doing").textContent = doing || "preparing";
       if (done === null) $("bar").removeAttribute("value");
       else $("bar").value = done;
-      await new Promise((resolve) => setTimeout(resolve, 200));
+      await pause(200);
       continue;
     }
     if (lesson.state === "failed") throw new Error(`${lesson.name} is not learned: ${lesson.error}`);
@@ -132,25 +146,40 @@ async function follow(number, skipped = []) {
     const notes = lesson.messages.length ? ` Note: ${lesson.messages.join(" ")}` : "";
     const summary = `Learned ${lesson.name} from ${count(lesson.photos, "photo")} in ${lesson.seconds.toFixed(1)} s.`;
     $("taught").textContent = summary + left + notes;
-    $("name").value = $("teach-files").value = "";
+    $("name").value = "";
     choose([]);
     await show();
     return;
   }
 }
 
+const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
+
 async function undo() {
-  $("teach-error").textContent = $("taught").textContent = "";
-  busy(true);
-  $("doing").textContent = "undoing";
-  try {
-    const { forgot } = await call("undo", { method: "POST" });
-    $("taught").textContent = `Forgot ${forgot}. The run is as it was before.`;
+  const names = latest.join(", ");
+  if (!confirm(`Forget ${names}? Photos that were taught here are deleted.`)) return;
+  await working("undoing", async () => {
+    const body = new FormData();
+    body.append("name", latest[0]);
+    const { forgot } = await call("undo", { method: "POST", body });
+    $("taught").textContent = `Forgot ${forgot.join(", ")}. The run is as it was before.`;
     await show();
+  });
+}
+
+/** Do something that takes a while, and show what and whether it failed. */
+async function working(doing, act) {
+  $("teach-error").textContent = $("taught").textContent = "";
+  $("doing").textContent = doing;
+  busy(true);
+  try {
+    await act();
   } catch (error) {
     $("teach-error").textContent = error.message;
+    await show().catch(() => {}); // somebody else may have changed what the run knows
+  } finally {
+    busy(false);
   }
-  busy(false);
 }
 
 function busy(yes) {
@@ -167,8 +196,10 @@ async function show() {
   $("run").textContent = known.run;
   $("summary").textContent = `${count(known.classes.length, "class")} learned in ${count(known.tasks.length, "task")}`;
   $("problem").textContent = known.problem ? `The latest checkpoint cannot be used: ${known.problem}` : "";
+  latest = known.can_undo ? known.tasks[0].classes : [];
+  const names = latest.join(", ");
   $("undo").hidden = !known.can_undo;
-  $("undo").textContent = known.can_undo ? `Undo ${known.tasks[0].classes.join(", ")}`.slice(0, 60) : "";
+  $("undo").textContent = `Undo ${names.length > 60 ? `${names.slice(0, 60)}…` : names}`;
   $("classes").tBodies[0].replaceChildren(...known.tasks.map(row));
   $("matrix").replaceChildren(matrix(accuracy));
   $("sign-in").hidden = true;
@@ -214,7 +245,10 @@ function cell(value, learned) {
 // Events
 
 function accept(zone, input, use) {
-  input.addEventListener("change", () => use([...input.files]));
+  input.addEventListener("change", () => {
+    use([...input.files]);
+    input.value = ""; // so that the same photo can be chosen again
+  });
   for (const name of ["dragover", "dragleave", "drop"]) {
     zone.addEventListener(name, (event) => {
       event.preventDefault();
@@ -243,12 +277,10 @@ async function start() {
     await show();
     const lesson = await call("teach");
     if (lesson.state === "learning") { // the page was loaded again while a class is being taught
-      busy(true);
-      await follow(lesson.number);
-      busy(false);
+      await working("", () => follow(lesson.number));
     }
   } catch (error) {
-    $("summary").textContent = error.message;
+    $("summary").textContent = $("sign-in").hidden || signedInWith ? error.message : "";
   }
 }
 
