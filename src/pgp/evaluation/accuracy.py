@@ -237,6 +237,7 @@ class Evaluator:
             self.fabric.global_rank,
             self.fabric.world_size,
             hardware.pin_memory,
+            self.fabric.device,
         )
 
     def _legacy_classes(self, method: Method, task: Task) -> Sequence[int]:
