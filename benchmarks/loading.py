@@ -4,12 +4,11 @@
     python benchmarks/loading.py --tiny    # test in seconds; the results mean nothing
 
 CIFAR-100's images are noise of their size (32 x 32, in memory, as torchvision reads them): cropping and resizing them
-is the same work. Such small images are transformed in batches on the device. Three rows compare this, taking turns: with
-torchvision, image by image, as large images are; on this processor; and with the part that is left to this processor if
-the device is a GPU (drawing crops, stacking bytes, building weights: a tensor on torch's meta device has no pixels to
-compute). Photos are JPEG files of 500 x 375 px, about as large as those of ImageNet-R and CUB-200. The training
-step is the one of 10cifar100_l2p_pgp on ViT-B/16 with random weights, batch 16, on this processor. A rate is the median
-over rounds.
+is the same work. Such small images are transformed in batches on the device. Three rows compare this, taking turns:
+with torchvision, image by image, as large images are; in batches on this processor; and what is left to this processor
+if the device is a GPU: drawing crops, stacking bytes, weights (on torch's meta device, no pixel is computed). Photos
+are JPEG files of 500 x 375 px, about as large as those of ImageNet-R and CUB-200. The training step is the one of
+10cifar100_l2p_pgp on ViT-B/16 with random weights, batch 16, on this processor. A rate is the median over rounds.
 """
 
 from __future__ import annotations
