@@ -4,9 +4,11 @@
     python benchmarks/loading.py --tiny    # test in seconds; the results mean nothing
 
 CIFAR-100's images are noise of their size (32 x 32, in memory, as torchvision reads them): cropping and resizing them
-is the same work. Photos are JPEG files of 500 x 375 px, about as large as those of ImageNet-R and CUB-200. The training
-step is the one of 10cifar100_l2p_pgp on ViT-B/16 with random weights, batch 16, on this processor. A rate is the median
-over rounds.
+is the same work. Such small images are transformed in batches on the device. Three rows compare this, taking turns:
+with torchvision, image by image, as large images are; in batches on this processor; and what is left to this processor
+if the device is a GPU: drawing crops, stacking bytes, weights (on torch's meta device, no pixel is computed). Photos
+are JPEG files of 500 x 375 px, about as large as those of ImageNet-R and CUB-200. The training step is the one of
+10cifar100_l2p_pgp on ViT-B/16 with random weights, batch 16, on this processor. A rate is the median over rounds.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import NamedTuple
 
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 import cost
 import records
@@ -62,21 +65,45 @@ def photos(folder: Path, scale: Scale) -> FileSplit:
     return FileSplit(paths, [0] * scale.images)
 
 
-def rate(split: Split, workers: int, number: int, scale: Scale) -> float:
+def rate(
+    split: Split, workers: int, number: int, scale: Scale, device: str = "cpu", *, image_by_image: bool = False
+) -> float:
     """Return the images per second of one pass."""
-    viewed = TransformedSplit(split, Transforms(size=scale.step.size).train(), 0, ("view", 0), skip_bad=False)
+    transforms = Transforms(size=scale.step.size)
+    transform = one_by_one(transforms) if image_by_image else transforms.train()
+    viewed = TransformedSplit(split, transform, 0, ("view", 0), skip_bad=False)
     plan = sequential_batches(torch.arange(scale.images), scale.step.batch, number)
     started = time.perf_counter()
-    for _ in batches(viewed, plan, LoaderOptions(workers)):
+    for _ in batches(viewed, plan, LoaderOptions(workers, device=torch.device(device))):
         pass
     return scale.images / (time.perf_counter() - started)
 
 
+def one_by_one(transforms: Transforms) -> v2.Transform:
+    """Return the training transform of torchvision alone."""
+    crop = v2.RandomResizedCrop(transforms.size, transforms.scale, transforms.ratio, antialias=True)
+    to_float = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(transforms.mean, transforms.std)]
+    return v2.Compose([crop, v2.RandomHorizontalFlip(transforms.flip), *to_float])
+
+
+def cifar_rates(workers: int, scale: Scale) -> dict[str, list[float]]:
+    """Return the images per second of each round, by how small images are transformed."""
+    split, rates = cifar(scale), dict[str, list[float]]()
+    for number in range(scale.rounds):
+        for how, image_by_image, device in (
+            ("image by image", True, "cpu"),
+            ("on this processor", False, "cpu"),
+            ("without the GPU's part", False, "meta"),
+        ):
+            found = rate(split, workers, number, scale, device, image_by_image=image_by_image)
+            rates.setdefault(f"CIFAR-100 {how}, {workers} workers", []).append(found)
+    return rates
+
+
 def measured(scale: Scale) -> Iterator[tuple[str, list[float]]]:
     """Yield the name of each measurement, and its images per second in each round."""
-    split = cifar(scale)
     for workers in scale.workers:
-        yield f"CIFAR-100, {workers} workers", [rate(split, workers, number, scale) for number in range(scale.rounds)]
+        yield from cifar_rates(workers, scale).items()
     with tempfile.TemporaryDirectory() as folder:
         for workers in dict.fromkeys([scale.workers[0], scale.workers[-1]]):
             files = photos(Path(folder), scale)  # whose memory is empty again

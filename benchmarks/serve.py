@@ -64,7 +64,7 @@ def body_of(content: bytes) -> bytes:
 def service(run: Path, *flags: str) -> Iterator[tuple[int, int]]:
     """Serve a run in another process. Yield its port and process id."""
     command = [sys.executable, "-m", "pgp", "serve", str(run), "--port", "0", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
     assert process.stdout is not None
     try:
         address = process.stdout.readline()
@@ -242,7 +242,9 @@ def measure_endurance(*, tiny: bool) -> dict[str, Any]:
             swapping.join()
             outcomes = sum(number for outcome, number in found.items() if ", " in outcome)
             if outcomes != sent or found["changes"] != swaps:
-                raise RuntimeError(f"expected {sent} outcomes and {swaps} changes, got {outcomes} and {found['changes']}")
+                raise RuntimeError(
+                    f"expected {sent} outcomes and {swaps} changes, got {outcomes} and {found['changes']}"
+                )
             loads = _metric(port, "pgp_checkpoint_loads_total")
     return {"requests": sent, "seconds": seconds, "swaps": swaps, "loads": loads, "found": found, "megabytes": memory}
 

@@ -21,6 +21,7 @@ from pgp.config import Hardware, Optimizer
 from pgp.datasets.base import BadImageError
 from pgp.datasets.loader import batches, sequential_batches
 from pgp.datasets.synthetic import Synthetic
+from pgp.datasets.transforms import Transforms
 from pgp.evaluation import metrics
 from pgp.evaluation.accuracy import Evaluator, FeatureBatch
 from pgp.methods.adapter import Adapter
@@ -177,6 +178,25 @@ def test_resumes_inside_a_task_bitwise(tmp_path, monkeypatch, method):
     assert resumed.matrices().keys() == whole.matrices().keys()
     kept = {path.name for path in (resumed.folder / "checkpoints").iterdir()}
     assert kept == {"task-01", "task-02", "task-03", "latest", "pieces"}
+
+
+def test_a_run_on_small_images_resumes_bitwise(tmp_path, monkeypatch):
+    transforms = Transforms(size=32, resize=36, scale=(0.3, 1.0))
+    config = tiny.config(dataset=Synthetic(noise=0.05, size=16), transforms=transforms, views=1, save_every_steps=1)
+    whole = train.train(config, tmp_path / "whole")
+    train_step, calls = train.train_step, []
+
+    def crash(*arguments, **named):
+        calls.append(None)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return train_step(*arguments, **named)
+
+    monkeypatch.setattr(train, "train_step", crash)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path / "run")
+    monkeypatch.setattr(train, "train_step", train_step)
+    same(final(whole), final(train.resume(tmp_path / "run", Hardware(workers=2))))
 
 
 def test_a_rewound_run_keeps_what_it_replaces(whole, tmp_path):

@@ -262,10 +262,10 @@ def splits(tmp_path_factory):
 def test_splits_go_to_processes_that_are_spawned(splits):
     for split in splits:
         viewed = TransformedSplit(split, Transforms(size=32).train(), 0, ("view", 0), skip_bad=False)
-        image, label, index = viewed[SampleKey(1, 0)]
+        sample = viewed[SampleKey(1, 0)]
         again = pickle.loads(pickle.dumps(viewed))[SampleKey(1, 0)]
-        assert torch.equal(again[0], image)
-        assert again[1:] == (label, index)
+        assert torch.equal(again.image, sample.image)
+        assert again[1:] == sample[1:]
 
 
 @pytest.mark.slow

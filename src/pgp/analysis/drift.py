@@ -211,9 +211,8 @@ class DriftMeter:
         config, evaluation = self.config, self.evaluation
         fabric, title = evaluation.fabric, evaluation.scenario.describe(task)
         plan = sequential_batches(self.sample(task), self.micro_batch_size)
-        stream = batches(
-            evaluation.test_split(), plan, LoaderOptions(on_bad_image=config.on_bad_image)
-        )  # every process sees them all
+        loading = LoaderOptions(on_bad_image=config.on_bad_image, device=fabric.device)
+        stream = batches(evaluation.test_split(), plan, loading)  # every process sees them all
         sketch: dict[str, Tensor] = {}
         for batch in track(progress, stream, len(plan), f"measuring drift on {title}"):
             if not len(batch.indices):

@@ -293,6 +293,7 @@ class Evaluator:
             self.fabric.global_rank,
             self.fabric.world_size,
             hardware.pin_memory and self.fabric.device.type == "cuda",
+            self.fabric.device,
         )
 
     def _selected_prompts(self, method: Method, batch: FeatureBatch) -> Tensor | None:
