@@ -135,7 +135,7 @@ def train(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], 
             optimizer.zero_grad()
 
         return plain
-    kind, _, clean = kind.partition(CLEAN)
+    kind, clean, _ = kind.partition(CLEAN)
     session, state = untrained(kind, precision, scale)
     adam = session.config.optimizer.build(state.method, scale.batch)
     half_projection(state.method.protected()).attach(adam)

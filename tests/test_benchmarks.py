@@ -50,6 +50,21 @@ def test_cost(capsys):
     assert "measured before" not in out
 
 
+@pytest.mark.parametrize("kind", ["l2p", "dualprompt"])
+def test_a_step_with_clean_queries_is_measured_with_one_pass(monkeypatch, kind):
+    passes, forward = [], cost.ViT.forward
+
+    def counted(self, *arguments, **named):
+        passes.append(None)
+        return forward(self, *arguments, **named)
+
+    monkeypatch.setattr(cost.ViT, "forward", counted)
+    cost.train(kind, "32-true", cost.TINY)()
+    assert len(passes) == 2
+    cost.train(kind + cost.CLEAN, "32-true", cost.TINY)()
+    assert len(passes) == 3
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a process its peak of memory")
 def test_memory(capsys):
     cost.main(["--tiny", "--memory", "boundary", "l2p"])

@@ -209,7 +209,7 @@ def predict_before_training(
         if own and len(images):
             with fabric.autocast():
                 query = None if query is None else query[:own]
-                state.online.predict(state.method, images[:own], labels[:own], query, task, seen_classes)
+                state.online.predict(state.method, images[:own], labels[:own], task, seen_classes, query)
         yield
 
 

@@ -66,7 +66,7 @@ def phases(monkeypatch) -> Counter[tuple[str, int]]:
     labelled(train, "observe_after_training", "after", lambda a: a[2].index)
     labelled(Evaluator, "evaluate", "evaluation", lambda a: a[3])
     labelled(DriftMeter, "end_task", "drift", lambda a: a[2].index)
-    labelled(OnlineAccuracy, "predict", "online", lambda a: a[5].index)
+    labelled(OnlineAccuracy, "predict", "online", lambda a: a[4].index)
     new_state = Session.new_state
 
     def watched(session):

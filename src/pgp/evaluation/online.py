@@ -29,7 +29,13 @@ class OnlineAccuracy:
 
     @torch.no_grad()
     def predict(
-        self, method: Method, images: Tensor, labels: Tensor, query: Tensor | None, task: Task, seen: Sequence[int]
+        self,
+        method: Method,
+        images: Tensor,
+        labels: Tensor,
+        task: Task,
+        seen: Sequence[int],
+        query: Tensor | None = None,
     ) -> None:
         """Predict images `(B, 3, S, S)` of `task` that are about to be learned, among the classes `seen`.
 
