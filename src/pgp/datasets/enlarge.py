@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pgp.precision import float32_products
+
 LARGEST_WEIGHT = (1 << 15) - 1
 """Largest integer that stands for a weight."""
 
@@ -88,15 +90,16 @@ def enlarge(
     down, across = down.to(device), across.to(device)
     pixels = F.pad(images.float(), (0, 1), value=1).flatten(1, 2)  # (B, 3 H, W + 1)
     lines = torch.empty(count, pixels.shape[1], size, device=device)
-    torch.bmm(pixels, across.mT, out=lines)  # with out=, autocast leaves the product as exact as it is
-    lines = _round_(lines, kind).unflatten(1, images.shape[1:3])  # (B, 3, H, S)
-    lines = F.pad(lines, (0, 0, 0, 1), value=1)  # (B, 3, H + 1, S)
     views = torch.empty(count, 3, size, size, device=device)
-    step = 1 if device.type == "cpu" else count  # one view fits in a processor's cache, a batch does not
-    for first in range(0, count, step):
-        rows = slice(first, first + step)
-        torch.matmul(down[rows, None], lines[rows], out=views[rows])  # (b, 3, S, S)
-        finish(_round_(views[rows], kind))
+    with float32_products(device.type, tf32=False):
+        torch.bmm(pixels, across.mT, out=lines)  # with out=, autocast leaves the product as exact as it is
+        lines = _round_(lines, kind).unflatten(1, images.shape[1:3])  # (B, 3, H, S)
+        lines = F.pad(lines, (0, 0, 0, 1), value=1)  # (B, 3, H + 1, S)
+        step = 1 if device.type == "cpu" else count  # one view fits in a processor's cache, a batch does not
+        for first in range(0, count, step):
+            rows = slice(first, first + step)
+            torch.matmul(down[rows, None], lines[rows], out=views[rows])  # (b, 3, S, S)
+            finish(_round_(views[rows], kind))
     return views
 
 
