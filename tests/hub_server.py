@@ -69,6 +69,8 @@ class Hub:
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet for an answer: the client would wait 40 ms for a second
+    disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
         pass
@@ -175,7 +177,7 @@ class Handler(BaseHTTPRequestHandler):
         objects = []
         for file in json.loads(body)["objects"]:
             action = {"upload": {"href": f"{self.hub.address}/store/{file['oid']}", "header": {}}}
-            objects.append({**file, "actions": {} if file["oid"] in self.hub.large else action})
+            objects.append(file if file["oid"] in self.hub.large else {**file, "actions": action})
         return self.reply({"transfer": "basic", "objects": objects})
 
     def store(self, body: bytes, digest: str) -> None:
