@@ -22,7 +22,7 @@ LEVELS = [
     {"recipes", "baselines", "runs", "evaluation"},
     {"training", "analysis"},
     {"train"},
-    {"predict", "export", "reports", "sweeps"},
+    {"predict", "export", "hub", "model_card", "reports", "sweeps"},
     {"cli", "__main__"},
 ]
 """From the ground up: a module imports from its own level and below; `SEPARATE` folders do not import each other."""
@@ -44,6 +44,7 @@ HOMES = {
     "onnx": {"export"},
     "onnxruntime": {"export"},
     "onnxscript": {"export"},
+    "huggingface_hub": {"hub"},
     "wandb": {"training"},
     "mlflow": {"training"},
     "trackio": {"training"},

@@ -12,9 +12,9 @@ import shutil
 import subprocess
 import sys
 
-import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 
 import hub_server
@@ -41,7 +41,6 @@ from pgp.runs.statetree import Piece
 from pgp.system import storage
 from pgp.system.storage import RunError
 
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # of the client's own requests
 SECRET = "secret-holiday"
 """Part of the name of every folder and image of the user."""
 NAMES = ("cat|*dog*", "<b>", "[x](http://y.z)", "Größe", "a_b", "@anna")
@@ -57,16 +56,7 @@ NAME = "anna/animals"
 
 @pytest.fixture(scope="module", autouse=True)
 def service(tmp_path_factory):
-    """A hub to which the client of this process talks, with a cache of its own and without waiting between tries."""
-    with hub_server.running() as service, pytest.MonkeyPatch.context() as patch:
-        template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
-        template = template.replace(huggingface_hub.constants.ENDPOINT, service.address)
-        patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        patch.setattr(huggingface_hub.constants, "ENDPOINT", service.address)
-        patch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-        patch.setenv("HF_TOKEN", hub_server.TOKEN)
-        patch.setattr("time.sleep", lambda seconds: None)
+    with hub_server.connected(tmp_path_factory.mktemp("cache")) as service:
         yield service
 
 
@@ -402,7 +392,7 @@ def test_a_push_never_publishes_more_than_it_says(run, service):
 
 def test_a_push_needs_a_token(run, service, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "/nonexistent")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
     fails(lambda: hub.push(run, "anna/none"), "pushing needs a token of the hub", "hf auth login", "HF_TOKEN")
     fails(lambda: hub.push(run, "anna/none", token="hf_wrong"), "status 401", "the token is not valid")
     assert "anna/none" not in service.repositories
@@ -441,13 +431,13 @@ def test_what_is_not_there_is_told(pushed, service, tmp_path):
 
 
 def test_a_hub_that_does_not_answer_is_told(pushed, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
     fails(
         lambda: hub.pull(NAME, tmp_path / "x"),
         "no usable answer from the hub at http://127.0.0.1:1",
         "check the network",
     )
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     fails(lambda: hub.pull(NAME, tmp_path / "x"), "HF_HUB_OFFLINE forbids to ask the hub")
 
 
@@ -552,7 +542,7 @@ def test_every_kind_of_run_predicts_the_same(method, service, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_client_is_imported_only_when_it_is_used():
-    code = "import sys, pgp.cli.main, pgp.hub; print('huggingface_hub' in sys.modules)"
+def test_a_predictor_is_imported_without_the_client():
+    code = "import sys, pgp; pgp.Predictor; print('huggingface_hub' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "False"

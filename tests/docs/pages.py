@@ -11,7 +11,16 @@ import pytest
 import tyro
 
 from pgp.cli import parse
-from pgp.cli.commands import AuditCommand, EvalCommand, ExportCommand, PredictCommand, ReportCommand, SweepCommand
+from pgp.cli.commands import (
+    AuditCommand,
+    EvalCommand,
+    ExportCommand,
+    PredictCommand,
+    PullCommand,
+    PushCommand,
+    ReportCommand,
+    SweepCommand,
+)
 from pgp.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +30,8 @@ RUNS = {
     "audit": AuditCommand,
     "predict": PredictCommand,
     "export": ExportCommand,
+    "push": PushCommand,
+    "pull": PullCommand,
     "report": ReportCommand,
 }
 PLACEHOLDERS = {"RECIPE", "RUN", "FOLDER", "..."}
