@@ -10,10 +10,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
 TOKEN = "hf_stand_in"
 INLINE = 10_000
@@ -69,6 +72,8 @@ class Hub:
 class Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet for an answer: the client would wait 40 ms for a second
+    disable_nagle_algorithm = True
 
     def log_message(self, *_: object) -> None:
         pass
@@ -175,7 +180,7 @@ class Handler(BaseHTTPRequestHandler):
         objects = []
         for file in json.loads(body)["objects"]:
             action = {"upload": {"href": f"{self.hub.address}/store/{file['oid']}", "header": {}}}
-            objects.append({**file, "actions": {} if file["oid"] in self.hub.large else action})
+            objects.append(file if file["oid"] in self.hub.large else {**file, "actions": action})
         return self.reply({"transfer": "basic", "objects": objects})
 
     def store(self, body: bytes, digest: str) -> None:
@@ -232,6 +237,20 @@ def running() -> Iterator[Hub]:
         hub.server.shutdown()
         thread.join()
         hub.server.server_close()
+
+
+@contextmanager
+def connected(cache: Path) -> Iterator[Hub]:
+    """A hub to which the client of this process talks, with a cache of its own and without waiting between tries."""
+    with running() as hub, pytest.MonkeyPatch.context() as patch:
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, hub.address)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(constants, "ENDPOINT", hub.address)
+        patch.setattr(constants, "HF_HOME", str(cache))
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setenv("HF_TOKEN", TOKEN)
+        patch.setattr("time.sleep", lambda seconds: None)
+        yield hub
 
 
 if __name__ == "__main__":

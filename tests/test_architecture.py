@@ -22,7 +22,7 @@ LEVELS = [
     {"recipes", "baselines", "runs", "evaluation"},
     {"training", "analysis"},
     {"train"},
-    {"predict", "estimator", "export", "reports", "serve", "sweeps"},
+    {"predict", "estimator", "export", "hub", "model_card", "reports", "serve", "sweeps"},
     {"cli", "__main__"},
 ]
 """From the ground up: a module imports from its own level and below; `SEPARATE` folders do not import each other."""
@@ -50,6 +50,7 @@ HOMES = {
     "starlette": {"serve"},
     "uvicorn": {"serve"},
     "prometheus_client": {"serve"},
+    "huggingface_hub": {"hub"},
     "wandb": {"training"},
     "mlflow": {"training"},
     "trackio": {"training"},

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.progress import Progress
 
 from pgp import __version__
+from pgp.analysis.audit import read_findings
+from pgp.backbones.weights import hub_quiet
 from pgp.model_card import check_license, model_card
 from pgp.progress import no_progress, track
 from pgp.runs import checkpoint
@@ -101,7 +103,7 @@ def _save(run: Run, name: CheckpointName, folder: Path, repository: str | None, 
     check_license(license)
     require_empty(folder, "the model")
     copy = run.copy(folder, name, portable)
-    storage.write(folder / CARD, model_card(copy, repository, license=license))
+    storage.write(folder / CARD, model_card(copy, repository, license=license, findings=read_findings(run)))
     return copy
 
 
@@ -316,7 +318,10 @@ def _api(token: str | None, *, writes: bool = False) -> HfApi:
 
 @contextlib.contextmanager
 def _asking(repository: str, revision: str | None = None) -> Iterator[None]:
-    """Convert errors of the client inside a `with` block to a HubError that says what to do. Hide its own bars."""
+    """Convert errors of the client inside a `with` block to a HubError that says what to do.
+
+    Its own progress bars and warnings of retries are hidden.
+    """
     from huggingface_hub import errors
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
@@ -324,7 +329,8 @@ def _asking(repository: str, revision: str | None = None) -> Iterator[None]:
     if shown:
         disable_progress_bars()
     try:
-        yield
+        with hub_quiet():
+            yield
     except errors.GatedRepoError as error:
         raise HubError(f"{repository} is open only to those who accept its conditions: do so on its page") from error
     except errors.RevisionNotFoundError as error:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+from pgp.analysis.audit import SCOPES, Finding
 from pgp.backbones.weights import EncoderSource
 from pgp.config import Config
 from pgp.evaluation.accuracy import LEGACY
@@ -36,15 +37,26 @@ _DATA = {
 }
 """Data sets whose tag says nothing to a reader."""
 _UNKNOWN = "unknown: ask the source"
+_LIMITS = """\
+- It answers with one of its classes, whatever an image shows. With the readouts lda, ncm and logistic,
+  `predict(images, reject=0.05)` marks images that are unlike all of them.
+- Its accuracy was measured on test images from the same source as the training images. On other images it may be lower,
+  and probabilities may be too confident.
+- It stores no images. It does store what was learned from them, such as statistics of each class, which for a class of
+  very few images say much about each of them.
+- It was not examined for bias, nor for use where mistakes harm people."""
 
 
-def model_card(run: Run, repository: str | None = None, *, license: str | None = None) -> str:
+def model_card(
+    run: Run, repository: str | None = None, *, license: str | None = None, findings: Sequence[Finding] = ()
+) -> str:
     """Return the model card of the latest finished task of `run`: Markdown, after YAML for the hub.
 
     Args:
         run: A run with at least one finished task.
         repository: Name of the repository, OWNER/NAME. If None, a placeholder.
         license: Licence of the model, as the hub spells it, such as apache-2.0. If None, none is stated.
+        findings: What `pgp audit` found of this task.
 
     Raises:
         RunError: If no task is finished.
@@ -61,13 +73,13 @@ def model_card(run: Run, repository: str | None = None, *, license: str | None =
         "## Which classes does it know?",
         _classes(run),
         "## How well does it do?",
-        _results(run),
+        _results(run, findings),
         "## How was it made?",
         _making(run),
         "## Which licences hold?",
         _licences(config, source, license),
         "## What can it not do?",
-        _limits(run),
+        _LIMITS,
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -93,10 +105,11 @@ def _metadata(config: Config, source: EncoderSource, license: str | None) -> str
 
 
 def _summary(run: Run) -> str:
-    config, data = run.config, run.data
+    config, tasks = run.config, _learned(run)
+    classes = {label for labels in tasks for label in labels}
     return (
-        f"An image classifier of {_count(len(data.class_names), 'class', 'classes')}, learned in"
-        f" {_count(len(data.tasks), 'task', 'tasks')} one after the other, without the images of earlier tasks, by"
+        f"An image classifier of {_count(len(classes), 'class', 'classes')}, learned in"
+        f" {_count(len(tasks), 'task', 'tasks')} one after the other, without the images of earlier tasks, by"
         " prompt-gradient-projection (`pgp`), a library for continual learning on frozen encoders. The scenario is"
         f" {_SCENARIOS[config.setting][0].replace('-', ' ')}: {_SCENARIOS[config.setting][1]}."
     )
@@ -117,10 +130,15 @@ with the hash of a commit from the history of this repository. On the command li
 makes a run folder, which `pgp predict` and `pgp export` use, and which `pgp add` teaches new classes."""
 
 
+def _learned(run: Run) -> tuple[tuple[int, ...], ...]:
+    """Return the labels of the classes of each task that is finished."""
+    return run.data.tasks[: run.latest_finished().task]
+
+
 def _classes(run: Run) -> str:
     data = run.data
     rows = []
-    for index, labels in enumerate(data.tasks):
+    for index, labels in enumerate(_learned(run)):
         name = f" ({data.task_names[index]})" if data.task_names[index] else ""
         names = ", ".join(markdown_text(data.class_names[label]) for label in labels)
         images = (f"{count:,}" for count in (data.train_images[index], data.test_images[index]))
@@ -128,7 +146,7 @@ def _classes(run: Run) -> str:
     return _table(["task", "classes", "training images", "test images"], rows)
 
 
-def _results(run: Run) -> str:
+def _results(run: Run, findings: Sequence[Finding]) -> str:
     config, rows = run.config, result_rows([run])
     legacy = [row for row in rows if row.column.endswith(LEGACY)]
     tasks = run.latest_finished().task
@@ -139,13 +157,22 @@ def _results(run: Run) -> str:
         _result_table(run, [row for row in rows if row not in legacy]),
         "\n".join(_explained(run, rows)),
     ]
-    if legacy:
+    leaking = [[row.column.removesuffix(LEGACY), "--legacy-eval, the published code", _percent(row)] for row in legacy]
+    if config.setting != "til":
+        leaking += [[one.column, _protocol(one), _number(one.accuracy)] for one in findings if one.uses_task]
+    if leaking:
         parts += [
-            "The following accuracies **use the task of the test images** (`--legacy-eval`, the protocol of the"
-            " published code): compare them only with numbers of the same protocol.",
-            _table(["readout", "accuracy"], [[row.column.removesuffix(LEGACY), _percent(row)] for row in legacy]),
+            "The following accuracies **use the task of the test images**, which nobody knows of a new image. Compare"
+            " them only with numbers of the same protocol.",
+            _table(["readout", "protocol", "accuracy"], [[*map(markdown_text, row[:2]), row[2]] for row in leaking]),
         ]
     return "\n\n".join(parts)
+
+
+def _protocol(finding: Finding) -> str:
+    """Return a protocol of `pgp audit` in words."""
+    votes = "" if finding.batch is None else f"prompts by vote of {finding.batch}, "
+    return f"{votes}classes {SCOPES[finding.scope]}"
 
 
 def _result_table(run: Run, rows: Sequence[ResultRow]) -> str:
@@ -250,21 +277,6 @@ def _licences(config: Config, source: EncoderSource, license: str | None) -> str
     ]
     table = _table(["of what", "licence"], [[what, markdown_text(text)] for what, text in rows])
     return f"{table}\n\nThe encoder is not in this repository. It is loaded from its own source, under its own licence."
-
-
-def _limits(run: Run) -> str:
-    data = run.data
-    known = "the class" if len(data.class_names) == 1 else f"these {len(data.class_names)} classes"
-    lines = [
-        f"- It answers with one of {known}, whatever an image shows. With the readouts lda, ncm and logistic,"
-        " `predict(images, reject=0.05)` marks images that are unlike all of them.",
-        "- Its accuracy was measured on test images from the same source as the training images. On other images it may"
-        " be lower, and probabilities may be too confident.",
-        "- It stores no images. It does store what was learned from them, such as statistics of each class, which for a"
-        " class of very few images say much about each of them.",
-        "- It was not examined for bias, nor for use where mistakes harm people.",
-    ]
-    return "\n".join(lines)
 
 
 def _percent(row: ResultRow, figure: str = "average_accuracy") -> str:

@@ -16,6 +16,8 @@ from pgp.cli.commands import (
     EvalCommand,
     ExportCommand,
     PredictCommand,
+    PullCommand,
+    PushCommand,
     ReportCommand,
     ServeCommand,
     SweepCommand,
@@ -32,6 +34,8 @@ RUNS = {
     "export": ExportCommand,
     "serve": ServeCommand,
     "undo": UndoCommand,
+    "push": PushCommand,
+    "pull": PullCommand,
     "report": ReportCommand,
 }
 PLACEHOLDERS = {"RECIPE", "RUN", "FOLDER", "..."}

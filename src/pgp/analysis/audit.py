@@ -14,18 +14,23 @@ from torch import Tensor
 
 from pgp.config import Config
 from pgp.datasets.loader import batches, sequential_batches
+from pgp.evaluation import metrics
 from pgp.evaluation.accuracy import FeatureBatch
 from pgp.methods.base import mask_logits
 from pgp.progress import track
 from pgp.readouts.base import Readout
 from pgp.readouts.statistics import StatisticsReadout
+from pgp.runs.checkpoint import reading
 from pgp.runs.run import Run
 from pgp.scenario import Task
+from pgp.system import storage
 from pgp.training.observe import observe, observe_views
 from pgp.training.session import Session
 from pgp.training.start import load_latest
 from pgp.training.state import TrainState
 
+AUDIT = "audit.json"
+"""Name of the file with the findings in the run folder."""
 BATCHES = (1, 8, 128)
 SCOPES = {
     "seen": "seen so far",
@@ -129,6 +134,26 @@ def to_json(findings: Sequence[Finding], bounds: Mapping[str, tuple[float, float
             for name, (accuracy, stale) in bounds.items()
         }
     return json.dumps(tree, indent=2)
+
+
+def read_findings(run: Run) -> list[Finding]:
+    """Return the findings in the run's `audit.json`; empty if there is none, or if the run has changed since.
+
+    Raises:
+        RunError: If the file cannot be read.
+    """
+    path = run.folder / AUDIT
+    if not storage.exists(path):
+        return []
+    tree = storage.read_json(path)
+    with reading(path):
+        findings = [Finding(**{name: row[name] for name in Finding._fields}) for row in tree["accuracy"]]
+    plain = {
+        finding.column: finding.accuracy for finding in findings if not finding.uses_task and finding.scope == "seen"
+    }
+    averages = {column: metrics.average_accuracy(matrix) for column, matrix in run.matrices().items()}
+    is_current = all(math.isclose(plain[column], averages.get(column, math.nan), abs_tol=1e-6) for column in plain)
+    return findings if is_current else []
 
 
 def staleness(kept: StatisticsReadout, true: StatisticsReadout) -> float:

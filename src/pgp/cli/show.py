@@ -335,7 +335,7 @@ def write_audit(
     run: Run, findings: Sequence[audit.Finding], bounds: Mapping[str, tuple[float, float]] | None = None
 ) -> None:
     """Write the findings to `audit.json` in the run folder, and print its path."""
-    _write_result(run, "audit.json", lambda: storage.write(run.folder / "audit.json", audit.to_json(findings, bounds)))
+    _write_result(run, audit.AUDIT, lambda: storage.write(run.folder / audit.AUDIT, audit.to_json(findings, bounds)))
 
 
 def _show_table(title: str, labels: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
