@@ -55,6 +55,17 @@ def photos(folder, *names):
     return folder
 
 
+def test_frozen_experts_need_no_drift_compensation(tmp_path):
+    """A readout with compensation is what it is without, and shared parameters are an error that says so."""
+    readouts = (LDA.Config(), LDA.Config(compensate="linear"), LDA.Config(compensate="shift"))
+    run = train.train(config(readouts=readouts), tmp_path / "run")
+    plain, *compensated = run.matrices().values()
+    for matrix in compensated:
+        torch.testing.assert_close(matrix, plain, rtol=0, atol=0, equal_nan=True)
+    with pytest.raises(ValueError, match=r"expected readouts without \+shift and \+linear for experts that share"):
+        train.train(config(method=METHODS["dualprompt"], readouts=readouts), tmp_path / "shared")
+
+
 def task(number):
     return Task(number, (2 * number, 2 * number + 1), torch.arange(4), torch.arange(4))
 

@@ -205,6 +205,11 @@ class Method(nn.Module, abc.ABC):
         """
         return {}
 
+    @property
+    def features_drift(self) -> bool:
+        """Whether later tasks can change the features of images of old classes. Then readouts may compensate for it."""
+        return True
+
     def shared_parameters(self) -> list[nn.Parameter]:
         """Return the parameters among `prompt_parameters` that all tasks share, even if each task has an expert."""
         return []

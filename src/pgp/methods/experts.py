@@ -160,6 +160,11 @@ class Experts(Method):
         inputs = self.method.activations(images, query)
         return {space: inputs[space] for space in self.protected()}
 
+    @property
+    def features_drift(self) -> bool:
+        """See `Method.features_drift`. An expert never changes; what tasks share may."""
+        return bool(self.method.shared_parameters())
+
     def prompt_parameters(self) -> list[nn.Parameter]:
         """See `Method.prompt_parameters`."""
         return self.method.prompt_parameters()

@@ -28,7 +28,7 @@ def observe_before_training(session: Session, state: TrainState, task: Task) -> 
     """
     if _observes_at(state.projection, "before"):
         observe(session, state, task, state.projection, [])
-    if task.index and any(readout.needs_drift for readout in state.readouts):
+    if task.index and state.method.features_drift and any(readout.needs_drift for readout in state.readouts):
         kept = observe(session, state, task, None, [], keep=True, cache=session.frozen)
         state.keep_features(_gather_features(kept))
 
