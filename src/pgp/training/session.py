@@ -99,8 +99,8 @@ class Session:
         compensating = [readout.name for readout in readouts if readout.needs_drift]
         if config.experts != "none" and method.features_drift and compensating:
             raise ValueError(
-                f"expected readouts without +shift and +linear for experts that share parameters, got {compensating[0]}:"
-                " drift is estimated on images of a task whose expert does not exist before its training"
+                f"expected readouts without +shift and +linear for experts that share parameters, got {compensating[0]}"
+                ": drift is estimated on images of a task whose expert does not exist before its training"
             )
         meter = DriftMeter(self.evaluator, projection, self.micro_batch_size) if config.drift_images else None
         return TrainState(
