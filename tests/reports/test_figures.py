@@ -164,7 +164,7 @@ def test_accuracy(tmp_path, drawn, kind, tasks):
     notes = " ".join(text for text, _ in boxes(figure)).replace("\n", " ")
     assert "bands: ± 1 standard deviation" in notes
     assert ("Colour: run." in notes) == (len(NAMES[kind]) > 1)
-    assert "ine style: readout." in notes or "line style: readout." in notes
+    assert "line style: readout." in notes.lower()
 
 
 def test_two_tasks_are_a_slope_with_its_values(tmp_path, drawn):
