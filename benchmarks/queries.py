@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import shutil
 import statistics
 import tempfile
@@ -105,9 +106,9 @@ def table(results: Path = RESULTS) -> str:
                 for query in QUERIES}  # fmt: skip
         if not both["clean"]:
             continue
-        ratios = [
-            both["clean"][seed]["train_seconds"] / both["augmented"][seed]["train_seconds"] for seed in both["clean"]
-        ]
+        seconds = {query: [line["train_seconds"] for line in lines.values()] for query, lines in both.items()}
+        ratios = [clean / augmented if augmented else math.nan
+                  for clean, augmented in zip(seconds["clean"], seconds["augmented"], strict=True)]  # fmt: skip
         for readout in next(iter(both["clean"].values()))["figures"]:
             accuracies = (
                 emoji.spread([100 * line["figures"][readout]["average_accuracy"] for line in both[query].values()])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ import pytest
 import timm
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
+from pgp import recipes, train
 from pgp.backbones.clip import CLIP
 from pgp.backbones.vit import ViT
 from pgp.reports import style
@@ -112,3 +115,33 @@ def _golden_clip_model() -> open_clip.CLIP:
     weights["token_embedding.weight"] = others.index_copy(0, ids, rows)
     model.load_state_dict(weights)
     return model
+
+
+def one_colour(folder, colour, count=5):
+    """Images of one colour in slightly different shades."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        Image.new("RGB", (40, 36), tuple(value - 3 * number for value in colour)).save(folder / f"{number}.png")
+    return sorted(folder.iterdir())
+
+
+@pytest.fixture(scope="session")
+def finished_quick(tmp_path_factory):
+    """A finished run of the recipe `demo-quick`; do not change it."""
+    return train.train(recipes.RECIPES["demo-quick"](), tmp_path_factory.mktemp("serve") / "run").folder
+
+
+@pytest.fixture
+def quick_run(finished_quick, tmp_path):
+    """A copy of a finished run."""
+    return shutil.copytree(finished_quick, tmp_path / "run")
+
+
+@pytest.fixture
+def red(tmp_path):
+    return one_colour(tmp_path / "photos" / "one" / "red", (200, 30, 30))
+
+
+@pytest.fixture
+def green(tmp_path):
+    return one_colour(tmp_path / "photos" / "two" / "green", (30, 200, 30))

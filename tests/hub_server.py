@@ -247,7 +247,7 @@ def connected(cache: Path) -> Iterator[Hub]:
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "ENDPOINT", hub.address)
         patch.setattr(constants, "HF_HOME", str(cache))
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
         patch.setenv("HF_TOKEN", TOKEN)
         patch.setattr("time.sleep", lambda seconds: None)
         yield hub

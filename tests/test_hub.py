@@ -259,6 +259,9 @@ def test_a_saved_predictor_is_a_run(run, tmp_path):
     assert 'from_pretrained("OWNER/NAME")' in (tmp_path / "saved" / "README.md").read_text()
     fails(lambda: predictor.save_pretrained(tmp_path / "saved"), "expected a new or empty folder for the model, but")
     fails(lambda: Predictor.from_pretrained(tmp_path / "saved", revision="v1"), "expected no revision for the folder")
+    fails(
+        lambda: Predictor.from_pretrained(tmp_path / "none"), "expected a run folder, or a repository", "none: there is"
+    )
 
 
 def test_the_card(pushed, service):
@@ -482,6 +485,7 @@ RECORD, TENSORS = "checkpoints/task-03/state.json", "checkpoints/task-03/state.s
         (lambda files: {**files, RECORD: files[RECORD][:-9] + b"}"}, "state.json is damaged, it holds no"),
         (lambda files: {**files, "checkpoints/latest": b"../../x"}, "names no checkpoint"),
         (lambda files: {**files, RECORD: resealed(files[RECORD], format=3)}, "has the format 3, expected 2"),
+        (lambda files: {**files, "checkpoints/latest": b"task-04-step-000010"}, "task-04-step-000010: No such file"),
         (lambda files: with_config(files, version=3), "expected a configuration of version 2, got 3"),
         (lambda files: with_config(files, task_file="tasks.json"), "its settings name files of a machine"),
         (lambda files: with_config(files, dataset={**config_of(files)["dataset"], "root": "/etc"}), "name files of a"),
@@ -496,7 +500,9 @@ RECORD, TENSORS = "checkpoints/task-03/state.json", "checkpoints/task-03/state.s
 def test_a_repository_that_is_no_run_is_refused(pushed, service, tmp_path, change, message):
     files = {name: data for name, data in change(published(service)).items() if data is not None}
     repository(service, "anna/bad", files)
-    fails(lambda: hub.pull("anna/bad", tmp_path / "pulled"), message, "anna/bad")
+    error = fails(lambda: hub.pull("anna/bad", tmp_path / "pulled"), message, "anna/bad")
+    assert "pgp train" not in str(error)
+    assert str(tmp_path) not in str(error)
     assert not list(tmp_path.iterdir())
 
 

@@ -234,7 +234,7 @@ LAYOUTS = [
     Case("images without folders", images(""), NONE, NONE, "4", "4 images outside the class folders"),
     Case("images beside the folders", beside(images("", 2)), "whole, 2 ignored", ALL, "10", "2 images outside the class folders"),
     Case("nothing at all", lambda p: None, NONE, NONE, "none", "no images in"),
-    Case("one class", images("cat"), "whole", "3 + 1 of 1", "4", "a single class"),
+    Case("one class", images("cat"), "whole", "3 + 1 of 1", "4"),
     Case("a class of one image", beside(images("eel", 1)), "not whole", "7 + 2 of 3", "9", "no training or no test image of eel"),
     Case("a class in test/ only", all_of(parts("train", "test"), images("test/eel")), NONE, NONE, "20", "in test only"),
     Case("a class in train/ only", all_of(parts("train", "test"), images("train/eel")), "not whole", "12 + 8 of 3", "20", "no training or no test image of eel"),

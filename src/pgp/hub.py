@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -39,16 +40,12 @@ CARD, SOURCE = "README.md", "hub.json"
 """Names of the model card, and of the file that says from where a run folder was pulled."""
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 COMMIT = re.compile("[0-9a-f]{40}")
-_CHECKPOINT = rf"checkpoints/{checkpoint.NAME.pattern}/({re.escape(checkpoint.RECORD)}|{re.escape(checkpoint.STATE)})"
-FILES = re.compile(
-    "|".join(
-        [
-            *map(re.escape, (CARD, CONFIG, CLASSES, ENVIRONMENT, LOG, TABLE, f"checkpoints/{LATEST}")),
-            _CHECKPOINT,
-            rf"checkpoints/{checkpoint.PIECES}/{checkpoint.PIECE.pattern}",
-        ]
-    )
+_NAMES = (
+    *map(re.escape, (CARD, CONFIG, CLASSES, ENVIRONMENT, LOG, TABLE, f"checkpoints/{LATEST}")),
+    rf"checkpoints/task-[0-9]{{2,9}}/({re.escape(checkpoint.RECORD)}|{re.escape(checkpoint.STATE)})",
+    rf"checkpoints/{checkpoint.PIECES}/{checkpoint.PIECE.pattern}",
 )
+FILES = re.compile("|".join(_NAMES))
 """Names of the files that `push` writes. No others are downloaded."""
 
 
@@ -247,7 +244,13 @@ def fetch(repository: str, *, revision: str | None = None, token: str | None = N
     api = _api(token)
     commit = _describe(api, repository, revision).sha
     folder = cache / commit
-    return Run.open(folder) if folder.is_dir() else _download(api, repository, commit, folder, None).run
+    if not folder.is_dir():
+        try:
+            _download(api, repository, commit, folder, None)
+        except RunError:
+            if not folder.is_dir():  # else another process was faster, with the same files
+                raise
+    return Run.open(folder)
 
 
 def _download(api: HfApi, repository: str, revision: str | None, folder: Path, progress: Progress | None) -> Pulled:
@@ -270,8 +273,7 @@ def _download(api: HfApi, repository: str, revision: str | None, folder: Path, p
             storage.remove_folder(partial / ".cache")
             _check(partial, repository)
             storage.write(partial / SOURCE, json.dumps({"repository": repository, "revision": info.sha}, indent=2))
-            with contextlib.suppress(FileExistsError):  # another process was faster, with the same files
-                platforms.move_folder(partial, folder)
+            platforms.move_folder(partial, folder)
     except OSError as error:
         raise storage.write_error("write", folder, error) from error
     return Pulled(Run.open(folder), info.sha)
@@ -294,7 +296,10 @@ def _check(folder: Path, repository: str) -> None:
         run.load(run.latest_finished())
         is_portable = portable(config) == config
     except (RunError, ValueError) as error:
-        reason = str(error).replace(f"{folder}/", "").replace(str(folder), repository)
+        cause: BaseException = error
+        while isinstance(cause.__cause__, RunError):  # without advice, which is for runs of one's own
+            cause = cause.__cause__
+        reason = str(cause).replace(f"{folder}{os.sep}", "").replace(str(folder), repository)
         raise HubError(f"{repository} holds no run that this pgp can use: {reason}") from error
     if not is_portable:
         raise HubError(f"{repository} holds no run that pgp push wrote: its settings name files of a machine")

@@ -173,6 +173,9 @@ class Predictor:
         from pgp import hub
 
         folder = as_path(repository_or_folder, "a run folder, or a repository OWNER/NAME")
+        if not (folder.is_dir() or hub.REPOSITORY.fullmatch(str(repository_or_folder))):
+            raise ValueError("expected a run folder, or a repository of the hub as OWNER/NAME, got"
+                             f" {folder}: there is no such folder")  # fmt: skip
         if not folder.is_dir():
             run = hub.fetch(str(repository_or_folder), revision=revision, token=token)
         elif revision is None:

@@ -27,6 +27,11 @@ from pgp.serve.model import Model
 from pgp.system import storage
 
 
+@pytest.fixture
+def run(quick_run):
+    return quick_run
+
+
 def uploads(paths):
     return [("files", (path.name, path.read_bytes())) for path in paths]
 
@@ -121,10 +126,10 @@ def test_teach_predict_undo(client, run, red, green, tmp_path):
     torch.testing.assert_close(left, right)
 
 
-def test_teaching_is_pgp_add(client, run, finished, red, tmp_path):
+def test_teaching_is_pgp_add(client, run, finished_quick, red, tmp_path):
     table = tmp_path / "red.csv"
     table.write_text("path,label\n" + "".join(f"{path},red\n" for path in red), encoding="utf-8")
-    shutil.copytree(finished, tmp_path / "added")
+    shutil.copytree(finished_quick, tmp_path / "added")
     train.resume(tmp_path / "added", add=table)
     teach(client, "red", red)
     left, right = (Predictor(folder).probabilities(red) for folder in (run, tmp_path / "added"))

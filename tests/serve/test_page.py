@@ -22,6 +22,11 @@ pytestmark = [
 ]
 
 
+@pytest.fixture
+def run(quick_run):
+    return quick_run
+
+
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:

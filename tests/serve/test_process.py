@@ -17,6 +17,11 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
+def run(quick_run):
+    return quick_run
+
+
+@pytest.fixture
 def start(run):
     processes = []
 

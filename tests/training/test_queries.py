@@ -27,7 +27,8 @@ from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
 from pgp.runs.run import Run
 from pgp.training import observe
-from pgp.training.session import Session, build_fabric
+from pgp.training.devices import build_fabric
+from pgp.training.session import Session
 from test_train import final, same
 
 IMAGES, STEPS = 24, 6

@@ -151,7 +151,7 @@ def short_names(names: Sequence[object], columns: int = COLUMNS, lines: int = LI
     >>> short_names(["energy 0.9", "joint"])
     ['energy 0.9', 'joint']
     >>> short_names(["projection.energy 0.9, space union", "projection.energy 0.9, space sum"], columns=15)
-    ['…0.9, space\nunion', '…0.9, space sum']
+    ['…space union', '…space sum']
     """
     texts = [readable(name) for name in names]
     long = {text for text in texts if _columns(text) > columns * min(2, lines)}

@@ -165,13 +165,14 @@ def _online_accuracy(run: Run) -> dict[int, float]:
 
 
 def _calibration(run: Run, column: str) -> Tensor | None:
-    """Return the bins of confidence `(NUM_BINS, 3)` after the last finished task, or None if they were not logged."""
+    """Return the bins of confidence `(NUM_BINS, 3)` after the last finished task, or None if nothing was measured."""
     with reading(run.log_file.path):
         found = [event["calibration"] for event in run.events("task") if "calibration" in event]
         if not found or column not in found[-1]:
             return None
         bins = found[-1][column]
-        return torch.tensor([bins[key] for key in ("images", "confidence", "hits")], dtype=torch.float64).T
+        table = torch.tensor([bins[key] for key in ("images", "confidence", "hits")], dtype=torch.float64).T
+        return table if table[:, 0].any() else None
 
 
 def _without_paths(tree: dict[str, Any], run: Run) -> dict[str, Any]:

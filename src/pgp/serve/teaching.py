@@ -244,7 +244,7 @@ def _file_stem(name: str) -> str:
     """Return a file name for a class, which becomes the name of its task.
 
     >>> _file_stem("sea lion"), _file_stem("../<b>"), _file_stem("CON")
-    ('sea lion', '_b_', 'CON_')
+    ('sea lion', 'b', 'CON_')
     """
     stem = re.sub(r'[\x00-\x1f<>:"/\\|?*.%]+', "_", name)[:60].strip(" _")
     reserved = re.fullmatch(r"(?i)con|prn|aux|nul|(com|lpt)[0-9]", stem)
