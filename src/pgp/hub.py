@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -299,7 +298,7 @@ def _check(folder: Path, repository: str) -> None:
         cause: BaseException = error
         while isinstance(cause.__cause__, RunError):  # without advice, which is for runs of one's own
             cause = cause.__cause__
-        reason = str(cause).replace(f"{folder}{os.sep}", "").replace(str(folder), repository)
+        reason = str(cause).replace(str(folder / "_")[:-1], "").replace(str(folder), repository)
         raise HubError(f"{repository} holds no run that this pgp can use: {reason}") from error
     if not is_portable:
         raise HubError(f"{repository} holds no run that pgp push wrote: its settings name files of a machine")
