@@ -21,6 +21,7 @@ import pretrain_demo_vit
 import protection
 import queries
 import readouts
+import serve
 
 ROOT = Path(__file__).parent.parent
 PROGRAMS = {path.stem: path for folder in ("benchmarks", "scripts") for path in (ROOT / folder).glob("*.py")}
@@ -69,6 +70,14 @@ def test_a_step_with_clean_queries_is_measured_with_one_pass(monkeypatch, kind):
 def test_memory(capsys):
     cost.main(["--tiny", "--memory", "boundary", "l2p"])
     assert float(capsys.readouterr().out) > 0
+
+
+@pytest.mark.slow
+def test_serve(capsys):
+    serve.main(["--tiny"])
+    out = capsys.readouterr().out
+    assert "| good, lost or answered otherwise | 0 |" in out
+    assert "| changes of the run | 2 |" in out
 
 
 def test_old_figures_are_marked(capsys):
