@@ -38,7 +38,7 @@ def test_every_program_says_what_it_does(name, capsys):
     assert f"python {PROGRAMS[name].relative_to(ROOT).as_posix()}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", [cost, loading, emoji, protection, adding, readouts])
+@pytest.mark.parametrize("page", [cost, loading, emoji, protection, adding, readouts, serve])
 def test_pages_say_what_the_raw_output_says(page):
     assert page.RESULTS.with_suffix(".md").read_text(encoding="utf-8") == page.table()
 
