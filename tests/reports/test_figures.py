@@ -207,6 +207,18 @@ def test_tasks_with_names_alike(tmp_path, drawn):
     assert [label[-4:] for label in labels] == ["2000", "2001", "2002", "2003", "2004"]
 
 
+@pytest.mark.parametrize("tasks", [2, 5])
+def test_online_accuracy(tmp_path, drawn, tasks):
+    streams = [{500 * look: 0.8 - 0.5 / look + 0.02 * seed for look in range(1, 30)} for seed in range(2)]
+    figures.draw_accuracy([row._replace(online=streams) for row in rows("one", tasks)], tmp_path / "accuracy.png")
+    check(drawn[0])
+    axes = panel(drawn[0], "online accuracy (%)")
+    assert axes.get_xlabel() == "images so far"
+    assert len(axes.lines) == 2
+    end = 100 * sum(stream[500 * 29] for stream in streams) / 2
+    assert named(axes) == [f"{end:.1f} %"]
+
+
 @pytest.mark.parametrize("kind", NAMES)
 def test_calibration(tmp_path, drawn, kind):
     table = rows(kind, 3)

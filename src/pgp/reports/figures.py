@@ -16,7 +16,7 @@ from torch import Tensor
 from pgp.evaluation import metrics
 from pgp.reports import style
 from pgp.reports.style import DIRECT, Look, save_figure, short_names, whole_numbers
-from pgp.reports.tables import CALIBRATION, ResultRow, row_name
+from pgp.reports.tables import CALIBRATION, ONLINE, ResultRow, row_name
 
 NUMBERED = 12
 """Maximum number of tasks for which an accuracy matrix is drawn with numbers; larger ones have a colour bar."""
@@ -104,6 +104,8 @@ def _explanation(table: Sequence[ResultRow]) -> str:
     if seeds := sorted({len(line.matrices) for line in table} - {1}):
         many = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
         words.append(f"Lines: mean over {many} seeds; bands: ± 1 standard deviation.")
+    if any(len(line.online) > 1 for line in table):
+        words.append("Online accuracy: a line for each seed.")
     return " ".join(words)
 
 
@@ -162,12 +164,10 @@ def _draw_online(axes: Any, table: Sequence[ResultRow], looks: Sequence[Look], *
         drawn.append(line.online)
         for stream in line.online:
             style.draw_curve(axes, {x: 100 * value for x, value in stream.items()}, {}, own._replace(dash="-"))
-        last = max(line.online[0])
         if named:
-            text = _labelled(name if several else "", 100 * line.online[0][last])
-            style.name_line(axes, last, 100 * line.online[0][last], text, own)
+            last, end = max(line.online[0]), 100 * line.spread(ONLINE)[0]
+            style.name_line(axes, last, end, _labelled(name if several else "", end), own)
     axes.set(xlabel="images so far", ylabel="online accuracy (%)", ylim=(0, 103))
-    axes.set_title("Online accuracy: images predicted before they are learned")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.grid(axis="y")
