@@ -127,13 +127,20 @@ def optimizer(data: str, row: str, scale: float = 1.0) -> Optimizer:
 
 
 def best_rate(data: str, row: str) -> float:
-    """Return the rate with the highest accuracy of a tuned row, by its best readout, on images for tuning only."""
-    found = {
-        max(one["average_accuracy"] for one in line["figures"].values()): line["lr"]
-        for line in records.read(TUNING)
-        if (line["data"], line["row"]) == (data, "LoRA, input .99" if row.startswith("LoRA, input") else row)
-    }
-    return float(found[max(found)]) if found else RATES[0]
+    """Return the rate with the highest accuracy of a tuned row, by its best readout, on images for tuning only.
+
+    A row that was not tuned on a data set takes the rate of the mixed one, which has classes of all others.
+    """
+    row = "LoRA, input .99" if row.startswith("LoRA, input") else row
+    for tuned_on in (data, "mixed"):
+        found = {
+            max(one["average_accuracy"] for one in line["figures"].values()): line["lr"]
+            for line in records.read(TUNING)
+            if (line["data"], line["row"]) == (tuned_on, row)
+        }
+        if found:
+            return float(found[max(found)])
+    return RATES[0]
 
 
 def rows(data: str) -> dict[str, dict[str, Any]]:

@@ -21,7 +21,7 @@ from pgp.datasets.synthetic import Synthetic
 from pgp.evaluation import metrics
 from pgp.evaluation.predictions import TOP, Predictions
 from pgp.projections.base import NoProjection
-from pgp.reports import comparison, html, svg
+from pgp.reports import comparison, groups, html, svg
 from pgp.reports.comparison import Entry
 from pgp.runs.run import Run
 
@@ -212,7 +212,7 @@ def test_a_thousand_classes_in_a_hundred_tasks(tmp_path):
     page = Page(text)
     assert "The other 980 classes" in page.text
     shown, hidden = text.split("The other 980 classes")
-    assert shown.count('<th scope="row" class="long">class ') == 2 * html.PAIRS + html.LISTED
+    assert shown.count('<th scope="row" class="long">class ') == 2 * groups.PAIRS + html.LISTED
     assert hidden.count('<th scope="row" class="long">class ') == 980
     cells = re.findall("after task 100, on task [0-9]+: 75.0 %", text)
     assert len(cells) == 2 * 100

@@ -136,6 +136,13 @@ PANELS = {
 }
 """Title and axis of each statistic that is drawn over tasks, by heading."""
 
+SUMMARIES = {
+    "energy held": ("old inputs in the protected subspace", "energy (%)"),
+    "removed": ("removed by the projection", "energy (%)"),
+    "leak": ("leak: a task's change in the protected subspace", "energy (%)"),
+}
+"""Title and axis of each other statistic, of which drift.png shows every protected parameter instead of the mean."""
+
 PARAMETERS = {
     "rank": ("rank of the protected subspace", "directions"),
     "held": ("old inputs in the subspace", "energy (%)"),
