@@ -129,7 +129,7 @@ def optimizer(data: str, row: str, scale: float = 1.0) -> Optimizer:
 def best_rate(data: str, row: str) -> float:
     """Return the rate with the highest accuracy of a tuned row, by its best readout, on images for tuning only.
 
-    A row that was not tuned on a data set takes the rate of the mixed one, which has classes of all others.
+    A row of which not more than one rate was tried on a data set takes the rate of the mixed one, which has classes of all others.
     """
     row = "LoRA, input .99" if row.startswith("LoRA, input") else row
     for tuned_on in (data, "mixed"):
@@ -138,7 +138,7 @@ def best_rate(data: str, row: str) -> float:
             for line in records.read(TUNING)
             if (line["data"], line["row"]) == (tuned_on, row)
         }
-        if found:
+        if len(found) > 1:
             return float(found[max(found)])
     return RATES[0]
 
