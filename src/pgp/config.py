@@ -347,6 +347,29 @@ class Config:
             raise ValueError("not a configuration: " + "; ".join(reasons)) from error
 
 
+def flatten(tree: Any, name: str = "") -> dict[str, Any]:
+    """Return the leaves of a JSON tree by dotted name; items of lists are named by their position.
+
+    >>> flatten({"a": {"b": 1}, "c": [2, {"d": 3}], "e": []})
+    {'a.b': 1, 'c.0': 2, 'c.1.d': 3}
+    """
+    if isinstance(tree, list | tuple):
+        tree = {str(i): item for i, item in enumerate(tree)}
+    if not isinstance(tree, dict):
+        return {name: tree}
+    items = ((f"{name}.{key}" if name else key, item) for key, item in tree.items())
+    return {path: leaf for own, item in items for path, leaf in flatten(item, own).items()}
+
+
+def experiment_settings(config: Config) -> dict[str, Any]:
+    """Return the settings by dotted name, without those that do not distinguish experiments."""
+    return {
+        name: value
+        for name, value in flatten(config.to_json()).items()
+        if name not in ("seed", "keep_checkpoints") and not name.startswith("hardware.")
+    }
+
+
 @functools.cache  # a report opens many runs, and creating a converter is slow
 def _converter() -> cattrs.Converter:
     """Return a converter that is strict about types and writes components with their tags."""

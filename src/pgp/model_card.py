@@ -16,7 +16,7 @@ from pgp.analysis.audit import SCOPES, Finding
 from pgp.backbones.weights import EncoderSource
 from pgp.config import Config
 from pgp.evaluation.accuracy import LEGACY
-from pgp.reports.tables import CALIBRATION, NOT_MEASURED, ONLINE, ResultRow, result_rows
+from pgp.reports.tables import CALIBRATION, NOT_MEASURED, ONLINE, SOMETIMES, ResultRow, result_rows
 from pgp.runs.checkpoint import reading
 from pgp.runs.run import ENVIRONMENT, Run
 from pgp.system import storage
@@ -180,8 +180,7 @@ def _result_table(run: Run, rows: Sequence[ResultRow]) -> str:
     setting = run.config.setting
     head = ["readout", "accuracy, task given" if setting == "til" else "accuracy", "forgetting"]
     head += ["accuracy, task given"] if setting in _MASKED else []
-    sometimes = {CALIBRATION: "calibration error", ONLINE: "stream accuracy"}
-    sometimes = {key: text for key, text in sometimes.items() if any(row.has(key) for row in rows)}
+    sometimes = {key: text for key, text in SOMETIMES.items() if any(row.has(key) for row in rows)}
     given, cells = _accuracy_with_task(run), []
     for row in rows:
         own = [markdown_text(row.column), _percent(row), _percent(row, "forgetting")]

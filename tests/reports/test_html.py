@@ -133,6 +133,16 @@ def test_it_says_what_the_run_has_measured(runs):
     ]
 
 
+def test_what_the_projection_did_to_each_parameter(runs):
+    run = runs["orthogonal 1"]
+    text = Page(html.render([run])).text
+    assert "Each protected parameter parameter rank of the protected subspace, directions old inputs in the" in text
+    ranks = run.events("task")[-1]["ranks"]
+    assert ranks
+    for name, rank in ranks.items():
+        assert re.search(rf"{re.escape(name)} {rank:g} \d", text)
+
+
 def test_it_loads_nothing_and_runs_no_script(runs):
     text = html.render(list(runs.values()))
     page = Page(text)

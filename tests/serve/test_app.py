@@ -261,10 +261,10 @@ def test_a_full_disk_while_teaching(client, run, red, monkeypatch):
     assert teach(client, "red", red)["state"] == "finished"
 
 
-def test_a_run_folder_that_vanishes(client, run, red, monkeypatch):
+def test_a_run_folder_that_vanishes(run, red, monkeypatch):
     monkeypatch.setattr(app, "POLL_SECONDS", 0.05)
-    run.rename(run.with_name("moved"))
-    with TestClient(client.app, base_url="http://localhost") as watched:
+    with TestClient(build_app(run), base_url="http://localhost") as watched:
+        run.rename(run.with_name("moved"))
         for _ in range(200):
             if watched.get("/health").json()["status"] == "degraded":
                 break

@@ -16,6 +16,7 @@ import torch
 from markupsafe import Markup
 
 from pgp.analysis.confusion import ConfusedImage, confused_images, read_test_images
+from pgp.config import experiment_settings
 from pgp.evaluation import metrics
 from pgp.evaluation.predictions import TOP
 from pgp.reports import comparison, drift, svg, tables
@@ -154,7 +155,7 @@ def _differences(groups: Sequence[Group]) -> list[tuple[Row, comparison.Differen
 
 def _settings(groups: Sequence[Group]) -> list[tuple[str, list[str], bool]]:
     """Return every setting: its path, its value in each group, and whether the values differ."""
-    trees = [tables.flatten(group.runs[0].config.to_json()) for group in groups]
+    trees = [experiment_settings(group.runs[0].config) for group in groups]
     keys = dict.fromkeys(key for tree in trees for key in tree)
     out = []
     for key in keys:

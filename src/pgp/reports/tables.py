@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pgp.config import experiment_settings
 from pgp.evaluation import metrics
 from pgp.evaluation.calibration import expected_calibration_error
 from pgp.runs.checkpoint import reading
@@ -88,7 +89,7 @@ def group_runs(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
     members: dict[str, list[Run]] = {}
     trees: dict[str, dict[str, Any]] = {}
     for run in {run.folder.resolve(): run for run in runs}.values():
-        tree = flatten(run.config.to_json())
+        tree = experiment_settings(run.config)
         key = repr(_without_paths(tree, run))
         members.setdefault(key, []).append(run)
         trees.setdefault(key, tree)
@@ -196,19 +197,6 @@ def _shorten_paths(trees: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 shared = os.path.commonpath([Path(tree[key]).parent for tree in with_path])
                 for tree in with_path:
                     tree[key] = str(Path(tree[key]).relative_to(shared))
-    return out
-
-
-def flatten(tree: Any, path: str = "") -> dict[str, Any]:
-    """Return the leaves of a JSON tree by dotted path, without those that do not distinguish experiments."""
-    if isinstance(tree, list):
-        tree = {str(i): item for i, item in enumerate(tree)}
-    if not isinstance(tree, dict):
-        return {path: tree}
-    out: dict[str, Any] = {}
-    for key, item in tree.items():
-        if path != "hardware" and (path or key not in ("seed", "keep_checkpoints")):
-            out |= flatten(item, f"{path}.{key}" if path else key)
     return out
 
 

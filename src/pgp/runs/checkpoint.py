@@ -222,13 +222,13 @@ class Checkpoints:
         last = self.latest()
         if last is None or last.step is None:
             return
-        try:
-            if last.finished:
-                self._point(last.finished)
-            else:
+        if last.finished:
+            self._point(last.finished)
+        else:
+            try:
                 (self.folder / LATEST).unlink()
-        except OSError as error:
-            raise storage.write_error("write", self.folder / LATEST, error) from error
+            except OSError as error:
+                raise storage.write_error("delete", self.folder / LATEST, error) from error
         storage.remove_folder(self.folder / str(last))
 
     def go_back(self, name: CheckpointName) -> None:
@@ -237,10 +237,7 @@ class Checkpoints:
         Raises:
             RunError: If the system refuses; nothing has changed then.
         """
-        try:
-            self._point(name)
-        except OSError as error:
-            raise storage.write_error("write", self.folder / LATEST, error) from error
+        self._point(name)
         for newer in self.names():
             if newer.task > name.task:
                 storage.remove_folder(self.folder / str(newer))

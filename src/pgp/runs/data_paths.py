@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any
 
-from pgp.config import Config, Hardware
+from pgp.config import Config, Hardware, flatten
 from pgp.datasets.own import relocate
 from pgp.runs.run import Run
 from pgp.system.paths import StrPath
@@ -50,22 +49,11 @@ def portable(config: Config) -> Config:
         task_file=None,
         drift_images=0,
     )
-    for name, value in _texts(moved.to_json()):
+    texts = {name: value for name, value in flatten(moved.to_json()).items() if isinstance(value, str)}
+    for name, value in texts.items():
         if PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute():
             raise ValueError(f"expected settings without paths, got {value!r:.80} as {name}: others have no such file")
     return moved
-
-
-def _texts(tree: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the texts in a JSON tree, with their dotted names."""
-    if isinstance(tree, str):
-        yield name, tree
-    elif isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _texts(value, f"{name}.{key}" if name else key)
-    elif isinstance(tree, Sequence):
-        for value in tree:
-            yield from _texts(value, name)
 
 
 FILES = ("class_order", "task_file")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import python_multipart  # noqa: F401  (FastAPI needs it to read uploaded files)
 import uvicorn
@@ -36,6 +36,8 @@ from pgp.serve.model import Model, Snapshot
 from pgp.serve.teaching import Teacher
 from pgp.system.paths import StrPath, as_path
 from pgp.system.storage import RunError
+
+T = TypeVar("T")
 
 POLL_SECONDS = 1.0
 """Seconds between two looks for a new checkpoint."""
@@ -109,26 +111,32 @@ class Service:
                                 f" {'far more' if pixels == sys.maxsize else f'{pixels:,}'}")  # fmt: skip
         return read_image(Path(name), content)
 
-    def problem(self, content: bytes, name: str) -> str | None:
-        """Return why an uploaded image cannot be read, or None if it can."""
-        try:
-            self.read(content, name)
-        except BadImageError as error:
-            return str(error)
-        return None
+    async def decode(self, file: UploadFile, use: Callable[[Tensor], T]) -> T | str:
+        """Return `use` of an uploaded image, or what is wrong with the image. Few are decoded at the same time."""
+        async with self._decoders:
+            content = await file.read()
+            try:
+                return await asyncio.to_thread(lambda: use(self.read(content, file.filename or "image")))
+            except BadImageError as error:
+                return str(error)
 
     async def preprocess(self, file: UploadFile) -> Tensor | str:
         """Return an uploaded image `(3, S, S)` as the encoder takes it, or what is wrong with it."""
-
-        def work(content: bytes) -> Tensor:
-            return self.model.snapshot.predictor.preprocess([self.read(content, file.filename or "image")])[0]
-
-        try:
-            async with self._decoders:
-                return await asyncio.to_thread(work, await file.read())
-        except BadImageError as error:
+        image = await self.decode(file, lambda image: self.model.snapshot.predictor.preprocess([image])[0])
+        if isinstance(image, str):
             self.measures.images.labels("unreadable").inc()
-            return str(error)
+        return image
+
+    async def readable(self, files: Sequence[UploadFile]) -> tuple[list[bytes], list[str]]:
+        """Return the content of the files that are images, and what is wrong with the others."""
+        contents, problems = [], []
+        for file in files:
+            if problem := await self.decode(file, lambda image: None):
+                problems.append(problem)
+            else:
+                await file.seek(0)
+                contents.append(await file.read())
+        return contents, problems
 
     async def classify(self, files: Sequence[UploadFile], top: int) -> list[dict[str, Any]]:
         """Return an answer for each file, as JSON values."""
@@ -196,7 +204,10 @@ def build_app(
         redoc_url=None,
     )
     app.state.service = service
-    _add_routes(app, service)
+    _add_prediction(app, service)
+    _add_knowledge(app, service.model)
+    _add_teaching(app, service)
+    _add_health(app, service)
     _add_page(app)
     _add_errors(app)
     app.add_middleware(Guard, limits=limits, token=token, hosts=hosts, open_paths=OPEN_PATHS)
@@ -205,9 +216,7 @@ def build_app(
     return app
 
 
-def _add_routes(app: FastAPI, service: Service) -> None:
-    model, teacher, limits = service.model, service.teacher, service.limits
-
+def _add_prediction(app: FastAPI, service: Service) -> None:
     @app.post("/predict")
     async def predict(
         files: Annotated[list[UploadFile], File(description="Images.")],
@@ -218,8 +227,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         The answer has one entry for each file: its classes with probabilities, whether it is unlike all classes, and
         the checkpoint that was used; or an error. If no file can be read, the status is 400.
         """
-        if len(files) > limits.files:
-            raise RefusedError(413, f"expected at most {limits.files} images at a time, got {len(files)}")
+        if len(files) > service.limits.files:
+            raise RefusedError(413, f"expected at most {service.limits.files} images at a time, got {len(files)}")
         answers = await service.classify(files, top)
         status = 400 if all("error" in answer for answer in answers) else 200
         content: dict[str, Any] = {"predictions": answers}
@@ -227,6 +236,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             content["error"] = answers[0]["error"]
         return JSONResponse(content, status)
 
+
+def _add_knowledge(app: FastAPI, model: Model) -> None:
     @app.get("/classes")
     def classes() -> dict[str, Any]:
         """Return the learned classes, and what they were learned from; the latest first."""
@@ -259,6 +270,10 @@ def _add_routes(app: FastAPI, service: Service) -> None:
             },
         }
 
+
+def _add_teaching(app: FastAPI, service: Service) -> None:
+    teacher, limits = service.teacher, service.limits
+
     @app.post("/teach", status_code=202)
     async def teach(
         name: Annotated[str, Form(description="Name of the class.")],
@@ -270,13 +285,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """
         if len(files) > limits.teaching_files:
             raise RefusedError(413, f"expected at most {limits.teaching_files} images of a class, got {len(files)}")
-        photos, skipped = [], []
-        for file in files:
-            content = await file.read()
-            if problem := await asyncio.to_thread(service.problem, content, file.filename or "image"):
-                skipped.append(problem)
-            else:
-                photos.append(content)
+        photos, skipped = await service.readable(files)
         if not photos:
             raise RefusedError(400, f"expected images of the class, but none can be read: {skipped[0]}")
         lesson = await asyncio.to_thread(teacher.teach, name, photos)
@@ -294,11 +303,13 @@ def _add_routes(app: FastAPI, service: Service) -> None:
         """Forget the classes that were added last. The run is again as it was before."""
         return {"forgot": teacher.undo(name)}
 
+
+def _add_health(app: FastAPI, service: Service) -> None:
     @app.head("/health", include_in_schema=False)
     @app.get("/health")
     def health() -> dict[str, str]:
         """Return "ok", or "degraded" if an older checkpoint is used; the entry `problem` of `/classes` says why."""
-        return {"status": "degraded" if model.problem else "ok"}
+        return {"status": "degraded" if service.model.problem else "ok"}
 
     @app.get("/metrics", response_class=PlainTextResponse)
     def metrics() -> Response:
@@ -321,8 +332,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(RefusedError)
     async def refused(request: Request, error: RefusedError) -> JSONResponse:
-        headers = {"Retry-After": "1"} if error.status == 503 else None
-        return JSONResponse({"error": error.message}, error.status, headers)
+        return JSONResponse({"error": error.message}, error.status, error.headers)
 
     @app.exception_handler(RunError)
     async def run_error(request: Request, error: RunError) -> JSONResponse:

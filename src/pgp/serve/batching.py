@@ -37,7 +37,6 @@ class Batcher(Generic[T, R]):
         self.function, self.batch_size, self.waiting, self.on_batch = function, batch_size, waiting, on_batch
         self._queue: deque[tuple[T, asyncio.Future[R]]] = deque()
         self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, "batches")  # of its own: it must not wait for images to be decoded
 
     def __len__(self) -> int:
         """Return the number of items that wait."""
@@ -58,25 +57,31 @@ class Batcher(Generic[T, R]):
         return list(await asyncio.gather(*futures))
 
     async def run(self) -> None:
-        """Compute batches for ever."""
+        """Compute batches until it is cancelled."""
+        thread = ThreadPoolExecutor(1, "batches")  # of its own: it must not wait for images to be decoded
+        try:
+            while True:
+                await self._arrived.wait()
+                if batch := self._next_batch():
+                    await self._compute(batch, thread)
+                else:
+                    self._arrived.clear()
+        finally:
+            thread.shutdown(wait=False)
+
+    async def _compute(self, batch: list[tuple[T, asyncio.Future[R]]], thread: ThreadPoolExecutor) -> None:
+        self.on_batch(len(batch))
         loop = asyncio.get_running_loop()
-        while True:
-            await self._arrived.wait()
-            batch = self._next_batch()
-            if not batch:
-                self._arrived.clear()
-                continue
-            self.on_batch(len(batch))
-            try:
-                results = await loop.run_in_executor(self._thread, self.function, [item for item, _ in batch])
-            except Exception as error:  # it is the answer to these items; the next batch may do better
-                for _, future in batch:
-                    if not future.done():
-                        future.set_exception(error)
-                continue
-            for (_, future), result in zip(batch, results, strict=True):
+        try:
+            results = await loop.run_in_executor(thread, self.function, [item for item, _ in batch])
+        except Exception as error:  # it is the answer to these items; the next batch may do better
+            for _, future in batch:
                 if not future.done():
-                    future.set_result(result)
+                    future.set_exception(error)
+            return
+        for (_, future), result in zip(batch, results, strict=True):
+            if not future.done():
+                future.set_result(result)
 
     def _next_batch(self) -> list[tuple[T, asyncio.Future[R]]]:
         """Take the items that waited longest from the queue, without those whose caller went away."""

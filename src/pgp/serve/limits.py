@@ -59,6 +59,11 @@ class RefusedError(Exception):
         super().__init__(message)
         self.status, self.message = status, message
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer that tell the client what to do."""
+        return {401: {"WWW-Authenticate": "Bearer"}, 503: {"Retry-After": "1"}}.get(self.status, {})
+
 
 def is_loopback(host: str) -> bool:
     """Return whether a service that listens at `host` is reached from this machine only.
@@ -187,14 +192,15 @@ async def _drain(receive: Receive) -> None:
 async def _answer(send: Send, refusal: RefusedError) -> None:
     """Send a refusal as JSON, and close the connection, since the rest of the body is not read."""
     body = json.dumps({"error": refusal.message}).encode()
-    headers: list[tuple[bytes, bytes]] = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"connection", b"close"),
-    ]
-    if refusal.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    headers = Headers(
+        {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(body)),
+            "Connection": "close",
+            **refusal.headers,
+        }
+    )
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers.raw})
     await send({"type": "http.response.body", "body": body})
 
 

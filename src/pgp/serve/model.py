@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,11 +86,9 @@ class Model:
         predictor = Predictor(run, self.readout, self.device)
         reject = None
         if predictor.detects_unknown:
-            try:
+            with contextlib.suppress(ValueError):  # too few images to tell
                 predictor.unknown_threshold(REJECT)
                 reject = REJECT
-            except ValueError:  # too few images to tell
-                reject = None
         finished, _ = run.progress()
         snapshot = Snapshot(version, predictor, run.data, finished, run.matrices(), len(run.config.added), reject)
         if self._version(run) != version:

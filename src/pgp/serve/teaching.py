@@ -6,8 +6,6 @@ import contextlib
 import csv
 import io
 import itertools
-import os
-import re
 import threading
 import time
 import unicodedata
@@ -23,7 +21,7 @@ from rich.progress import Progress
 from pgp import train
 from pgp.runs.run import TAUGHT, Run
 from pgp.serve.limits import RefusedError
-from pgp.system import storage
+from pgp.system import platforms, storage
 from pgp.system.escaping import printable
 from pgp.system.storage import RunError
 
@@ -194,7 +192,7 @@ class Teacher:
             for number, photo in enumerate(photos, start=1):
                 storage.write(folder / f"{number:04d}", photo)
                 rows.writerow([f"{number:04d}", name])
-            table = folder / f"{_file_stem(name)}.csv"
+            table = folder / f"{platforms.readable_name(name, otherwise='class')}.csv"  # it names the task
             storage.write(table, text.getvalue())
         except RunError:
             storage.remove_folder(folder)
@@ -238,14 +236,3 @@ def _warnings_of_this_thread(messages: list[str]) -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = collect
         yield
-
-
-def _file_stem(name: str) -> str:
-    """Return a file name for a class, which becomes the name of its task.
-
-    >>> _file_stem("sea lion"), _file_stem("../<b>"), _file_stem("CON")
-    ('sea lion', 'b', 'CON_')
-    """
-    stem = re.sub(r'[\x00-\x1f<>:"/\\|?*.%]+', "_", name)[:60].strip(" _")
-    reserved = re.fullmatch(r"(?i)con|prn|aux|nul|(com|lpt)[0-9]", stem)
-    return os.fspath(stem + "_" if reserved else stem or "class")

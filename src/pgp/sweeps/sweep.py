@@ -15,9 +15,9 @@ import filelock
 
 from pgp import train
 from pgp.baselines import matching_baselines
-from pgp.config import Config
+from pgp.config import Config, experiment_settings
 from pgp.evaluation import metrics
-from pgp.reports import comparison, tables
+from pgp.reports import comparison
 from pgp.reports.comparison import Entry
 from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.data_paths import resolve_paths
@@ -126,9 +126,9 @@ class Sweep:
     def _entry(self, label: str, config: Config) -> GridPoint:
         """Return the entry of a configuration; create it if there is none."""
         config = _bare(config)
-        settings = tables.flatten(config.to_json())
+        settings = experiment_settings(config)
         for entry in self.entries.values():
-            if tables.flatten(entry.config.to_json()) == settings:
+            if experiment_settings(entry.config) == settings:
                 entry.config = replace(entry.config, hardware=config.hardware)  # it may be resumed on other hardware
                 return entry
         stem, number = platforms.safe_name(label, LONGEST, otherwise="point"), 1
@@ -282,7 +282,7 @@ def _bare(config: Config) -> Config:
 
 def _difference(one: Config, other: Config) -> str:
     """Describe the first setting in which two configurations differ, ignoring hardware and seed."""
-    first, second = tables.flatten(one.to_json()), tables.flatten(other.to_json())
+    first, second = experiment_settings(one), experiment_settings(other)
     for key in dict.fromkeys([*first, *second]):
         if first.get(key) != second.get(key):
             return f"{key} {first.get(key)}, as there, got {second.get(key)}"

@@ -194,3 +194,13 @@ def safe_name(text: str, longest: int = 100, otherwise: str = "unnamed") -> str:
     if len(name) > longest:
         name = f"{name[: longest - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
     return name
+
+
+def readable_name(text: str, longest: int = 60, otherwise: str = "unnamed") -> str:
+    """Return a name for a file that keeps all letters and spaces, but is valid on every file system, and has no suffix.
+
+    >>> readable_name("sea lion"), readable_name("../<b>"), readable_name("CON"), readable_name("...")
+    ('sea lion', 'b', '_CON', 'unnamed')
+    """
+    name = re.sub(r'[\x00-\x1f<>:"/\\|?*.%]+', "_", text)[:longest].strip(" _") or otherwise
+    return f"_{name}" if name.lower() in RESERVED else name

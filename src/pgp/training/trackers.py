@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
+from pgp.config import flatten
 from pgp.progress import print_line
 from pgp.runs.log import Event
 from pgp.training.session import Session
@@ -151,7 +152,7 @@ class _Reporter:
         """Number of steps so far, by task."""
         for event in run.log_file.events():
             self._count(event)
-        about = TrackedRun(run.id, run.folder.name, run.folder, _flat(session.config.to_json()), self._step)
+        about = TrackedRun(run.id, run.folder.name, run.folder, flatten(session.config.to_json()), self._step)
         self.open: dict[TrackerName, Tracker] = {}
         for name in names:
             with self._guarded(name):
@@ -245,12 +246,3 @@ def scalars(event: Event) -> dict[str, float]:
     else:
         found = {}
     return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
-
-
-def _flat(tree: Any, path: str = "") -> dict[str, Any]:
-    """Return the leaves of a JSON tree by dotted path."""
-    if isinstance(tree, list) and any(isinstance(item, dict | list) for item in tree):
-        tree = {str(i): item for i, item in enumerate(tree)}
-    if not isinstance(tree, dict):
-        return {path: tree}
-    return {name: leaf for key, item in tree.items() for name, leaf in _flat(item, f"{path}.{key}".strip(".")).items()}
