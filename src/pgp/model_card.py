@@ -170,7 +170,7 @@ def _results(run: Run, findings: Sequence[Finding]) -> str:
 
 
 def _protocol(finding: Finding) -> str:
-    """Return a protocol of `pgp audit` in words."""
+    """Describe a protocol of `pgp audit`."""
     votes = "" if finding.batch is None else f"prompts by vote of {finding.batch}, "
     return f"{votes}classes {SCOPES[finding.scope]}"
 

@@ -409,7 +409,7 @@ DATA: dict[str, tuple[Callable[[], Config], str]] = {
     "cub200": (cub200_l2p_pgp, "CUB-200 (5 tasks of 40 classes, ViT-B/16)"),
     "domains": (own, "your own images of several domains (folders DOMAIN/CLASS, ViT-B/16)"),
 }
-"""By the first part of a recipe's name, a recipe with the same data, and the data in words."""
+"""By the first part of a recipe's name, a recipe with the same data, and a description of the data."""
 CHANGES: dict[str, Callable[[Config], Config]] = {
     "coda_pgp": _coda,
     "vpt_nsp2": _nsp2,

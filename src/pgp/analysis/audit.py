@@ -37,7 +37,7 @@ SCOPES = {
     "all": "of the whole run",
     "cut": "up to the image's task",
 }
-"""The classes among which an image is predicted, in words. `cut` uses the image's task."""
+"""Descriptions of the classes among which an image is predicted. `cut` uses the image's task."""
 
 
 class Finding(NamedTuple):

@@ -36,7 +36,7 @@ class Experts(Method):
     """A method whose trained part is kept separately for each task.
 
     At test, the router gives each image the probability of each task, `P(task | query)`, and the image passes through
-    the experts of the likeliest tasks. No task label is used. What tasks share (`Method.shared_parameters`) goes on
+    the experts of the likeliest tasks. No task label is used. What tasks share (`Method.shared_parameters`) keeps
     learning, and is what a projection protects.
 
     Tasks beyond `limit` get no expert of their own: they use the one that the router chooses for most images of their

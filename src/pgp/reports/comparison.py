@@ -200,7 +200,7 @@ def draw_comparison(members: Sequence[Entry], path: Path) -> None:
 
 
 def _explanation(members: Sequence[Entry], baselines: Sequence[Entry]) -> str:
-    """Say in words what markers and lines mean."""
+    """Describe what markers and lines mean."""
     words = []
     if baselines:
         words.append("Black, open: baselines. Grey steps: their frontier; below and to the right of it, a baseline is"

@@ -207,7 +207,7 @@ def draw_drift(table: Sequence[DriftHistory], path: Path) -> None:
 
 
 def _explanation(table: Sequence[DriftHistory], few: bool) -> str:
-    """Say in words what colours, curves and bars mean."""
+    """Describe what colours, curves and bars mean."""
     words = [] if len(table) == 1 else ["Colour: run."]
     if len(table) > len(style.COLOURS):
         words.append("Bars in the order of the legend.")

@@ -94,7 +94,7 @@ def _key(table: Sequence[ResultRow], looks: Sequence[Look]) -> dict[str, Look]:
 
 
 def _explanation(table: Sequence[ResultRow]) -> str:
-    """Say in words what colours, line styles and bands mean."""
+    """Describe what colours, line styles and bands mean."""
     words = []
     runs, readouts = len({line.label for line in table}), len({line.column for line in table})
     if runs > 1:

@@ -172,7 +172,7 @@ class Checkpoints:
         """Write a checkpoint atomically, make it the latest, and delete the previous checkpoint inside the same task.
 
         Raises:
-            RunError: If the system refuses; the latest checkpoint is the one of before.
+            RunError: If the system refuses; the previous checkpoint stays the latest.
         """
         last = self.latest()
         if name == last:

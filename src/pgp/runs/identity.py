@@ -105,7 +105,7 @@ class DataDescription:
         )
 
     def difference(self, current: DataDescription, *, images: bool, tasks: int | None = None) -> str | None:
-        """Return in words how the data differ from this description, or None if they do not.
+        """Describe how the data differ from this description. Return None if they do not.
 
         Args:
             current: Description of the data as they are now. Added data that are not recorded yet come last.

@@ -86,7 +86,7 @@ class Guard:
     this machine as their host, and those that change anything must not come from another origin.
 
     Args:
-        app: The application behind it.
+        app: The application that answers what is passed on.
         limits: Sizes and times.
         token: Token that requests must carry as `Authorization: Bearer TOKEN`. If None, none.
         hosts: Names that a request may have in `Host`, without ports. If empty, any.

@@ -38,7 +38,7 @@ class Measured:
     """Middleware that counts and times answers, and adds headers to them.
 
     Args:
-        app: The application behind it.
+        app: The application that answers what is passed on.
         measures: Where to count.
         paths: Paths that are counted by name; all others are counted as `other`.
         headers: Headers of every answer.

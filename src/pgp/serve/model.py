@@ -72,7 +72,7 @@ class Model:
     def __init__(self, folder: Path, readout: str | None = None, device: str | None = None) -> None:
         self.folder, self.readout, self.device = folder, readout, device
         self.problem: str | None = None
-        """Why the latest state of the run cannot be used, if so. The one of before is used."""
+        """Why the latest state of the run cannot be used, if so. The previous state is used."""
         self._loading = threading.Lock()
         self._run_id = ""
         self.snapshot = self._load()

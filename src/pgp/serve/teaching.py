@@ -207,7 +207,7 @@ class Teacher:
             hardware = Run.open(self.folder).config.hardware
             with _warnings_of_this_thread(raised):
                 train.resume(self.folder, replace(hardware, devices=1, workers=0), lesson.progress, add=table)
-        except BaseException as error:  # whatever it is: the run is as it was, and the service goes on
+        except BaseException as error:  # whatever it is: the run is as it was, and the service continues
             storage.remove_folder(table.parent)
             lesson.error = str(error) or type(error).__name__
         else:

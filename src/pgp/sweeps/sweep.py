@@ -190,8 +190,8 @@ def check(job: Job) -> None:
     expected = job.config if job.config.tasks is not None else replace(job.config, tasks=config.tasks)
     seeds = f"seed {config.seed} there, {expected.seed}" if config.seed != expected.seed else ""
     if diff := _difference(config, expected) or seeds:
-        raise RunError(f"the run at {job.folder} has other settings: expected {diff} now. Nothing is overwritten: give"
-                       " the settings of before, or name another --output")  # fmt: skip
+        raise RunError(f"the run at {job.folder} has other settings: expected {diff} now. Nothing is overwritten: use"
+                       " those settings, or name another --output")  # fmt: skip
 
 
 def finished_result(job: Job) -> bool:

@@ -69,8 +69,8 @@ def build_tasks(config: Config, learned: DataDescription | None = None) -> tuple
 def _build(dataset: DatasetConfig, recorded: DataDescription | None) -> Dataset:
     """Return a data set. If it is `recorded` and cannot be read or has changed, return what is left of it, and warn.
 
-    Test images are left if they are those that were recorded. Training images are needed no more, so that a recorded
-    data set without test images is not read.
+    Test images are left if they are those that were recorded. Training images are no longer needed, so a recorded data
+    set without test images is not read.
     """
     if recorded is None:
         return dataset.build()

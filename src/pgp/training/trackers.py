@@ -184,7 +184,7 @@ class _Reporter:
     def _guarded(self, name: TrackerName) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # whatever it is, training goes on
+        except Exception as error:  # whatever it is, training continues
             self.open.pop(name, None)
             text = f"pgp: warning: {name} failed, and gets no more values of this run: {type(error).__name__}: {error}"
             print_line(self.session.progress, text)
