@@ -263,7 +263,8 @@ class Run:
         The process must be `writing`. The log keeps what happened.
 
         Raises:
-            RunError: If the last finished task was not added, a task is unfinished, or the previous checkpoint was not kept.
+            RunError: If the last finished task was not added, a task is unfinished, or the previous checkpoint was not
+                kept.
         """
         last, known = self.latest_finished(), self.describe()
         if last != self.checkpoints.latest():
