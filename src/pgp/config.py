@@ -213,6 +213,14 @@ class Config:
     it off. The results are in metrics.jsonl and pgp report."""
     on_bad_image: Literal["error", "skip"] = "error"
     """How to handle an unreadable image: stop with an error, or skip it."""
+    evaluate: str = "every"
+    """After which tasks all tasks so far are evaluated. every: after each one, so the number of evaluated images grows
+    with the square of the number of tasks. A number N: after every N-th task and the last one; after the others, only
+    the new task is evaluated, so that forgetting can be measured. last: after the last task only; forgetting and drift
+    are then not measured. It changes nothing that is learned."""
+    test_images: int | None = None
+    """Number of test images of each task that are evaluated, drawn with the seed and as evenly over the classes as
+    possible. If None, all. With fewer, tables have the standard error of the average accuracy."""
     legacy_eval: bool = False
     """Also report accuracy as the published code computes it, in columns named legacy. A test batch holds images of one
     task, and selects prompts by majority vote. Logits cover all classes, seen or not (CLIP: up to the task of the
@@ -227,7 +235,7 @@ class Config:
 
     def __post_init__(self) -> None:
         positive = ("tasks", "increment", "first_task", "epochs", "batch_size", "eval_batch_size", "log_every_steps")
-        for name in (*positive, "expert_candidates"):
+        for name in (*positive, "expert_candidates", "test_images"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"expected {name} of at least 1, got {value}")
         for name in ("save_every_steps", "drift_images", "views"):
@@ -237,6 +245,8 @@ class Config:
             raise ValueError(f"expected setting=oil for order=listed, got {self.setting}: others shuffle each epoch")
         if self.keep_checkpoints not in ("all", "last") and not re.fullmatch("[1-9][0-9]{0,8}", self.keep_checkpoints):
             raise ValueError(f"expected keep_checkpoints all, last or a number, got {self.keep_checkpoints}")
+        if self.evaluate not in ("every", "last") and not re.fullmatch("[1-9][0-9]{0,8}", self.evaluate):
+            raise ValueError(f"expected evaluate every, last or a number of tasks, got {self.evaluate}")
         for name in ("class_order", "task_file"):
             if (value := getattr(self, name)) is not None:
                 object.__setattr__(self, name, as_path(value, name))
@@ -305,6 +315,13 @@ class Config:
         """Return the settings of the optimizer for the task with this index, from 0."""
         settings = self.optimizer.for_task(index)
         return replace(settings, prompt_lr_scale=0.0) if index and self.adapt == "first-task" else settings
+
+    def evaluated_tasks(self, index: int, tasks: int) -> range:
+        """Return the indices of the tasks that are evaluated after the task with this index, of `tasks` in all."""
+        interval = {"every": 1, "last": tasks}.get(self.evaluate) or int(self.evaluate)
+        if index + 1 == tasks or (index + 1) % interval == 0:
+            return range(index + 1)
+        return range(0) if self.evaluate == "last" else range(index, index + 1)
 
     @property
     def num_passes(self) -> int:

@@ -16,7 +16,7 @@ from pgp.analysis.audit import SCOPES, Finding
 from pgp.backbones.weights import EncoderSource
 from pgp.config import Config
 from pgp.evaluation.accuracy import LEGACY
-from pgp.reports.tables import CALIBRATION, NOT_MEASURED, ONLINE, SOMETIMES, ResultRow, result_rows
+from pgp.reports.tables import CALIBRATION, NOT_MEASURED, ONLINE, SAMPLING, SOMETIMES, ResultRow, result_rows
 from pgp.runs.checkpoint import reading
 from pgp.runs.run import ENVIRONMENT, Run
 from pgp.system import storage
@@ -212,6 +212,9 @@ def _explained(run: Run, rows: Sequence[ResultRow]) -> list[str]:
     if any(row.has(CALIBRATION) for row in rows):
         lines.append("- calibration error: the expected calibration error, the mean difference between confidence and"
                      " accuracy over 15 bins; 0 is best.")  # fmt: skip
+    if any(row.has(SAMPLING) for row in rows):
+        lines.append("- standard error from the sample of test images: only a random sample of the test images of each"
+                     " task was evaluated; this is how far the accuracy may be off for that reason.")  # fmt: skip
     if any(row.has(ONLINE) for row in rows):
         lines.append("- stream accuracy: images that were predicted correctly before they were learned.")
     return lines

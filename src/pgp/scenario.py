@@ -202,6 +202,26 @@ def stratified_holdout(strata: Tensor, fraction: float, seed: int) -> Tensor:
     return held_out
 
 
+def sample_evenly(indices: Tensor, labels: Tensor, count: int, seed: int) -> Tensor:
+    """Return at most `count` of the images `indices (n,)` at random, as evenly over their labels as possible.
+
+    Args:
+        indices: Images of a split.
+        labels: Label of every image of the split.
+        count: Number of images to draw.
+        seed: Decides which ones are drawn.
+
+    >>> sample_evenly(torch.tensor([4, 5, 6, 7]), torch.tensor([0, 0, 0, 0, 0, 0, 0, 1]), 2, seed=0).tolist()
+    [5, 7]
+    """
+    rank = torch.empty(len(indices), dtype=torch.long)  # of an image among those of its label
+    own = labels[indices]
+    for label in own.unique().tolist():
+        of_label = (own == label).nonzero().flatten()
+        rank[of_label] = torch.randperm(len(of_label), generator=make_generator(seed, "test sample", label))
+    return indices[rank.argsort(stable=True)[:count].sort().values]
+
+
 def _indices_of(labels: Tensor, selected: Sequence[int]) -> Tensor:
     """Return the indices of the images whose label is one of `selected`, `(n,)`."""
     return torch.isin(labels, torch.tensor(selected)).nonzero().flatten()

@@ -265,8 +265,9 @@ def train_step(
 
 
 def end_task(session: Session, state: TrainState, task: Task) -> None:
-    """Extend the projection, fit the readouts, evaluate all tasks so far, and save a checkpoint."""
+    """Extend the projection, fit the readouts, evaluate the tasks so far, and save a checkpoint."""
     method, meter = state.method, state.meter
+    evaluated = session.config.evaluated_tasks(task.index, len(session.scenario))
     with session.fabric.autocast():
         method.end_task(task)
     with session.timed("boundary"):
@@ -277,11 +278,11 @@ def end_task(session: Session, state: TrainState, task: Task) -> None:
     warn_of_similar_classes(session, state, task)
     with session.timed("evaluation"):
         watch = meter.watch if meter else None
-        row = session.evaluator.evaluate(method, state.readouts, task.index, session.progress, watch)
+        row = session.evaluator.evaluate(method, state.readouts, task.index, session.progress, watch, evaluated)
     drift = None
     if meter:
         with session.timed("drift"):
-            drift = meter.end_task(method, task, session.progress) | stats
+            drift = meter.end_task(method, task, session.progress, evaluated) | stats
     state.finish_task(task, row)
     # log first, then save: after a kill in between, the task is trained and logged again, so no line is missing
     session.log_task(state, task, row, ranks=ranks, readouts=fitted, drift=drift)

@@ -8,7 +8,7 @@ inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -141,10 +141,18 @@ class DriftMeter:
             self._watched.setdefault(task.index, []).append(batch.rows(in_sample).cpu())
 
     @torch.no_grad()
-    def end_task(self, method: Method, task: Task, progress: Progress) -> dict[str, Any]:
+    def end_task(
+        self, method: Method, task: Task, progress: Progress, evaluated: Collection[int] | None = None
+    ) -> dict[str, Any]:
         """Compare images of earlier tasks with their references, and store references for those of `task`.
 
         Collective: in a distributed run, every process must call it.
+
+        Args:
+            method: The method after `task`.
+            task: The task that was learned last.
+            progress: Where to draw progress bars.
+            evaluated: Indices of the tasks whose images `watch` has seen, among them `task`. If None, all so far.
 
         Returns:
             A dictionary.
@@ -162,7 +170,7 @@ class DriftMeter:
         current: dict[int, Drift] = {}
         for seen_task in scenario.tasks[: task.index + 1]:
             index = seen_task.index
-            if not seen_task.is_tested:
+            if not seen_task.is_tested or not (evaluated is None or index in evaluated):
                 continue
             batches_of_all = [batch for process in watched for batch in process.get(index, [])]
             with fabric.autocast():
@@ -197,8 +205,8 @@ class DriftMeter:
             out["usage"] = torch.cat(selected).float().mean(0).tolist()
         out["held"] = {}
         for space, target in protected.items():
-            if current and self.projection.rank(space):
-                sketches = [_like_parameter(self.references[i]["sketch"][space], target) for i in current]
+            if self.references and self.projection.rank(space):
+                sketches = [_like_parameter(known["sketch"][space], target) for known in self.references.values()]
                 total = torch.stack([explained_energy(self.projection, space, rows) for rows in sketches]).sum(0)
                 out["held"][space] = _ratio(*total)
         return out

@@ -5,7 +5,7 @@ Nothing about an image's prediction depends on its batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pgp.config import Config
 from pgp.datasets.base import Dataset
-from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
+from pgp.datasets.loader import Batch, LoaderOptions, SampleKey, TransformedSplit, batches, sequential_batches
 from pgp.distributed import all_gather_rows, is_distributed
 from pgp.evaluation import predictions
 from pgp.evaluation.calibration import NUM_BINS, calibration_bins
@@ -117,9 +117,10 @@ class TaskAccuracies(NamedTuple):
     """Fraction of images whose predicted class belongs to their own task. Forgetting that shows here and not in
     `within_task` is competition between tasks in the classifier."""
     calibration: dict[str, Tensor]
-    """Bins of confidence over the images of all tasks, `(NUM_BINS, 3)`; see `pgp.evaluation.calibration`."""
-    predictions: Predictions
-    """What was predicted for each image, by readout; not for `LEGACY` columns."""
+    """Bins of confidence over the images of all tasks, `(NUM_BINS, 3)`; see `pgp.evaluation.calibration`. Empty unless
+    all tasks are evaluated."""
+    predictions: Predictions | None
+    """What was predicted for each image, by readout; not for `LEGACY` columns. None unless all tasks are evaluated."""
 
 
 def extract_frozen(method: Method, images: Tensor, autocast: Autocast, *, patches: bool) -> FrozenFeatures:
@@ -168,6 +169,7 @@ class Evaluator:
         t: int,
         progress: Progress,
         watch: Callable[[Task, FeatureBatch], None] | None = None,
+        only: Collection[int] | None = None,
     ) -> TaskAccuracies:
         """Evaluate each task up to task t. The accuracy on a missing task is NaN.
 
@@ -179,11 +181,12 @@ class Evaluator:
             t: Number of the last task that was learned, from 0.
             progress: Where to draw progress bars.
             watch: Called with the features of every batch.
+            only: Indices of the tasks to evaluate. The accuracy on others is NaN. If None, all.
 
         Raises:
             ValueError: If a task has no test image that can be read.
         """
-        tasks = self.scenario.tasks[: t + 1]
+        tasks = [task for task in self.scenario.tasks[: t + 1] if only is None or task.index in only]
         columns, by_name = self._columns(readouts), {readout.name: readout for readout in readouts}
         zeros = torch.zeros(t + 1, dtype=torch.float64)
         hits = [{column: zeros.clone() for column in columns} for _ in range(3)]
@@ -191,10 +194,7 @@ class Evaluator:
         bins = {readout.name: torch.zeros(NUM_BINS, 3, dtype=torch.float64) for readout in readouts}
         counts = torch.zeros(t + 1, dtype=torch.float64)
         found: list[predictions.PredictedBatch] = []
-        plan = [(task, batch) for task in tasks for batch in sequential_batches(task.test, self.config.eval_batch_size)]
-        stream = batches(self.test_split(), [batch for _, batch in plan], self.loader_options)
-        stream = track(progress, stream, len(plan), f"evaluating on {t + 1} of {len(self.scenario)} tasks")
-        for (task, _), batch in zip(plan, stream, strict=True):
+        for task, batch in self._test_batches(method, tasks, progress):
             if not len(batch.indices):
                 continue
             counts[task.index] += len(batch.indices)
@@ -220,9 +220,29 @@ class Evaluator:
         if empty := [task.index for task in tasks if task.is_tested and not counts[task.index]]:
             raise ValueError(f"expected test images in every task, got none in {empty}")
         rates = [{column: self._sum(count) / counts for column, count in kind.items()} for kind in hits]
+        if len(tasks) <= t:
+            return TaskAccuracies(rates[0], rates[1], rates[2], {}, None)
         calibration = {name: self._sum(table) for name, table in bins.items()}
         gathered = predictions.gather(found, list(bins), t + 1, self.data.classes)
         return TaskAccuracies(rates[0], rates[1], rates[2], calibration, gathered)
+
+    def _test_batches(self, method: Method, tasks: Sequence[Task], progress: Progress) -> Iterator[tuple[Task, Batch]]:
+        """Yield the test images of `tasks` in batches. They are not loaded if their cached queries are all that counts.
+
+        Images that are not loaded are empty tensors, `(B, 0)`.
+        """
+        labels = self.data.test.labels
+        plan = [(task, keys) for task in tasks for keys in sequential_batches(task.test, self.config.eval_batch_size)]
+        cached = [not method.uses_image and self._is_cached(keys) for _, keys in plan]
+        to_load = [keys for (_, keys), known in zip(plan, cached, strict=True) if not known]
+        loaded = iter(batches(self.test_split(), to_load, self.loader_options))
+        title = f"evaluating on {len(tasks)} of {len(self.scenario)} tasks"
+        for (task, keys), known in track(progress, zip(plan, cached, strict=True), len(plan), title):
+            indices = torch.tensor([key.image for key in keys])
+            yield task, Batch(torch.empty(len(keys), 0), labels[indices], indices) if known else next(loaded)
+
+    def _is_cached(self, keys: Sequence[SampleKey]) -> bool:
+        return bool(self._test_cache.holds(torch.tensor([key.image for key in keys])).all())
 
     def test_split(self) -> TransformedSplit:
         """Return the test images as every evaluation sees them."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -40,6 +40,8 @@ def average_accuracy(matrix: Tensor) -> float:
 def forgetting(matrix: Tensor) -> float:
     """Return the best accuracy so far minus the final one, averaged over all tasks but the last; 0 for a single task.
 
+    It is NaN if a task was not measured right after it was learned.
+
     >>> round(forgetting(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     0.2
     """
@@ -47,7 +49,23 @@ def forgetting(matrix: Tensor) -> float:
     if t < 2:
         return 0.0 if t else math.nan
     best = matrix[:t, : t - 1].nan_to_num(nan=-torch.inf).amax(0)
+    best = best.where(matrix.diagonal()[: t - 1].isfinite(), torch.nan)
     return float((best - matrix[t - 1, : t - 1]).mean())
+
+
+def sampling_error(matrix: Tensor, test_images: Sequence[int]) -> float:
+    """Return the standard error of the average accuracy if the test images of each task are a random sample.
+
+    Args:
+        matrix: Accuracy matrix `(T, T)`.
+        test_images: Number of test images of each task.
+
+    >>> round(sampling_error(torch.tensor([[0.9, float("nan")], [0.5, 0.5]]), [25, 25]), 4)
+    0.0707
+    """
+    t = tasks_learned(matrix)
+    accuracies, counts = matrix[t - 1, :t], torch.tensor(test_images[:t])
+    return float((accuracies * (1 - accuracies) / counts).sum().sqrt() / t) if t else math.nan
 
 
 def backward_transfer(matrix: Tensor) -> float:

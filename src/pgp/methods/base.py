@@ -45,6 +45,8 @@ class Method(nn.Module, abc.ABC):
     finished run."""
     uses_query: bool = True
     """Whether features depend on the query. If not, the query is computed only for readouts that use it."""
+    uses_image: bool = True
+    """Whether features depend on more of an image than its query."""
     selects_prompts: bool = False
     """Whether each image selects some of the prompts, by its query."""
     router: Readout | None = None

@@ -17,6 +17,8 @@ from pgp.scenario import Task
 class HeadOnly(Method):
     """A linear head on the features of the frozen encoder. Nothing else is trained."""
 
+    uses_image = False
+
     @dataclass(frozen=True)
     class Config(Method.Config):
         """Whether the head is trained."""

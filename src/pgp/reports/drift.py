@@ -93,6 +93,11 @@ def mean_of(values: Sequence[float | None] | Mapping[str, float | None]) -> floa
     return statistics.mean(measured) if measured else None
 
 
+def complete_mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the values; None if one of them was not measured."""
+    return None if None in values else mean_of(values)
+
+
 def _responses(event: Event) -> float | None:
     return mean_of([mean_of(changes) for changes in event["drift"]["responses"].values()])
 
@@ -102,7 +107,7 @@ def _headline(figure: str) -> Callable[[Event], float | None]:
 
     def of(event: Event) -> float | None:
         value: Any = next(iter(event[figure].values()))
-        return mean_of(value) if isinstance(value, list) else value
+        return complete_mean(value) if isinstance(value, list) else value
 
     return of
 

@@ -22,7 +22,7 @@ from pgp.evaluation.accuracy import LEGACY
 from pgp.evaluation.predictions import TOP, Predictions
 from pgp.reports import drift, tables
 from pgp.reports.comparison import Entry
-from pgp.reports.drift import DriftHistory, mean_of
+from pgp.reports.drift import DriftHistory, complete_mean, mean_of
 from pgp.reports.tables import ResultRow
 from pgp.runs.checkpoint import reading
 from pgp.runs.identity import DataDescription
@@ -150,7 +150,7 @@ class Row:
 
     def _logged(self, key: str) -> float | None:
         values = [event.get(key, {}).get(self.line.column) for event in self.finals]
-        return mean_of([mean_of(value) if isinstance(value, list) else value for value in values])
+        return mean_of([complete_mean(value) if isinstance(value, list) else value for value in values])
 
     @property
     def is_legacy(self) -> bool:
@@ -188,7 +188,7 @@ class Row:
         if len(self.matrix) == 1:
             return "One task is learned so far, so there is nothing to forget."
         if forgotten is None:
-            return "Forgetting was not measured, because old test images were missing."
+            return "Forgetting was not measured: that needs the test images of each task, after the task and at the end."
         if forgotten < LITTLE:
             return "Little is forgotten of what was learned."
         if within is None:

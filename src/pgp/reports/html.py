@@ -114,7 +114,7 @@ def render(runs: Sequence[Run]) -> str:
 def _facts(groups: Sequence[Group]) -> list[tuple[str, str]]:
     """Return what the runs have in common, by heading; each value once."""
     runs = [run for group in groups for run in group.runs]
-    learned = dict.fromkeys(f"{len(group.rows[0].matrix)} of {len(group.data.tasks)}" for group in groups)
+    learned = dict.fromkeys("{} of {}".format(*group.runs[0].progress()) for group in groups)
     facts = {
         "data": [type(run.config.dataset).tag for run in runs],
         "encoder": [str(run.config.to_json()["backbone"].get("model", "")) for run in runs],
@@ -176,9 +176,9 @@ def _accuracy_chart(rows: Sequence[Row]) -> Markup:
     series = []
     for row in rows:
         curves = 100 * torch.tensor([metrics.accuracy_curve(matrix) for matrix in row.line.matrices])  # (seeds, t)
-        bands = curves.std(0).tolist() if len(curves) > 1 else []
-        mean = [(t, y) for t, y in enumerate(curves.mean(0).tolist(), start=1) if math.isfinite(y)]
-        bands = bands if len(bands) == len(mean) else []
+        means, deviations = curves.mean(0).tolist(), curves.std(0).tolist() if len(curves) > 1 else []
+        mean = [(t, y) for t, y in enumerate(means, start=1) if math.isfinite(y)]
+        bands = [deviation for deviation, y in zip(deviations, means, strict=False) if math.isfinite(y)]
         series.append(Series(row.key, row.name, mean, row.color, row.dash, band=bands))
     return svg.line_chart("average accuracy after each task", series, "tasks learned", "average accuracy, %", y_max=100)
 

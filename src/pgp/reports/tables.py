@@ -39,10 +39,13 @@ class ResultRow(NamedTuple):
     """Online accuracy of each online run, by number of images so far; see `pgp.evaluation.online`."""
     calibration: Sequence[Tensor] = ()
     """Bins of confidence of each run that logged them, after its last finished task; see `evaluation.calibration`."""
+    sampling_errors: Sequence[float] = ()
+    """Standard error of the average accuracy of each run that evaluates a sample of its test images."""
 
     def has(self, figure: str) -> bool:
         """Return whether the runs measured `figure`."""
-        return bool({ONLINE: self.online, CALIBRATION: self.calibration}.get(figure, True))
+        measured = {ONLINE: self.online, CALIBRATION: self.calibration, SAMPLING: self.sampling_errors}
+        return bool(measured.get(figure, True))
 
     def spread(self, figure: str) -> tuple[float, float | None]:
         """Return mean and standard deviation over runs of a metric in `statistics`, in [0, 1].
@@ -53,6 +56,8 @@ class ResultRow(NamedTuple):
             values = [stream[max(stream)] for stream in self.online]
         elif figure == CALIBRATION:
             values = [expected_calibration_error(bins) for bins in self.calibration]
+        elif figure == SAMPLING:
+            values = list(self.sampling_errors)
         else:
             values = [getattr(metrics, figure)(matrix) for matrix in self.matrices]
         return mean(values), stdev(values) if len(values) > 1 else None
@@ -73,9 +78,13 @@ STATISTICS = {
 """Metrics in a table: functions of `pgp.evaluation.metrics` and their headings."""
 
 
-ONLINE, CALIBRATION = "stream", "calibration"
+ONLINE, CALIBRATION, SAMPLING = "stream", "calibration", "sampling"
 """Keys of metrics that only some runs have."""
-SOMETIMES = {CALIBRATION: "calibration error", ONLINE: "stream accuracy"}
+SOMETIMES = {
+    SAMPLING: "standard error from the sample of test images",
+    CALIBRATION: "calibration error",
+    ONLINE: "stream accuracy",
+}
 """Headings of metrics that only some runs have."""
 
 
@@ -116,7 +125,12 @@ def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
                 raise RunError(f"expected runs of {label} with the same number of finished tasks, got different ones:"
                                " finish them first, with pgp train --resume")  # fmt: skip
             bins = [found for run in members if (found := _calibration(run, column)) is not None]
-            out.append(ResultRow(label, column, own, list(members[0].data.task_names), streams, bins))
+            errors = [
+                metrics.sampling_error(matrices[i][column], run.data.test_images)
+                for i, run in enumerate(members)
+                if run.config.test_images is not None and column in matrices[i]
+            ]
+            out.append(ResultRow(label, column, own, list(members[0].data.task_names), streams, bins, errors))
     return out
 
 

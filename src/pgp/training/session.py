@@ -102,7 +102,8 @@ class Session:
                 f"expected readouts without +shift and +linear for experts that share parameters, got {compensating[0]}"
                 ": drift is estimated on images of a task whose expert does not exist before its training"
             )
-        meter = DriftMeter(self.evaluator, projection, self.micro_batch_size) if config.drift_images else None
+        measures_drift = config.drift_images and config.evaluate != "last"
+        meter = DriftMeter(self.evaluator, projection, self.micro_batch_size) if measures_drift else None
         return TrainState(
             method,
             projection,
@@ -312,12 +313,26 @@ class Session:
         return {kind: size for kind, size in (("ram", ram), ("gpu", gpu)) if size is not None}
 
     def print_accuracy(self, state: TrainState, task: Task) -> None:
-        """Print the average accuracy after `task`."""
-        averages = {column: metrics.average_accuracy(matrix) for column, matrix in state.matrices.items()}
-        text = ", ".join(f"{_percent(average)} ({column})" for column, average in averages.items())
+        """Print the average accuracy after `task`, or that of `task` alone if not all tasks are evaluated."""
+        t, evaluated = task.index, self.config.evaluated_tasks(task.index, len(self.scenario))
+        what, accuracies = "average accuracy", {name: metrics.average_accuracy(m) for name, m in state.matrices.items()}
+        if len(evaluated) <= t:
+            what, accuracies = "accuracy on this task", {name: float(m[t, t]) for name, m in state.matrices.items()}
+        text = what + " " + ", ".join(f"{_percent(accuracy)} ({name})" for name, accuracy in accuracies.items())
+        if not evaluated:
+            text = "learned"
+        elif (error := self.sampling_error(state)) is not None and math.isfinite(error):
+            text += f", ± {100 * error:.1f} from the sample of test images"
         if state.online:
             text += f"; along the stream {100 * state.online.accuracy(task):.1f} %"
-        print_line(self.progress, f"{self.scenario.describe(task)}: average accuracy {text}")
+        print_line(self.progress, f"{self.scenario.describe(task)}: {text}")
+
+    def sampling_error(self, state: TrainState) -> float | None:
+        """Return the standard error of the first readout's average accuracy; None if all test images are evaluated."""
+        if self.config.test_images is None or not state.matrices:
+            return None
+        counts = [len(task.test) for task in self.scenario.tasks]
+        return metrics.sampling_error(next(iter(state.matrices.values())), counts)
 
     def write_accuracy(self, state: TrainState) -> None:
         """Write `accuracy.csv`."""

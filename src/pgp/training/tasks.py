@@ -28,6 +28,7 @@ from pgp.scenario import (
     Scenario,
     Task,
     class_order,
+    sample_evenly,
     split_by_class,
     split_by_domain,
     split_by_group,
@@ -63,6 +64,9 @@ def build_tasks(config: Config, learned: DataDescription | None = None) -> tuple
     for number, more in enumerate(config.added, start=1):
         recorded = known[number] if number < len(known) else None
         data, scenario = _append_dataset(data, scenario, more, recorded, config)
+    if config.test_images is not None:
+        for task in scenario.tasks:
+            task.test = sample_evenly(task.test, data.test.labels, config.test_images, config.seed)
     return data, scenario
 
 
