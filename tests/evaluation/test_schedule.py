@@ -112,6 +112,14 @@ def test_what_is_printed_after_a_task(tmp_path, capsys):
     assert run.config.evaluate == "last"
 
 
+@pytest.mark.parametrize(("evaluate", "as_stored"), [("2", ["yes"] * 4), ("last", [None, None, None, "yes"])])
+def test_it_can_be_evaluated_again(runs, capsys, evaluate, as_stored):
+    """Of a row of which something is stored, that is compared."""
+    main(["eval", str(runs[evaluate].folder), "--every-task"])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if " lda " in line]
+    assert [row[-1] if row[-1] in ("yes", "no") else None for row in rows] == as_stored
+
+
 def test_a_hundred_tasks_are_evaluated_in_a_hundred_passes():
     def images(evaluate: str) -> int:
         own = tiny.config(evaluate=evaluate)

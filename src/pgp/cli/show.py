@@ -267,10 +267,10 @@ def _agreement(run: Run, matrices: Mapping[str, Tensor]) -> dict[tuple[str, int]
     """Return by readout and task whether the accuracies equal those that `run` stores; "" if it stores none."""
     stored, out = run.matrices(), {}
     for column, matrix in matrices.items():
-        close = torch.isclose(stored.get(column, matrix), matrix, rtol=0, atol=1e-9, equal_nan=True)
-        close |= torch.ones_like(matrix).tril() == 0
-        for t, same in enumerate(close.all(1).tolist()):
-            out[column, t] = ("yes" if same else "no") if column in stored else ""
+        old = stored.get(column, torch.full_like(matrix, torch.nan))
+        same = (torch.isclose(old, matrix, rtol=0, atol=1e-9) | old.isnan()).all(1)
+        for t, known in enumerate(old.isfinite().any(1).tolist()):
+            out[column, t] = ("yes" if same[t] else "no") if known else ""
     return out
 
 
