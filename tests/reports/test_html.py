@@ -302,7 +302,10 @@ def test_one_task_has_nothing_to_forget(tmp_path):
 
 def test_accuracies_that_were_not_measured_are_not_zero(tmp_path):
     page = Page(html.render([made(tmp_path / "run", ["ant", "bee", "cat"], [[0], [1, 2]], measured=False)]))
-    assert "Forgetting was not measured: that needs the test images of each task, after the task and at the end." in page.text
+    assert (
+        "Forgetting was not measured: that needs the test images of each task, after the task and at the end."
+        in page.text
+    )
     assert "not measured not measured" in page.text  # in the table
     assert ("td", {"title": "not measured"}) in page.elements
     assert "nan" not in page.text.lower().split()
