@@ -48,6 +48,7 @@ from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA, NCM
 from pgp.readouts.logistic import Logistic
 from pgp.readouts.ranpac import RanPAC
+from pgp.reports.drift import mean_of
 from pgp.reports.tables import markdown_table
 from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.environment import describe_environment
@@ -115,7 +116,7 @@ def folder(data: str, *, tuning: bool) -> Path:
 def base(data: str, root: Path, seed: int, *, tiny: bool = False) -> Config:
     """Return the settings that all rows share: 84 px, float32, two augmented views for the readouts."""
     config = protection.base("kanji" if data == "kanji" else "emoji", root, seed)
-    config = replace(config, name=data, views=2, drift_images=0, precision="32-true")
+    config = replace(config, name=data, views=2, precision="32-true")
     if data == "mixed":
         config = replace(config, tasks=None, shuffle=False)  # tasks.json has the tasks
     return rehearsal.tiny(config, root) if tiny else config
@@ -129,7 +130,8 @@ def optimizer(data: str, row: str, scale: float = 1.0) -> Optimizer:
 def best_rate(data: str, row: str) -> float:
     """Return the rate with the highest accuracy of a tuned row, by its best readout, on images for tuning only.
 
-    A row of which not more than one rate was tried on a data set takes the rate of the mixed one, which has classes of all others.
+    A row of which not more than one rate was tried on a data set takes the rate of the mixed one, which has classes of
+    all others.
     """
     row = "LoRA, input .99" if row.startswith("LoRA, input") else row
     for tuned_on in (data, "mixed"):
@@ -145,7 +147,8 @@ def best_rate(data: str, row: str) -> float:
 
 def rows(data: str) -> dict[str, dict[str, Any]]:
     """Return the settings of each row that differ from `base`, by name."""
-    frozen = {"method": HeadOnly.Config(learns=False), "projection": NoProjection.Config(), "readouts": FROZEN}
+    frozen = {"method": HeadOnly.Config(learns=False), "projection": NoProjection.Config(), "readouts": FROZEN,
+              "drift_images": 0}  # fmt: skip
     ranpac = RanPAC.Config(patches=True, normalize=True)
     lora = LoRA.Config()
     return {
@@ -164,7 +167,7 @@ def rows(data: str) -> dict[str, dict[str, Any]]:
 def experts(data: str, row: str, method: Method.Config) -> dict[str, Any]:
     """Return the settings of a row with an expert for each task, of which an image passes through two."""
     changes = {"method": method, "experts": "task", "expert_candidates": 2, "projection": NoProjection.Config()}
-    return {**changes, "readouts": EXPERTS, "optimizer": optimizer(data, row)}
+    return {**changes, "readouts": EXPERTS, "optimizer": optimizer(data, row), "drift_images": 0}
 
 
 def family(
@@ -223,6 +226,8 @@ def measure(config: Config) -> dict[str, Any]:
     about = describe_environment()
     kept = {key: about[key] for key in ("commit", "processor", "vectors", "threads")}
     kept["precision"] = config.precision
+    if "drift" in last:
+        kept["drift"] = mean_of(last["drift"]["features"])
     return {"seconds": round(seconds, 1), "figures": figures, "readouts": last["readouts"], **kept}
 
 
@@ -303,7 +308,8 @@ def table(results: Path = RESULTS) -> str:
 
 
 EXPLANATION = (
-    "Means ± standard deviations over seeds, in %. AUROC and false positives are of test images of the last task,"
+    "Means ± standard deviations over seeds, in %. Drift is the relative change of old features since their task, the"
+    " mean over old tasks; older lines do not have it. AUROC and false positives are of test images of the last task,"
     " before it is learned, against those of all others; 5 % of held-out training images are above the threshold."
 )
 DIFFERENCES = (
@@ -326,10 +332,11 @@ def figures(lines: dict[str, Lines]) -> str:
             cost = ["", ""]
             if fits:
                 cost = [f"{max(fit['bytes'] for fit in fits) / 1e6:.1f}", f"{max(fit['seconds'] for fit in fits):.1f}"]
-            spreads = (emoji.spread(values) if values else "" for values in found)
+            drift = [100 * line["drift"] for line in own.values() if line.get("drift") is not None]
+            spreads = (emoji.spread(values) if values else "" for values in (drift, *found))
             cells.append([name, column, str(len(own)), *spreads, *cost])
-    head = ["row", "readout", "seeds", "accuracy", "forgetting", "calibration error", "AUROC", "false positives",
-            "kept by the threshold", "MB", "seconds of the last fit"]  # fmt: skip
+    head = ["row", "readout", "seeds", "drift", "accuracy", "forgetting", "calibration error", "AUROC",
+            "false positives", "kept by the threshold", "MB", "seconds of the last fit"]  # fmt: skip
     return markdown_table(head, cells)
 
 
