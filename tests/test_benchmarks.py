@@ -12,6 +12,7 @@ import pytest
 import adding
 import cost
 import emoji
+import evaluation
 import gpu
 import kanji_data
 import loading
@@ -38,7 +39,7 @@ def test_every_program_says_what_it_does(name, capsys):
     assert f"python {PROGRAMS[name].relative_to(ROOT).as_posix()}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", [cost, loading, emoji, protection, adding, readouts, serve])
+@pytest.mark.parametrize("page", [cost, loading, emoji, protection, adding, readouts, serve, evaluation])
 def test_pages_say_what_the_raw_output_says(page):
     assert page.RESULTS.with_suffix(".md").read_text(encoding="utf-8") == page.table()
 
@@ -111,6 +112,13 @@ def test_adding(capsys):
     out = capsys.readouterr().out
     assert "| ViT-S/16 | " in out
     assert "| lda | 8 | " in out
+
+
+def test_evaluation(capsys):
+    evaluation.main(["--tiny"])
+    out = capsys.readouterr().out
+    rows = [line.split(" | ")[1] for line in out.splitlines() if line.startswith("| `--evaluate")]
+    assert rows == ["12", "12", "10", "6"]
 
 
 def test_mixed_data(capsys):
