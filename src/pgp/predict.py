@@ -60,7 +60,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.method, self.readout, self.learned, self.precision = method, readout, list(learned), precision
         self._uses_query = method.uses_query or settings.uses_query
-        self._uses_patches = settings.uses_patches
+        self._uses_patches = method.uses_patches or settings.uses_patches
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the probabilities `(B, C)` of preprocessed images `(B, 3, S, S)`."""

@@ -87,7 +87,7 @@ def learn(experts, number, steps=3):
         optimizer.zero_grad()
     experts.end_task(task(number))
     with torch.no_grad():
-        features = extract_features(experts, x, (experts.query(x), None), torch.inference_mode, task=task(number))
+        features = extract_features(experts, x, experts.query_and_patches(x), torch.inference_mode, task=task(number))
         experts.router.observe(experts.router.select_features(features), labels)
     experts.router.end_task()
 
@@ -139,13 +139,16 @@ def test_the_router_adds_up_class_probabilities():
         with torch.enable_grad():
             learn(experts, number)
     x = torch.cat([batch(number)[0][:2] for number in range(3)])
-    query = experts.query(x)
+    query, patches = experts.query_and_patches(x)
     router = experts.router
-    logits = router.logits(F.normalize(query)).double().numpy() / router.temperature
+    logits = (
+        router.logits(torch.cat([F.normalize(query.float()), F.normalize(patches.float())], 1)).double().numpy()
+        / router.temperature
+    )
     by_class = np.exp(logits - logits.max(1, keepdims=True))
     by_class /= by_class.sum(1, keepdims=True)
     by_task = by_class.reshape(6, 3, 2).sum(2)
-    found, log_probabilities = experts.route(query)
+    found, log_probabilities = experts.route(query, patches)
     order = np.argsort(-by_task, axis=1)
     np.testing.assert_array_equal(found.numpy(), order)
     expected = np.take_along_axis(by_task, order, 1)

@@ -114,7 +114,8 @@ def test_a_step_with_clean_queries_has_one_pass(tmp_path, monkeypatch, name):
     counts = phases(monkeypatch)
     train.train(tiny.config(query="clean", readouts=(MethodHead.Config(),), **WITH_QUERIES[name]), tmp_path / "run")
     features_are_queries = name == "head-only"
-    assert passes(counts, "training") == [0 if features_are_queries else 2] * 3
+    more = 1 / 3 if name == "experts of l2p" else 0  # the first batch of three chooses the expert of the third task
+    assert passes(counts, "training") == [0 if features_are_queries else 2 + extra for extra in (0, 0, more)]
     assert passes(counts, "queries") == [1, 1, 1]
 
 

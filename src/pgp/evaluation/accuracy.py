@@ -147,7 +147,7 @@ def extract_features(
     """
     query, patches = frozen or (None, None)
     with autocast():
-        found = None if by_vote else method.features_by_expert(images, query, task)
+        found = None if by_vote else method.features_by_expert(images, query, patches, task)
         if found is None:
             return Features(method.features(images, query, by_vote=by_vote).float(), query, patches)
     features = found.features.float()
@@ -261,7 +261,7 @@ class Evaluator:
             cache: Where they are cached. If None, with those of the test images.
         """
         readouts = self.config.readouts
-        patches = any(readout.uses_patches for readout in readouts)
+        patches = method.uses_patches or any(readout.uses_patches for readout in readouts)
         if not (method.uses_query or patches or any(readout.uses_query for readout in readouts)):
             return None
         if indices is None:

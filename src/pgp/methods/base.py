@@ -45,6 +45,8 @@ class Method(nn.Module, abc.ABC):
     finished run."""
     uses_query: bool = True
     """Whether features depend on the query. If not, the query is computed only for readouts that use it."""
+    uses_patches: bool = False
+    """Whether features depend on the mean of the patch tokens of the encoder without prompts."""
     uses_image: bool = True
     """Whether features depend on more of an image than its query."""
     selects_prompts: bool = False
@@ -134,13 +136,14 @@ class Method(nn.Module, abc.ABC):
         """
 
     def features_by_expert(
-        self, images: Tensor, query: Tensor | None = None, task: Task | None = None
+        self, images: Tensor, query: Tensor | None = None, patches: Tensor | None = None, task: Task | None = None
     ) -> ExpertFeatures | None:
         """Return the features with each expert that an image may belong to, or None if the method has no experts.
 
         Args:
             images: Images `(B, 3, S, S)`.
-            query: The result of `query(images)`, `(B, D)`. If None, it is computed.
+            query: The first result of `query_and_patches(images)`, `(B, D)`. If None, both are computed.
+            patches: The second one, `(B, D)`. If None, both are computed.
             task: The task of training images, whose expert is used. If None, experts are found by the query.
         """
         return None

@@ -20,24 +20,30 @@ from pgp.subspace import ProtectedInputs, ProtectedParameter
 
 
 class TaskRouter(LDA):
-    """LDA on normalised queries. Queries never change, so its statistics stay correct, whatever is trained."""
+    """LDA on features of the encoder without prompts, which never change: its statistics stay correct."""
 
     def __init__(self, classes: int) -> None:
         super().__init__(classes)
         self.name = "task router"
 
     def select_features(self, images: Features) -> Tensor:
-        """Return the queries, scaled to length 1, `(B, D)`."""
+        """Return the query and the mean patch token, each scaled to length 1, `(B, 2 * D)`."""
         assert images.query is not None, "the caller computes queries for experts"
-        return F.normalize(images.query)
+        assert images.patches is not None, "the caller computes mean patch tokens for experts"
+        return frozen_features(images.query, images.patches)
+
+
+def frozen_features(query: Tensor, patches: Tensor) -> Tensor:
+    """Return what the router classifies: query and mean patch token `(B, D)`, each scaled to length 1: `(B, 2 * D)`."""
+    return torch.cat([F.normalize(query.float()), F.normalize(patches.float())], dim=1)
 
 
 class Experts(Method):
     """A method whose trained part is kept separately for each task.
 
-    At test, the router gives each image the probability of each task, `P(task | query)`, and the image passes through
-    the experts of the likeliest tasks. No task label is used. What tasks share (`Method.shared_parameters`) keeps
-    learning, and is what a projection protects.
+    At test, the router gives each image the probability of each task, by its features without prompts, and the image
+    passes through the experts of the likeliest tasks. No task label is used. What tasks share
+    (`Method.shared_parameters`) keeps learning, and is what a projection protects.
 
     Tasks beyond `limit` get no expert of their own: they use the one that the router chooses for most images of their
     first batch, and train only the head.
@@ -50,6 +56,7 @@ class Experts(Method):
     """
 
     uses_query = True
+    uses_patches = True
     expert_of_class: Tensor
     """Number of the expert of each class, `(C,)`; -1 for classes that were not learned."""
 
@@ -96,25 +103,30 @@ class Experts(Method):
         return self.method.features(images, query, by_vote=by_vote) if found is None else found.features[:, 0]
 
     def features_by_expert(
-        self, images: Tensor, query: Tensor | None = None, task: Task | None = None
+        self, images: Tensor, query: Tensor | None = None, patches: Tensor | None = None, task: Task | None = None
     ) -> ExpertFeatures | None:
         """See `Method.features_by_expert`. Before the end of the first task, there are no experts."""
         if not self.stored:
             return None
-        query = self.query(images) if query is None else query
+        if query is None or patches is None:
+            query, patches = self.query_and_patches(images)
         if task is None:
-            experts, logits = self.route(query)
+            experts, logits = self.route(query, patches)
         else:
             experts = self.expert_of_class[task.classes[0]].expand(len(images), 1)
             logits = torch.zeros_like(experts, dtype=torch.float32)
         return ExpertFeatures(experts, logits, self._candidate_features(images, query, experts))
 
-    def route(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the likeliest experts for queries `(B, D)`, and the logarithms of their probabilities, `(B, k)` each.
+    def route(self, query: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the likeliest experts of images, and the logarithms of their probabilities, `(B, k)` each.
 
         The probability of an expert is the sum of those of its classes.
+
+        Args:
+            query: Queries of the images, `(B, D)`.
+            patches: Means of their patch tokens without prompts, `(B, D)`.
         """
-        logits = self.router.logits(F.normalize(query.float()))  # (B, C)
+        logits = self.router.logits(frozen_features(query, patches))  # (B, C)
         by_class = self.router.probabilities(logits)  # 0 for classes that were not learned
         by_expert = by_class.new_zeros(query.shape[0], len(self.stored))
         by_expert.index_add_(1, self.expert_of_class.clamp(min=0).to(logits.device), by_class)
@@ -129,11 +141,11 @@ class Experts(Method):
         """
         if self._has_own_expert(task):
             return self.method.prepare_batch(images, task, query)
-        query = self.query(images) if query is None else query
         if self._expert_of(task) < 0:
-            nearest = majority_vote(self.route(query)[0][:, :1], len(self.stored))  # (B, 1), of all processes
+            query, patches = self.query_and_patches(images)
+            nearest = majority_vote(self.route(query, patches)[0][:, :1], len(self.stored))  # (B, 1), of all processes
             self.expert_of_class[list(task.classes)] = nearest[0, 0].to(self.expert_of_class)
-        return {"query": query}
+        return {"query": self.query(images) if query is None else query}
 
     def batch_constants(self, task: Task) -> dict[str, Tensor]:
         """See `Method.batch_constants`."""
@@ -181,6 +193,10 @@ class Experts(Method):
         own = {name: tensor for name, tensor in state.items() if not name.startswith(("stored.", "router."))}
         if "expert_of_class" not in own:
             raise ValueError(f"expected a checkpoint with experts, got {sorted(own)}: it belongs to another run")
+        width = 2 * self.backbone.width
+        if "router.sums" in state and state["router.sums"].shape[1] != width:
+            raise ValueError(f"expected a router of {width} features, got {state['router.sums'].shape[1]}: an older pgp"
+                             " wrote it; start a new run")  # fmt: skip
         numbers = own.pop("expert_of_class")
         self.method.load_trainable_state_dict(own)
         self.expert_of_class[: len(numbers)] = numbers.to(self.expert_of_class)

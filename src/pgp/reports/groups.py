@@ -188,7 +188,9 @@ class Row:
         if len(self.matrix) == 1:
             return "One task is learned so far, so there is nothing to forget."
         if forgotten is None:
-            return "Forgetting was not measured: that needs the test images of each task, after the task and at the end."
+            return (
+                "Forgetting was not measured: that needs the test images of each task, after the task and at the end."
+            )
         if forgotten < LITTLE:
             return "Little is forgotten of what was learned."
         if within is None:
