@@ -203,8 +203,8 @@ class Config:
     it is. Each view costs one forward pass per image."""
     experts: str = "none"
     """Which tasks have an expert. none: no task. task: every task. A number: that many tasks, from the first. An expert
-    is what the method has trained in a task, frozen when the task ends. At test, an LDA classifier of queries (features
-    without prompts) tells the task of an image."""
+    is what the method has trained in a task, frozen when the task ends. At test, an LDA classifier of features without
+    prompts tells the task of an image."""
     expert_candidates: int = 1
     """Number of experts that an image passes through at test: those of its most probable tasks. Each costs one forward
     pass."""
