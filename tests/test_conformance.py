@@ -169,6 +169,21 @@ def test_no_image_depends_on_its_batch(method):
     torch.testing.assert_close(method(x, method.query(x)), together, rtol=0, atol=1e-12)
 
 
+@torch.no_grad()
+def test_activations_and_features_of_one_pass_are_those_of_two(method):
+    x, query = images(3), method.query(images(3))
+    method.end_task(TASK)
+    inputs, features = method.activations_and_features(x, query)
+    alone = method.activations(x, query)
+    torch.testing.assert_close(features, method.features(x, query), rtol=0, atol=1e-12)
+    assert inputs.keys() == alone.keys() == method.protected().keys()
+    for space, found in inputs.items():
+        for ours, theirs in zip(found, alone[space], strict=True):
+            assert (ours is None) == (theirs is None)
+            if isinstance(theirs, torch.Tensor):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
 def test_classes_may_come_again(method):
     """As in setting dil: another task with the same classes, another image of each."""
     method.end_task(TASK)
@@ -193,6 +208,7 @@ def keeps_its_promises(config):
         test_loss_falls_and_only_the_method_learns,
         test_state_goes_round_without_the_encoder,
         test_no_image_depends_on_its_batch,
+        test_activations_and_features_of_one_pass_are_those_of_two,
         test_classes_may_come_again,
     ):
         promise(built(config))

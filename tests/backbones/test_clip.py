@@ -142,6 +142,9 @@ def test_a_later_block_is_traced_behind_the_first():
     sums = clip.trace(x, {1}, {1: torch.ones(2, 5, clip.width).double()})[1].prompt_attention.sum(-1)
     assert bool(((sums > 0) & (sums < 1)).all())
     assert clip.trace(x, {1})[1].prompt_attention is None
+    cls, found = clip.encode_with_traces(x, {0, 1}, prompts)
+    torch.testing.assert_close(cls, clip(x, prompts, num_tokens=1)[:, 0], rtol=0, atol=1e-12)
+    assert all(torch.equal(found[layer].queries, traces[layer].queries) for layer in (0, 1))
 
 
 def test_contexts_stand_where_they_are_told_to():

@@ -168,6 +168,19 @@ class Backbone(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
+    def encode_with_traces(
+        self,
+        images: Tensor,
+        layers: Collection[int],
+        prompts: Mapping[int, Tensor] | None = None,
+        prefixes: Mapping[int, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[int, Trace]]:
+        """Return the final CLS token `(B, D)` of a pass with these prompts and prefixes, and the result of `trace`.
+
+        It computes both in one pass. For the arguments, see `forward`.
+        """
+
+    @abc.abstractmethod
     def make_prefix(self, layer: int, tokens: Tensor) -> Tensor:
         """Return the keys and values `(2, H, L, D/H)` of normed tokens `(L, D)` in the attention of block `layer`."""
 

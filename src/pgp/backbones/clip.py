@@ -142,11 +142,33 @@ class CLIP(VisionLanguage):
         prefixes: Mapping[int, Tensor] | None = None,
     ) -> dict[int, Trace]:
         """See `Backbone.trace`. Prefixes are not supported."""
+        return self._traced_pass(images, layers, prompts, prefixes, max(layers, default=-1))[1]
+
+    def encode_with_traces(
+        self,
+        images: Tensor,
+        layers: Collection[int],
+        prompts: Mapping[int, Tensor] | None = None,
+        prefixes: Mapping[int, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[int, Trace]]:
+        """See `Backbone.encode_with_traces`. Prefixes are not supported."""
+        tokens, traces = self._traced_pass(images, layers, prompts, prefixes, self.depth)
+        return self.model.visual.ln_post(tokens[:, 0]), traces
+
+    def _traced_pass(
+        self,
+        images: Tensor,
+        layers: Collection[int],
+        prompts: Mapping[int, Tensor] | None,
+        prefixes: Mapping[int, Tensor] | None,
+        end: int,
+    ) -> tuple[Tensor, dict[int, Trace]]:
+        """Return the tokens after `end` blocks, and traces of `layers`."""
         if prefixes:
             raise ValueError(_NO_PREFIXES)
         traces = {}
-        x, last = self.embed(images), max(layers, default=-1)
-        for layer, block in enumerate(self.model.visual.transformer.resblocks[: last + 1]):
+        x = self.embed(images)
+        for layer, block in enumerate(self.model.visual.transformer.resblocks[: max(end, max(layers, default=-1) + 1)]):
             tokens, x = x, insert_prompts(x, prompts.get(layer) if prompts else None)
             if layer in layers:
                 P = x.shape[1] - tokens.shape[1]
@@ -154,9 +176,9 @@ class CLIP(VisionLanguage):
                 q = drop_prompts(q, P)  # (B, H, N, D/H)
                 scores = q @ k.mT / q.shape[-1] ** 0.5  # (B, H, N, N + P)
                 traces[layer] = Trace(tokens, q, scores.softmax(-1)[..., 1 : 1 + P] if P else None)
-            if layer < last:
+            if layer < end:
                 x = block(x)
-        return traces
+        return x, traces
 
     def key_weights(self, layer: int) -> Tensor:
         """See `Backbone.key_weights`."""

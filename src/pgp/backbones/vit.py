@@ -139,10 +139,32 @@ class ViT(Backbone):
         prefixes: Mapping[int, Tensor] | None = None,
     ) -> dict[int, Trace]:
         """See `Backbone.trace`."""
+        return self._traced_pass(images, layers, prompts, prefixes, max(layers, default=-1))[1]
+
+    def encode_with_traces(
+        self,
+        images: Tensor,
+        layers: Collection[int],
+        prompts: Mapping[int, Tensor] | None = None,
+        prefixes: Mapping[int, Tensor] | None = None,
+    ) -> tuple[Tensor, dict[int, Trace]]:
+        """See `Backbone.encode_with_traces`."""
+        tokens, traces = self._traced_pass(images, layers, prompts, prefixes, self.depth)
+        return self.vit.norm(tokens)[:, 0], traces
+
+    def _traced_pass(
+        self,
+        images: Tensor,
+        layers: Collection[int],
+        prompts: Mapping[int, Tensor] | None,
+        prefixes: Mapping[int, Tensor] | None,
+        end: int,
+    ) -> tuple[Tensor, dict[int, Trace]]:
+        """Return the tokens after `end` blocks, of which the last one computes only CLS, and traces of `layers`."""
         self._check(prompts, prefixes, layers)
         traces = {}
-        x, last = self.embed(images), max(layers, default=-1)
-        for layer, block in enumerate(self.vit.blocks[: last + 1]):
+        x = self.embed(images)
+        for layer, block in enumerate(self.vit.blocks[: max(end, max(layers, default=-1) + 1)]):
             tokens, x = x, insert_prompts(x, prompts.get(layer) if prompts else None)
             prefix = prefixes.get(layer) if prefixes else None
             q, k, v = _heads(block, x, x.shape[1], prefix, {})
@@ -154,9 +176,10 @@ class ViT(Backbone):
                     prompt_keys = slice(1, 1 + P) if prefix is None else slice(prefix.shape[3])
                     prompt_attention = _attention_weights(block.attn, image_q, k)[..., prompt_keys]
                 traces[layer] = Trace(tokens, image_q, prompt_attention)
-            if layer < last:
-                x = _attend(block, x, q, k, v, {})
-        return traces
+            if layer < end:
+                needed = 1 if layer == self.depth - 1 else x.shape[1]
+                x = _attend(block, x[:, :needed], q[:, :, :needed], k, v, {})
+        return x, traces
 
     def make_prefix(self, layer: int, tokens: Tensor) -> Tensor:
         """See `Backbone.make_prefix`."""

@@ -93,6 +93,13 @@ class AdaptedEncoder(Method):
     @torch.no_grad()
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
         """Return the inputs of each part, `(B, N, in)`."""
+        return self.activations_and_features(images)[0]
+
+    @torch.no_grad()
+    def activations_and_features(
+        self, images: Tensor, query: Tensor | None = None
+    ) -> tuple[dict[str, ProtectedInputs], Tensor]:
+        """See `Method.activations_and_features`."""
         inputs: dict[str, ProtectedInputs] = {}
 
         def run(place: Place, part: Part, x: Tensor) -> Tensor:
@@ -101,8 +108,8 @@ class AdaptedEncoder(Method):
             return y
 
         adapted = {place: partial(run, place, part) for place, part in self.by_place()}
-        self.backbone(images, num_tokens=1, adapted=adapted)
-        return inputs
+        cls: Tensor = self.backbone(images, num_tokens=1, adapted=adapted)[:, 0]  # (B, D)
+        return inputs, cls
 
     def by_place(self) -> Iterator[tuple[Place, Part]]:
         """Yield all places with their part."""

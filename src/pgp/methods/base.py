@@ -210,6 +210,15 @@ class Method(nn.Module, abc.ABC):
         """
         return {}
 
+    def activations_and_features(
+        self, images: Tensor, query: Tensor | None = None
+    ) -> tuple[dict[str, ProtectedInputs], Tensor]:
+        """Return the results of `activations` and of `features`. Methods whose prompts are in many blocks share a pass.
+
+        The features may differ from those of `features` by rounding. For the arguments, see `activations`.
+        """
+        return self.activations(images, query), self.features(images, query)
+
     @property
     def features_drift(self) -> bool:
         """Whether later tasks can change the features of images of old classes. Then readouts may compensate for it."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgp.backbones.base import Backbone
+from pgp.backbones.base import Backbone, Trace
 from pgp.methods.base import Method, linear_head, mask_logits
 from pgp.rng import make_generator
 from pgp.scenario import Task
@@ -129,7 +129,18 @@ class CODAPrompt(Method):
     def activations(self, images: Tensor, query: Tensor | None = None) -> dict[str, ProtectedInputs]:
         """Return attention queries `(B, H, N, D/H)`, and attention weights `(B, H, N, L)` of the prefixes."""
         query = self.query(images) if query is None else query
-        traces = self.backbone.trace(images, set(self.config.layers), prefixes=self._prefixes(query))
+        return self._inputs(self.backbone.trace(images, set(self.config.layers), prefixes=self._prefixes(query)))
+
+    @torch.no_grad()
+    def activations_and_features(
+        self, images: Tensor, query: Tensor | None = None
+    ) -> tuple[dict[str, ProtectedInputs], Tensor]:
+        """See `Method.activations_and_features`."""
+        prefixes = self._prefixes(self.query(images) if query is None else query)
+        cls, traces = self.backbone.encode_with_traces(images, set(self.config.layers), prefixes=prefixes)
+        return self._inputs(traces), cls
+
+    def _inputs(self, traces: dict[int, Trace]) -> dict[str, ProtectedInputs]:
         inputs = {}
         for layer, trace in traces.items():
             inputs[f"components {layer} keys"] = ProtectedInputs(trace.queries)

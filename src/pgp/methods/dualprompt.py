@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgp.backbones.base import Backbone
+from pgp.backbones.base import Backbone, Trace
 from pgp.methods.base import Method, linear_head, mask_logits
 from pgp.methods.prompts import (
     PrefixPool,
@@ -187,6 +187,23 @@ class DualPrompt(Method):
         indices = select_prompts(cosine_similarity(query, self.key), self.config.top_k)
         prompts, prefixes = self._prompts_and_prefixes(indices)
         traces = self.backbone.trace(images, {*prompts, *prefixes}, prompts, prefixes)
+        return self._inputs(query, indices, prompts, traces)
+
+    @torch.no_grad()
+    def activations_and_features(
+        self, images: Tensor, query: Tensor | None = None
+    ) -> tuple[dict[str, ProtectedInputs], Tensor]:
+        """See `Method.activations_and_features`."""
+        query = self.query(images) if query is None else query
+        indices = select_prompts(cosine_similarity(query, self.key), self.config.top_k)
+        prompts, prefixes = self._prompts_and_prefixes(indices)
+        cls, traces = self.backbone.encode_with_traces(images, {*prompts, *prefixes}, prompts, prefixes)
+        return self._inputs(query, indices, prompts, traces), cls
+
+    def _inputs(
+        self, query: Tensor, indices: Tensor, prompts: dict[int, Tensor], traces: dict[int, Trace]
+    ) -> dict[str, ProtectedInputs]:
+        """Return the inputs for queries `(B, D)` that select the experts `indices (B, k)`."""
         inputs = {"keys": ProtectedInputs(query.unsqueeze(1))}  # (B, 1, D)
         for name, layer, pool in self._pools():
             trace = traces[layer]

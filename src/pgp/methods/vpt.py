@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgp.backbones.base import Backbone
+from pgp.backbones.base import Backbone, Trace
 from pgp.methods.base import Method, linear_head, mask_logits
 from pgp.scenario import Task
 from pgp.subspace import ProtectedInputs, ProtectedParameter
@@ -123,14 +123,27 @@ class VPT(Method):
 
         Which of them depends on `protect`.
         """
+        traces = self.backbone.trace(images, set(self.layers), prefixes=self._prefixes(len(images)))
+        return self._inputs(len(images), traces)
+
+    @torch.no_grad()
+    def activations_and_features(
+        self, images: Tensor, query: Tensor | None = None
+    ) -> tuple[dict[str, ProtectedInputs], Tensor]:
+        """See `Method.activations_and_features`."""
+        prefixes = self._prefixes(len(images))
+        cls, traces = self.backbone.encode_with_traces(images, set(self.layers), prefixes=prefixes)
+        return self._inputs(len(images), traces), cls
+
+    def _inputs(self, count: int, traces: dict[int, Trace]) -> dict[str, ProtectedInputs]:
+        """Return the inputs of the prompts of each block for `count` images."""
         after_norm = self.config.prompts_after_norm
-        traces = self.backbone.trace(images, set(self.layers), prefixes=self._prefixes(images.shape[0]))
         inputs = {}
         for (layer, prompts), (_, deviation) in zip(self._prompts_by_layer(), self._normed_prompts(), strict=True):
             trace = traces[layer]
             if self.config.protect == "tokens":
                 tokens = self.backbone.apply_norm(layer, trace.tokens)[0] if after_norm else trace.tokens
-                inputs[f"prompts {layer}"] = ProtectedInputs(tokens, prompts.expand(len(images), -1, -1))
+                inputs[f"prompts {layer}"] = ProtectedInputs(tokens, prompts.expand(count, -1, -1))
                 continue
             head_maps = self.backbone.affinity_maps(layer, moves="normed" if after_norm else "token")
             inputs[f"prompts {layer}"] = ProtectedInputs(trace.queries, head_maps=head_maps)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pgp.datasets.loader import TransformedSplit, batches, sequential_batches
 from pgp.distributed import all_gather_object, all_gather_rows
-from pgp.evaluation.accuracy import FeatureBatch, FrozenCache
+from pgp.evaluation.accuracy import FeatureBatch, FrozenCache, FrozenFeatures
 from pgp.progress import track
 from pgp.projections.base import ObservationSpec, Projection
 from pgp.readouts.base import Features, Readout
@@ -157,13 +157,8 @@ def observe(
                 images, labels, indices, _ = batch.to(fabric.device)
                 cached = None if cache is None else indices
                 frozen = evaluator.frozen(state.method, images, cached, cache) if needs_frozen else None
-                if projection:
-                    with fabric.autocast():
-                        activations = state.method.activations(images, frozen and frozen.query)
-                    for space, inputs in activations.items():
-                        projection.observe(space, inputs)
-                if readouts or keep:
-                    features = evaluator.features(state.method, images, frozen, task=task)
+                features = _features(session, state, task, images, frozen, projection, wanted=bool(readouts) or keep)
+                if features is not None:
                     held_out = torch.isin(batch.indices, session.held_out(task)).to(labels.device)
                     for readout in readouts:
                         selected = readout.select_features(features)
@@ -176,6 +171,34 @@ def observe(
                 return kept
         _check_seen(all_gather_object(num_images), task)
     return kept
+
+
+def _features(
+    session: Session,
+    state: TrainState,
+    task: Task,
+    images: Tensor,
+    frozen: FrozenFeatures | None,
+    projection: Projection | None,
+    *,
+    wanted: bool,
+) -> Features | None:
+    """Pass images `(B, 3, S, S)` through the model, for `projection` if there is one; return their features if wanted.
+
+    One pass serves both, unless the method has experts.
+    """
+    method, query, own = state.method, frozen and frozen.query, None
+    if projection:
+        with session.fabric.autocast():
+            if wanted and method.router is None:
+                activations, own = method.activations_and_features(images, query)
+            else:
+                activations = method.activations(images, query)
+        for space, inputs in activations.items():
+            projection.observe(space, inputs)
+    if own is not None:
+        return Features(own.float(), *(frozen or (None, None)))
+    return session.evaluator.features(method, images, frozen, task=task) if wanted else None
 
 
 def _check_seen(seen: list[int], task: Task) -> None:
