@@ -16,7 +16,7 @@ from pgp import recipes
 from pgp.backbones.base import Backbone
 from pgp.baselines import BASELINES
 from pgp.cli import main
-from pgp.config import Config, Hardware, Optimizer, components
+from pgp.config import Config, Hardware, Optimizer, components, experiment_settings
 from pgp.datasets.base import DatasetConfig
 from pgp.datasets.cifar100 import CIFAR100
 from pgp.datasets.cub200 import CUB200
@@ -295,5 +295,5 @@ def test_published_settings(name):
 
 def test_reports_tell_components_apart_by_their_tags():
     clip = recipes.RECIPES["demo-clip"]()
-    trees = [tables.flatten(config.to_json()) for config in (clip, replace(clip, method=ZeroShot.Config()))]
+    trees = [experiment_settings(config) for config in (clip, replace(clip, method=ZeroShot.Config()))]
     assert tables._labels(trees) == ["method clip", "method zero-shot"]

@@ -238,7 +238,7 @@ class Evaluator:
         loaded = iter(batches(self.test_split(), to_load, self.loader_options))
         title = f"evaluating on {len(tasks)} of {len(self.scenario)} tasks"
         for (task, keys), known in track(progress, zip(plan, cached, strict=True), len(plan), title):
-            indices = torch.tensor([key.image for key in keys])
+            indices = torch.tensor([key.image for key in keys], dtype=torch.long)
             yield task, Batch(torch.empty(len(keys), 0), labels[indices], indices) if known else next(loaded)
 
     def _is_cached(self, keys: Sequence[SampleKey]) -> bool:
