@@ -297,7 +297,7 @@ def table(results: Path = RESULTS) -> str:
         lines: dict[str, Lines] = {name: {} for name in rows(data)}
         for line in records.read(results):
             if line["data"] == data:
-                lines[line["row"]][line["seed"]] = line
+                lines.setdefault(line["row"], {})[line["seed"]] = line  # rows of older settings come last
         lines = {name: own for name, own in lines.items() if own}
         if lines:
             best = strongest(lines)
@@ -359,7 +359,7 @@ def differences(lines: dict[str, Lines], best: tuple[str, str]) -> str:
             compared = [protection.less(own, lines[best[0]], column, best[1], "average_accuracy")]
             for other in (*BASELINES, f"random, ranks of {label}"):
                 found = lines.get(f"{method}, {other}", {})
-                if found is own or label == "experts":
+                if found is own or label.startswith("experts"):
                     found = {}
                 compared.append(protection.less(own, found, column, column, "average_accuracy") if found else "")
             cells.append([name, column, *compared])
