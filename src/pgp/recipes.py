@@ -339,6 +339,31 @@ def demo_lora() -> Config:
     return replace(with_lora(demo()), name="demo-lora", epochs=2)
 
 
+def with_experts(recipe: Config) -> Config:
+    """Return `recipe` with a LoRA expert for each task, as docs/results.md measured it: no expert changes later."""
+    return replace(
+        recipe,
+        method=LoRA.Config(),
+        experts="task",
+        expert_candidates=2,
+        projection=NoProjection.Config(),
+        optimizer=Optimizer(lr=0.1, prompt_lr_scale=0.1),
+        readouts=(READOUTS["experts+query+patches+normalize"], MethodHead.Config()),
+        views=2,
+        drift_images=0,
+    )
+
+
+def own_experts() -> Config:
+    """Train a LoRA expert for each task of your own images: pgp train own-experts --data ./photos --tasks 5."""
+    return replace(with_experts(own()), name="own-experts")
+
+
+def demo_experts() -> Config:
+    """Train a LoRA expert for each of 5 tasks of 2 digits, with a small encoder that pgp ships. Offline."""
+    return replace(with_experts(demo()), name="demo-experts", epochs=2)
+
+
 def demo_coda() -> Config:
     """Train CODA-Prompt with projection on digits in 5 tasks of 2 classes, with a small encoder. Offline."""
     return replace(demo(), name="demo-coda", method=CODAPrompt.Config(pool_size=50), epochs=2)
@@ -437,6 +462,7 @@ def _recipe(data: str, method: str) -> Callable[[], Config]:
 RECIPES: dict[str, Callable[[], Config]] = {
     "demo": demo,
     "own": own,
+    "own-experts": own_experts,
     "quick": quick,
     "demo-quick": demo_quick,
     "10cifar100_l2p_pgp": cifar100_10_l2p_pgp,
@@ -456,6 +482,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "10cifar100_clip_pgp": cifar100_10_clip_pgp,
     "demo-coda": demo_coda,
     "demo-lora": demo_lora,
+    "demo-experts": demo_experts,
     **{
         f"{data}_{method}": _recipe(data, method)
         for data in DATA
