@@ -32,7 +32,8 @@ def resident() -> int:
 def tensor_bytes() -> int:
     """Bytes of all tensors that Python holds, without those of torch.compile, which have no data."""
     kinds = (torch.Tensor, torch.nn.Parameter)
-    storages = [one.untyped_storage() for one in gc.get_objects() if type(one) in kinds]
+    found = [one for one in gc.get_objects() if type(one) in kinds and one.layout == torch.strided]
+    storages = [one.untyped_storage() for one in found if one.device.type == "cpu"]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
