@@ -154,7 +154,6 @@ class Backbone(nn.Module, abc.ABC):
             Tokens `(B, num_tokens, D)`, or `(B, N + P, D)` if `num_tokens` is None.
         """
 
-    @abc.abstractmethod
     def trace(
         self,
         images: Tensor,
@@ -166,8 +165,8 @@ class Backbone(nn.Module, abc.ABC):
 
         Later blocks are not computed. For the arguments, see `forward`.
         """
+        return self._traced_pass(images, layers, prompts, prefixes, max(layers, default=-1))[1]
 
-    @abc.abstractmethod
     def encode_with_traces(
         self,
         images: Tensor,
@@ -179,6 +178,25 @@ class Backbone(nn.Module, abc.ABC):
 
         It computes both in one pass. For the arguments, see `forward`.
         """
+        tokens, traces = self._traced_pass(images, layers, prompts, prefixes, self.depth)
+        cls: Tensor = self._final_norm(tokens[:, 0])
+        return cls, traces
+
+    @abc.abstractmethod
+    def _traced_pass(
+        self,
+        images: Tensor,
+        layers: Collection[int],
+        prompts: Mapping[int, Tensor] | None,
+        prefixes: Mapping[int, Tensor] | None,
+        end: int,
+    ) -> tuple[Tensor, dict[int, Trace]]:
+        """Return the tokens after `end` blocks, at least CLS, and the activations of the blocks `layers`."""
+
+    @property
+    @abc.abstractmethod
+    def _final_norm(self) -> Any:
+        """The norm after the last block."""
 
     @abc.abstractmethod
     def make_prefix(self, layer: int, tokens: Tensor) -> Tensor:

@@ -134,26 +134,9 @@ class CLIP(VisionLanguage):
         tokens: Tensor = self.model.visual.ln_post(x[:, :num_tokens])  # (B, num_tokens, D)
         return tokens
 
-    def trace(
-        self,
-        images: Tensor,
-        layers: Collection[int],
-        prompts: Mapping[int, Tensor] | None = None,
-        prefixes: Mapping[int, Tensor] | None = None,
-    ) -> dict[int, Trace]:
-        """See `Backbone.trace`. Prefixes are not supported."""
-        return self._traced_pass(images, layers, prompts, prefixes, max(layers, default=-1))[1]
-
-    def encode_with_traces(
-        self,
-        images: Tensor,
-        layers: Collection[int],
-        prompts: Mapping[int, Tensor] | None = None,
-        prefixes: Mapping[int, Tensor] | None = None,
-    ) -> tuple[Tensor, dict[int, Trace]]:
-        """See `Backbone.encode_with_traces`. Prefixes are not supported."""
-        tokens, traces = self._traced_pass(images, layers, prompts, prefixes, self.depth)
-        return self.model.visual.ln_post(tokens[:, 0]), traces
+    @property
+    def _final_norm(self) -> Any:
+        return self.model.visual.ln_post
 
     def _traced_pass(
         self,

@@ -131,26 +131,9 @@ class ViT(Backbone):
         tokens: Tensor = self.vit.norm(x)
         return tokens
 
-    def trace(
-        self,
-        images: Tensor,
-        layers: Collection[int],
-        prompts: Mapping[int, Tensor] | None = None,
-        prefixes: Mapping[int, Tensor] | None = None,
-    ) -> dict[int, Trace]:
-        """See `Backbone.trace`."""
-        return self._traced_pass(images, layers, prompts, prefixes, max(layers, default=-1))[1]
-
-    def encode_with_traces(
-        self,
-        images: Tensor,
-        layers: Collection[int],
-        prompts: Mapping[int, Tensor] | None = None,
-        prefixes: Mapping[int, Tensor] | None = None,
-    ) -> tuple[Tensor, dict[int, Trace]]:
-        """See `Backbone.encode_with_traces`."""
-        tokens, traces = self._traced_pass(images, layers, prompts, prefixes, self.depth)
-        return self.vit.norm(tokens)[:, 0], traces
+    @property
+    def _final_norm(self) -> Any:
+        return self.vit.norm
 
     def _traced_pass(
         self,
