@@ -35,13 +35,15 @@ from pgp.config import Config, Optimizer
 from pgp.evaluation import metrics
 from pgp.evaluation.unknown import auroc, false_positive_rate
 from pgp.methods.base import Method
+from pgp.methods.coda_prompt import CODAPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.lora import LoRA
 from pgp.methods.vpt import VPT
 from pgp.predict import Predictor
-from pgp.projections.base import NoProjection
+from pgp.projections.base import NoProjection, Projection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.random import RandomBasis
+from pgp.projections.soft import Soft
 from pgp.readouts.base import Readout
 from pgp.readouts.experts import ExpertLDA
 from pgp.readouts.head import MethodHead
@@ -70,10 +72,15 @@ TUNED = (
     "LoRA, frozen after task 1",
     "LoRA, input .99",
     "LoRA, experts",
+    "CODA, unprojected",
+    "CODA, frozen after task 1",
+    "CODA, keys+values .99",
 )
 """Rows that `tune` runs. Slowed prompts take the rate of unprojected ones, random directions that of the true ones."""
 ENERGIES = (0.9, 0.97, 0.99, 0.999)
 """Energies that projections of LoRA hold; they all take the rate that is best at .99."""
+RIDGES = (0.1, 0.01, 0.001)
+"""lambda of the soft rule for LoRA, at the same rate."""
 TINY_ROWS = ("frozen features", "VPT, input .99", "VPT, random, ranks of input .99")
 """Rows that a rehearsal runs, if none are named."""
 FROZEN: tuple[Readout.Config, ...] = (
@@ -133,7 +140,7 @@ def best_rate(data: str, row: str) -> float:
     A row of which not more than one rate was tried on a data set takes the rate of the mixed one, which has classes of
     all others.
     """
-    row = "LoRA, input .99" if row.startswith("LoRA, input") else row
+    row = "LoRA, input .99" if row.startswith(("LoRA, input", "LoRA, soft")) else row
     for tuned_on in (data, "mixed"):
         found = {
             max(one["average_accuracy"] for one in line["figures"].values()): line["lr"]
@@ -151,16 +158,21 @@ def rows(data: str) -> dict[str, dict[str, Any]]:
               "drift_images": 0}  # fmt: skip
     ranpac = RanPAC.Config(patches=True, normalize=True)
     lora = LoRA.Config()
+    protected = {"input " + str(energy)[1:]: (lora, orthogonal(energy)) for energy in ENERGIES}
+    soft = {"soft " + str(ridge)[1:]: (lora, Soft.Config(ridge)) for ridge in RIDGES}
     return {
         "frozen features": frozen,
         "frozen features, no views": {**frozen, "views": 0},
         "frozen features, RanPAC as published": {**frozen, "readouts": (ranpac,)},
         **family("VPT", data, VPT.Config(length=8), {
-            "input .99": (VPT.Config(length=8), 0.99),
-            "affinity+aggregation .9": (VPT.Config(length=8, protect="affinity+aggregation"), 0.9),
+            "input .99": (VPT.Config(length=8), orthogonal(0.99)),
+            "affinity+aggregation .9": (VPT.Config(length=8, protect="affinity+aggregation"), orthogonal(0.9)),
         }),
-        **family("LoRA", data, lora, {"input " + str(energy)[1:]: (lora, energy) for energy in ENERGIES}),
+        **family("LoRA", data, lora, protected | soft),
         "LoRA, experts": experts(data, "LoRA, experts", lora),
+        **family("CODA", data, CODAPrompt.Config(), {
+            "keys+values .99": (CODAPrompt.Config(protect="keys+values"), orthogonal(0.99)),
+        }),
     }  # fmt: skip
 
 
@@ -170,8 +182,13 @@ def experts(data: str, row: str, method: Method.Config) -> dict[str, Any]:
     return {**changes, "readouts": EXPERTS, "optimizer": optimizer(data, row), "drift_images": 0}
 
 
+def orthogonal(energy: float) -> Orthogonal.Config:
+    """Return the projection of updates that holds this share of the energy of old inputs."""
+    return Orthogonal.Config("input", energy, apply_to="update")
+
+
 def family(
-    name: str, data: str, method: Method.Config, protected: Mapping[str, tuple[Method.Config, float]]
+    name: str, data: str, method: Method.Config, protected: Mapping[str, tuple[Method.Config, Projection.Config]]
 ) -> dict[str, dict[str, Any]]:
     """Return the rows of one kind of method: unprojected, slowed, frozen, and projected with their random twins.
 
@@ -179,7 +196,7 @@ def family(
         name: Name of the method in the rows.
         data: Name of the data set.
         method: The method without projection.
-        protected: By name of a row, the method and the energy that its projection holds.
+        protected: By name of a row, the method and its projection.
     """
     plain = {"method": method, "projection": NoProjection.Config(), "readouts": PROMPTED}
     unprojected, frozen = f"{name}, unprojected", f"{name}, frozen after task 1"
@@ -188,12 +205,12 @@ def family(
         f"{name}, slower .09": {**plain, "optimizer": optimizer(data, unprojected, 0.09)},
         frozen: {**plain, "optimizer": optimizer(data, frozen, 0.0)},
     }
-    for label, (own, energy) in protected.items():
-        projection = Orthogonal.Config("input", energy, apply_to="update")
+    for label, (own, projection) in protected.items():
         changes = {**plain, "method": own, "optimizer": optimizer(data, f"{name}, {label}")}
         found[f"{name}, {label}"] = {**changes, "projection": projection}
-        twin = RandomBasis.Config(**asdict(projection))
-        found[f"{name}, random, ranks of {label}"] = {**changes, "projection": twin}
+        if isinstance(projection, Orthogonal.Config):
+            twin = RandomBasis.Config(**asdict(projection))
+            found[f"{name}, random, ranks of {label}"] = {**changes, "projection": twin}
     return found
 
 

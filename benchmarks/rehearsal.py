@@ -15,7 +15,7 @@ from pgp.datasets.transforms import Transforms
 from pgp.rng import make_generator
 
 SIZE = 32
-ENCODER = ViT.Config("vit_tiny_patch16_224", "random", {"patch_size": 8, "embed_dim": 48, "depth": 5, "num_heads": 4})
+ENCODER = ViT.Config("vit_tiny_patch16_224", "random", {"patch_size": 8, "embed_dim": 112, "depth": 5, "num_heads": 4})
 
 
 def pictures(root: Path, classes: int = 4, parts: dict[str, int] | None = None) -> Path:

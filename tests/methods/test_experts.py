@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -22,6 +24,7 @@ from pgp.methods.l2p import L2P
 from pgp.methods.lora import LoRA
 from pgp.methods.vpt import VPT
 from pgp.predict import Predictor
+from pgp.readouts.base import Features
 from pgp.readouts.experts import ExpertLDA
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
@@ -184,6 +187,33 @@ def test_probabilities_are_those_of_tasks_times_those_of_their_classes():
     assert torch.isneginf(only_one[:, :2]).all()
 
 
+def test_unknown_images_are_far_from_all_classes_by_features_without_experts():
+    generator = torch.Generator().manual_seed(0)
+    config = ExpertLDA.Config(query=True, patches=True, normalize=True)
+    readout, frozen = config.build(torch.nn.Identity(), 4, 0), LDA(4)
+    assert not ExpertLDA.Config(normalize=True).build(torch.nn.Identity(), 4, 0).detects_unknown
+
+    def draw(labels, experts):
+        query, patches = (torch.randn(len(labels), 3, generator=generator) + labels[:, None] for _ in range(2))
+        features = torch.randn(len(labels), len(experts), 3, generator=generator)  # whatever the experts say
+        numbers = torch.tensor(experts).expand(len(labels), -1)
+        selected = readout.select_features(
+            Features(features[:, 0], query, patches, numbers, torch.zeros(numbers.shape), features)
+        )
+        return selected, torch.cat([F.normalize(query), F.normalize(patches)], dim=1)
+
+    for number in range(2):
+        labels = torch.arange(40) % 2 + 2 * number
+        selected, without = draw(labels, [number])
+        for one, rows in ((readout, selected), (frozen, without)):
+            one.observe(rows, labels)
+            one.hold_out(rows[::5], labels[::5], augmented=False)
+            one.end_task()
+    selected, without = draw(torch.tensor([0, 3, 9]), [1, 0])
+    torch.testing.assert_close(readout.unknown_scores(selected), frozen.unknown_scores(without), rtol=1e-4, atol=1e-3)
+    assert readout.unknown_threshold(0.95) == pytest.approx(frozen.unknown_threshold(0.95), rel=1e-4)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_predicts_as_it_was_evaluated_and_resumes_bit_by_bit(name, tmp_path):
     settings = config(method=METHODS[name], expert_candidates=2)
@@ -230,6 +260,18 @@ def test_a_class_is_added_to_a_finished_run(tmp_path):
     assert sum(name.startswith("stored.3.") for name in after) > 0
     assert after["expert_of_class"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert len(Predictor(more).classes) == 8
+    predictor = Predictor(more, "experts+query+patches+normalize")
+    known, unlike = predictor.unknown_scores([tmp_path / "new" / "g" / "0.png", torch.zeros(3, 40, 36).byte()])
+    assert known < unlike
+    assert not Predictor(more, "experts").detects_unknown
+
+
+def test_a_class_that_was_learned_under_another_name_is_named(tmp_path):
+    train.train(config(dataset=Folder(photos(tmp_path / "old", *"abcdef"))), tmp_path / "run")
+    shutil.copytree(tmp_path / "old" / "b", tmp_path / "new" / "z")
+    run = train.resume(tmp_path / "run", add=Folder(tmp_path / "new"))
+    warnings = [event["warning"] for event in run.events("data")]
+    assert any("images of z look like those of b, which was learned before" in warning for warning in warnings)
 
 
 def test_the_size_of_an_expert_is_that_of_the_trained_part(tmp_path):

@@ -91,8 +91,21 @@ class ExpertLDA(LDA):
 
     @property
     def detects_unknown(self) -> bool:
-        """Distances with different experts cannot be compared."""
-        return False
+        """Whether features without prompts are used: distances with different experts cannot be compared."""
+        return self.settings.query or self.settings.patches
+
+    def unknown_scores(self, features: Tensor) -> Tensor:
+        """Return relative Mahalanobis distances of features without prompts; see `StatisticsReadout`."""
+        self._require_fit("unknown_scores")
+        return super().unknown_scores(features[:, 2 : 2 + self.state["sums"].shape[1]])  # all experts have the same
+
+    @property
+    def _columns_for_unknown(self) -> slice:  # type: ignore[override]
+        parts = 1 + self.settings.query + self.settings.patches  # of equal width: the first differs between experts
+        return slice(self.state["sums"].shape[1] // parts, None)
+
+    def _find_similar_classes(self) -> dict[int, int]:
+        return {}  # the router finds them
 
     @property
     def expert_of_class(self) -> Tensor:

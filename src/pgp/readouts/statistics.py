@@ -207,6 +207,9 @@ class StatisticsReadout(Readout):
         """See `Readout.detects_unknown`."""
         return True
 
+    _columns_for_unknown: slice = slice(None)
+    """The features that `unknown_scores` uses."""
+
     def unknown_scores(self, features: Tensor) -> Tensor:
         """Return relative Mahalanobis distances `(B,)` of features `(B, D)` (Ren et al., 2021).
 
@@ -215,14 +218,17 @@ class StatisticsReadout(Readout):
         covariances are shrunk as the readout's.
         """
         self._require_fit("unknown_scores")
-        x = to_float64(features).to(self.state["sums"].device)
-        counts, sums = self.state["counts"], self.state["sums"]
+        own = self._columns_for_unknown
+        x = to_float64(features[:, own]).to(self.state["sums"].device)
+        counts, sums, products = self.state["counts"], self.state["sums"][:, own], self.state["products"][own, own]
         mean = sums.sum(0) / counts.sum()  # (D,)
-        total = self.state["products"] / counts.sum() - torch.outer(mean, mean)  # (D, D)
-        within = self.covariance(self.regularisation)
+        total = products / counts.sum() - torch.outer(mean, mean)  # (D, D)
+        within = self.pooled_covariance()
         if within is None:  # features do not vary within classes
             within = torch.eye(len(mean)).to(mean)
-        nearest = _squared_distances(x, self.means[self.seen], within).amin(1)
+        else:
+            within = shrink(within[own, own], self.regularisation)
+        nearest = _squared_distances(x, self.means[self.seen][:, own], within).amin(1)
         background = _squared_distances(x, mean[None], shrink(total, self.regularisation))[:, 0]
         return (nearest - background).to(features.device, torch.float32)
 
@@ -292,11 +298,14 @@ class StatisticsReadout(Readout):
 
         It is `(1 - a) S + a tr(S)/D I`, with S the pooled covariance and a = `shrinkage`.
         """
+        pooled = self.pooled_covariance()
+        return None if pooled is None else shrink(pooled, shrinkage)
+
+    def pooled_covariance(self) -> Tensor | None:
+        """Return the covariance within classes S `(D, D)`, or None if features do not vary within classes."""
         within, products = self._within(), self.state["products"]
         rounding = len(within) * torch.finfo(torch.float64).eps * products.trace()
-        if not bool(within.trace() > rounding):
-            return None
-        return shrink(within / self._degrees_of_freedom(), shrinkage)
+        return within / self._degrees_of_freedom() if bool(within.trace() > rounding) else None
 
     def _within(self) -> Tensor:
         """Return the sum over images of `(x - m_c)(x - m_c)^T`, `(D, D)`."""

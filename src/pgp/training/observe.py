@@ -97,7 +97,8 @@ def warn_of_similar_classes(session: Session, state: TrainState, task: Task) -> 
     is_added = task.index >= len(session.scenario) - len(session.config.added)
     if not is_added or session.config.setting == "dil":
         return
-    names, pairs = session.data.class_names, [pair for one in state.readouts for pair in one.similar_classes.items()]
+    names = session.data.class_names
+    pairs = [pair for readout in state.fitted_readouts for pair in readout.similar_classes.items()]
     for new, old in dict.fromkeys(pairs):
         session.warn(
             f"images of {names[new]} look like those of {names[old]}, which was learned before: is it the same class"
