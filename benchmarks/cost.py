@@ -1,15 +1,17 @@
-"""Measure time and peak memory of L2P-PGP and DualPrompt-PGP on ViT-B/16, next to a plain L2P in the same run.
+"""Measure time and peak memory of training, evaluation and the pass after a task, on ViT-B/16 with random weights.
 
-    python benchmarks/cost.py                          # everything: docs/results/cost.jsonl, and cost.md from it
-    python benchmarks/cost.py --only "L2P evaluation"  # a part, anew
-    python benchmarks/cost.py --memory train l2p       # one peak, of this process
-    python benchmarks/cost.py --tiny                   # a rehearsal in seconds, whose figures mean nothing
+    python benchmarks/cost.py                          # everything: docs/results/cost.jsonl and cost.md
+    python benchmarks/cost.py --only "L2P evaluation"  # one part again
+    python benchmarks/cost.py --memory train l2p       # the peak of one operation, of this process
+    python benchmarks/cost.py --tiny                   # test in seconds; the results mean nothing
 
-The baseline is how this family of methods is usually written: two copies of the timm model (one for queries, one
-prompted), every block computed for every token, the query computed anew whenever it is needed, the batch in one piece.
-Same arithmetic, same prompts, same batch: random weights, 224 px, batch 16. For times, ours and the other take turns in
-one process, after a warm-up; a time is the median over rounds and the ratio the median of the rounds' ratios, since the
-speed of shared machines drifts. Peak memory is the resident set of a process that does nothing else (Linux only).
+Images are noise of 224 px, batches have 16. "Plain L2P" is how such methods are usually written: two copies of the timm
+model (one for queries, one with prompts), every block computed for every token, the query computed whenever it is
+needed, and the batch in one piece. Prompts, batch and arithmetic are the same.
+
+The compared operations take turns in one process, after a warm-up. A time is the median over rounds, and a ratio the
+median of the rounds' ratios, since the speed of shared machines drifts. Peak memory is the resident set of a process
+that does nothing else (Linux only).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -42,10 +44,11 @@ from pgp.datasets.synthetic import Synthetic
 from pgp.datasets.transforms import Transforms
 from pgp.methods.base import mask_logits
 from pgp.projections.orthogonal import Orthogonal
+from pgp.readouts.lda import LDA
+from pgp.reports.tables import markdown_table
 from pgp.rng import make_generator
 from pgp.runs.environment import describe_environment
 from pgp.scenario import Task
-from pgp.subspace import ProtectedParameter
 from pgp.system import platforms
 from pgp.train import train_step
 from pgp.training.observe import observe
@@ -55,29 +58,33 @@ from pgp.training.state import TrainState
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "cost.jsonl"
 Precision = Literal["32-true", "bf16-mixed"]
-VERSION = 2
+VERSION = 3
 """Of this script, in every line of the results; older lines are marked on the page."""
 CLASSES = 100
 CLEAN = ", clean"
 """Ending of a method's name that trains with `--query clean`: the queries of a batch are known."""
+READ = ", lda"
+"""Ending of a method's name whose features LDA reads after the task."""
 TASK = Task(0, tuple(range(10)), torch.empty(0), torch.empty(0))
 
 
 class Scale(NamedTuple):
-    """How large everything is that is measured."""
+    """Sizes of what is measured."""
 
     encoder: ViT.Config
     size: int
     """Pixels a side."""
     batch: int
     observed: int
-    """Images of a task at whose boundary time is measured. The fewer, the more the growing of bases counts."""
+    """Images of a task after which time is measured. The fewer they are, the more the fits to them count."""
     remembered: int
-    """Images of a task at whose boundary memory is measured."""
+    """Images of a task after which memory is measured."""
 
 
 FULL = Scale(ViT.Config("vit_base_patch16_224.orig_in21k", "random"), 224, 16, 192, 768)
 TINY = Scale(rehearsal.ENCODER, rehearsal.SIZE, 4, 8, 8)
+ENCODERS = {name: f"vit_{name}_patch16_224" for name in ("small", "base", "large")}
+"""Encoders whose peaks of memory are measured."""
 
 
 class Baseline(nn.Module):
@@ -138,7 +145,7 @@ def train(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], 
     kind, clean, _ = kind.partition(CLEAN)
     session, state = untrained(kind, precision, scale)
     adam = session.config.optimizer.build(state.method, scale.batch)
-    half_projection(state.method.protected()).attach(adam)
+    attach(state, adam)
     ready = session.fabric.setup_optimizers(adam)
     query = torch.rand(scale.batch, state.method.backbone.width, generator=make_generator(0, "query"))
     whole = Batch(batch, labels, labels, query if clean else None)
@@ -146,8 +153,8 @@ def train(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], 
 
 
 def untrained(kind: str, precision: Precision, scale: Scale) -> tuple[Session, TrainState]:
-    """Return the published recipe for CIFAR-100, on noise."""
-    recipe = recipes.RECIPES[f"10cifar100_{kind}_pgp"]()
+    """Return the recipe of a method for CIFAR-100, or the recipe `quick`, on noise."""
+    recipe = recipes.RECIPES[kind if kind == "quick" else f"10cifar100_{kind}_pgp"]()
     data = Synthetic(classes=CLASSES, per_class=8)
     config = replace(recipe, dataset=data, backbone=scale.encoder, batch_size=scale.batch)
     config = replace(config, transforms=Transforms(size=scale.size, resize=scale.size * 256 // 224))
@@ -156,16 +163,17 @@ def untrained(kind: str, precision: Precision, scale: Scale) -> tuple[Session, T
     return session, session.new_state()
 
 
-def half_projection(protected: dict[str, ProtectedParameter]) -> Orthogonal:
-    """Return a projection of half rank in every space, as many directions as a run gathers over its tasks."""
-    projection = Orthogonal(protected)
+def attach(state: TrainState, optimizer: torch.optim.Optimizer) -> None:
+    """Attach drift meter and projection, which protects half of each space: as much as that of a run over its tasks."""
     bases = {}
-    for space, target in protected.items():
+    for space, target in state.projection.protected.items():
         width = target.parameter.shape[target.axis]
         draw = torch.randn(width, width // 2, generator=make_generator(0, "basis"), dtype=torch.float64)
         bases[space] = torch.linalg.qr(draw).Q
-    projection.load_state_dict(bases)
-    return projection
+    state.projection.load_state_dict(bases)
+    assert state.meter is not None, "recipes measure drift"
+    state.meter.attach(optimizer)
+    state.projection.attach(optimizer)
 
 
 def evaluation(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], Any]:
@@ -174,61 +182,88 @@ def evaluation(kind: str, precision: Precision, scale: Scale = FULL) -> Callable
     if kind == "baseline":
         baseline = Baseline(scale)
 
-        def act() -> None:
+        def run() -> None:
             baseline.head(baseline.features(batch)[0])
     else:
         model = untrained(kind, precision, scale)[1].method
         with torch.no_grad(), autocast(precision):
             query = model.query(batch)
 
-        def act() -> None:
+        def run() -> None:
             model(batch, query)
 
     def without_gradient() -> None:
         with torch.no_grad(), autocast(precision):
-            act()
+            run()
 
     return without_gradient
 
 
 def boundary(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], Any]:
-    """Return what follows a task: observe its images and grow the bases. The baseline is one query pass over them."""
-    session, state = untrained("l2p" if kind == "query" else kind, precision, scale)
+    """Return what follows the training of a task: the pass for the projection and, with `READ`, for LDA, and their fit.
+
+    `query` and `features` only pass the same images through the encoder, without prompts and with those of VPT.
+    """
+    name, read, _ = kind.partition(READ)
+    plain = {"query": "l2p", "features": "vpt"}
+    session, state = untrained(plain.get(name, name), precision, scale)
     task = replace(TASK, train=torch.arange(scale.observed))
 
-    def looking_back() -> None:
-        projection = Orthogonal(state.method.protected())
-        observe(session, state, task, projection, [])
+    def all_of_it() -> None:
+        projection = Orthogonal(state.method.protected(), session.config.projection)  # type: ignore[arg-type]
+        readouts = [LDA(CLASSES)] if read else []
+        observe(session, state, task, projection, readouts)
         projection.end_task()
+        for readout in readouts:
+            readout.end_task()
 
-    def query() -> None:
+    def forward() -> None:
+        run = state.method.query if name == "query" else state.method.features
         with torch.no_grad(), autocast(precision):
-            viewed, plan = session.transformed("test", "observed", task), sequential_batches(task.train, scale.batch)
-            for batch in batches(viewed, plan, LoaderOptions()):
-                state.method.query(batch.images)
+            split, plan = session.transformed("test", "observed", task), sequential_batches(task.train, scale.batch)
+            for batch in batches(split, plan, LoaderOptions()):
+                run(batch.images)
 
-    return query if kind == "query" else looking_back
+    return forward if name in plain else all_of_it
 
 
-ACTS: dict[str, Callable[[str, Precision, Scale], Callable[[], Any]]] = {
+def quick(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], Any]:
+    """Return one pass of the recipe `quick` over the images of a task, and the fit of its readout."""
+    session, state = untrained(kind, precision, scale)
+    task = replace(TASK, train=torch.arange(scale.observed))
+
+    def all_of_it() -> None:
+        (readout,) = (config.build(state.method.head, CLASSES, 0) for config in session.config.readouts)
+        observe(session, state, task, None, [readout])
+        readout.end_task()
+
+    return all_of_it
+
+
+OPERATIONS: dict[str, Callable[[str, Precision, Scale], Callable[[], Any]]] = {
     "train": train,
     "evaluation": evaluation,
     "boundary": boundary,
+    "quick": quick,
 }
 MEASURED = {
     "L2P train step": ("train", "l2p", "baseline"),
     "L2P evaluation": ("evaluation", "l2p", "baseline"),
     "L2P boundary": ("boundary", "l2p", "query"),
+    "VPT boundary, with LDA": ("boundary", "vpt, lda", "features"),
     "DualPrompt train step": ("train", "dualprompt", None),
     "DualPrompt boundary": ("boundary", "dualprompt", None),
     "LoRA train step": ("train", "lora", "vpt"),
     "L2P train step, clean queries": ("train", "l2p, clean", "baseline"),
     "DualPrompt train step, clean queries": ("train", "dualprompt, clean", "dualprompt"),
 }
-"""By name: what is done, by which method, and against what; memory alone where against nothing."""
+"""By name: operation, method, and what it is compared with; if nothing, only memory is measured."""
+PEAKS = {"train": "l2p", "evaluation": "l2p", "boundary": "l2p", "quick": "quick"}
+"""Operations and methods whose peaks of memory are measured for all `ENCODERS`."""
 OTHERS = {
     "baseline": "plain L2P",
     "query": "a query pass over the same images",
+    "features": "a forward pass over the same images",
     "vpt": "a step of VPT",
     "dualprompt": "the step with queries of the augmented views",
     None: "",
@@ -240,30 +275,30 @@ def autocast(precision: Precision) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
-def seconds(acts: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each act in each round, the acts taking turns."""
-    taken: dict[str, list[float]] = {name: [] for name in acts}
+def seconds(operations: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each operation in each round, in which they take turns."""
+    taken: dict[str, list[float]] = {name: [] for name in operations}
     for number in range(rounds + 1):
-        for name, act in acts.items():
+        for name, run in operations.items():
             started = time.perf_counter()
-            act()
+            run()
             if number:  # the first round warms up
                 taken[name].append(time.perf_counter() - started)
     return taken
 
 
-def peak(act: str, kind: str, precision: Precision, threads: int) -> float:
-    """Return the peak resident memory in GB of a process that does one thing, see `remember`."""
-    command = [sys.executable, __file__, "--memory", act, kind, "--precision", precision, "--threads", str(threads)]
+def peak(operation: str, kind: str, precision: Precision, threads: int, encoder: str = "base") -> float:
+    """Return the peak resident memory in GB of a new process that calls `peak_of`."""
+    command = [sys.executable, __file__, "--memory", operation, kind, "--encoder", encoder]
+    command += ["--precision", precision, "--threads", str(threads)]
     return float(subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout.splitlines()[-1])
 
 
-def remember(act: str, kind: str, precision: Precision, scale: Scale) -> float:
-    """Do one thing twice, or a boundary once, and return the peak resident memory of this process in GB."""
-    if act == "boundary":
-        seconds({kind: boundary(kind, precision, scale._replace(observed=scale.remembered))}, 0)
-    else:
-        seconds({kind: ACTS[act](kind, precision, scale)}, 1)
+def peak_of(operation: str, kind: str, precision: Precision, scale: Scale) -> float:
+    """Run an operation twice, or once after a task, and return the peak resident memory of this process in GB."""
+    after_task = operation in ("boundary", "quick")
+    scale = scale._replace(observed=scale.remembered)
+    seconds({kind: OPERATIONS[operation](kind, precision, scale)}, 0 if after_task else 1)
     return peak_of_this_process()
 
 
@@ -280,42 +315,59 @@ def peak_of_this_process() -> float:
 
 
 def compare(what: str, precision: Precision, threads: int, rounds: int, scale: Scale = FULL) -> dict[str, Any]:
-    """Return one line of figures; of a rehearsal, without peaks of memory."""
-    act, kind, other = MEASURED[what]
+    """Return one line of the results; with a tiny encoder, without peaks of memory."""
+    operation, kind, other = MEASURED[what]
+    build = OPERATIONS[operation]
     line: dict[str, Any] = {"what": what, "against": OTHERS[other], "precision": precision, "version": VERSION}
     if other:
-        acts = {"ours": ACTS[act](kind, precision, scale), "other": ACTS[act](other, precision, scale)}
+        operations = {"ours": build(kind, precision, scale), "other": build(other, precision, scale)}
         if precision != "32-true":
-            acts["float32"] = ACTS[act](other, "32-true", scale)
-        taken = seconds(acts, rounds)
-        for name in list(acts)[1:]:
+            operations["float32"] = build(other, "32-true", scale)
+        taken = seconds(operations, rounds)
+        for name in list(operations)[1:]:
             ratios = [mine / its for mine, its in zip(taken["ours"], taken[name], strict=True)]
             rounded = [round(ratio, 3) for ratio in ratios]
             line |= {f"ratio_to_{name}": statistics.median(ratios), f"ratios_to_{name}": rounded}
-        line |= {f"{name}_seconds": statistics.median(taken[name]) for name in acts}
+        line |= {f"{name}_seconds": statistics.median(taken[name]) for name in operations}
     if scale is FULL:
-        line |= {"ours_peak_gb": peak(act, kind, precision, threads)}
-        line |= {"other_peak_gb": peak(act, other, precision, threads)} if other else {}
+        line |= {"ours_peak_gb": peak(operation, kind, precision, threads)}
+        line |= {"other_peak_gb": peak(operation, other, precision, threads)} if other else {}
     elif not other:
-        seconds({"ours": ACTS[act](kind, precision, scale)}, rounds)
+        seconds({"ours": build(kind, precision, scale)}, rounds)
     if what == "L2P train step":
-        line["projection_seconds"] = projection_seconds()
+        line["hook_seconds"] = hook_seconds(kind, scale)
+        line["drift_seconds"] = drift_seconds(kind, precision, scale)
     return line
 
 
-def projection_seconds() -> float:
-    """Return the seconds that the projection adds to an optimizer step: the difference of two medians over 30 steps."""
-    prompts = {"prompts": torch.nn.Parameter(torch.rand(10, 5, 768)), "keys": torch.nn.Parameter(torch.rand(10, 768))}
-    protected = {space: ProtectedParameter(parameter) for space, parameter in prompts.items()}
-    medians = {}
-    for on in (False, True):
-        optimizer = torch.optim.Adam(prompts.values(), lr=0.001875)
-        if on:
-            half_projection(protected).attach(optimizer)
-        for parameter in prompts.values():
-            parameter.grad = torch.rand_like(parameter)
-        medians[on] = statistics.median(seconds({"step": optimizer.step}, 30)["step"])
-    return medians[True] - medians[False]
+def hook_seconds(kind: str, scale: Scale) -> float:
+    """Return the seconds that projection and drift meter add to an optimizer step: a difference of medians."""
+    _, state = untrained(kind, "32-true", scale)
+    learned = [parameter for parameter in state.method.parameters() if parameter.requires_grad]
+    for parameter in learned:
+        parameter.grad = torch.rand_like(parameter)
+    plain, hooked = (torch.optim.Adam(learned, lr=1e-6) for _ in range(2))
+    attach(state, hooked)
+    taken = seconds({"plain": plain.step, "hooked": hooked.step}, 30)
+    return statistics.median(taken["hooked"]) - statistics.median(taken["plain"])
+
+
+def drift_seconds(kind: str, precision: Precision, scale: Scale) -> float:
+    """Return the seconds of the drift meter after a task, without the evaluation that it watches."""
+    session, state = untrained(kind, precision, scale)
+    meter, task = state.meter, session.scenario.tasks[0]
+    assert meter is not None, "recipes measure drift"
+    session.evaluator.evaluate(state.method, [], 0, session.progress, meter.watch, None)
+    started = time.perf_counter()
+    meter.end_task(state.method, task, session.progress)
+    return time.perf_counter() - started
+
+
+def measure_peaks(threads: int) -> Iterator[dict[str, Any]]:
+    """Yield a line for each encoder: the peaks of `PEAKS` in float32, in GB."""
+    for name in ENCODERS:
+        peaks = {operation: peak(operation, kind, "32-true", threads, name) for operation, kind in PEAKS.items()}
+        yield {"encoder": name, "peaks": peaks, "version": VERSION}
 
 
 def has_bf16() -> bool:
@@ -327,9 +379,9 @@ def has_bf16() -> bool:
 def table(results: Path = RESULTS) -> str:
     """Return the latest line of each kind."""
     lines = list(records.read(results))
-    latest = {(line["what"], line["precision"]): line for line in lines}
-    head = ["what", "against", "precision", "ours, s", "other, s", "ratio (rounds)", "to the other in float32"]
-    out = [f"| {' | '.join([*head, 'ours, GB', 'other, GB'])} |", "|---" * 9 + "|"]
+    latest = {(line["what"], line["precision"]): line for line in lines if "what" in line}
+    head = ["what", "against", "precision", "ours, s", "other, s", "ratio (rounds)", "to the other in float32",
+            "ours, GB", "other, GB"]  # fmt: skip
 
     def shown(line: dict[str, Any], name: str, digits: int) -> str:
         return f"{line[name]:.{digits}f}" if name in line else ""
@@ -337,9 +389,9 @@ def table(results: Path = RESULTS) -> str:
     def rounds(line: dict[str, Any], name: str) -> str:
         return f" ({', '.join(f'{ratio:.2f}' for ratio in line[name])})" if name in line else ""
 
-    for (what, precision), line in latest.items():
-        cells = [
-            what if current(line) else f"{what} *",
+    cells = [
+        [
+            what,
             line["against"],
             precision,
             shown(line, "ours_seconds", 2),
@@ -349,54 +401,48 @@ def table(results: Path = RESULTS) -> str:
             shown(line, "ours_peak_gb", 2),
             shown(line, "other_peak_gb", 2),
         ]
-        out.append("| " + " | ".join(cells) + " |")
-    out.append("")
+        for (what, precision), line in latest.items()
+    ]
+    out = [markdown_table(head, cells), ""]
     for line in latest.values():
-        if "projection_seconds" in line:
-            added, step = line["projection_seconds"], line["ours_seconds"]
-            out.append(
-                f"The projection adds {1000 * added:.1f} ms to a step of {step:.2f} s: {100 * added / step:.2f} %."
-            )
-    if not all(map(current, latest.values())):
-        out.append(STALE)
+        if "hook_seconds" in line:
+            added, step = line["hook_seconds"], line["ours_seconds"]
+            out.append(f"Projection and drift meter add {1000 * added:.1f} ms to a step of {step:.2f} s,"
+                       f" {100 * added / step:.2f} %; after a task, the drift meter takes {line['drift_seconds']:.1f} s"
+                       f" ({line['precision']}).")  # fmt: skip
+    peaks = {line["encoder"]: line["peaks"] for line in lines if "encoder" in line}
+    if peaks:
+        rows = [[name, *(f"{peak:.2f}" for peak in own.values())] for name, own in peaks.items()]
+        out += ["", "Peak memory in GB, float32:", "", markdown_table(["ViT", *PEAKS], rows), ""]
     about = lines[-1]
+    commits = sorted({line["commit"] for line in latest.values()})
     out.append(
-        f"{about['processor']}, {about['threads']} threads, torch {about['torch']};"
-        f" commits {', '.join(sorted({line['commit'] for line in latest.values()}))}."
+        f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; commits {', '.join(commits)}."
     )
     if not any(precision == "bf16-mixed" for _, precision in latest):
         out.append("bf16-mixed was not measured: it needs a processor with bf16 arithmetic.")
     return "\n".join(out) + "\n"
 
 
-def current(line: dict[str, Any]) -> bool:
-    """Return whether a line was measured by the script as it is."""
-    return bool(line.get("version") == VERSION)
-
-
-STALE = (
-    "*: measured before the script broke (it imported a name that had moved, and did not start); what it measures has"
-    " changed since, the projection's hooks among it. To be measured anew."
-)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure what the command line asks for."""
+    """Measure what the command line asks for, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory", nargs=2, metavar=("ACT", "KIND"))
+    parser.add_argument("--memory", nargs=2, metavar=("OPERATION", "METHOD"))
+    parser.add_argument("--encoder", choices=ENCODERS, default="base", help="for --memory")
     parser.add_argument("--only", nargs="+", choices=MEASURED, default=list(MEASURED))
     both = ("32-true", "bf16-mixed")
     parser.add_argument("--precision", nargs="+", choices=both, default=both if has_bf16() else both[:1])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="rehearse on a tiny encoder; nothing is kept")
+    parser.add_argument("--tiny", action="store_true", help="test with a tiny encoder; nothing is kept")
     options = parser.parse_args(argv)
     scale = TINY if options.tiny else FULL
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     if options.memory:
-        (act, kind), (precision, *_) = options.memory, options.precision
-        print(remember(act, kind, precision, scale))
+        (operation, kind), (precision, *_) = options.memory, options.precision
+        encoder = scale.encoder if options.tiny else ViT.Config(ENCODERS[options.encoder], "random")
+        print(peak_of(operation, kind, precision, scale._replace(encoder=encoder)))
         return
     about = describe_environment()
     kept = {"commit": about["commit"], "processor": about["processor"], "torch": about["versions"]["torch"]}
@@ -405,6 +451,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for precision in options.precision:
             for what in options.only:
                 line = compare(what, precision, options.threads, options.rounds, scale)
+                records.append(results, {**line, "threads": options.threads, **kept})
+        if scale is FULL and options.only == list(MEASURED):
+            for line in measure_peaks(options.threads):
                 records.append(results, {**line, "threads": options.threads, **kept})
         records.write_page(results, table(results))
 

@@ -78,6 +78,7 @@ READOUTS: dict[str, Readout.Config] = {
         ),
         LDA.Config(patches=True, normalize=True),
         LDA.Config(patches=True, normalize=True, shrinkage=None),
+        LDA.Config(query=True, patches=True, normalize=True),
         ExpertLDA.Config(),
         ExpertLDA.Config(query=True, patches=True, normalize=True),
         RanPAC.Config(),
@@ -237,7 +238,7 @@ def cub200_dualprompt_pgp() -> Config:
 
 
 def with_deep_prompts(recipe: Config) -> Config:
-    """Return `recipe` with the best configuration of docs/results.md: VPT, exact projection, drift-compensated LDA."""
+    """Return `recipe` with VPT, projected updates and drift-compensated LDA: the best prompts of docs/results.md."""
     return replace(
         recipe,
         method=VPT.Config(),
@@ -286,9 +287,21 @@ def cifar100_10_clip_pgp() -> Config:
     )
 
 
+def with_lora(recipe: Config) -> Config:
+    """Return `recipe` with the best method of docs/results.md: LoRA whose updates keep old outputs, and LDA."""
+    return replace(
+        recipe,
+        method=LoRA.Config(),
+        projection=Orthogonal.Config("input", energy=0.99, apply_to="update"),
+        optimizer=Optimizer(lr=0.3, prompt_lr_scale=0.1),
+        readouts=(READOUTS["lda+query+patches+normalize"], MethodHead.Config()),
+        views=2,
+    )
+
+
 def own() -> Config:
-    """Train VPT with projection on your own images, with ViT-B/16: pgp train own --data ./photos --tasks 5."""
-    return with_deep_prompts(
+    """Train LoRA with projection on your own images, with ViT-B/16: pgp train own --data ./photos --tasks 5."""
+    return with_lora(
         replace(
             cifar100_10_l2p_pgp(), name="own", dataset=Folder(), transforms=Transforms(scale=(0.4, 1.0)), tasks=None
         )
@@ -321,17 +334,6 @@ def quick() -> Config:
 def demo_quick() -> Config:
     """Fit LDA to frozen features of digits, in three passes (two of them augmented), without gradients. Offline."""
     return replace(without_training(demo()), name="demo-quick")
-
-
-def with_lora(recipe: Config) -> Config:
-    """Return `recipe` with LoRA whose updates do not change old outputs, at the rates of deep prompts."""
-    return replace(
-        recipe,
-        method=LoRA.Config(),
-        projection=Orthogonal.Config("input", energy=0.99, apply_to="update"),
-        optimizer=Optimizer(lr=0.3, prompt_lr_scale=0.1),
-        readouts=(READOUTS["lda+patches+normalize"], MethodHead.Config()),
-    )
 
 
 def demo_lora() -> Config:
@@ -406,7 +408,7 @@ def _adapter(recipe: Config) -> Config:
 def _experts(recipe: Config) -> Config:
     """Train one LoRA expert per task on {data}, found by class statistics at test, with our own settings."""
     readouts = (READOUTS["experts+query+patches+normalize"], READOUTS["experts"])
-    return replace(_lora(recipe), projection=NoProjection.Config(), experts="task", readouts=readouts, views=2)
+    return replace(_lora(recipe), projection=NoProjection.Config(), experts="task", readouts=readouts)
 
 
 def _nsp2(recipe: Config) -> Config:
