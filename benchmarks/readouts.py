@@ -218,7 +218,7 @@ def family(
 def measure(config: Config) -> dict[str, Any]:
     """Run once, in a temporary folder, and return the final figures by readout, in [0, 1].
 
-    Unknown images are looked for with frozen features only.
+    Unknown images are looked for by every readout of frozen features, and by the widest one of features that learn.
     """
     scratch = Path(tempfile.mkdtemp())
     started = time.perf_counter()
@@ -236,9 +236,8 @@ def measure(config: Config) -> dict[str, Any]:
             }
             for column, matrix in run.matrices().items()
         }
-        if isinstance(config.method, HeadOnly.Config):
-            for column, found in unknown(run).items():
-                figures[column] |= found
+        for column, found in unknown(run).items():
+            figures[column] |= found
     finally:
         shutil.rmtree(scratch)
     about = describe_environment()
@@ -255,7 +254,10 @@ def unknown(run: Run) -> dict[str, dict[str, float]]:
     tasks = scenario.tasks
     (run.checkpoints.folder / "latest").write_text(str(CheckpointName(len(tasks) - 1)), encoding="utf-8", newline="\n")
     found = {}
+    learns = not isinstance(run.config.method, HeadOnly.Config)
     for readout in run.config.readouts:
+        if learns and not readout.name.endswith("+query+patches+normalize"):
+            continue
         predictor = Predictor(run, readout.name)
         if not predictor.detects_unknown:
             continue
