@@ -391,7 +391,7 @@ def table(results: Path = RESULTS) -> str:
 
     cells = [
         [
-            what,
+            what if line.get("version") == VERSION else f"{what} *",
             line["against"],
             precision,
             shown(line, "ours_seconds", 2),
@@ -414,6 +414,8 @@ def table(results: Path = RESULTS) -> str:
     if peaks:
         rows = [[name, *(f"{peak:.2f}" for peak in own.values())] for name, own in peaks.items()]
         out += ["", "Peak memory in GB, float32:", "", markdown_table(["ViT", *PEAKS], rows), ""]
+    if any(line.get("version") != VERSION for line in latest.values()):
+        out.append("*: measured by an earlier version of this script, in which a step had no drift meter.")
     about = lines[-1]
     commits = sorted({line["commit"] for line in latest.values()})
     out.append(

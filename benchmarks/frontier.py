@@ -20,7 +20,7 @@ import records
 from pgp.reports import style
 
 PICTURE = emoji.ROOT / "docs" / "pictures" / "frontier.png"
-READOUT = "lda+query+patches+normalize"
+READOUTS = {"lda+query+patches+normalize": "LDA", "lda+query+patches+normalize+linear": "LDA with +linear"}
 TITLES = {"emoji": "emoji", "kanji": "characters", "mixed": "mixed stream"}
 RULES = {
     "projected": ("LoRA, input .999", "LoRA, input .99", "LoRA, input .97", "LoRA, input .9"),
@@ -40,13 +40,13 @@ class Point(NamedTuple):
     accuracy: float
 
 
-def points(lines: Sequence[dict[str, Any]], data: str) -> dict[str, Point]:
+def points(lines: Sequence[dict[str, Any]], data: str, readout: str) -> dict[str, Point]:
     """Return the point of each row of a data set; the drift is the mean over the lines that have it."""
     drifts: dict[str, list[float]] = {}
     accuracies: dict[str, list[float]] = {}
     for line in lines:
-        if line["data"] == data and READOUT in line["figures"]:
-            accuracies.setdefault(line["row"], []).append(100 * line["figures"][READOUT]["average_accuracy"])
+        if line["data"] == data and readout in line["figures"]:
+            accuracies.setdefault(line["row"], []).append(100 * line["figures"][readout]["average_accuracy"])
             if line.get("drift") is not None:
                 drifts.setdefault(line["row"], []).append(100 * line["drift"])
     return {row: Point(statistics.mean(own), statistics.mean(accuracies[row])) for row, own in drifts.items()}
@@ -65,25 +65,38 @@ def without_learning(lines: Sequence[dict[str, Any]], data: str) -> float:
 
 @style.styled()
 def draw(lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw a panel for each data set that has rows of LoRA."""
-    panels = {data: found for data in TITLES if (found := points(lines, data))}
-    figure = style.new_figure(3.4 * len(panels), 3.4)
-    looks = {name: style.look(number) for number, name in enumerate(RULES)}
-    for axes, (data, found) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        for name, rows in RULES.items():
-            known = [(row, found[row]) for row in rows if row in found]
-            own = looks[name]
-            axes.plot([at.drift for _, at in known], [at.accuracy for _, at in known], color=own.colour,
-                      marker=own.marker, linewidth=0.8)  # fmt: skip
-            for row, at in known:
-                style.name_point(axes, at.drift, at.accuracy, label(row), own)
-        frozen = without_learning(lines, data)
-        axes.axhline(frozen, color=style.INK, linewidth=0.6, linestyle="--")
-        axes.annotate("no LoRA", (1, frozen), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points",
-                      ha="right", fontsize=style.SMALL)  # fmt: skip
-        axes.set(title=TITLES[data], xlabel="drift of old features, %", ylabel="average accuracy, %")
-    style.legend(figure, looks, 3.4 * len(panels))
+    """Draw a panel for each readout (row) and data set (column)."""
+    width = 3.4 * len(TITLES)
+    figure = style.new_figure(width, 3 * len(READOUTS) + 0.4)
+    measured = {line["row"] for line in lines if line.get("drift") is not None}
+    looks = {
+        name: style.look(number) for number, (name, rows) in enumerate(RULES.items()) if not measured.isdisjoint(rows)
+    }
+    grid = figure.subplots(len(READOUTS), len(TITLES), sharex="col", squeeze=False)
+    for panels, (readout, short) in zip(grid, READOUTS.items(), strict=True):
+        for axes, (data, title) in zip(panels, TITLES.items(), strict=True):
+            draw_panel(axes, points(lines, data, readout), looks)
+            frozen = without_learning(lines, data)
+            axes.axhline(frozen, color=style.INK, linewidth=0.6, linestyle="--")
+            axes.annotate("no LoRA", (1, frozen), (0, 2), xycoords=("axes fraction", "data"),
+                          textcoords="offset points", ha="right", fontsize=style.SMALL)  # fmt: skip
+            axes.set(title=f"{title}, {short}")
+    for axes in grid[-1]:
+        axes.set_xlabel("drift of old features, %")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("average accuracy, %")
+    style.legend(figure, looks, width)
     style.save_figure(figure, path)
+
+
+def draw_panel(axes: Any, found: dict[str, Point], looks: dict[str, style.Look]) -> None:
+    """Draw the rows of each rule that were found."""
+    for name, own in looks.items():
+        known = [(row, found[row]) for row in RULES[name] if row in found]
+        axes.plot([at.drift for _, at in known], [at.accuracy for _, at in known], color=own.colour, marker=own.marker,
+                  linewidth=0.8)  # fmt: skip
+        for row, at in known:
+            style.name_point(axes, at.drift, at.accuracy, label(row), own)
 
 
 def label(row: str) -> str:
@@ -93,8 +106,8 @@ def label(row: str) -> str:
     ('.99', 'slower', 'frozen')
     """
     *_, last = row.split(", ")
-    first, *_, end = last.split()
-    return end if first in ("input", "ranks", "soft") else first
+    words = last.split()
+    return words[-1] if words[0] in ("input", "ranks", "soft") else words[0]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

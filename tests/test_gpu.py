@@ -22,6 +22,8 @@ from pgp.methods.lora import LoRA
 from pgp.methods.vpt import VPT
 from pgp.predict import Predictor
 from pgp.projections.orthogonal import Orthogonal
+from pgp.projections.soft import Soft
+from pgp.readouts.experts import ExpertLDA
 
 pytestmark = pytest.mark.gpu
 
@@ -78,9 +80,18 @@ def test_every_precision_learns_what_float32_learns(precision, tolerance, tmp_pa
 
 
 @pytest.mark.usefixtures("deterministic")
-@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-def test_a_resumed_run_is_bitwise_the_same_on_the_same_gpu(precision, tmp_path):
-    whole = train.train(tiny.config(hardware=GPU, precision=precision), tmp_path / "whole")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "16-mixed"},
+        {"projection": Soft.Config()},
+        {"method": LoRA.Config(rank=3), "experts": "task", "readouts": (ExpertLDA.Config(),)},
+    ],
+    ids=["float32", "16-mixed", "soft", "experts"],
+)
+def test_a_resumed_run_is_bitwise_the_same_on_the_same_gpu(changes, tmp_path):
+    whole = train.train(tiny.config(hardware=GPU, **changes), tmp_path / "whole")
     half = Path(shutil.copytree(whole.folder, tmp_path / "half"))
     shutil.rmtree(half / "checkpoints" / "task-02")
     shutil.rmtree(half / "checkpoints" / "task-03")

@@ -24,9 +24,11 @@ from pgp.datasets.imagenet_r import ImageNetR
 from pgp.datasets.tiny_imagenet import TinyImageNet
 from pgp.methods.base import Method
 from pgp.methods.clip_prompt import ZeroShot
+from pgp.methods.coda_prompt import CODAPrompt
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.l2p import L2P
 from pgp.projections.base import NoProjection, Projection
+from pgp.projections.released import ReleasedBasis
 from pgp.readouts.base import Readout
 from pgp.readouts.lda import LDA
 from pgp.reports import tables
@@ -34,6 +36,7 @@ from pgp.rng import make_generator
 from pgp.runs.run import Run
 from pgp.system import storage
 from pgp.system.storage import RunError
+from pgp.train import train
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
@@ -55,6 +58,32 @@ def test_the_published_basis_of_each_method(name, energy, components, when):
     basis = recipes.published_basis(recipes.RECIPES[name]().method)
     assert (basis.energy, basis.components, basis.when) == (energy, components, when)
     assert main._train_command([name, "--projection", "released"], "pgp train").config.projection == basis
+
+
+def test_a_published_basis_with_other_constants_stays():
+    config = replace(recipes.RECIPES["demo"](), projection=ReleasedBasis.Config(energy=0.9, components=3))
+    assert recipes.configure(config, {"seed": 1}).projection == config.projection
+    assert recipes.configure(config, {"projection": "released"}).projection == recipes.published_basis(config.method)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"setting": "dill"}, "expected one of cil, til, dil, oil, got dill @ [$].setting"),
+        ({"precision": "bf16"}, "expected one of 32-true, tf32, bf16-mixed, 16-mixed, got bf16 @ [$].precision"),
+    ],
+)
+def test_a_run_with_a_setting_that_is_none_of_the_choices_does_not_start(changes, told, tmp_path):
+    with pytest.raises(ValueError, match=told):
+        train(replace(tiny.config(), **changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_components_that_stay_as_they_are_allow_no_weight_decay():
+    config = tiny.config(method=CODAPrompt.Config(layers=(0,), pool_size=6, per_task=2))
+    for name in ("weight_decay", "first_weight_decay"):
+        with pytest.raises(ValueError, match=r"expected no weight decay with the method coda, got 0\.1"):
+            replace(config, optimizer=replace(config.optimizer, **{name: 0.1}))
 
 
 TAGS = {
@@ -204,7 +233,10 @@ def test_trees_that_do_not_fit():
         (lambda: tiny.config(batch_size=1, hardware=Hardware(devices=2)), "batch_size of at least devices 2"),
         (lambda: tiny.config(legacy_eval=True, hardware=Hardware(devices=2)), "expected devices 1 with"),
         (lambda: Hardware(devices=0), "devices >= 1"),
-        (lambda: Optimizer(lr=0), "optimizer.lr > 0"),
+        (lambda: Optimizer(lr=0), "optimizer.lr > 0, got 0"),
+        (lambda: Optimizer(first_lr=-1), "optimizer.first_lr > 0, got -1"),
+        (lambda: Optimizer(first_weight_decay=-1), "optimizer.first_weight_decay >= 0, got -1"),
+        (lambda: Optimizer(betas=(0.9, 1.0)), r"optimizer.betas in \[0, 1\), got"),
         (lambda: L2P.Config(top_k=11), "top_k of at most method.pool_size 10, got 11"),
         (lambda: L2P.Config(length=0), "length of at least 1"),
         (

@@ -453,7 +453,7 @@ def test_released_runs_on_fewer_images_than_it_wants(tmp_path):
     )  # 24 images, width 48
     *_, last = run.events("task")
     assert 0 < last["ranks"]["prompts"] < 20
-    with pytest.raises(ValueError, match="observes images after a task"):
+    with pytest.raises(ValueError, match=r"expected --projection\.when after with --save-every-steps 2, got before"):
         train.train(tiny.config(projection=ReleasedBasis.Config(), save_every_steps=2), tmp_path / "other")
 
 

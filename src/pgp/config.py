@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import cattrs
 import torch
@@ -66,12 +66,15 @@ class Optimizer:
     them. If None, 1."""
 
     def __post_init__(self) -> None:
-        if not (self.lr > 0 and self.prompt_lr_scale >= 0 and self.clip >= 0 and self.weight_decay >= 0):
-            raise ValueError(
-                f"expected optimizer.lr > 0, prompt_lr_scale >= 0, clip >= 0 and weight_decay >= 0, got {self}"
-            )
-        if self.later_prompt_lr_scale is not None and not self.later_prompt_lr_scale >= 0:
-            raise ValueError(f"expected optimizer.later_prompt_lr_scale >= 0, got {self.later_prompt_lr_scale}")
+        for name in ("lr", "first_lr"):
+            if (rate := getattr(self, name)) is not None and not rate > 0:
+                raise ValueError(f"expected optimizer.{name} > 0, got {rate}")
+        for name in ("weight_decay", "first_weight_decay", "prompt_lr_scale", "later_prompt_lr_scale", "clip"):
+            if (value := getattr(self, name)) is not None and not value >= 0:
+                raise ValueError(f"expected optimizer.{name} >= 0, got {value}")
+        for name, factor in (("momentum", self.momentum), *(("betas", beta) for beta in self.betas)):
+            if not 0 <= factor < 1:
+                raise ValueError(f"expected optimizer.{name} in [0, 1), got {getattr(self, name)}")
 
     def for_task(self, index: int) -> Optimizer:
         """Return the settings for the task with this index, from 0."""
@@ -252,6 +255,10 @@ class Config:
                 object.__setattr__(self, name, as_path(value, name))
         self._check_order()
         self._check_experts()
+        decay = self.optimizer.weight_decay or self.optimizer.first_weight_decay
+        if decay and not self.method.allows_weight_decay:
+            raise ValueError(f"expected no weight decay with the method {self.method.tag}, got {decay}: it would change"
+                             " what earlier tasks have learned")  # fmt: skip
         if not self.readouts:
             raise ValueError("expected at least one readout, got none")
         if len({readout.name for readout in self.readouts}) < len(self.readouts):
@@ -418,6 +425,9 @@ def _converter() -> cattrs.Converter:
 
 def _reason(error: BaseException, kind: type | None) -> str:
     """Return the message of an error of the converter."""
+    if get_origin(kind) is Literal and "not in literal" in str(error):
+        value, choices = str(error).partition(" not in literal")[0], ", ".join(map(str, get_args(kind)))
+        return f"expected one of {choices}, got {value}"
     own_message = isinstance(error, ValueError) and not isinstance(error, cattrs.BaseValidationError)
     return str(error) if own_message else format_exception(error, kind)
 

@@ -22,7 +22,7 @@ from pgp.precision import Precision, float32_products, mixed_dtype
 from pgp.readouts.base import Readout
 from pgp.runs.checkpoint import reading
 from pgp.runs.run import Run
-from pgp.subspace import float64_device
+from pgp.subspace import on_float64_device
 from pgp.system.paths import StrPath, as_path
 
 
@@ -132,8 +132,7 @@ class Predictor:
         settings = readouts[readout or next(iter(readouts))]
         self._readout = settings.build(method.head, len(names), config.seed)
         with reading(checkpoint):
-            readout_state, readout_device = state["readouts"][self._readout.name], float64_device(self.device)
-            self._readout.load_state_dict({key: tensor.to(readout_device) for key, tensor in readout_state.items()})
+            self._readout.load_state_dict(on_float64_device(state["readouts"][self._readout.name], self.device))
         learned = list(dict.fromkeys(label for task in tasks[: name.task] for label in task))
         self.classifier = Classifier(method, self._readout, settings, learned, precision).eval()
         """From preprocessed images to probabilities."""

@@ -513,8 +513,9 @@ def with_components(config: Config, names: Mapping[str, Sequence[str]]) -> Confi
         if chosen:
             value: Any = tuple(chosen) if field == "readouts" else chosen[-1]
             config = replace(config, **{field: value})
-        if field == "projection" and isinstance(config.projection, ReleasedBasis.Config):
-            config = replace(config, projection=published_basis(config.method))
+    named = names.get("projection") or names.get("method")
+    if named and isinstance(config.projection, ReleasedBasis.Config):
+        config = replace(config, projection=published_basis(config.method))
     return config
 
 

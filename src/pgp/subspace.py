@@ -10,6 +10,7 @@ many tasks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -25,6 +26,11 @@ def float64_device(device: torch.device) -> torch.device:
     (device(type='cpu'), device(type='cuda', index=1))
     """
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def on_float64_device(state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return the tensors of a state on the device for float64 tensors of a model on `device`."""
+    return {name: tensor.to(float64_device(device)) for name, tensor in state.items()}
 
 
 def to_float64(tensor: Tensor) -> Tensor:

@@ -268,10 +268,10 @@ def end_task(session: Session, state: TrainState, task: Task) -> None:
     """Extend the projection, fit the readouts, evaluate the tasks so far, and save a checkpoint."""
     method, meter = state.method, state.meter
     evaluated = session.config.evaluated_tasks(task.index, len(session.scenario))
+    stats = meter.projection_stats() if meter else {}  # before method and projection end the task
     with session.fabric.autocast():
         method.end_task(task)
     with session.timed("boundary"):
-        stats = meter.projection_stats() if meter else {}  # before the projection learns from this task
         observe_after_training(session, state, task)
         ranks = state.projection.end_task()
         fitted = {readout.name: fit_readout(readout) for readout in state.fitted_readouts}

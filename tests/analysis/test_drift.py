@@ -15,8 +15,10 @@ from pgp.analysis.drift import DriftMeter
 from pgp.config import Optimizer
 from pgp.datasets.synthetic import Synthetic
 from pgp.evaluation.accuracy import FeatureBatch
+from pgp.methods.adapter import Adapter
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
+from pgp.methods.lora import LoRA
 from pgp.methods.vpt import VPT
 from pgp.projections.base import NoProjection
 from pgp.projections.orthogonal import Orthogonal
@@ -148,6 +150,17 @@ def test_leak_and_removed_tell_gradients_from_updates(tmp_path):
     assert leaks["gradient"] > 1e-3
     assert leaks["update"] < 1e-9
     assert 0 < removed["gradient"] < removed["update"] < 1  # of projected gradients, Adam makes updates that go back in
+
+
+@pytest.mark.parametrize("method", [LoRA.Config(rank=3), Adapter.Config(rank=3)])
+def test_what_a_task_of_lora_leaks_is_measured_before_it_is_merged(tmp_path, method):
+    leaks = {}
+    for on in ("gradient", "update"):
+        _, second, _ = drifts(tmp_path / on, projection=Orthogonal.Config("input", 0.9, 0.9, on), method=method)
+        leaks[on] = second["leak"]
+        assert len(leaks[on]) == len(second["removed"]) > 0
+    assert min(leaks["gradient"].values()) > 1e-6
+    assert max(leaks["update"].values()) < 1e-9
 
 
 def test_leak_is_the_share_of_the_way_in_the_protected_subspace(tmp_path):

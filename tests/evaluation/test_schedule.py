@@ -105,7 +105,7 @@ def test_what_is_printed_after_a_task(tmp_path, capsys):
             run = train.train(config(evaluate=evaluate, test_images=6), tmp_path / evaluate, progress)
         lines = capsys.readouterr().out.splitlines()
         printed[evaluate] = next(line for line in lines if line.startswith("task 3 of 4: "))
-    error = 100 * metrics.sampling_error(Run.open(tmp_path / "every").matrices()["head"][:3, :3], [6, 6, 6])
+    error = 100 * metrics.sampling_error(Run.open(tmp_path / "every").matrices()["head"][:3, :3], [6, 6, 6], 6)
     assert printed["every"].endswith(f" % (lda), ± {error:.1f} from the sample of test images")
     assert printed["2"].startswith("task 3 of 4: accuracy on this task ")
     assert printed["last"] == "task 3 of 4: learned"
@@ -140,7 +140,8 @@ def test_a_sample_of_the_test_images(tmp_path, runs, capsys):
     torch.testing.assert_close(run.load()["method"], runs["every"].load()["method"], rtol=0, atol=0)
 
     accuracies = run.matrices()["lda"][3]
-    error = float(sum(a * (1 - a) / 5 for a in accuracies.tolist()) ** 0.5 / 4)
+    smoothed = [(5 * a + 1) / 7 for a in accuracies.tolist()]
+    error = float(sum(p * (1 - p) / 5 for p in smoothed) ** 0.5 / 4)
     row = next(row for row in tables.result_rows([run]) if row.column == "lda")
     assert row.spread(tables.SAMPLING) == (pytest.approx(error), None)
     assert "standard error from the sample of test images" in tables.markdown([row])

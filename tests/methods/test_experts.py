@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -272,6 +273,31 @@ def test_a_class_that_was_learned_under_another_name_is_named(tmp_path):
     run = train.resume(tmp_path / "run", add=Folder(tmp_path / "new"))
     warnings = [event["warning"] for event in run.events("data")]
     assert any("images of z look like those of b, which was learned before" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_a_given_task_decides_the_expert(candidates, tmp_path):
+    """With all experts as candidates, the own expert is always among them; with one, it must not be missing."""
+    settings = config(expert_candidates=candidates, readouts=(ExpertLDA.Config(),))
+    til = train.train(replace(settings, setting="til"), tmp_path / "til").matrices()["experts"]
+    run = train.train(settings, tmp_path / "cil")
+    within = torch.tensor([event["within"]["experts"] for event in run.events("task")][-1])
+    torch.testing.assert_close(within, til[-1].to(within), rtol=0, atol=1e-6)
+    all_given = train.train(replace(settings, setting="til", expert_candidates=3), tmp_path / "all").matrices()[
+        "experts"
+    ]
+    torch.testing.assert_close(til, all_given, rtol=0, atol=0, equal_nan=True)
+    (calibration,) = list(Run.open(tmp_path / "til").events("task"))[-1]["calibration"].values()
+    assert np.isfinite(calibration["error"])
+
+
+def test_tasks_in_which_only_the_head_learns_use_the_first_expert(tmp_path):
+    run = train.train(config(adapt="first-task"), tmp_path / "run")
+    state = Run.open(tmp_path / "run").load(run.latest_checkpoint())["method"]
+    assert {name.split(".")[1] for name in state if name.startswith("stored.")} == {"0"}
+    assert state["expert_of_class"].tolist() == [0] * 6
+    few = train.train(config(adapt="first-task", experts="1", readouts=(ExpertLDA.Config(),)), tmp_path / "few")
+    assert few.matrices()["experts"].shape == (3, 3)
 
 
 def test_the_size_of_an_expert_is_that_of_the_trained_part(tmp_path):

@@ -163,5 +163,10 @@ def test_a_class_that_was_learned_under_another_name_is_similar(config):
     new = torch.cat([again[labels == 2], again[labels == 3] + torch.tensor([30.0, 0, 0, 0])])
     learn(new, torch.tensor([C, C + 1]).repeat_interleave(40))
     assert readout.similar_classes == {C: 2}
+    few = config.build(torch.nn.Identity(), C + 2, 0)
+    for rows, own in ((features, labels), (again[labels == 2], torch.full((40,), C))):
+        few.observe(few.select_features(Features(rows.float())), own)
+        few.end_task()
+    assert few.similar_classes == {}  # nothing was held out, so no probability is calibrated
     learn(again[labels == 2], torch.full((40,), C))
     assert readout.similar_classes == {}  # it is not new any more

@@ -189,7 +189,7 @@ def test_what_does_not_fit_changes_nothing(run, tmp_path):
     latest = run.folder / "checkpoints" / "latest"
     was = latest.read_text()
     latest.write_text("task-01")
-    with pytest.raises(RunError, match=r"tasks are all finished, got .*: first resume it"):
+    with pytest.raises(RunError, match=r"tasks are all finished, got .*: first resume with"):
         train.resume(run.folder, add=Folder(photos(tmp_path / "new", "ant")))
     latest.write_text(was)
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == files
@@ -254,7 +254,9 @@ def test_what_was_begun_of_a_task_is_gone_on_with_dropped_or_given_again(run, tm
     def copied(name):
         return Path(shutil.copytree(stepwise.folder, tmp_path / name))
 
-    with pytest.raises(RunError, match=r"has begun to learn .*a: resume it .*or drop the unfinished task with --drop"):
+    with pytest.raises(
+        RunError, match=r"has begun to learn .*a: resume with .*or drop the unfinished task"
+    ):
         train.resume(stepwise.folder, add=eel)
     assert train.resume(copied("other"), add=eel, drop=True).data.class_names[-1] == "eel"
     dropped = train.resume(copied("dropped"), drop=True)

@@ -39,7 +39,7 @@ from pgp.runs.run import Run
 from pgp.system.storage import RunError
 from pgp.training.devices import build_fabric
 from pgp.training.session import Session
-from pgp.training.tasks import build_scenario, describe_data, single_class_warning
+from pgp.training.tasks import build_scenario, build_tasks, describe_data, single_class_warning, training_batches
 
 DOMAINS = Synthetic(classes=3, per_class=8, domains=3, noise=0.05)
 TWO = Synthetic(classes=4, per_class=9, noise=0.05)
@@ -574,3 +574,10 @@ def test_the_same_data_elsewhere_are_the_same_experiment(tmp_path):
         train.train(config(tmp_path / place, seed=seed, tasks=2), tmp_path / f"run{seed}")
     (line, _) = tables.result_rows([Run.open(tmp_path / f"run{seed}") for seed in (1, 2)])
     assert len(line.matrices) == 2
+
+
+def test_each_process_has_an_image_of_a_task_with_one():
+    config = tiny.config(epochs=1, tasks=2)
+    task = replace(build_tasks(config)[1].tasks[0], train=torch.tensor([7]))
+    ((first, *rest),) = training_batches(config, task, world_size=4)
+    assert [first.image, *(key.image for key in rest)] == [7] * 4

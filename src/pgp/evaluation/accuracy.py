@@ -143,7 +143,7 @@ def extract_features(
 ) -> Features:
     """Return the features of images `(B, 3, S, S)`, float32; see `Method.features`.
 
-    If the method has experts, they are found by the query, or are those of `task` for training images.
+    If the method has experts, that of `task` is used, or those that the router chooses if `task` is None.
     """
     query, patches = frozen or (None, None)
     with autocast():
@@ -200,14 +200,18 @@ class Evaluator:
             counts[task.index] += len(batch.indices)
             images, own_classes = batch.to(self.fabric.device).images, torch.tensor(task.classes)
             frozen = self.frozen(method, images, batch.indices)
-            features = FeatureBatch(batch.indices, self.features(method, images, frozen))
+            known = task if self.config.setting == "til" else None
+            features = FeatureBatch(batch.indices, self.features(method, images, frozen, task=known))
+            chooses = method.router is not None and known is None  # with the task given, another expert may be used
+            given = self.features(method, images, frozen, task=task) if chooses else features.images
             if watch:
                 watch(task, features)
             selected = self._selected_prompts(method, features)
             found.append(predictions.PredictedBatch(batch.indices, batch.labels, task.index, {}, {}, selected))
             for column, logits in self.logits(method, readouts, images, features, task, t):
                 predicted = logits.argmax(1).cpu()
-                within_task = mask_logits(logits, task.classes).argmax(1).cpu()
+                within = by_name[column].logits(by_name[column].select_features(given)) if chooses else logits
+                within_task = mask_logits(within, task.classes).argmax(1).cpu()
                 correct[column][task.index] += (predicted == batch.labels).sum()
                 correct_within[column][task.index] += (within_task == batch.labels).sum()
                 correct_task[column][task.index] += torch.isin(predicted, own_classes).sum()
@@ -218,7 +222,9 @@ class Evaluator:
                     found[-1].confidence[column] = probabilities.max(1).values
         counts = self._sum(counts)
         if empty := [task.index for task in tasks if task.is_tested and not counts[task.index]]:
-            raise ValueError(f"expected test images in every task, got none in {empty}")
+            names = ", ".join(self.scenario.describe(self.scenario.tasks[index]) for index in empty)
+            raise ValueError(f"expected test images that can be read in every task, got none in {names}: pgp data check"
+                             " names the files")  # fmt: skip
         rates = [{column: self._sum(count) / counts for column, count in kind.items()} for kind in hits]
         if len(tasks) <= t:
             return TaskAccuracies(rates[0], rates[1], rates[2], {}, None)
@@ -233,16 +239,17 @@ class Evaluator:
         """
         labels = self.data.test.labels
         plan = [(task, keys) for task in tasks for keys in sequential_batches(task.test, self.config.eval_batch_size)]
-        cached = [not method.uses_image and self._is_cached(keys) for _, keys in plan]
+        own = slice(self.fabric.global_rank, None, self.fabric.world_size)  # as the loader divides a batch
+        cached = [not method.uses_image and self._is_cached(keys[own]) for _, keys in plan]
         to_load = [keys for (_, keys), known in zip(plan, cached, strict=True) if not known]
         loaded = iter(batches(self.test_split(), to_load, self.loader_options))
         title = f"evaluating on {len(tasks)} of {len(self.scenario)} tasks"
         for (task, keys), known in track(progress, zip(plan, cached, strict=True), len(plan), title):
-            indices = torch.tensor([key.image for key in keys], dtype=torch.long)
-            yield task, Batch(torch.empty(len(keys), 0), labels[indices], indices) if known else next(loaded)
+            indices = torch.tensor([key.image for key in keys[own]], dtype=torch.long)
+            yield task, Batch(torch.empty(len(indices), 0), labels[indices], indices) if known else next(loaded)
 
     def _is_cached(self, keys: Sequence[SampleKey]) -> bool:
-        return bool(self._test_cache.holds(torch.tensor([key.image for key in keys])).all())
+        return bool(self._test_cache.holds(torch.tensor([key.image for key in keys], dtype=torch.long)).all())
 
     def test_split(self) -> TransformedSplit:
         """Return the test images as every evaluation sees them."""
@@ -282,8 +289,8 @@ class Evaluator:
     ) -> Features:
         """Return the features of images `(B, 3, S, S)`, with their frozen features.
 
-        If `by_vote`, the prompts are selected by the published protocol, see `Method.features`. For training images of
-        `task`, its expert is used, if the method has experts.
+        If `by_vote`, the prompts are selected by the published protocol, see `Method.features`. If the method has
+        experts, that of `task` is used, or those that the router chooses if `task` is None.
         """
         return extract_features(method, images, frozen, self.fabric.autocast, by_vote=by_vote, task=task)
 

@@ -34,6 +34,7 @@ class CODAPrompt(Method):
         """Settings of the published method; the defaults are its values."""
 
         tag = "coda"
+        allows_weight_decay = False
 
         layers: tuple[int, ...] = (0, 1, 2, 3, 4)
         """Layers with prefixes, counted from 0."""

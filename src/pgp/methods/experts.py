@@ -16,7 +16,7 @@ from pgp.methods.prompts import majority_vote
 from pgp.readouts.base import Features
 from pgp.readouts.lda import LDA
 from pgp.scenario import Task
-from pgp.subspace import ProtectedInputs, ProtectedParameter
+from pgp.subspace import ProtectedInputs, ProtectedParameter, on_float64_device
 
 
 class TaskRouter(LDA):
@@ -46,7 +46,7 @@ class Experts(Method):
     (`Method.shared_parameters`) keeps learning, and is what a projection protects.
 
     Tasks beyond `limit` get no expert of their own: they use the one that the router chooses for most images of their
-    first batch, and train only the head.
+    first batch, and train only the head. Tasks in which only the head may learn use the expert of the first task.
 
     Args:
         method: The method, built from `Method.Config.as_expert`.
@@ -82,9 +82,16 @@ class Experts(Method):
 
     def begin_task(self, task: Task) -> None:
         """Begin a new expert, if there may be one more."""
-        if self._has_own_expert(task):
+        if self.limit is None or task.index < self.limit:
             self.method.begin_task(task)
-            self.expert_of_class[list(task.classes)] = task.index
+            self._use_expert(task.index, task)
+
+    def skip_task(self, task: Task) -> None:
+        """Give a task that trains only the head no expert of its own: it uses that of the first task."""
+        if task.index == 0:
+            self.begin_task(task)
+        else:
+            self._use_expert(0, task)
 
     def refresh_head(self, task: Task) -> None:
         """See `Method.refresh_head`."""
@@ -206,16 +213,20 @@ class Experts(Method):
         self.stored = [
             [state[f"stored.{n}.{index}"].to(part) for index, part in enumerate(parts)] for n in range(count)
         ]
-        self.router.load_state_dict(
-            {name.removeprefix("router."): tensor for name, tensor in state.items() if name.startswith("router.")}
-        )
+        router = {name.removeprefix("router."): tensor for name, tensor in state.items() if name.startswith("router.")}
+        self.router.load_state_dict(on_float64_device(router, self.expert_of_class.device))
 
     def for_export(self) -> Method:
         """See `Method.for_export`. Each image passes through every expert."""
         return AllExperts(self) if self.stored else self
 
+    def _use_expert(self, number: int, task: Task) -> None:
+        """Let `task` use the expert with this number."""
+        self.expert_of_class[list(task.classes)] = number
+        self._expert_of_task[task.index] = number
+
     def _expert_of(self, task: Task) -> int:
-        """Return the number of the expert that `task` uses, -1 for none yet. It waits for a GPU once for each task."""
+        """Return the number of the expert that `task` uses, or -1. After a resume, it waits for a GPU once."""
         if task.index not in self._expert_of_task:
             number = int(self.expert_of_class[task.classes[0]])
             if number < 0:
@@ -224,7 +235,7 @@ class Experts(Method):
         return self._expert_of_task[task.index]
 
     def _has_own_expert(self, task: Task) -> bool:
-        return self.limit is None or task.index < self.limit
+        return self._expert_of(task) == task.index
 
     def _parts(self) -> list[nn.Parameter]:
         """Return the parameters that each expert has for itself."""

@@ -111,4 +111,5 @@ class LowRankUpdate(Part):
 
     def store(self) -> None:
         """Add the current task's update to the sum of earlier ones."""
-        self.total += self.scale * self.up @ self.down
+        with torch.autocast(self.total.device.type, enabled=False):
+            self.total += self.scale * self.up @ self.down

@@ -70,14 +70,14 @@ class Soft(MomentProjection):
                 mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
                 self.penalties[space] = self.config.ridge * mean + torch.finfo(mean.dtype).tiny
                 self.moments[space] = torch.zeros_like(moment)
-            self.moments[space] = self.moments[space] + moment
+            self.moments[space] = self.moments[space].to(moment) + moment  # a restored one is on the CPU
         self._scale()
         return {space: self.rank(space) for space in self.protected}
 
     def _scale(self) -> None:
         """Compute `lambda (C + lambda I)^-1` of each space. It takes the place of a basis."""
         for space, moment in self.moments.items():
-            penalty = self.penalties[space]
+            penalty = self.penalties[space].to(moment)
             penalised = moment + penalty * torch.eye(moment.shape[-1]).to(moment)
             self.bases[space] = penalty * torch.linalg.inv(penalised)
 

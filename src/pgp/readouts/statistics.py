@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pgp.distributed import all_gather_rows, all_reduce_sum_
 from pgp.readouts.base import Features, Readout
 from pgp.readouts.calibration import TEMPERATURES, HeldOutTest, HeldOutTests, losses_by_temperature
-from pgp.subspace import to_float64
+from pgp.subspace import float64_device, to_float64
 
 SIMILAR = 0.98
 """Probability of an old class, given the mean features of a new class, above which the two classes are similar."""
@@ -121,6 +121,7 @@ class StatisticsReadout(Readout):
     def hold_out(self, features: Tensor, labels: Tensor, *, augmented: bool) -> None:
         """See `Readout.hold_out`."""
         _accumulate(self._held_out, self._statistics(features, labels))
+        labels = labels.to(float64_device(labels.device))
         self._held_out_batches.append(HeldOutBatch(features.detach(), labels, augmented))
 
     def _statistics(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -141,8 +142,8 @@ class StatisticsReadout(Readout):
         for tensor in self._task.values():
             all_reduce_sum_(tensor)
         self.similar_classes = self._find_similar_classes() if self.state and self.detects_unknown else {}
-        _accumulate(self.state, self._task)
-        self._task = {}
+        new, self._task = self._task, {}
+        self.state = {name: self.state[name] + tensor if self.state else tensor for name, tensor in new.items()}
         self._test_on_held_out_images()
         self._fit()
 
@@ -152,10 +153,11 @@ class StatisticsReadout(Readout):
         means = (self._task["sums"] / self._task["counts"].clamp(min=1)[:, None])[new]  # (N, D)
         if not len(means):
             return {}
+        threshold = self.unknown_threshold(0.95)
+        if threshold is None:  # probabilities are not calibrated, and nothing tells what is unlike all classes
+            return {}
         confidence, old = self.probabilities(self.logits(means)).max(1)
-        similar = confidence > SIMILAR
-        if (threshold := self.unknown_threshold(0.95)) is not None:
-            similar &= self.unknown_scores(means) <= threshold
+        similar = (confidence > SIMILAR) & (self.unknown_scores(means) <= threshold)
         return dict(zip(new.nonzero()[:, 0][similar].tolist(), old[similar].tolist(), strict=True))
 
     def _test_on_held_out_images(self) -> None:
@@ -388,6 +390,9 @@ def affine_drift(before: Tensor, after: Tensor, ridge: float) -> tuple[Tensor, T
 
 
 def _accumulate(total: dict[str, Tensor], new: dict[str, Tensor]) -> None:
-    """Add the tensors of `new` to those of `total` in place, by name."""
+    """Add the tensors of `new` to those of `total` in place, by name. The first ones are kept as they are."""
     for name, tensor in new.items():
-        total[name] = total[name] + tensor if name in total else tensor
+        if name in total:
+            total[name] += tensor
+        else:
+            total[name] = tensor

@@ -149,10 +149,12 @@ def observe(
     batch_size = at_once * fabric.world_size
     needs_frozen = bool(readouts) or state.method.uses_query
     kept: list[FeatureBatch] = []
+    title = f"{session.scenario.describe(task)}, computing features"
+    held_out = session.held_out(task) if readouts else torch.empty(0)
     for epoch in itertools.count() if spec.repeat else [view]:
         plan, num_images = sequential_batches(task.train, batch_size, epoch), 0
         stream = batches(split, plan, evaluator.loader_options)
-        for batch in track(session.progress, stream, len(plan), f"{session.scenario.describe(task)}, looking at it"):
+        for batch in track(session.progress, stream, len(plan), title):
             if len(batch.indices):
                 num_images += len(batch.indices)
                 images, labels, indices, _ = batch.to(fabric.device)
@@ -160,12 +162,13 @@ def observe(
                 frozen = evaluator.frozen(state.method, images, cached, cache) if needs_frozen else None
                 features = _features(session, state, task, images, frozen, projection, wanted=bool(readouts) or keep)
                 if features is not None:
-                    held_out = torch.isin(batch.indices, session.held_out(task)).to(labels.device)
+                    is_held_out = torch.isin(batch.indices, held_out)
+                    rows = is_held_out.nonzero()[:, 0].to(labels.device)
                     for readout in readouts:
                         selected = readout.select_features(features)
                         readout.observe(selected, labels)
-                        if bool(held_out.any()):
-                            readout.hold_out(selected[held_out], labels[held_out], augmented=views is not None)
+                        if len(rows):
+                            readout.hold_out(selected[rows], labels[rows], augmented=views is not None)
                     if keep:
                         kept.append(FeatureBatch(indices, features).cpu())
             if spec.repeat and projection and projection.has_enough():

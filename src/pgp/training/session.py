@@ -94,7 +94,8 @@ class Session:
         self.model.mark_forward_method("loss")
         projection = config.projection.build(method.protected(), config.seed)
         if config.save_every_steps and projection.observation and projection.observation.when == "before":
-            raise ValueError("save_every_steps needs a projection that observes images after a task, not before it")
+            raise ValueError(f"expected --projection.when after with --save-every-steps {config.save_every_steps}, got"
+                             " before: set one of them, or --save-every-steps 0")  # fmt: skip
         readouts = [readout.build(method.head, self.data.classes, config.seed) for readout in config.readouts]
         compensating = [readout.name for readout in readouts if readout.needs_drift]
         if config.experts != "none" and method.features_drift and compensating:
@@ -328,11 +329,11 @@ class Session:
         print_line(self.progress, f"{self.scenario.describe(task)}: {text}")
 
     def sampling_error(self, state: TrainState) -> float | None:
-        """Return the standard error of the first readout's average accuracy; None if all test images are evaluated."""
-        if self.config.test_images is None or not state.matrices:
+        """Return the standard error of the first readout's average accuracy; None if no task has a sample."""
+        counts, sample = [len(task.test) for task in self.scenario.tasks], self.config.test_images
+        if sample is None or sample > max(counts) or not state.matrices:
             return None
-        counts = [len(task.test) for task in self.scenario.tasks]
-        return metrics.sampling_error(next(iter(state.matrices.values())), counts)
+        return metrics.sampling_error(next(iter(state.matrices.values())), counts, sample)
 
     def write_accuracy(self, state: TrainState) -> None:
         """Write `accuracy.csv`."""

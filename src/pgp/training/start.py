@@ -26,7 +26,7 @@ from pgp.system.storage import RunError
 from pgp.training.devices import build_fabric
 from pgp.training.session import Session
 from pgp.training.state import TrainState
-from pgp.training.stop import stoppable
+from pgp.training.stop import resume_advice, stoppable
 from pgp.training.tasks import check_readable
 
 
@@ -35,6 +35,7 @@ def start(config: Config, output: StrPath | None, progress: Progress | None) -> 
     """Start a run, and hold its lock within the block; see `pgp.train.train`."""
     if not isinstance(config, Config):
         raise TypeError(f"expected a Config, such as pgp.RECIPES['demo'](), got {type(config).__name__}")
+    Config.from_json(config.to_json())  # raises if a value is not one of those that its setting may have
     run = None if output is None else Run(output)
     with contextlib.ExitStack() as lock:
         if run and not distributed.is_child_process():  # before other processes start, which would all fail
@@ -163,11 +164,11 @@ def _is_adding(run: Run, name: CheckpointName | None, config: Config, new: Datas
         if config.added[-1] == new:
             return True
         where = ", ".join(map(str, config.added[-1].search_paths))
-        raise RunError(f"{run.folder} has begun to learn {where}: resume it with pgp train --resume {run.folder}, or"
+        raise RunError(f"{run.folder} has begun to learn {where}: {resume_advice(run)}, or"
                        " drop the unfinished task with --drop and --add")  # fmt: skip
     if inside or finished < tasks:
-        raise RunError(f"expected a run whose tasks are all finished, got {run.folder}: first resume it with pgp"
-                       f" train --resume {run.folder}")  # fmt: skip
+        raise RunError(f"expected a run whose tasks are all finished, got {run.folder}: first"
+                       f" {resume_advice(run)}")  # fmt: skip
     return False
 
 

@@ -18,7 +18,7 @@ from pgp.projections.base import Projection
 from pgp.readouts.base import Readout
 from pgp.runs.run import Run
 from pgp.scenario import Task
-from pgp.subspace import float64_device
+from pgp.subspace import on_float64_device
 
 
 class TrainState:
@@ -156,10 +156,8 @@ class TrainState:
         self.predictions = Predictions(**state["predictions"]) if "predictions" in state else None
         self.method.load_trainable_state_dict(state["method"])
         self.projection.load_state_dict(state["projection"])
-        device = float64_device(self.device)
         for readout in self.readouts:
-            tensors = state["readouts"][readout.name]
-            readout.load_state_dict({name: tensor.to(device) for name, tensor in tensors.items()})
+            readout.load_state_dict(on_float64_device(state["readouts"][readout.name], self.device))
         if self.meter:
             self.meter.load_state_dict(state["drift"])
         if self.online:

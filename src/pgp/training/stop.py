@@ -89,7 +89,7 @@ def _stopped(session: Session, state: TrainState, outcome: str) -> Interrupted:
     """Return the error of a run that all processes agreed to stop."""
     number = session.stop.number or signal.SIGTERM  # another process was asked
     folder = session.run.folder
-    next_step = _how_to_go_on(session.run) if session.remaining(state) else f"the run at {folder} is finished"
+    next_step = resume_advice(session.run) if session.remaining(state) else f"the run at {folder} is finished"
     return Interrupted(number, f"{describe(number)}: {outcome}; {next_step}", agreed=True)
 
 
@@ -97,8 +97,9 @@ def _lost(run: Run, number: int) -> Interrupted:
     """Return the error of a run that stopped at once."""
     last = run.latest_checkpoint()
     since = f"what was learned since {run.checkpoints.folder / last} is lost" if last else "nothing is saved yet"
-    return Interrupted(number, f"{describe(number)}: {since}; {_how_to_go_on(run)}")
+    return Interrupted(number, f"{describe(number)}: {since}; {resume_advice(run)}")
 
 
-def _how_to_go_on(run: Run) -> str:
+def resume_advice(run: Run) -> str:
+    """Return how to resume a run, as a part of a message."""
     return f"resume with pgp train --resume {platforms.quoted(run.folder)}"

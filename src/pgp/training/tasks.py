@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 import os
 import warnings
@@ -273,7 +274,8 @@ def training_batches(config: Config, task: Task, world_size: int) -> list[list[S
     """Return the batches of all epochs of a task.
 
     Each epoch has a new order, drawn from the seed, the task and the epoch; or the order in which the data list the
-    images. If the last batch of an epoch has fewer images than there are processes, the first images fill it up.
+    images. If the last batch of an epoch has fewer images than there are processes, it is filled up with the first
+    images, again and again.
     """
     plan = []
     for epoch in range(config.num_passes):
@@ -283,7 +285,7 @@ def training_batches(config: Config, task: Task, world_size: int) -> list[list[S
             order = order[torch.randperm(len(order), generator=generator)]
         keys = sequential_batches(order, config.batch_size, epoch)
         missing = max(0, world_size - len(keys[-1]))
-        keys[-1] += [SampleKey(image, epoch) for image in order[:missing].tolist()]
+        keys[-1] += [SampleKey(image, epoch) for image in itertools.islice(itertools.cycle(order.tolist()), missing)]
         plan += keys
     return plan
 
