@@ -254,9 +254,7 @@ def test_what_was_begun_of_a_task_is_gone_on_with_dropped_or_given_again(run, tm
     def copied(name):
         return Path(shutil.copytree(stepwise.folder, tmp_path / name))
 
-    with pytest.raises(
-        RunError, match=r"has begun to learn .*a: resume with .*or drop the unfinished task"
-    ):
+    with pytest.raises(RunError, match=r"has begun to learn .*a: resume with .*or drop the unfinished task"):
         train.resume(stepwise.folder, add=eel)
     assert train.resume(copied("other"), add=eel, drop=True).data.class_names[-1] == "eel"
     dropped = train.resume(copied("dropped"), drop=True)
