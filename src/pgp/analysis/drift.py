@@ -219,7 +219,7 @@ class DriftMeter:
         config, evaluation = self.config, self.evaluation
         fabric, title = evaluation.fabric, evaluation.scenario.describe(task)
         plan = sequential_batches(self.sample(task), self.micro_batch_size)
-        loading = LoaderOptions(on_bad_image=config.on_bad_image, device=fabric.device)
+        loading = LoaderOptions(device=fabric.device)
         stream = batches(evaluation.test_split(), plan, loading)  # every process sees them all
         sketch: dict[str, Tensor] = {}
         for batch in track(progress, stream, len(plan), f"measuring drift on {title}"):

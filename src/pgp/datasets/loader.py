@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -131,7 +131,6 @@ class LoaderOptions(NamedTuple):
 
     workers: int = 0
     """Number of processes that decode and transform images. If 0, the training process does."""
-    on_bad_image: Literal["error", "skip"] = "error"
     rank: int = 0
     world_size: int = 1
     """Number of training processes. Each loads every `world_size`-th image of a batch."""

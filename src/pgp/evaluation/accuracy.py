@@ -316,7 +316,6 @@ class Evaluator:
         hardware = self.config.hardware
         return LoaderOptions(
             hardware.workers,
-            self.config.on_bad_image,
             self.fabric.global_rank,
             self.fabric.world_size,
             hardware.pin_memory and self.fabric.device.type == "cuda",

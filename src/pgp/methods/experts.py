@@ -82,7 +82,7 @@ class Experts(Method):
 
     def begin_task(self, task: Task) -> None:
         """Begin a new expert, if there may be one more."""
-        if self.limit is None or task.index < self.limit:
+        if self._may_have_own_expert(task):
             self.method.begin_task(task)
             self._use_expert(task.index, task)
 
@@ -234,8 +234,13 @@ class Experts(Method):
             self._expert_of_task[task.index] = number
         return self._expert_of_task[task.index]
 
+    def _may_have_own_expert(self, task: Task) -> bool:
+        return self.limit is None or task.index < self.limit
+
     def _has_own_expert(self, task: Task) -> bool:
-        return self._expert_of(task) == task.index
+        """Return whether `task` has an expert of its own, or will have one once it begins."""
+        number = self._expert_of(task)
+        return number == task.index or (number < 0 and self._may_have_own_expert(task))
 
     def _parts(self) -> list[nn.Parameter]:
         """Return the parameters that each expert has for itself."""

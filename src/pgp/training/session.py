@@ -254,7 +254,7 @@ class Session:
             self.run.log(event, **values)
 
     def warn(self, text: str) -> None:
-        """Log and print a warning about the data."""
+        """Log and print a warning, as an event `data`."""
         self.log("data", warning=text)
         print_line(self.progress, f"pgp: warning: {text}")
 
