@@ -8,11 +8,13 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import adding
 import cost
 import emoji
 import evaluation
+import frontier
 import gpu
 import kanji_data
 import loading
@@ -22,6 +24,7 @@ import pretrain_demo_vit
 import protection
 import queries
 import readouts
+import records
 import serve
 
 ROOT = Path(__file__).parent.parent
@@ -168,6 +171,28 @@ def test_readouts(capsys):
     jobs = len(readouts.TUNED) * len(readouts.RATES)
     readouts.main(["tune", "--tiny", "--data", "mixed", "--part", f"{jobs}/{jobs}"])
     assert json.loads(capsys.readouterr().out)["data"] == "mixed"
+
+
+def test_frontier_draws_every_row_with_drift(tmp_path):
+    lines = list(records.read(readouts.RESULTS))
+    for data in frontier.TITLES:
+        for readout in frontier.READOUTS:
+            found = frontier.points(lines, data, readout)
+            measured = {
+                line["row"]
+                for line in lines
+                if line["data"] == data and line.get("drift") is not None and readout in line["figures"]
+            }
+            assert found.keys() == measured
+            assert all(0 <= at.drift <= 100 and 0 <= at.accuracy <= 100 for at in found.values())
+    assert frontier.points(lines, "mixed", "lda+query+patches+normalize")["LoRA, input .99"] == pytest.approx(
+        (3.2, 82.4), abs=0.1
+    )
+    frontier.draw(lines, tmp_path / "frontier.png")
+    with Image.open(tmp_path / "frontier.png") as picture:
+        assert picture.width > picture.height
+    rows = [frontier.label(row) for row in ("LoRA, random, ranks of input .99", "LoRA, unprojected", "LoRA, soft .1")]
+    assert rows == [".99", "unprojected", ".1"]
 
 
 def test_queries(capsys):

@@ -67,14 +67,14 @@ def test_a_published_basis_with_other_constants_stays():
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"setting": "dill"}, "expected one of cil, til, dil, oil, got dill @ [$].setting"),
         ({"precision": "bf16"}, "expected one of 32-true, tf32, bf16-mixed, 16-mixed, got bf16 @ [$].precision"),
     ],
 )
-def test_a_run_with_a_setting_that_is_none_of_the_choices_does_not_start(changes, told, tmp_path):
-    with pytest.raises(ValueError, match=told):
+def test_a_run_with_a_setting_that_is_none_of_the_choices_does_not_start(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
         train(replace(tiny.config(), **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

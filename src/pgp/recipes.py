@@ -125,6 +125,13 @@ CHOICES: dict[str, dict[str, Any]] = {
 """Named choices for each component field of `Config`."""
 
 
+PROJECTED_UPDATES: dict[str, Any] = {
+    "projection": Orthogonal.Config("input", energy=0.99, apply_to="update"),
+    "optimizer": Optimizer(lr=0.3, prompt_lr_scale=0.1),
+}
+"""Projection and rates of our own recipes, as docs/results.md chose them."""
+
+
 def published_basis(method: Method.Config) -> ReleasedBasis.Config:
     """Return the published code's basis with its constants for `method`."""
     if isinstance(method, DualPrompt.Config):
@@ -242,8 +249,7 @@ def with_deep_prompts(recipe: Config) -> Config:
     return replace(
         recipe,
         method=VPT.Config(),
-        projection=Orthogonal.Config("input", energy=0.99, apply_to="update"),
-        optimizer=Optimizer(lr=0.3, prompt_lr_scale=0.1),
+        **PROJECTED_UPDATES,
         readouts=(READOUTS["lda+query+linear"], MethodHead.Config()),
     )
 
@@ -292,8 +298,7 @@ def with_lora(recipe: Config) -> Config:
     return replace(
         recipe,
         method=LoRA.Config(),
-        projection=Orthogonal.Config("input", energy=0.99, apply_to="update"),
-        optimizer=Optimizer(lr=0.3, prompt_lr_scale=0.1),
+        **PROJECTED_UPDATES,
         readouts=(READOUTS["lda+query+patches+normalize"], MethodHead.Config()),
         views=2,
     )
@@ -416,8 +421,7 @@ def _nsp2(recipe: Config) -> Config:
     return replace(
         recipe,
         method=VPT.Config(length=4, protect="affinity+aggregation", norm_penalty=0.02),
-        projection=Orthogonal.Config("input", energy=0.99, apply_to="update"),
-        optimizer=Optimizer(lr=0.3, prompt_lr_scale=0.1),
+        **PROJECTED_UPDATES,
         epochs=20 if isinstance(recipe.dataset, ImageNetR) else 10,
     )
 

@@ -200,17 +200,19 @@ class Evaluator:
             counts[task.index] += len(batch.indices)
             images, own_classes = batch.to(self.fabric.device).images, torch.tensor(task.classes)
             frozen = self.frozen(method, images, batch.indices)
-            known = task if self.config.setting == "til" else None
-            features = FeatureBatch(batch.indices, self.features(method, images, frozen, task=known))
-            chooses = method.router is not None and known is None  # with the task given, another expert may be used
-            given = self.features(method, images, frozen, task=task) if chooses else features.images
+            given_task = task if self.config.setting == "til" else None
+            features = FeatureBatch(batch.indices, self.features(method, images, frozen, task=given_task))
+            routed = (
+                method.router is not None and given_task is None
+            )  # so if the task is given, the expert may be another
+            given = self.features(method, images, frozen, task=task) if routed else features.images
             if watch:
                 watch(task, features)
             selected = self._selected_prompts(method, features)
             found.append(predictions.PredictedBatch(batch.indices, batch.labels, task.index, {}, {}, selected))
             for column, logits in self.logits(method, readouts, images, features, task, t):
                 predicted = logits.argmax(1).cpu()
-                within = by_name[column].logits(by_name[column].select_features(given)) if chooses else logits
+                within = by_name[column].logits(by_name[column].select_features(given)) if routed else logits
                 within_task = mask_logits(within, task.classes).argmax(1).cpu()
                 correct[column][task.index] += (predicted == batch.labels).sum()
                 correct_within[column][task.index] += (within_task == batch.labels).sum()

@@ -53,8 +53,10 @@ def forgetting(matrix: Tensor) -> float:
     return float((best - matrix[t - 1, : t - 1]).mean())
 
 
-def sampling_error(matrix: Tensor, test_images: Sequence[int], sample: int) -> float:
+def sampling_error(matrix: Tensor, test_images: Sequence[int], sample: int | None) -> float | None:
     """Return the standard error of the average accuracy if the test images of a task are a random sample.
+
+    It is None if no task has a sample: all are evaluated on all of their images.
 
     The variance of an accuracy p of n images is `p' (1 - p') / n`, with `p' = (n p + 1) / (n + 2)`: not 0 if all images
     of a small sample are classified correctly.
@@ -62,13 +64,15 @@ def sampling_error(matrix: Tensor, test_images: Sequence[int], sample: int) -> f
     Args:
         matrix: Accuracy matrix `(T, T)`.
         test_images: Number of test images of each task.
-        sample: Size of a sample. Tasks with fewer images are evaluated on all of them, and add no error.
+        sample: Size of a sample, or None. Tasks with fewer images are evaluated on all of them, and add no error.
 
     >>> round(sampling_error(torch.tensor([[0.9, float("nan")], [0.5, 0.5]]), [25, 25], sample=25), 4)
     0.0707
     >>> round(sampling_error(torch.tensor([[0.9, float("nan")], [0.5, 0.5]]), [25, 24], sample=25), 4)
     0.05
     """
+    if sample is None or sample > max(test_images):
+        return None
     t = tasks_learned(matrix)
     accuracies, counts = matrix[t - 1, :t], torch.tensor(test_images[:t])
     smoothed = (counts * accuracies + 1) / (counts + 2)

@@ -100,7 +100,7 @@ class ExpertLDA(LDA):
         return super().unknown_scores(features[:, 2 : 2 + self.state["sums"].shape[1]])  # all experts have the same
 
     @property
-    def _columns_for_unknown(self) -> slice:  # type: ignore[override]
+    def _columns_for_unknown(self) -> slice:
         parts = 1 + self.settings.query + self.settings.patches  # of equal width: the first differs between experts
         return slice(self.state["sums"].shape[1] // parts, None)
 

@@ -209,8 +209,10 @@ class StatisticsReadout(Readout):
         """See `Readout.detects_unknown`."""
         return True
 
-    _columns_for_unknown: slice = slice(None)
-    """The features that `unknown_scores` uses."""
+    @property
+    def _columns_for_unknown(self) -> slice:
+        """The features that `unknown_scores` uses: by default, all."""
+        return slice(None)
 
     def unknown_scores(self, features: Tensor) -> Tensor:
         """Return relative Mahalanobis distances `(B,)` of features `(B, D)` (Ren et al., 2021).

@@ -126,13 +126,12 @@ def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
                                " finish them first, with pgp train --resume")  # fmt: skip
             bins = [found for run in members if (found := _calibration(run, column)) is not None]
             errors = [
-                metrics.sampling_error(matrices[i][column], run.data.test_images, sample)
+                metrics.sampling_error(matrices[i][column], run.data.test_images, run.config.test_images)
                 for i, run in enumerate(members)
-                if (sample := run.config.test_images) is not None
-                and sample <= max(run.data.test_images)
-                and column in matrices[i]
+                if column in matrices[i]
             ]
-            out.append(ResultRow(label, column, own, list(members[0].data.task_names), streams, bins, errors))
+            known = [error for error in errors if error is not None]
+            out.append(ResultRow(label, column, own, list(members[0].data.task_names), streams, bins, known))
     return out
 
 

@@ -329,11 +329,10 @@ class Session:
         print_line(self.progress, f"{self.scenario.describe(task)}: {text}")
 
     def sampling_error(self, state: TrainState) -> float | None:
-        """Return the standard error of the first readout's average accuracy; None if no task has a sample."""
-        counts, sample = [len(task.test) for task in self.scenario.tasks], self.config.test_images
-        if sample is None or sample > max(counts) or not state.matrices:
-            return None
-        return metrics.sampling_error(next(iter(state.matrices.values())), counts, sample)
+        """Return the standard error of the first readout's average accuracy; see `metrics.sampling_error`."""
+        counts = [len(task.test) for task in self.scenario.tasks]
+        first = next(iter(state.matrices.values()), None)
+        return None if first is None else metrics.sampling_error(first, counts, self.config.test_images)
 
     def write_accuracy(self, state: TrainState) -> None:
         """Write `accuracy.csv`."""
