@@ -76,13 +76,11 @@ class Scale(NamedTuple):
     """Pixels a side."""
     batch: int
     observed: int
-    """Images of a task after which time is measured. The fewer they are, the more the fits to them count."""
-    remembered: int
-    """Images of a task after which memory is measured."""
+    """Images of a task, for what follows it. The fewer they are, the more the fits to them count."""
 
 
-FULL = Scale(ViT.Config("vit_base_patch16_224.orig_in21k", "random"), 224, 16, 192, 768)
-TINY = Scale(rehearsal.ENCODER, rehearsal.SIZE, 4, 8, 8)
+FULL = Scale(ViT.Config("vit_base_patch16_224.orig_in21k", "random"), 224, 16, 192)
+TINY = Scale(rehearsal.ENCODER, rehearsal.SIZE, 4, 8)
 ENCODERS = {name: f"vit_{name}_patch16_224" for name in ("small", "base", "large")}
 """Encoders whose peaks of memory are measured."""
 
@@ -297,7 +295,6 @@ def peak(operation: str, kind: str, precision: Precision, threads: int, encoder:
 def peak_of(operation: str, kind: str, precision: Precision, scale: Scale) -> float:
     """Run an operation twice, or once after a task, and return the peak resident memory of this process in GB."""
     after_task = operation in ("boundary", "quick")
-    scale = scale._replace(observed=scale.remembered)
     seconds({kind: OPERATIONS[operation](kind, precision, scale)}, 0 if after_task else 1)
     return peak_of_this_process()
 
@@ -435,7 +432,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     both = ("32-true", "bf16-mixed")
     parser.add_argument("--precision", nargs="+", choices=both, default=both if has_bf16() else both[:1])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="test with a tiny encoder; nothing is kept")
     options = parser.parse_args(argv)
     scale = TINY if options.tiny else FULL
