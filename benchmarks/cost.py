@@ -44,6 +44,7 @@ from pgp.datasets.synthetic import Synthetic
 from pgp.datasets.transforms import Transforms
 from pgp.methods.base import mask_logits
 from pgp.projections.orthogonal import Orthogonal
+from pgp.readouts.base import Readout
 from pgp.readouts.lda import LDA
 from pgp.reports.tables import markdown_table
 from pgp.rng import make_generator
@@ -65,6 +66,8 @@ CLEAN = ", clean"
 """Ending of a method's name that trains with `--query clean`: the queries of a batch are known."""
 READ = ", lda"
 """Ending of a method's name whose features LDA reads after the task."""
+PLAIN = ", one pass"
+"""Ending of a method's name of which only one pass over the images of a task is measured."""
 TASK = Task(0, tuple(range(10)), torch.empty(0), torch.empty(0))
 
 
@@ -150,13 +153,16 @@ def train(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], 
     return lambda: train_step(session, state, ready, whole, TASK, scale.batch)
 
 
-def untrained(kind: str, precision: Precision, scale: Scale) -> tuple[Session, TrainState]:
-    """Return the recipe of a method for CIFAR-100, or the recipe `quick`, on noise."""
+def untrained(
+    kind: str, precision: Precision, scale: Scale, readouts: Sequence[Readout.Config] | None = None
+) -> tuple[Session, TrainState]:
+    """Return the recipe of a method for CIFAR-100, or the recipe `quick`, on noise; with its readouts if None."""
     recipe = recipes.RECIPES[kind if kind == "quick" else f"10cifar100_{kind}_pgp"]()
     data = Synthetic(classes=CLASSES, per_class=8)
     config = replace(recipe, dataset=data, backbone=scale.encoder, batch_size=scale.batch)
     config = replace(config, transforms=Transforms(size=scale.size, resize=scale.size * 256 // 224))
     config = replace(config, hardware=Hardware("cpu"), precision=precision)
+    config = config if readouts is None else replace(config, readouts=tuple(readouts))
     session = Session(Fabric(accelerator="cpu", devices=1, precision=precision), config, Progress(disable=True))
     return session, session.new_state()
 
@@ -200,11 +206,12 @@ def evaluation(kind: str, precision: Precision, scale: Scale = FULL) -> Callable
 def boundary(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], Any]:
     """Return what follows the training of a task: the pass for the projection and, with `READ`, for LDA, and their fit.
 
-    `query` and `features` only pass the same images through the encoder, without prompts and with those of VPT.
+    With `PLAIN`, the same images only pass through the encoder: without prompts for a method that reads queries, with
+    what another has trained.
     """
+    kind, plain, _ = kind.partition(PLAIN)
     name, read, _ = kind.partition(READ)
-    plain = {"query": "l2p", "features": "vpt"}
-    session, state = untrained(plain.get(name, name), precision, scale)
+    session, state = untrained(name, precision, scale, [LDA.Config()] if read else None)
     task = replace(TASK, train=torch.arange(scale.observed))
 
     def all_of_it() -> None:
@@ -216,13 +223,13 @@ def boundary(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[
             readout.end_task()
 
     def forward() -> None:
-        run = state.method.query if name == "query" else state.method.features
+        run = state.method.query if state.method.uses_query else state.method.features
         with torch.no_grad(), autocast(precision):
             split, plan = session.transformed("test", "observed", task), sequential_batches(task.train, scale.batch)
             for batch in batches(split, plan, LoaderOptions()):
                 run(batch.images)
 
-    return forward if name in plain else all_of_it
+    return forward if plain else all_of_it
 
 
 def quick(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], Any]:
@@ -247,8 +254,9 @@ OPERATIONS: dict[str, Callable[[str, Precision, Scale], Callable[[], Any]]] = {
 MEASURED = {
     "L2P train step": ("train", "l2p", "baseline"),
     "L2P evaluation": ("evaluation", "l2p", "baseline"),
-    "L2P boundary": ("boundary", "l2p", "query"),
-    "VPT boundary, with LDA": ("boundary", "vpt, lda", "features"),
+    "L2P boundary": ("boundary", "l2p", "l2p, one pass"),
+    "VPT boundary, with LDA": ("boundary", "vpt, lda", "vpt, one pass"),
+    "LoRA boundary, with LDA": ("boundary", "lora, lda", "lora, one pass"),
     "DualPrompt train step": ("train", "dualprompt", None),
     "DualPrompt boundary": ("boundary", "dualprompt", None),
     "LoRA train step": ("train", "lora", "vpt"),
@@ -260,8 +268,9 @@ PEAKS = {"train": "l2p", "evaluation": "l2p", "boundary": "l2p", "quick": "quick
 """Operations and methods whose peaks of memory are measured for all `ENCODERS`."""
 OTHERS = {
     "baseline": "plain L2P",
-    "query": "a query pass over the same images",
-    "features": "a forward pass over the same images",
+    "l2p, one pass": "a query pass over the same images",
+    "vpt, one pass": "a forward pass over the same images",
+    "lora, one pass": "a forward pass over the same images",
     "vpt": "a step of VPT",
     "dualprompt": "the step with queries of the augmented views",
     None: "",

@@ -138,10 +138,11 @@ def test_a_later_block_is_traced_behind_the_first():
     entered = blocks[0](insert_prompts(clip.embed(x), prompts[0]))
     torch.testing.assert_close(traces[1].tokens, entered, rtol=0, atol=1e-12)
     assert traces[0].queries.shape == (2, clip.heads, 17, clip.width // clip.heads)
-    assert traces[1].prompt_attention.shape == (2, clip.heads, 20, 2)
-    sums = clip.trace(x, {1}, {1: torch.ones(2, 5, clip.width).double()})[1].prompt_attention.sum(-1)
+    assert traces[1].prompt_attention().shape == (2, clip.heads, 20, 2)
+    sums = clip.trace(x, {1}, {1: torch.ones(2, 5, clip.width).double()})[1].prompt_attention().sum(-1)
     assert bool(((sums > 0) & (sums < 1)).all())
-    assert clip.trace(x, {1})[1].prompt_attention is None
+    with pytest.raises(ValueError, match="block with prompts or a prefix, got one without"):
+        clip.trace(x, {1})[1].prompt_attention()
     cls, found = clip.encode_with_traces(x, {0, 1}, prompts)
     torch.testing.assert_close(cls, clip(x, prompts, num_tokens=1)[:, 0], rtol=0, atol=1e-12)
     assert all(torch.equal(found[layer].queries, traces[layer].queries) for layer in (0, 1))
@@ -501,6 +502,9 @@ def test_settings_that_do_not_fit(monkeypatch):
         DualPrompt.Config((0,), expert_layers=(1,)).build(golden_clip(), "ab", make_generator(0, "init")).double()(
             images()
         )
+    clip = golden_clip()
+    with pytest.raises(ValueError, match=rf"layers between 0 and {clip.depth - 1}, .* got {clip.depth}$"):
+        clip(images(), {clip.depth: torch.zeros(6, 1, clip.width)})
     with pytest.raises(ValueError, match=r"images \(B, 3, 32, 32\), got \(6, 3, 16, 16\)"):
         build().features(images(size=16))
     monkeypatch.setitem(sys.modules, "open_clip", None)

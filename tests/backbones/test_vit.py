@@ -379,6 +379,9 @@ def test_inputs_are_checked():
         vit(images(16))
     with pytest.raises(ValueError, match=r"prompts \(3, P, 48\), got \(3, 4, 47\)"):
         vit(images(32), {0: prompts(47)})
+    last = vit.depth - 1
+    with pytest.raises(ValueError, match=rf"layers between 0 and {last}, the last of this model, got -1, {last + 1}$"):
+        vit(images(32), {0: prompts(48), last + 1: prompts(48)}, {-1: prompts(48)})
 
 
 @torch.no_grad()

@@ -138,8 +138,8 @@ def test_experts_are_handed_on():
         ({"general_length": 0}, r"method.general_length of at least 1, got 0"),
         ({"expert_layers": (1, 2)}, r"each layer at most once .* method.general_layers \(0, 1\), got \(1, 2\)"),
         ({"expert_layers": ()}, r"expected method.expert_layers"),
-        ({"expert_layers": (2, 6)}, r"layers between 0 and 5.*got \(0, 1\) and \(2, 6\)"),
-        ({"general_layers": (-1,)}, r"layers between 0 and 5"),
+        ({"expert_layers": (2, 6)}, r"layers between 0 and 5, the last of this model, got 6"),
+        ({"general_layers": (-1,)}, "layers between 0 and 5.*got -1"),
     ],
 )
 def test_settings_that_do_not_fit(settings, message):

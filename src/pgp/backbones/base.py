@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -16,16 +16,28 @@ from pgp.backbones.norms import norm_std, pull_back
 from pgp.backbones.weights import EncoderSource
 
 
-class Trace(NamedTuple):
+@dataclass(frozen=True)
+class Trace:
     """Activations of one block for a batch of images: the inputs of its prompts and prefixes."""
 
     tokens: Tensor
     """Tokens as they enter the block, without the prompts that are inserted before it, `(B, N, D)`."""
     queries: Tensor
     """Attention queries of these tokens, `(B, H, N, D/H)`."""
-    prompt_attention: Tensor | None
-    """Attention weights of these tokens on the positions of the prefix, `(B, H, N, L)`, or, without a prefix, on the
-    prompts that are inserted before the block, `(B, H, N, P)`. None if there are neither."""
+    compute_attention: Callable[[], Tensor] | None
+    """What computes `prompt_attention`, which most projections do not need; None without prompts and prefix."""
+
+    def prompt_attention(self) -> Tensor:
+        """Return the attention weights of these tokens on the prefix, `(B, H, N, L)`, or on the prompts.
+
+        Without a prefix, they are those on the prompts that are inserted before the block, `(B, H, N, P)`.
+
+        Raises:
+            ValueError: If there are neither.
+        """
+        if self.compute_attention is None:
+            raise ValueError("expected a trace of a block with prompts or a prefix, got one without")
+        return self.compute_attention()
 
 
 LINEAR_MAPS = ("q", "k", "v", "proj", "fc1", "fc2")
@@ -202,12 +214,17 @@ class Backbone(nn.Module, abc.ABC):
     def make_prefix(self, layer: int, tokens: Tensor) -> Tensor:
         """Return the keys and values `(2, H, L, D/H)` of normed tokens `(L, D)` in the attention of block `layer`."""
 
+    def check_layers(self, layers: Iterable[int]) -> None:
+        """Raise a ValueError if this encoder does not have one of `layers`."""
+        outside = sorted({layer for layer in layers if not 0 <= layer < self.depth})
+        if outside:
+            raise ValueError(f"expected layers between 0 and {self.depth - 1}, the last of this model, got"
+                             f" {', '.join(map(str, outside))}")  # fmt: skip
+
     def check_places(self, places: Collection[Place]) -> None:
         """Raise a ValueError if this encoder does not have one of `places`."""
+        self.check_layers(place.layer for place in places)
         for place in places:
-            if not 0 <= place.layer < self.depth:
-                raise ValueError(f"expected layers between 0 and {self.depth - 1}, the last of this model, got"
-                                 f" {place.layer}")  # fmt: skip
             if place.name not in LINEAR_MAPS + OUTPUTS:
                 raise ValueError(f"expected places among {', '.join(LINEAR_MAPS + OUTPUTS)}, got {place.name!r}")
             self.linear_map(place if place.name in LINEAR_MAPS else Place(place.layer, "fc1"))

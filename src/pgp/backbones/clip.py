@@ -124,6 +124,7 @@ class CLIP(VisionLanguage):
         """See `Backbone.forward`. Prefixes are not supported."""
         if prefixes:
             raise ValueError(_NO_PREFIXES)
+        self.check_layers(prompts or ())
         x = self.embed(images)  # (B, N, D)
         for layer, block in enumerate(self.model.visual.transformer.resblocks):
             x, functions = insert_prompts(x, prompts.get(layer) if prompts else None), by_name(adapted, layer)
@@ -149,6 +150,7 @@ class CLIP(VisionLanguage):
         """Return the tokens after `end` blocks, and traces of `layers`."""
         if prefixes:
             raise ValueError(_NO_PREFIXES)
+        self.check_layers({*layers, *(prompts or ())})
         traces = {}
         x = self.embed(images)
         for layer, block in enumerate(self.model.visual.transformer.resblocks[: max(end, max(layers, default=-1) + 1)]):
@@ -157,8 +159,8 @@ class CLIP(VisionLanguage):
                 P = x.shape[1] - tokens.shape[1]
                 q, k = _queries_and_keys(block, x)
                 q = drop_prompts(q, P)  # (B, H, N, D/H)
-                scores = q @ k.mT / q.shape[-1] ** 0.5  # (B, H, N, N + P)
-                traces[layer] = Trace(tokens, q, scores.softmax(-1)[..., 1 : 1 + P] if P else None)
+                weights = functools.partial(_attention_weights, q, k, slice(1, 1 + P))
+                traces[layer] = Trace(tokens, q, weights if P else None)
             if layer < end:
                 x = block(x)
         return x, traces
@@ -254,6 +256,12 @@ def _queries_and_keys(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     qk = F.linear(block.ln_1(x), attn.in_proj_weight[: 2 * D], None if bias is None else bias[: 2 * D])  # (B, N, 2 * D)
     q, k = qk.unflatten(-1, (2, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # 2 x (B, H, N, D/H)
     return q, k
+
+
+def _attention_weights(q: Tensor, k: Tensor, keys: slice) -> Tensor:
+    """Return the attention weights of all queries on some of the keys, `(B, H, N, number of keys)`."""
+    scores: Tensor = q @ k.mT / q.shape[-1] ** 0.5
+    return scores.softmax(-1)[..., keys]
 
 
 def _linear_attention(attn: Any) -> Any:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -117,7 +118,7 @@ class ViT(Backbone):
         adapted: Adapted | None = None,
     ) -> Tensor:
         """See `Backbone.forward`."""
-        self._check(prompts, prefixes)
+        self.check_layers({*(prompts or ()), *(prefixes or ())})
         x = self.embed(images)  # (B, N, D)
         for layer, block in enumerate(self.vit.blocks):
             x = insert_prompts(x, prompts.get(layer) if prompts else None)
@@ -144,7 +145,7 @@ class ViT(Backbone):
         end: int,
     ) -> tuple[Tensor, dict[int, Trace]]:
         """Return the tokens after `end` blocks, of which the last one computes only CLS, and traces of `layers`."""
-        self._check(prompts, prefixes, layers)
+        self.check_layers({*layers, *(prompts or ()), *(prefixes or ())})
         traces = {}
         x = self.embed(images)
         for layer, block in enumerate(self.vit.blocks[: max(end, max(layers, default=-1) + 1)]):
@@ -154,11 +155,9 @@ class ViT(Backbone):
             if layer in layers:
                 P = x.shape[1] - tokens.shape[1]
                 image_q = drop_prompts(q, P)  # (B, H, N, D/H)
-                prompt_attention = None
-                if P or prefix is not None:
-                    prompt_keys = slice(1, 1 + P) if prefix is None else slice(prefix.shape[3])
-                    prompt_attention = _attention_weights(block.attn, image_q, k)[..., prompt_keys]
-                traces[layer] = Trace(tokens, image_q, prompt_attention)
+                prompt_keys = slice(1, 1 + P) if prefix is None else slice(prefix.shape[3])
+                weights = functools.partial(_attention_weights, block.attn, image_q, k, prompt_keys)
+                traces[layer] = Trace(tokens, image_q, weights if P or prefix is not None else None)
             if layer < end:
                 needed = 1 if layer == self.depth - 1 else x.shape[1]
                 x = _attend(block, x[:, :needed], q[:, :, :needed], k, v, {})
@@ -189,11 +188,6 @@ class ViT(Backbone):
             raise ValueError(f"expected a model whose MLP is two linear layers, for the place {name}, got one with"
                              f" {type(block.mlp).__name__}: choose other places, or another model")  # fmt: skip
         return module.weight, module.bias
-
-    def _check(self, *by_layer: Collection[int] | None) -> None:
-        outside = sorted({layer for layers in by_layer for layer in layers or () if not 0 <= layer < self.depth})
-        if outside:
-            raise ValueError(f"expected layers between 0 and {self.depth - 1}, got {outside}: this model has no others")
 
 
 Functions = Mapping[str, Callable[[Tensor], Tensor]]
@@ -279,10 +273,10 @@ def _mlp(mlp: Any, x: Tensor, functions: Functions) -> Tensor:
     return out
 
 
-def _attention_weights(attn: Any, q: Tensor, k: Tensor) -> Tensor:
-    """Return the attention weights of all queries on all keys, `(B, H, N, L + N)`."""
+def _attention_weights(attn: Any, q: Tensor, k: Tensor, keys: slice) -> Tensor:
+    """Return the attention weights of all queries on some of the keys, `(B, H, N, number of keys)`."""
     scores: Tensor = q @ k.mT * attn.scale
-    return scores.softmax(-1)
+    return scores.softmax(-1)[..., keys]
 
 
 def _plain(model: Any) -> Any:

@@ -249,9 +249,8 @@ class CLIPPrompt(ZeroShot):
         inputs = {"prompts": ProtectedInputs(self.backbone.embed(images), prompts[0])}
         if self.settings.protect != "tokens":
             trace = self.backbone.trace(images, {0}, prompts)[0]
-            assert trace.prompt_attention is not None
             inputs["prompts"] = ProtectedInputs(trace.queries, head_maps=self.backbone.affinity_maps(0, moves="prompt"))
-            attention = trace.prompt_attention / self.backbone.norm_scale(self.image_prompt)  # (B, H, N, L)
+            attention = trace.prompt_attention() / self.backbone.norm_scale(self.image_prompt)  # (B, H, N, L)
             inputs["shares"] = ProtectedInputs(attention.flatten(1, 2))  # (B, H * N, L)
         return {space: inputs[space] for space in self.protected()}
 

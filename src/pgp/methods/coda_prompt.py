@@ -72,9 +72,7 @@ class CODAPrompt(Method):
     def __init__(self, config: CODAPrompt.Config, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
         super().__init__(backbone, linear_head(backbone.width, classes, generator))
         self.config = config
-        if not all(0 <= layer < backbone.depth for layer in config.layers):
-            raise ValueError(f"expected layers between 0 and {backbone.depth - 1}, the last of this model, got"
-                             f" {config.layers}")  # fmt: skip
+        backbone.check_layers(config.layers)
         if config.pool_size > backbone.width:
             raise ValueError(f"expected method.pool_size of at most {backbone.width}, the width of this model, got"
                              f" {config.pool_size}: more components cannot be orthogonal")  # fmt: skip
@@ -146,8 +144,7 @@ class CODAPrompt(Method):
         for layer, trace in traces.items():
             inputs[f"components {layer} keys"] = ProtectedInputs(trace.queries)
             if self.config.protect == "keys+values":
-                assert trace.prompt_attention is not None
-                inputs[f"components {layer} values"] = ProtectedInputs(trace.prompt_attention)
+                inputs[f"components {layer} values"] = ProtectedInputs(trace.prompt_attention())
         return inputs
 
     def _pools(self) -> list[tuple[int, ComponentPool]]:

@@ -107,9 +107,7 @@ class DualPrompt(Method):
     def __init__(self, config: DualPrompt.Config, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
         super().__init__(backbone, linear_head(backbone.width, classes, generator))
         self.config = config
-        if not all(0 <= layer < backbone.depth for layer in config.general_layers + config.expert_layers):
-            raise ValueError(f"expected layers between 0 and {backbone.depth - 1}, the last of this model, got"
-                             f" {config.general_layers} and {config.expert_layers}")  # fmt: skip
+        backbone.check_layers(config.general_layers + config.expert_layers)
         heads, width = backbone.heads, backbone.width // backbone.heads
 
         def prefix_pool(size: int, length: int) -> PrefixPool:
@@ -212,8 +210,7 @@ class DualPrompt(Method):
             else:
                 inputs[f"{name} keys"] = ProtectedInputs(trace.queries)
                 if self.config.protect == "keys+values":
-                    assert trace.prompt_attention is not None
-                    attention = scatter_by_prompt(trace.prompt_attention, indices, len(pool.keys))  # (B, M, H, N, L)
+                    attention = scatter_by_prompt(trace.prompt_attention(), indices, len(pool.keys))  # (B, M, H, N, L)
                     inputs[f"{name} values"] = ProtectedInputs(attention)
         return inputs
 

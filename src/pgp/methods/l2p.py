@@ -157,9 +157,8 @@ class L2P(Method):
         }
         if self.config.protect != "tokens":
             trace = self.backbone.trace(images, {0}, {0: prompts})[0]
-            assert trace.prompt_attention is not None
             inputs["prompts"] = ProtectedInputs(trace.queries, head_maps=self.backbone.affinity_maps(0, moves="prompt"))
-            attention = scatter_by_prompt(trace.prompt_attention, selection.indices, self.config.pool_size)
+            attention = scatter_by_prompt(trace.prompt_attention(), selection.indices, self.config.pool_size)
             attention = attention / self.backbone.norm_scale(self.pool.prompts)[:, None, None]  # (B, M, H, N, L)
             inputs["shares"] = ProtectedInputs(attention.flatten(2, 3))  # (B, M, H * N, L)
         return {space: inputs[space] for space in self.protected()}

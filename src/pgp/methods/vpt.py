@@ -78,9 +78,7 @@ class VPT(Method):
         super().__init__(backbone, linear_head(backbone.width, classes, generator))
         self.config = config
         self.layers = range(backbone.depth) if config.layers is None else config.layers
-        if outside := [layer for layer in self.layers if not 0 <= layer < backbone.depth]:
-            raise ValueError(f"expected method.layers between 0 and {backbone.depth - 1}, the last of this model, got"
-                             f" {outside}")  # fmt: skip
+        backbone.check_layers(self.layers)
         bound, shape = math.sqrt(3 / backbone.width), (config.length, backbone.width)
         self.prompts = nn.ParameterList()
         for layer in self.layers:
@@ -148,8 +146,7 @@ class VPT(Method):
             head_maps = self.backbone.affinity_maps(layer, moves="normed" if after_norm else "token")
             inputs[f"prompts {layer}"] = ProtectedInputs(trace.queries, head_maps=head_maps)
             if self.config.protect == "affinity+aggregation":
-                assert trace.prompt_attention is not None
-                attention = trace.prompt_attention / deviation  # (B, H, N, L)
+                attention = trace.prompt_attention() / deviation  # (B, H, N, L)
                 inputs[f"shares {layer}"] = ProtectedInputs(attention.flatten(1, 2))  # (B, H * N, L)
         return inputs
 
