@@ -6,6 +6,7 @@ import gc
 import os
 import pickle
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,6 +128,28 @@ def test_any_tasks_give_what_all_classes_at_once_give(order, monkeypatch, tempor
     assert classifier.classes_.tolist() == list(range(6))
     np.testing.assert_allclose(logits(classifier, monkeypatch), whole, rtol=1e-4, atol=1e-3)
     assert len(list(temporary.iterdir())) == 1  # of `classifier`: that of `whole` is gone
+
+
+def test_an_interrupted_call_can_be_repeated(monkeypatch):
+    """The checkpoint inside the task that it left is dropped."""
+    first, second = Y < 3, Y >= 3
+    classifier = fitted(TRAINED, first)
+    predictions = classifier.predict(X).tolist()
+    step, steps = train.train_step, []
+
+    def interrupted(*arguments):
+        steps.append(1)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            classifier.partial_fit(X[second], Y[second])
+    assert classifier.predict(X).tolist() == predictions
+    classifier.partial_fit(X[second], Y[second])
+    assert classifier.classes_.tolist() == list(range(6))
 
 
 def test_images_of_earlier_calls_can_be_deleted(files, tmp_path):

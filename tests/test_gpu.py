@@ -16,6 +16,7 @@ import tiny
 from pgp import train
 from pgp.analysis.checkpoints import evaluate_checkpoints
 from pgp.config import Hardware
+from pgp.methods.adapter import Adapter
 from pgp.methods.coda_prompt import CODAPrompt
 from pgp.methods.l2p import L2P
 from pgp.methods.lora import LoRA
@@ -87,8 +88,9 @@ def test_every_precision_learns_what_float32_learns(precision, tolerance, tmp_pa
         {"precision": "16-mixed"},
         {"projection": Soft.Config()},
         {"method": LoRA.Config(rank=3), "experts": "task", "readouts": (ExpertLDA.Config(),)},
+        {"method": Adapter.Config(rank=3)},
     ],
-    ids=["float32", "16-mixed", "soft", "experts"],
+    ids=["float32", "16-mixed", "soft", "experts", "adapters"],
 )
 def test_a_resumed_run_is_bitwise_the_same_on_the_same_gpu(changes, tmp_path):
     whole = train.train(tiny.config(hardware=GPU, **changes), tmp_path / "whole")

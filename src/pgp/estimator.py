@@ -139,7 +139,7 @@ class ContinualImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[
                              " unless the classifier was fitted with settings={'setting': 'dil'}; or fit again, with"
                              " all images")  # fmt: skip
         with _untested():
-            run = resume(self.run_.folder, add=data)
+            run = resume(self.run_.folder, add=data, drop=True)  # an interrupted call may have left a checkpoint
         return self._fitted(run, union)
 
     def predict(self, X: Any) -> NDArray[Any]:

@@ -397,6 +397,13 @@ def test_half_the_memory_and_the_same_results_under_autocast():
         assert torch.equal(halved(x, num_tokens=1), vit(x, num_tokens=1))
 
 
+def test_registers_are_no_patches():
+    vit = tiny(reg_tokens=3, depth=2)
+    x = images(32)
+    assert torch.allclose(vit.encode_with_patches(x)[1], vit(x)[:, 4:].mean(1))
+    assert vit(x).shape[1] == 4 + len(vit.patches(x)[0])
+
+
 def test_models_that_read_the_mean_of_patches_are_refused():
     with pytest.raises(ValueError, match=r"averages patches \('avg'\): choose another tag"):
         ViT.Config("vit_tiny_patch16_224", "random", {"global_pool": "avg", "depth": 1}).build(224)

@@ -149,6 +149,9 @@ def test_pictures_of_many_bits_are_scaled_by_their_kind(tmp_path):
         ("16.pgm", b"P5 4 4 65535\n" + sixteen.astype(">u2").tobytes()),
     ):
         assert torch.equal(read_image(written(tmp_path, content, name)), expected), name
+    black_is_zero, white_is_zero = (struct.pack("<HHIHH", 262, 3, 1, value, 0) for value in (1, 0))
+    inverted = deep(65535 - sixteen).replace(black_is_zero, white_is_zero)
+    assert torch.equal(read_image(written(tmp_path, inverted, "white is zero.tif")), expected)
     values = (4095 * ramp).round().astype(np.uint16).ravel()
     packed = b"".join(int(a << 12 | b).to_bytes(3, "big") for a, b in values.reshape(-1, 2).tolist())
     twelve = bytearray(deep(np.zeros((4, 4), np.uint16)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -188,3 +189,12 @@ def test_images_are_loaded_to_the_device():
     for split in (split_of(noise(4, 32, 20)), split_of(noise(4, 33, 20))):
         (batch,) = loaded(split, SETTINGS.train(), device=torch.device("meta"))
         assert (batch.images.device.type, batch.labels.device.type) == ("meta", "cpu")
+
+
+def test_as_many_splits_as_wanted_are_concatenated():
+    """As many as the classes that a service was taught, one after the other."""
+    images = torch.arange(1500, dtype=torch.uint8).reshape(-1, 1, 1)
+    parts = [ArraySplit(images[number : number + 1], torch.zeros(1)) for number in range(1500)]
+    together = functools.reduce(lambda first, second: ConcatSplit(first, second, second.labels), parts)
+    assert [int(together.image(index)[0]) for index in range(1500)] == images.flatten().tolist()
+    assert len(together.sources()) == len(together) == 1500

@@ -124,6 +124,17 @@ def test_before_it_learns_and_between_tasks_features_are_what_was_stored(config)
     assert torch.equal(other.features(x), method.features(x))
 
 
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+@pytest.mark.parametrize("config", [LoRA.Config(), Adapter.Config()])
+def test_a_loaded_state_stays_on_the_device_of_the_method(config):
+    """A checkpoint is read to the CPU, whatever computes; torch's meta device stands in for a GPU."""
+    method, other = build(config), build(config)
+    method.end_task(task(0))
+    other.to("meta").per_class_tensors = ()  # which are copied from the device
+    other.load_trainable_state_dict(method.trainable_state_dict())
+    assert {tensor.device.type for tensor in other.state_dict().values()} == {"meta"}
+
+
 def learn(method, projection, number, steps=20):
     """Train on one task by Adam as `pgp.train` does, and return the losses."""
     with projection.constrain():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
-from scipy.special import logsumexp
+from scipy.special import logsumexp, softmax
 
 import tiny
 from pgp import train
@@ -16,10 +16,12 @@ from pgp.datasets.synthetic import Synthetic
 from pgp.evaluation.calibration import NUM_BINS, calibration_bins, expected_calibration_error
 from pgp.methods.head_only import HeadOnly
 from pgp.predict import Predictor
+from pgp.readouts.base import Features
 from pgp.readouts.calibration import TEMPERATURES, losses_by_temperature
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA, NCM
 from pgp.readouts.logistic import Logistic
+from pgp.readouts.ranpac import RanPAC
 
 D, CLASSES = 6, 5
 READOUTS = (LDA.Config(), NCM.Config(), Logistic.Config())
@@ -47,6 +49,89 @@ def test_the_temperature_minimises_the_loss():
     assert float(TEMPERATURES[losses.argmin()]) == pytest.approx(best, rel=0.1)
     halves = losses_by_temperature(logits[:90], labels[:90]) + losses_by_temperature(logits[90:], labels[90:])
     torch.testing.assert_close(halves, losses)
+
+
+def test_one_wrong_prediction_is_added_in_all():
+    logits = 3 * torch.randn(50, CLASSES, generator=torch.Generator().manual_seed(0))
+    logits[:, -1] = -torch.inf  # a class that was not observed
+    labels = torch.arange(50) % (CLASSES - 1)
+    array, one = logits.double().numpy(), np.arange(50)
+    temperatures = TEMPERATURES[TEMPERATURES > 0.5]  # lower ones round probabilities to 0 and 1
+    expected = []
+    for t in temperatures.numpy():
+        right = softmax(array / t, axis=1)[one, labels.numpy()]
+        expected.append(-np.log(right).sum() - np.log(1 - right).mean())
+    losses = losses_by_temperature(logits, labels, prior=1 / 50)
+    np.testing.assert_allclose(losses[-len(temperatures) :].numpy(), expected, rtol=1e-6)
+    assert losses.isfinite().all()
+
+
+@pytest.mark.parametrize("config", [LDA.Config(), LDA.Config(shrinkage=None), RanPAC.Config(dimensions=50)])
+def test_correct_predictions_of_few_images_are_not_certain(config):
+    features, labels = drawn(noise=0.1)
+    readout = config.build(torch.nn.Linear(D, CLASSES), CLASSES, 0)
+    selected = readout.select_features(Features(features))
+    held_out = torch.arange(len(labels)) % 5 == 0
+    readout.observe(selected, labels)
+    readout.hold_out(selected[held_out], labels[held_out], augmented=False)
+    readout.end_task()
+    confidence, predicted = readout.probabilities(readout.logits(selected)).max(1)
+    assert torch.equal(predicted, labels)
+    n = int(held_out.sum())
+    assert float(confidence.mean()) == pytest.approx(n / (n + 1), abs=0.5 / n)
+
+
+def test_a_class_whose_images_are_all_held_out_is_left_out_of_the_test():
+    features, labels = drawn()
+    held_out = (torch.arange(len(labels)) % 5 == 0) | (labels == 4)
+    readout, without = LDA(CLASSES), LDA(CLASSES)
+    readout.observe(features, labels)
+    readout.hold_out(features[held_out], labels[held_out], augmented=False)
+    readout.end_task()
+    without.observe(features[~held_out], labels[~held_out])
+    without.end_task()
+    tested = held_out & (labels < 4)
+    n = int(tested.sum())
+    expected = losses_by_temperature(without.logits(features[tested]), labels[tested], prior=1 / n)
+    torch.testing.assert_close(readout.tests.losses, expected[None], rtol=1e-4, atol=1e-4)
+    assert [test.images for test in readout.tests.by_task] == [n]
+
+
+def test_one_class_calibrates_nothing_and_chooses_nothing():
+    features, labels = drawn(classes=1)
+    readout = LDA(CLASSES, LDA.Config(shrinkage=None))
+    readout.observe(features, labels)
+    readout.hold_out(features[:8], labels[:8], augmented=False)
+    readout.end_task()
+    assert (readout.temperature, readout.regularisation) == (1, 0.1)
+    assert readout.unknown_threshold(0.95) is not None
+
+
+def test_an_earlier_state_has_its_own_temperature_and_shrinkage():
+    features, labels = drawn(noise=3.0)
+    config = LDA.Config(shrinkage=None)
+    readout = LDA(CLASSES, config)
+    readout.observe(features[labels == 0][:1], labels[labels == 0][:1])
+    with pytest.warns(UserWarning, match="do not vary within classes"):
+        readout.end_task()
+    early = readout.state_dict()
+    rows = labels > 0
+    readout.observe(features[rows], labels[rows])
+    readout.hold_out(features[rows][::3], labels[rows][::3], augmented=False)
+    readout.end_task()
+    assert (readout.temperature, readout.regularisation) != (1, 0.1)
+    with pytest.warns(UserWarning, match="do not vary within classes"):
+        readout.load_state_dict(early)
+    assert (readout.temperature, readout.regularisation) == (1, 0.1)
+
+
+def test_features_that_are_not_finite_are_an_error():
+    features, labels = drawn()
+    features[3, 2] = torch.nan
+    readout = LDA(CLASSES)
+    readout.observe(features, labels)
+    with pytest.raises(ValueError, match="expected features of this task that are finite, got NaN or infinity"):
+        readout.end_task()
 
 
 def test_the_calibration_error_is_that_of_its_definition():
@@ -82,7 +167,8 @@ def test_what_is_held_out_sets_the_temperature_and_nothing_else(config):
     for one in (readout, plain, without):
         one.end_task()
     torch.testing.assert_close(readout.logits(features), plain.logits(features))
-    expected = losses_by_temperature(without.logits(features[held_out]), labels[held_out])
+    prior = 1 / int(held_out.sum())
+    expected = losses_by_temperature(without.logits(features[held_out]), labels[held_out], prior)
     torch.testing.assert_close(readout.tests.losses, expected[None], rtol=1e-4, atol=1e-4)
     assert plain.temperature == 1
     assert readout.temperature == float(TEMPERATURES[expected.argmin()])
@@ -104,8 +190,9 @@ def test_augmented_views_of_held_out_images_are_left_out_and_tested_on_too():
         without.observe(rows[~held_out], labels[~held_out])
     readout.end_task()
     without.end_task()
+    prior = 1 / (2 * int(held_out.sum()))
     expected = sum(
-        losses_by_temperature(without.logits(rows[held_out]), labels[held_out]) for rows in (features, views)
+        losses_by_temperature(without.logits(rows[held_out]), labels[held_out], prior) for rows in (features, views)
     )
     torch.testing.assert_close(readout.tests.losses, expected[None], rtol=1e-4, atol=1e-4)
     assert [test.images for test in readout.tests.by_task] == [int(held_out.sum())]
@@ -137,7 +224,8 @@ def test_tasks_add_up_and_only_numbers_of_held_out_images_are_kept():
         seen = torch.isin(labels, torch.arange(max(classes) + 1))
         without.observe(features[seen & ~held_out], labels[seen & ~held_out])
         without.end_task()
-        total += losses_by_temperature(without.logits(features[held_out]), labels[held_out])
+        prior = 1 / int(held_out.sum())
+        total += losses_by_temperature(without.logits(features[held_out]), labels[held_out], prior)
         readout.observe(features[rows], labels[rows])
         readout.hold_out(features[held_out], labels[held_out], augmented=False)
         readout.end_task()

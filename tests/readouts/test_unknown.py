@@ -99,6 +99,15 @@ def test_one_image_of_each_class_has_no_threshold(recwarn):
     assert readout.unknown_scores(features).isfinite().all()
 
 
+def test_images_that_are_all_the_same_have_scores(recwarn):
+    features = torch.ones(6, D)
+    readout = LDA(C)
+    readout.observe(features, torch.zeros(6, dtype=torch.long))
+    readout.hold_out(features[:2], torch.zeros(2, dtype=torch.long), augmented=False)
+    readout.end_task()
+    assert readout.unknown_scores(features).tolist() == [0] * 6
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     config = tiny.config(dataset=Synthetic(), method=HeadOnly.Config(learns=True),
@@ -148,7 +157,7 @@ def test_the_command_prints_unknown(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: config.name)
 def test_a_class_that_was_learned_under_another_name_is_similar(config):
-    (features, labels), (again, _) = drawn(each=40), drawn(each=40, seed=5)
+    (features, labels), (again, _) = drawn(each=200), drawn(each=200, seed=5)
     readout = config.build(torch.nn.Identity(), C + 2, 0)
 
     def learn(features, labels, held_out=None):
@@ -161,12 +170,12 @@ def test_a_class_that_was_learned_under_another_name_is_similar(config):
     learn(features, labels, torch.arange(len(labels)) % 5 == 0)
     assert readout.similar_classes == {}  # nothing is older
     new = torch.cat([again[labels == 2], again[labels == 3] + torch.tensor([30.0, 0, 0, 0])])
-    learn(new, torch.tensor([C, C + 1]).repeat_interleave(40))
+    learn(new, torch.tensor([C, C + 1]).repeat_interleave(200))
     assert readout.similar_classes == {C: 2}
     few = config.build(torch.nn.Identity(), C + 2, 0)
-    for rows, own in ((features, labels), (again[labels == 2], torch.full((40,), C))):
+    for rows, own in ((features, labels), (again[labels == 2], torch.full((200,), C))):
         few.observe(few.select_features(Features(rows.float())), own)
         few.end_task()
     assert few.similar_classes == {}  # nothing was held out, so no probability is calibrated
-    learn(again[labels == 2], torch.full((40,), C))
+    learn(again[labels == 2], torch.full((200,), C))
     assert readout.similar_classes == {}  # it is not new any more

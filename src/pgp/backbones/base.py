@@ -82,6 +82,8 @@ class Backbone(nn.Module, abc.ABC):
     """Token width D."""
     depth: int
     """Number of blocks."""
+    first_patch: int = 1
+    """Position of the first patch among the tokens; registers, if there are any, come between it and CLS."""
     heads: int
     """Attention heads per block H."""
     compiles_blocks: bool = False
@@ -280,7 +282,7 @@ class Backbone(nn.Module, abc.ABC):
         """Return the final CLS token and the mean of the final patch tokens without prompts, each `(B, D)`."""
         with torch.no_grad():
             tokens: Tensor = self(images)
-            return tokens[:, 0].clone(), tokens[:, 1:].mean(1)  # a view would keep all tokens in memory
+            return tokens[:, 0].clone(), tokens[:, self.first_patch :].mean(1)  # a view would keep all tokens in memory
 
     def block_function(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return `function`, which computes a block, as it is or compiled. Its results differ by rounding only."""

@@ -86,7 +86,7 @@ class ViT(Backbone):
         self.vit = _plain(model)
         self.freeze()
         _check_blocks(model)
-        self.width, self.depth = int(model.embed_dim), len(model.blocks)
+        self.width, self.depth, self.first_patch = model.embed_dim, len(model.blocks), model.num_prefix_tokens
         self.heads = int(model.blocks[0].attn.num_heads)
 
     def patches(self, images: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import abc
+import bisect
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -74,17 +76,18 @@ class ConcatSplit(Split):
 
     def __init__(self, first: Split, second: Split, labels: Tensor) -> None:
         """Concatenate two splits; `labels` are those of `second` among the classes of both."""
-        self.first, self.second = first, second
+        self._parts = (*first.sources(), *second.sources())
+        self._starts = [0, *itertools.accumulate(map(len, self._parts))]
         self.labels = torch.cat([first.labels, labels])
 
     def image(self, index: int) -> Tensor:
         """See `Split.image`."""
-        size = len(self.first)
-        return self.first.image(index) if index < size else self.second.image(index - size)
+        part = bisect.bisect_right(self._starts, index) - 1
+        return self._parts[part].image(index - self._starts[part])
 
     def sources(self) -> tuple[Split, ...]:
         """See `Split.sources`."""
-        return (*self.first.sources(), *self.second.sources())
+        return self._parts
 
 
 class Dataset(NamedTuple):

@@ -66,7 +66,7 @@ class Adapter(AdaptedEncoder):
             for side in ("earlier_down", "earlier_up"):
                 stored = state.get(f"parts.{name}.{side}")
                 if stored is not None:
-                    setattr(part, side, torch.zeros_like(stored))
+                    setattr(part, side, torch.zeros_like(stored, device=getattr(part, side).device))
         super().load_trainable_state_dict(state)
 
 

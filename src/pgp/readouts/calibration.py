@@ -21,18 +21,35 @@ TEMPERATURES = 2.0 ** (torch.arange(-80, 65, dtype=torch.float64) / 8)
 """Temperatures that are tried, from 2^-10 to 2^8 in steps of 9 %, `(G,)`."""
 
 
-def losses_by_temperature(logits: Tensor, labels: Tensor) -> Tensor:
+def losses_by_temperature(logits: Tensor, labels: Tensor, prior: float = 0.0) -> Tensor:
     """Return the summed cross-entropy `(G,)` of logits `(B, C)` divided by each of `TEMPERATURES`, in float64.
 
     Adding the results for all images of a stream gives the loss of the stream, without storing any image.
 
+    Args:
+        logits: `(B, C)`.
+        labels: `(B,)`.
+        prior: How many times each image also counts as one of any other class. With `1 / B`, one wrong prediction is
+            added in all, so that few images, if all are predicted correctly, do not make a classifier certain. Platt,
+            "Probabilistic outputs for support vector machines", 1999, smooths labels for the same reason.
+
     >>> losses = losses_by_temperature(torch.tensor([[8.0, 0.0], [8.0, 0.0]]), torch.tensor([0, 1]))
     >>> float(TEMPERATURES[losses.argmin()])  # half of the predictions are right, so no confidence is the best
     256.0
+    >>> right = torch.tensor([[8.0, 0.0]]).expand(9, 2), torch.zeros(9, dtype=torch.long)
+    >>> best = TEMPERATURES[losses_by_temperature(*right, prior=1 / 9).argmin()]
+    >>> float((8 / best).sigmoid())  # 9 of 10, about
+    0.897...
     """
     logits = to_float64(logits)
     temperatures = TEMPERATURES.to(logits.device)
-    return torch.stack([F.cross_entropy(logits / t, labels, reduction="sum") for t in temperatures])
+    losses = torch.stack([F.cross_entropy(logits / t, labels, reduction="sum") for t in temperatures])
+    if prior:
+        others = logits.scatter(1, labels[:, None], -torch.inf)  # (B, C)
+        has_others = others.isfinite().any(1)
+        both = torch.stack([others[has_others], logits[has_others]])  # (2, B, C)
+        losses += prior * torch.stack([(both / t).logsumexp(2).diff(dim=0).sum() for t in temperatures])
+    return losses
 
 
 class HeldOutTest(NamedTuple):
@@ -41,7 +58,7 @@ class HeldOutTest(NamedTuple):
     images: int
     """Number of images, without their augmented views."""
     losses: Tensor
-    """Cross-entropy of all images and views by candidate and temperature, `(K, G)`."""
+    """Cross-entropy of all images and views by candidate and temperature, `(K, G)`; 0 if there is only one class."""
     scores: Tensor = torch.empty(0)
     """How unlike the learned classes each image is, in ascending order; empty if the readout cannot tell."""
 
@@ -58,7 +75,7 @@ class HeldOutTests:
         self.by_task: list[HeldOutTest] = []
 
     def __bool__(self) -> bool:
-        return bool(self.by_task)
+        return bool(self.losses.any())
 
     def add(self, test: HeldOutTest) -> None:
         """Add the results of a task, and drop old ones that are not needed any more."""

@@ -71,6 +71,7 @@ class RanPAC(StatisticsReadout):
         if not len(self._projection):
             generator = make_generator(self.seed, "ranpac")
             self._projection = torch.randn(x.shape[1], self.config.dimensions, generator=generator)
+        self._projection = self._projection.to(x.device)
         return (x @ self._projection.to(x)).relu()
 
     @property

@@ -15,7 +15,7 @@ from pgp.readouts.base import Features, Readout
 from pgp.readouts.calibration import TEMPERATURES, HeldOutTest, HeldOutTests, losses_by_temperature
 from pgp.subspace import float64_device, to_float64
 
-SIMILAR = 0.98
+SIMILAR = 0.9
 """Probability of an old class, given the mean features of a new class, above which the two classes are similar."""
 
 
@@ -96,8 +96,8 @@ class StatisticsReadout(Readout):
         self, classes: int, config: StatisticsReadout.Config, candidates: tuple[float, ...], default: float
     ) -> None:
         self.classes, self.settings, self.candidates = classes, config, candidates
-        self.regularisation = default
-        """Amount of regularisation of the fit, one of the candidates."""
+        self.default = self.regularisation = default
+        """Amount of regularisation of the fit, one of the candidates; `default` until held-out images choose."""
         self.needs_drift = config.compensate != "none"
         self.state: dict[str, Tensor] = {}
         self._task: dict[str, Tensor] = {}
@@ -105,6 +105,7 @@ class StatisticsReadout(Readout):
         self._held_out_batches: list[HeldOutBatch] = []
         self.tests = HeldOutTests(len(candidates))
         """Results on held-out images of the latest tasks."""
+        self._known_distances: _KnownDistances | None = None
 
     def select_features(self, images: Features) -> Tensor:
         """Return the features, and the queries and mean patch tokens if they are used, `(B, D + Q + Q)`."""
@@ -135,12 +136,15 @@ class StatisticsReadout(Readout):
         Collective: in a distributed run, every process must call it.
 
         Raises:
-            ValueError: If no features of this task were observed.
+            ValueError: If no features of this task were observed, or some are not finite.
         """
         if not self._task:
             raise ValueError("expected features of this task, got none: call observe() before end_task()")
         for tensor in self._task.values():
             all_reduce_sum_(tensor)
+        if not bool(self._task["products"].isfinite().all()):
+            raise ValueError("expected features of this task that are finite, got NaN or infinity: with 16-mixed,"
+                             " choose --precision bf16-mixed or 32-true")  # fmt: skip
         self.similar_classes = self._find_similar_classes() if self.state and self.detects_unknown else {}
         new, self._task = self._task, {}
         self.state = {name: self.state[name] + tensor if self.state else tensor for name, tensor in new.items()}
@@ -165,7 +169,7 @@ class StatisticsReadout(Readout):
 
         Collective: in a distributed run, every process must call it.
         """
-        held_out, batches = self._held_out, self._held_out_batches
+        held_out, held_out_batches = self._held_out, self._held_out_batches
         self._held_out, self._held_out_batches = {}, []
         for name, tensor in self.state.items():
             held_out[name] = all_reduce_sum_(held_out.get(name, torch.zeros_like(tensor)))
@@ -173,7 +177,7 @@ class StatisticsReadout(Readout):
             return
         total, self.state = self.state, {name: tensor - held_out[name] for name, tensor in self.state.items()}
         if self.state["counts"].sum() > self.seen.sum():  # some class has two images left, so features vary
-            self._test(batches)
+            self._test(_concatenate(held_out_batches, self.seen))
         self.state = total
 
     def _test(self, batches: Sequence[HeldOutBatch]) -> None:
@@ -181,18 +185,20 @@ class StatisticsReadout(Readout):
 
         Collective: in a distributed run, every process must call it.
         """
-        batches = [batch for batch in batches if bool(self.seen[batch.labels].all())]
+        device = self.state["counts"].device
         unaugmented = [batch.features for batch in batches if not batch.augmented]
+        sizes = [sum(map(len, unaugmented)), sum(len(batch.labels) for batch in batches)]
+        images, with_views = all_reduce_sum_(torch.tensor(sizes, device=device)).tolist()
+        if not images:  # of their classes, no image is left to fit to
+            return
         losses = torch.zeros(len(self.candidates), len(TEMPERATURES), dtype=torch.float64)
         for index, candidate in enumerate(self.candidates):
             self.regularisation = candidate
             self._fit()
             for batch in batches:
-                losses[index] += losses_by_temperature(self._uncalibrated_logits(batch.features), batch.labels).cpu()
-        images = torch.tensor(float(sum(map(len, unaugmented))))
-        device = self.state["counts"].device
-        images, losses = (all_reduce_sum_(tensor.to(device)).cpu() for tensor in (images, losses))
-        self.tests.add(HeldOutTest(int(images), losses))
+                logits = self._uncalibrated_logits(batch.features)
+                losses[index] += losses_by_temperature(logits, batch.labels, prior=1 / with_views).cpu()
+        self.tests.add(HeldOutTest(images, all_reduce_sum_(losses.to(device)).cpu()))
         self._choose()
         if self.detects_unknown:
             scores = torch.cat([torch.empty(0), *(self.unknown_scores(features).cpu() for features in unaugmented)])
@@ -200,6 +206,7 @@ class StatisticsReadout(Readout):
 
     def _choose(self) -> None:
         """Choose regularisation and temperature, which minimise the cross-entropy of held-out images, if there are."""
+        self.regularisation, self.temperature = self.default, 1.0
         if self.tests:
             best = self.tests.best_candidate
             self.regularisation, self.temperature = self.candidates[best], self.tests.temperature(best)
@@ -222,19 +229,29 @@ class StatisticsReadout(Readout):
         covariances are shrunk as the readout's.
         """
         self._require_fit("unknown_scores")
+        x = to_float64(features[:, self._columns_for_unknown]).to(self.state["sums"].device)
+        nearest, background = (distances(x).amin(1) for distances in self._distances())
+        return (nearest - background).to(features.device, torch.float32)
+
+    def _distances(self) -> tuple[SquaredDistances, SquaredDistances]:
+        """Return the distances to all class means, and those to the mean of all images, by the current statistics."""
+        known = self._known_distances
+        if known and known.state is self.state and known.regularisation == self.regularisation:
+            return known.distances
         own = self._columns_for_unknown
-        x = to_float64(features[:, own]).to(self.state["sums"].device)
         counts, sums, products = self.state["counts"], self.state["sums"][:, own], self.state["products"][own, own]
         mean = sums.sum(0) / counts.sum()  # (D,)
         total = products / counts.sum() - torch.outer(mean, mean)  # (D, D)
         within = self.pooled_covariance()
-        if within is None:  # features do not vary within classes
-            within = torch.eye(len(mean)).to(mean)
-        else:
+        if within is not None:
             within = shrink(within[own, own], self.regularisation)
-        nearest = _squared_distances(x, self.means[self.seen][:, own], within).amin(1)
-        background = _squared_distances(x, mean[None], shrink(total, self.regularisation))[:, 0]
-        return (nearest - background).to(features.device, torch.float32)
+        varies = bool(total.trace() > _rounding(products))
+        distances = (
+            SquaredDistances(self.means[self.seen][:, own], within),
+            SquaredDistances(mean[None], shrink(total, self.regularisation) if varies else None),
+        )
+        self._known_distances = _KnownDistances(self.state, self.regularisation, distances)
+        return distances
 
     def unknown_threshold(self, keep: float) -> float | None:
         """See `Readout.unknown_threshold`."""
@@ -307,9 +324,9 @@ class StatisticsReadout(Readout):
 
     def pooled_covariance(self) -> Tensor | None:
         """Return the covariance within classes S `(D, D)`, or None if features do not vary within classes."""
-        within, products = self._within(), self.state["products"]
-        rounding = len(within) * torch.finfo(torch.float64).eps * products.trace()
-        return within / self._degrees_of_freedom() if bool(within.trace() > rounding) else None
+        within = self._within()
+        varies = bool(within.trace() > _rounding(self.state["products"]))
+        return within / self._degrees_of_freedom() if varies else None
 
     def _within(self) -> Tensor:
         """Return the sum over images of `(x - m_c)(x - m_c)^T`, `(D, D)`."""
@@ -317,6 +334,21 @@ class StatisticsReadout(Readout):
 
     def _degrees_of_freedom(self) -> Tensor:
         return (self.state["counts"].sum() - self.seen.sum()).clamp(min=1)
+
+
+def _concatenate(batches: Sequence[HeldOutBatch], seen: Tensor) -> list[HeldOutBatch]:
+    """Return the images of seen classes as one batch without augmentation and one with it, if there are any."""
+    whole = []
+    for augmented in (False, True):
+        same = [batch for batch in batches if batch.augmented == augmented]
+        if same:
+            features, labels = (
+                torch.cat([batch.features for batch in same]),
+                torch.cat([batch.labels for batch in same]),
+            )
+            known = seen[labels]
+            whole.append(HeldOutBatch(features[known.to(features.device)], labels[known], augmented))
+    return whole
 
 
 def shrink(covariance: Tensor, shrinkage: float) -> Tensor:
@@ -330,13 +362,37 @@ def shrink(covariance: Tensor, shrinkage: float) -> Tensor:
     return (1 - shrinkage) * covariance + shrinkage * isotropic
 
 
-def _squared_distances(x: Tensor, means: Tensor, covariance: Tensor) -> Tensor:
-    """Return `(x - m)^T S^-1 (x - m)` for x `(B, D)` and means m `(C, D)`, as `(B, C)`."""
-    root, centre = torch.linalg.cholesky(covariance), means.mean(0)
-    white_x, white_means = (
-        torch.linalg.solve_triangular(root, (rows - centre).T, upper=False).T for rows in (x, means)
-    )
-    return torch.cdist(white_x, white_means).square()
+class SquaredDistances:
+    """Squared Mahalanobis distances to means m `(C, D)` under a covariance S `(D, D)`.
+
+    Without a covariance, because features do not vary, it is the identity.
+    """
+
+    def __init__(self, means: Tensor, covariance: Tensor | None) -> None:
+        self._centre = means.mean(0)
+        self._root = torch.linalg.cholesky(torch.eye(means.shape[1]).to(means) if covariance is None else covariance)
+        self._white_means = self._whiten(means)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return `(x - m)^T S^-1 (x - m)` for x `(B, D)` and each mean, `(B, C)`."""
+        return torch.cdist(self._whiten(x), self._white_means).square()
+
+    def _whiten(self, rows: Tensor) -> Tensor:
+        white: Tensor = torch.linalg.solve_triangular(self._root, (rows - self._centre).T, upper=False).T
+        return white
+
+
+class _KnownDistances(NamedTuple):
+    """Distances that were computed, and from what."""
+
+    state: Mapping[str, Tensor]
+    regularisation: float
+    distances: tuple[SquaredDistances, SquaredDistances]
+
+
+def _rounding(products: Tensor) -> Tensor:
+    """Return the rounding error of the trace of a sum of products `(D, D)`."""
+    return len(products) * torch.finfo(torch.float64).eps * products.trace()
 
 
 SHRINKAGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)

@@ -36,12 +36,10 @@ def build_fabric(config: Config) -> Fabric:
         else Float32(device, tf32=config.precision == "tf32")
     )
     try:
-        return Fabric(
-            accelerator=device,
-            devices=hardware.devices,
-            plugins=plugin,
-            strategy=DDPStrategy(find_unused_parameters=True) if hardware.devices > 1 else "auto",
-        )
+        # all processes compute the same buffers, such as weight updates of earlier tasks: none needs to be sent
+        parallel = DDPStrategy(find_unused_parameters=True, broadcast_buffers=False)
+        strategy = parallel if hardware.devices > 1 else "auto"
+        return Fabric(accelerator=device, devices=hardware.devices, plugins=plugin, strategy=strategy)
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         raise ValueError(f"this machine cannot compute with --accelerator {hardware.accelerator} --devices"
                          f" {hardware.devices} --precision {config.precision}: {error}") from error  # fmt: skip

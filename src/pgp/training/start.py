@@ -181,6 +181,7 @@ def _restore(session: Session, state: TrainState, name: CheckpointName, new: Dat
     if new and not adds and recorded.difference(session.description, images=True):
         adds, tasks = True, tasks - 1
     run.check_data(session.description, tasks=tasks, recorded=recorded)
+    session.fabric.barrier()  # nobody reads the checkpoint any more that the first process may drop
     if is_first:
         record_data_paths(run, session.config)
         if adds:
