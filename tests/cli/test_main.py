@@ -248,3 +248,10 @@ def test_a_run_that_stopped_says_so(tmp_path, capsys, monkeypatch):
     assert "(unfinished: 1 of 3 tasks; resume with pgp train --resume)" in capsys.readouterr().out
     main.main(["train", "--resume", "run", "--on-bad-image", "skip"])
     assert "unfinished" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--max-megabytes", "--max-megapixels"])
+@pytest.mark.parametrize("value", ["inf", "nan", "1e308"])
+def test_limits_of_a_service_are_finite(flag, value, capsys):
+    message = f"expected a finite size with {flag}, got {float(value):g}: name a large one, such as 1e6"
+    assert message in fails(capsys, "serve", "none", flag, value)

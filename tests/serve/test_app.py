@@ -18,12 +18,14 @@ import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 
+import tiny
 from pgp import recipes, train
 from pgp.datasets.decode import num_pixels
 from pgp.predict import Predictor
 from pgp.runs.run import TAUGHT, Run
 from pgp.serve import Limits, app, build_app, serve
 from pgp.serve.model import Model
+from pgp.serve.teaching import Teacher
 from pgp.system import storage
 
 
@@ -124,6 +126,16 @@ def test_teach_predict_undo(client, run, red, green, tmp_path):
     train.resume(tmp_path / "other", add=green[0].parent.parent)
     left, right = (Predictor(folder).probabilities([*red, *green]) for folder in (run, tmp_path / "other"))
     torch.testing.assert_close(left, right)
+
+
+def test_no_undo_without_the_checkpoint_before(run, red):
+    tiny.reconfigure(run, keep_checkpoints="last")
+    with TestClient(build_app(run), base_url="http://localhost") as client:
+        assert teach(client, "red", red)["state"] == "finished"
+        known = client.get("/classes").json()
+        assert (known["tasks"][0]["added"], known["can_undo"]) == (True, False)
+        refused = client.post("/undo", data={"name": "red"})
+    assert (refused.status_code, "keeps only the newest" in refused.json()["error"]) == (409, True)
 
 
 def test_teaching_is_pgp_add(client, run, finished_quick, red, tmp_path):
@@ -227,6 +239,31 @@ def test_two_teachers(client, red, green, monkeypatch):
     assert teach(client, "green", green)["state"] == "finished"
 
 
+def test_a_request_to_teach_that_is_refused_decodes_nothing(client, red, monkeypatch):
+    decoded = []
+    monkeypatch.setattr(client.app.state.service, "read", lambda content, name: decoded.append(name))
+    known = client.post("/teach", data={"name": "3"}, files=uploads(red))
+    assert (known.status_code, known.json()["error"][:30]) == (409, "the class '3' is known already")
+    long = client.post("/teach", data={"name": "n" * 101}, files=uploads(red))
+    assert (long.status_code, long.json()["error"]) == (400, "expected a name of at most 100 characters, got 101")
+    with client.app.state.service.teacher._busy:
+        busy = client.post("/teach", data={"name": "red"}, files=uploads(red))
+    assert (busy.status_code, busy.json()["error"]) == (409, "a class is being taught: wait until it is finished")
+    assert not decoded
+
+
+@pytest.mark.parametrize("path", ["/predict", "/teach"])
+def test_images_that_take_too_long_to_decode(run, red, monkeypatch, path):
+    decoded = threading.Event()
+    with TestClient(build_app(run, limits=Limits(seconds=0.3)), base_url="http://localhost") as client:
+        monkeypatch.setattr(client.app.state.service, "read", lambda *_: decoded.wait(5) and torch.zeros(3, 8, 8))
+        answer = client.post(path, data={"name": "red"}, files=uploads(red[:1]))
+        decoded.set()
+    assert (answer.status_code, answer.headers.get("Retry-After")) == (503, "5")
+    assert answer.json() == {"error": "the service is too busy: try again in a moment"}
+    assert not (run / TAUGHT).exists()
+
+
 def test_another_process_that_writes_to_the_run(client, run, red):
     before = contents(run)
     with Run.open(run).writing():
@@ -259,6 +296,67 @@ def test_a_full_disk_while_teaching(client, run, red, monkeypatch):
     assert same == {path: data for path, data in before.items() if path.name != "metrics.jsonl"}
     failing = "none"
     assert teach(client, "red", red)["state"] == "finished"
+
+
+def test_a_class_that_is_learned_before_the_disk_is_full(client, run, red, monkeypatch):
+    """The checkpoint is written, but not the table of accuracy."""
+    write = storage.write
+
+    def full(path, content):
+        if Path(path).name == "accuracy.csv" and (run / "checkpoints" / "task-06").exists():
+            error = OSError(28, "No space left on device")
+            raise storage.write_error("write", path, error) from error
+        write(path, content)
+
+    monkeypatch.setattr(storage, "write", full)
+    lesson = teach(client, "red", red)
+    assert (lesson["state"], lesson["error"]) == ("finished", "")
+    (message,) = lesson["messages"]
+    assert message.startswith("the class is learned, but then something failed: cannot write ")
+    assert "No space left on device: make room" in message
+    assert client.get("/classes").json()["tasks"][0]["name"] == "red"
+    assert len(list((run / TAUGHT / "0001").iterdir())) == 6
+    monkeypatch.undo()
+    assert client.post("/undo", data={"name": "red"}).json() == {"forgot": ["red"]}
+    assert not list((run / TAUGHT).iterdir())
+
+
+def test_a_class_that_fails_after_a_step_was_saved(tmp_path, red, monkeypatch):
+    run = train.train(tiny.config(save_every_steps=1, epochs=1, batch_size=2, tasks=1), tmp_path / "run")
+    before, end_task = contents(run.folder), train.end_task
+    saved = []
+
+    def fail(*_):
+        saved.append(run.latest_checkpoint())
+        raise storage.RunError("no room")
+
+    def taught():
+        lesson = teacher.teach("red", [path.read_bytes() for path in red])
+        while lesson.state == "learning":
+            time.sleep(0.02)
+        return lesson.state, lesson.error
+
+    teacher = Teacher(run.folder, lambda: None)
+    monkeypatch.setattr(train, "end_task", fail)
+    assert taught() == ("failed", "no room")
+    assert saved == ["task-02-step-000001"]
+    assert contents(run.folder) == before
+    assert not list((run.folder / TAUGHT).iterdir())
+    monkeypatch.setattr(train, "end_task", end_task)
+    assert taught() == ("finished", "")
+    assert run.latest_checkpoint() == "task-02"
+
+
+def test_photos_of_a_run_that_moved_are_kept(client, run, red, green):
+    assert teach(client, "red", red)["state"] == "finished"
+    assert teach(client, "green", green)["state"] == "finished"
+    moved = run.rename(run.with_name("moved"))
+    (moved / TAUGHT / "0003").mkdir()  # left by a process that was killed
+    Teacher(moved, lambda: None)
+    folders = {path.name: len(list(path.iterdir())) for path in (moved / TAUGHT).iterdir()}
+    assert folders == {"0001": 6, "0002": 6}  # photos and table
+    assert Teacher(moved, lambda: None).undo("green") == ["green"]
+    assert [path.name for path in (moved / TAUGHT).iterdir()] == ["0001"]
 
 
 def test_a_run_folder_that_vanishes(run, red, monkeypatch):
@@ -322,6 +420,19 @@ def test_limits(run, red, tmp_path):
         assert "expected at most 100 pixels, got 1,440" in pixels.json()["error"]
     with pytest.raises(ValueError, match="expected seconds above 0, got 0"):
         Limits(seconds=0)
+
+
+@pytest.mark.parametrize("name", ["files", "teaching_files"])
+def test_more_files_than_a_form_may_hold(name):
+    with pytest.raises(ValueError, match=f"expected {name} of at most 1,000, as many as a form may hold, got 1,001"):
+        Limits(**{name: 1001})
+    assert getattr(Limits(**{name: 1000}), name) == 1000
+
+
+def test_as_many_files_as_a_form_may_hold(run):
+    with TestClient(build_app(run, limits=Limits(files=1000)), base_url="http://localhost") as client:
+        answer = client.post("/predict", files=1000 * [("files", ("a.png", b"no image"))])
+    assert len(answer.json()["predictions"]) == 1000
 
 
 def test_too_many_waiting_images(run, red):

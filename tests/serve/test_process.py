@@ -63,6 +63,19 @@ def test_slow_senders_do_not_stop_others(start, red):
     assert process.stderr.read().strip() == "pgp: interrupted"
 
 
+def test_a_later_request_that_never_ends_is_dropped(start):
+    _, address = start("--timeout", "1")
+    with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), 20) as connection:
+        for _ in range(2):
+            time.sleep(0.7)  # less than the limit for each request, but more for both
+            connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            with HTTPResponse(connection) as answer:
+                answer.begin()
+                assert answer.read() == b'{"status":"ok"}'
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
+        assert connection.recv(10) == b""  # the connection is closed
+
+
 def test_a_body_that_is_too_large_is_answered(start):
     _, address = start("--max-megabytes", "1")
     answer = requests.post(f"{address}/predict", files=[("files", ("a.png", bytes(8_000_000)))], timeout=20)

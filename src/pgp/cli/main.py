@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import signal
 import sys
@@ -315,9 +316,9 @@ def serve_command(words: list[str]) -> None:
         raise ValueError("pgp serve needs fastapi, uvicorn, python-multipart and prometheus-client: pip install"
                          f" 'prompt-gradient-projection[serve]' ({error})") from error  # fmt: skip
     limits = Limits(
-        request_bytes=int(command.max_megabytes * 2**20),
+        request_bytes=_whole("--max-megabytes", command.max_megabytes, 2**20),
         files=command.max_files,
-        pixels=int(command.max_megapixels * 1e6),
+        pixels=_whole("--max-megapixels", command.max_megapixels, 1e6),
         seconds=command.timeout,
         batch_size=command.batch_size,
     )
@@ -335,6 +336,13 @@ def serve_command(words: list[str]) -> None:
         token=os.environ.get("PGP_TOKEN") or None,
         announce=announce,
     )
+
+
+def _whole(flag: str, size: float, unit: float) -> int:
+    """Return a size that a flag gives in larger units, rounded down."""
+    if not math.isfinite(size * unit):
+        raise ValueError(f"expected a finite size with {flag}, got {size:g}: name a large one, such as 1e6")
+    return int(size * unit)
 
 
 def push_command(words: list[str]) -> None:

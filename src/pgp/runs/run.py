@@ -246,13 +246,19 @@ class Run:
 
         The process must be `writing`.
         """
-        folder = (self.folder / TAUGHT).absolute()
+        folder = self.folder / TAUGHT
         names = {self.checkpoints.latest(), None}
         added = [data for name in names for data in self.config_of(self.describe(name)).added]
-        kept = {path.absolute().parent for data in added for path in data.search_paths}
+        tables = [path for data in added for path in data.search_paths]
+        kept = {path.parent.name for path in tables if path.parent.parent.name == TAUGHT}  # the run may have moved
         for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
-            if path.name.isdecimal() and path not in kept:
+            if path.name.isdecimal() and path.name not in kept:
                 storage.remove_folder(path)
+
+    def can_undo(self) -> bool:
+        """Return whether the last finished task was added, and the checkpoint before it was kept."""
+        before = CheckpointName(self.latest_finished().task - 1)
+        return bool(self.config.added) and before in self.checkpoints.finished()
 
     def undo_add(self) -> str:
         """Forget the task that was added last; the run is again as it was before. Return the name of that task.

@@ -22,7 +22,7 @@ from fastapi.security import HTTPBearer
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from torch import Tensor
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from pgp import __version__
 from pgp.datasets.base import BadImageError
@@ -247,7 +247,7 @@ def _add_knowledge(app: FastAPI, model: Model) -> None:
             "checkpoint": snapshot.version[0],
             "readout": snapshot.predictor.readout,
             "detects_unknown": snapshot.reject is not None,
-            "can_undo": snapshot.added > 0,
+            "can_undo": snapshot.can_undo,
             "problem": model.problem,
             "classes": snapshot.learned_classes(),
             "tasks": snapshot.learned_tasks(),
@@ -285,7 +285,8 @@ def _add_teaching(app: FastAPI, service: Service) -> None:
         """
         if len(files) > limits.teaching_files:
             raise RefusedError(413, f"expected at most {limits.teaching_files} images of a class, got {len(files)}")
-        photos, skipped = await service.readable(files)
+        await asyncio.to_thread(teacher.check, name)  # before photos are decoded
+        photos, skipped = await asyncio.wait_for(service.readable(files), limits.seconds)
         if not photos:
             raise RefusedError(400, f"expected images of the class, but none can be read: {skipped[0]}")
         lesson = await asyncio.to_thread(teacher.teach, name, photos)
@@ -422,7 +423,10 @@ def serve(
 
 
 class _Protocol(H11Protocol):
-    """HTTP 1.1 that closes connections on which no request begins in time. Its headers are limited to 64 KB."""
+    """HTTP 1.1 that closes connections on which the next request does not begin in time.
+
+    The headers of a request are limited to 64 KB.
+    """
 
     def __init__(self, seconds: float, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -431,11 +435,17 @@ class _Protocol(H11Protocol):
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for a request."""
         super().connection_made(transport)
-        self.loop.call_later(self._seconds, self._close_if_silent)
+        self._timer = self.loop.call_later(self._seconds, self._close_if_silent)
+
+    def on_response_complete(self) -> None:
+        """Begin to wait for the next request."""
+        super().on_response_complete()
+        self._timer.cancel()
+        self._timer = self.loop.call_later(self._seconds, self._close_if_silent)
 
     def _close_if_silent(self) -> None:
-        cycle: object | None = self.cycle  # None before the first request, in spite of its type
-        if cycle is None and not self.transport.is_closing():
+        cycle: RequestResponseCycle | None = self.cycle  # None before the first request, in spite of its type
+        if (cycle is None or cycle.response_complete) and not self.transport.is_closing():
             self.transport.close()
 
 

@@ -18,6 +18,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
 LOGGER = logging.getLogger("uvicorn.error")
+MOST_FILES = 1000
+"""Files that Starlette reads from one form."""
 DRAIN_SECONDS = 2.0
 """Seconds for which the rest of a refused request is read."""
 
@@ -35,7 +37,7 @@ class Limits:
     pixels: int = 50_000_000
     """Pixels of one image."""
     seconds: float = 60.0
-    """Seconds for a request to arrive, and again for its images to be decoded and classified."""
+    """Seconds for a request to arrive, and again for its images to be decoded and, by `/predict`, classified."""
     requests: int = 64
     """Requests that are answered at the same time."""
     decoders: int = 2
@@ -50,6 +52,11 @@ class Limits:
             value = getattr(self, one.name)
             if not value > 0:
                 raise ValueError(f"expected {one.name} above 0, got {value}")
+        for name in ("files", "teaching_files"):
+            if (value := getattr(self, name)) > MOST_FILES:
+                raise ValueError(
+                    f"expected {name} of at most {MOST_FILES:,}, as many as a form may hold, got {value:,}"
+                )
 
 
 class RefusedError(Exception):

@@ -33,6 +33,8 @@ class Snapshot(NamedTuple):
     """Accuracy matrices `(T, T)` by column."""
     added: int
     """Number of the last tasks that were added to the run."""
+    can_undo: bool
+    """Whether the last task can be undone."""
     reject: float | None
     """Fraction of images that may be called unknown; None if the readout cannot tell."""
 
@@ -90,7 +92,8 @@ class Model:
                 predictor.unknown_threshold(REJECT)
                 reject = REJECT
         finished, _ = run.progress()
-        snapshot = Snapshot(version, predictor, run.data, finished, run.matrices(), len(run.config.added), reject)
+        added, can_undo = len(run.config.added), run.can_undo()
+        snapshot = Snapshot(version, predictor, run.data, finished, run.matrices(), added, can_undo, reject)
         if self._version(run) != version:
             raise RunError(f"{self.folder} changed while it was read: try again")
         return snapshot

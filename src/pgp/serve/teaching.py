@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pgp import train
+from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.run import TAUGHT, Run
 from pgp.serve.limits import RefusedError
 from pgp.system import platforms, storage
@@ -103,6 +104,13 @@ class Teacher:
             run = Run.open(folder)
             with run.writing():
                 run.discard_untaught()
+
+    def check(self, name: str) -> None:
+        """Raise `RefusedError` if the class `name` cannot be taught now."""
+        name = class_name(name)
+        if self._busy.locked():
+            raise RefusedError(409, self._busy_message())
+        self._check(name)
 
     def teach(self, name: str, photos: Sequence[bytes]) -> Lesson:
         """Begin to teach the class `name` from image files, and return at once.
@@ -207,10 +215,13 @@ class Teacher:
             hardware = Run.open(self.folder).config.hardware
             with _warnings_of_this_thread(raised):
                 train.resume(self.folder, replace(hardware, devices=1, workers=0), lesson.progress, add=table)
-        except BaseException as error:  # whatever it is: the run is as it was, and the service continues
-            storage.remove_folder(table.parent)
-            lesson.error = str(error) or type(error).__name__
-        else:
+        except BaseException as error:  # whatever it is, the service continues
+            reason = str(error) or type(error).__name__
+            if self._is_learned(table):
+                raised.append(f"the class is learned, but then something failed: {reason}")
+            else:
+                lesson.error = reason
+        if not lesson.error:
             self.on_change()
         printed = (line.partition("warning: ")[2] for line in notes.getvalue().splitlines())
         lesson.messages = [*filter(None, printed), *raised]
@@ -218,6 +229,26 @@ class Teacher:
         lesson.progress = None
         self._busy.release()
         lesson.state = "failed" if lesson.error else "finished"
+
+    def _is_learned(self, table: Path) -> bool:
+        """Return whether a class was learned before an error came. If not, leave the run as it was before."""
+        try:
+            run = Run.open(self.folder)
+            last = run.checkpoints.latest()
+            if last and last.step and _is_recorded(run, last, table):  # inside its task
+                with run.writing():
+                    run.checkpoints.drop_step()
+            learned = _is_recorded(run, None, table)
+        except Exception:  # the photos stay, because a checkpoint may need them
+            return False
+        if not learned:
+            storage.remove_folder(table.parent)
+        return learned
+
+
+def _is_recorded(run: Run, name: CheckpointName | None, table: Path) -> bool:
+    """Return whether `table` was added to the run at a checkpoint. If `name` is None, use the latest finished task."""
+    return any(table in data.search_paths for data in run.config_of(run.describe(name)).added)
 
 
 @contextlib.contextmanager
