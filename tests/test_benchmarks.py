@@ -83,8 +83,12 @@ def test_serve(capsys):
     assert "| changes of the run | 2 |" in out
 
 
-def test_old_figures_are_marked(capsys):
-    assert "L2P train step *" in cost.table()
+def test_old_figures_are_marked(tmp_path):
+    older = [{**line, "version": 2} for line in records.read(cost.RESULTS) if line.get("what") == "L2P train step"]
+    for line in older:
+        records.append(tmp_path / "cost.jsonl", line)
+    assert "L2P train step *" in cost.table(tmp_path / "cost.jsonl")
+    assert " *" not in cost.table()
     assert "To be measured anew." in loading.table()
 
 
