@@ -140,7 +140,7 @@ def test_an_interrupted_call_can_be_repeated(monkeypatch):
     def interrupted(*arguments):
         steps.append(1)
         if len(steps) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
         return step(*arguments)
 
     with monkeypatch.context() as patch:

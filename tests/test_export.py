@@ -60,6 +60,12 @@ def run(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("export") / "run", readouts=(LDA.Config(), *tiny.config().readouts[:1]))
 
 
+def test_the_working_directory_cannot_be_replaced(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="got the working directory, which cannot be replaced: name one in it"):
+        export(run, ".")
+
+
 def answers(folder, images):
     """The probabilities of onnxruntime and of torch."""
     session = onnxruntime.InferenceSession(folder / "model.onnx")

@@ -175,6 +175,8 @@ def test_nothing_private_goes_up(run, pushed, service):
             assert word.encode() not in data, name
     assert SECRET in (run.folder / "config.json").read_text()
     assert b"drift" not in published(service)["checkpoints/task-03/state.json"].replace(b"drift_images", b"")
+    assert b"predictions" in (run.folder / "checkpoints" / "task-03" / "state.json").read_bytes()
+    assert b"predictions" not in published(service)["checkpoints/task-03/state.json"]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from pgp.datasets.transforms import BatchTestTransform
 from pgp.predict import Classifier, Predictor
 from pgp.runs.run import Run
 from pgp.system import storage
-from pgp.system.outputs import require_empty
+from pgp.system.outputs import require_replaceable
 from pgp.system.paths import StrPath, as_path
 
 INPUT, OUTPUT = "images", "probabilities"
@@ -71,7 +71,7 @@ def export(run: Run | StrPath, output: StrPath, readout: str | None = None, *, p
             probabilities than torch.
     """
     folder = as_path(output, "a folder for the exported files")
-    require_empty(folder, "the exported files")
+    require_replaceable(folder, "the exported files")
     runtime = _onnxruntime()
     predictor = Predictor(run, readout, device="cpu", precision="32-true")
     classifier, transforms = predictor.classifier, predictor.transforms

@@ -28,7 +28,7 @@ from pgp.runs.checkpoint import LATEST, CheckpointName
 from pgp.runs.data_paths import portable
 from pgp.runs.run import CLASSES, CONFIG, ENVIRONMENT, LOG, TABLE, Run
 from pgp.system import platforms, storage
-from pgp.system.outputs import make_output, require_empty
+from pgp.system.outputs import make_output, require_empty, require_replaceable
 from pgp.system.paths import StrPath, as_path
 from pgp.system.storage import RunError
 
@@ -222,7 +222,7 @@ def pull(
     """
     check_repository(repository)
     folder = as_path(folder, "a run folder")
-    require_empty(folder, "the run")
+    require_replaceable(folder, "the run")
     return _download(_api(token), repository, revision, folder, progress)
 
 

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 import torch
+from PIL import Image
 from rich.progress import Progress
 
 import tiny
 from pgp import baselines, train
 from pgp.analysis import audit
 from pgp.cli import main, show
+from pgp.datasets.folder import Folder
+from pgp.datasets.synthetic import Synthetic
 from pgp.evaluation import metrics
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.vpt import VPT
@@ -102,6 +106,32 @@ def test_the_oracle_is_what_stays_where_nothing_moves_and_beats_what_is_stale(tm
     assert stale > 0.01
     assert 0 < followed < stale
     assert accuracy >= metrics.average_accuracy(run.matrices()["lda"])
+
+
+def test_an_oracle_needs_statistics(tmp_path):
+    run = train.train(tiny.config(epochs=1, readouts=(MethodHead.Config(),)), tmp_path / "run")
+    with pytest.raises(ValueError, match="a readout of statistics for --oracle, as with --readouts lda, got head"):
+        audit.oracle(run, QUIET)
+
+
+@pytest.mark.filterwarnings("ignore:no test images of")
+def test_a_task_without_test_images_is_not_measured(tmp_path, capsys):
+    data = Synthetic(per_class=4)
+    run = train.train(tiny.config(epochs=1, dataset=data), tmp_path / "run")
+    for number in range(2):
+        path = tmp_path / "new" / "sea lion" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (200, 90 * number, 0)).save(path)
+    (tmp_path / "new" / "sea lion" / "1.png").unlink()  # a single image is for training
+    train.resume(run.folder, add=Folder(tmp_path / "new"))
+    capsys.readouterr()
+    main.main(["audit", str(run.folder), "--batch-sizes", "4"])
+    said = capsys.readouterr().out
+    assert "nan" not in said
+    assert "head: not measured, because a task has no test images" in said
+    tree = json.loads((run.folder / "audit.json").read_text(), parse_constant=pytest.fail)
+    assert {row["accuracy"] for row in tree["accuracy"]} == {None}
+    assert all(math.isnan(finding.accuracy) for finding in audit.read_findings(Run.open(run.folder)))
 
 
 def test_a_run_without_a_finished_task_is_named(run, tmp_path):

@@ -71,6 +71,23 @@ def test_twin(tmp_path, capsys):
     assert kinds == {NoProjection.Config, Orthogonal.Config}
 
 
+def test_several_runs_are_not_made_in_the_folder_of_one(tmp_path, capsys):
+    run = train.train(tiny.config(epochs=1, tasks=1), tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()}
+    for flag in ("--twin", "--baselines"):
+        with pytest.raises(SystemExit):
+            main.main(["train", "demo", flag, "--output", "run"])
+        assert "expected a folder for several runs, got the run run: name another --output" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+def test_no_batch_is_an_error(tmp_path, capsys):
+    train.train(tiny.config(epochs=1, tasks=1), tmp_path / "run")
+    with pytest.raises(SystemExit):
+        main.main(["eval", "run", "--batch-size", "0"])
+    assert "expected eval_batch_size of at least 1, got 0" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_baselines(tmp_path, capsys):
     main.main(["train", "demo", "--baselines", "--output", "all"])

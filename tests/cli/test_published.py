@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from dataclasses import replace
 
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 import tiny
-from pgp import recipes
+from pgp import recipes, train
+from pgp.baselines import matching_baselines
 from pgp.cli import main, published
 from pgp.projections.base import NoProjection
 from pgp.runs.run import Run
@@ -153,6 +155,25 @@ def test_an_evaluation_finds_the_run_that_its_words_mean(tmp_path, capsys, monke
     (tmp_path / "output-bert" / "config.json").unlink()
     main.published_main([recipe, "--output_dir", "."])
     assert Run.open(tmp_path / "output-bert").latest_checkpoint() == "task-03"
+
+
+def test_an_evaluation_tells_a_recipe_from_its_baselines(tmp_path, capsys):
+    recipe = "10cifar100_l2p_pgp"
+    settings = replace(recipes.RECIPES[recipe](), tasks=1, shuffle=True)
+    for number, (name, config) in enumerate([("orthogonal", settings), *matching_baselines(settings).items()]):
+        run = train.train(config, tmp_path / "output" / name)
+        os.utime(run.folder / "checkpoints" / "latest", (number, number))
+
+    def evaluated(*words):
+        main.published_main([recipe, "--eval", "--tasks", "1", *words])
+        return capsys.readouterr().out.replace("\n", "")
+
+    assert "output/orthogonal: accuracy" in evaluated()
+    for name in ("joint", "unprojected", "random"):
+        assert f"output/{name}: accuracy" in evaluated("--method", name)
+    shutil.rmtree(tmp_path / "output" / "joint")
+    assert "other settings of joint" in fails(capsys, recipe, "--eval", "--tasks", "1", "--method", "joint")
+    assert "other settings of shuffle" in fails(capsys, recipe, "--eval", "--tasks", "1", "--shuffle", "False")
 
 
 def test_the_files_of_finished_tasks_are_there_after_an_error_too(tmp_path, capsys, monkeypatch):

@@ -307,6 +307,28 @@ def test_comparison(tmp_path, drawn, kind, has_baselines):
         assert all(text.endswith(" points") for text in texts)
 
 
+def test_a_comparison_without_forgetting(tmp_path, drawn):
+    """As after `--evaluate last`: only the last row of the matrix was measured, and of some runs nothing."""
+    base, better, unmeasured = (entry(name, number) for number, name in enumerate(("base", "better", "unmeasured")))
+    for one in (base, better, unmeasured):
+        for run in one.runs.values():
+            (values,) = run.own.values()
+            values[:-1] = math.nan
+    unmeasured.runs[0].own[READOUTS[0]][-1, 0] = math.nan
+    better = comparison.Entry("better", better.runs, {"base": base})
+    comparison.draw_comparison([better, base, unmeasured], tmp_path / "sweep.png")
+    (figure,) = drawn
+    check(figure)
+    assert len(named(figure.axes[0], "right")) == 2
+    assert "Dotted: forgetting was not measured." in " ".join(text for text, _ in boxes(figure)).replace("\n", " ")
+    rows = {row[0]: row[3:] for row in comparison.table([better, base, unmeasured])}
+    (difference,) = comparison.differences(better, READOUTS[0])
+    assert difference.values["forgetting"] is None
+    assert rows["minus base"] == (comparison.signed(difference.values["average_accuracy"]), "")
+    assert rows["better"][1] == "not measured"
+    assert rows["unmeasured"] == ("not measured", "not measured")
+
+
 def test_names_never_begin_a_formula_and_are_not_left_out(tmp_path, drawn):
     odd = ["$\\frac{1}{2}$", "_hidden", "a$b", "c$"]
     table = [row._replace(label=name) for name in odd for row in rows("one", 3)[:1]]

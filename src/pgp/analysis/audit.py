@@ -52,7 +52,7 @@ class Finding(NamedTuple):
     scope: str
     """A key of `SCOPES`."""
     accuracy: float
-    """In [0, 1]."""
+    """In [0, 1]; NaN if a task has no test images."""
 
     @property
     def uses_task(self) -> bool:
@@ -104,7 +104,11 @@ def oracle(run: Run, progress: Progress, config: Config | None = None) -> dict[s
         For each readout, by name: average accuracy with fresh statistics, in [0, 1]; and the `staleness` of the class
         means that the run stores.
     """
-    session, state = _load_finished(run, progress, config or run.config)
+    config = config or run.config
+    if not any(isinstance(readout, StatisticsReadout.Config) for readout in config.readouts):
+        raise ValueError("expected a run with a readout of statistics for --oracle, as with --readouts lda, got"
+                         f" {', '.join(readout.name for readout in config.readouts)}")  # fmt: skip
+    session, state = _load_finished(run, progress, config)
     kept = {readout.name: readout for readout in state.readouts if isinstance(readout, StatisticsReadout)}
     fresh: list[Readout] = []
     for setting in session.config.readouts:
@@ -126,12 +130,23 @@ def oracle(run: Run, progress: Progress, config: Config | None = None) -> dict[s
 
 
 def to_json(findings: Sequence[Finding], bounds: Mapping[str, tuple[float, float]] | None = None) -> str:
-    """Return the findings and, if there are any, the bounds of `oracle` as a JSON text; accuracies are in [0, 1]."""
-    tree: dict[str, Any] = {"accuracy": [finding._asdict() | {"uses_task": finding.uses_task} for finding in findings]}
+    """Return the findings and, if there are any, the bounds of `oracle` as a JSON text.
+
+    Accuracies are in [0, 1], and null if they were not measured.
+    """
+
+    def known(value: float) -> float | None:
+        return None if math.isnan(value) else value
+
+    tree: dict[str, Any] = {
+        "accuracy": [
+            finding._asdict() | {"accuracy": known(finding.accuracy), "uses_task": finding.uses_task}
+            for finding in findings
+        ]
+    }
     if bounds is not None:
         tree["oracle"] = {
-            name: {"accuracy": accuracy, "staleness": None if math.isnan(stale) else stale}
-            for name, (accuracy, stale) in bounds.items()
+            name: {"accuracy": known(accuracy), "staleness": known(stale)} for name, (accuracy, stale) in bounds.items()
         }
     return json.dumps(tree, indent=2)
 
@@ -148,12 +163,18 @@ def read_findings(run: Run) -> list[Finding]:
     tree = storage.read_json(path)
     with reading(path):
         findings = [Finding(**{name: row[name] for name in Finding._fields}) for row in tree["accuracy"]]
+        findings = [one._replace(accuracy=math.nan) if one.accuracy is None else one for one in findings]
     plain = {
         finding.column: finding.accuracy for finding in findings if not finding.uses_task and finding.scope == "seen"
     }
     averages = {column: metrics.average_accuracy(matrix) for column, matrix in run.matrices().items()}
-    is_current = all(math.isclose(plain[column], averages.get(column, math.nan), abs_tol=1e-6) for column in plain)
+    is_current = all(column in averages and _same(value, averages[column]) for column, value in plain.items())
     return findings if is_current else []
+
+
+def _same(one: float, other: float) -> bool:
+    """Return whether two accuracies are the same, or both were not measured."""
+    return math.isclose(one, other, abs_tol=1e-6) or (math.isnan(one) and math.isnan(other))
 
 
 def staleness(kept: StatisticsReadout, true: StatisticsReadout) -> float:

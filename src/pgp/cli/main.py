@@ -43,9 +43,9 @@ from pgp.export import export
 from pgp.predict import Predictor, images_in
 from pgp.progress import track
 from pgp.runs.data_paths import resolve_paths, with_data_paths
-from pgp.runs.run import Run
+from pgp.runs.run import CONFIG, Run
 from pgp.sweeps import pool, sweep
-from pgp.system import platforms
+from pgp.system import platforms, storage
 from pgp.system.outputs import check_outside, make_output, make_unique_folder
 from pgp.system.signals import Interrupted, describe
 from pgp.system.storage import RunError
@@ -170,13 +170,15 @@ def _train_command(words: list[str], program: str) -> TrainCommand:
 def _trained(command: TrainCommand) -> list[Run]:
     """Train the run of a command, and the same run without projection or its baselines; return all runs."""
     own = command.config if command.pgp else unprojected(command.config)
-    configs = {type(own.projection).__module__.rpartition(".")[2]: own}  # by the folder's name, if there are several
+    configs = {own.projection.tag: own}  # by the folder's name, if there are several
     if command.twin:
         configs["none"] = unprojected(own)
     if command.baselines:
         configs |= matching_baselines(own)
     own.dataset.fetch()  # fetch() draws its own progress bars
     if command.output and len(configs) > 1:
+        if storage.exists(command.output / CONFIG):
+            raise RunError(f"expected a folder for several runs, got the run {command.output}: name another --output")
         make_output(command.output)
     runs = []
     with show.progress() as bars:
@@ -223,7 +225,7 @@ def eval_command(words: list[str]) -> None:
     command = parse.parse(EvalCommand, words, "pgp eval")
     run = Run.open(command.run)
     hardware = replace(run.config.hardware, accelerator="auto", devices=1)
-    size = command.batch_size or run.config.eval_batch_size
+    size = run.config.eval_batch_size if command.batch_size is None else command.batch_size
     config = replace(
         with_data_paths(run.config, command.data),
         hardware=hardware,

@@ -17,6 +17,7 @@ import torch
 
 from pgp.backbones.clip import CLIP
 from pgp.backbones.vit import ViT
+from pgp.baselines import BASELINES
 from pgp.config import Config
 from pgp.methods.clip_prompt import CLIPPrompt
 from pgp.methods.dualprompt import DualPrompt
@@ -110,6 +111,8 @@ def explain_model_flag(words: Sequence[str], config: Config) -> str | None:
 def find_latest_run(asked: Config, words: Sequence[str], folder: Path) -> tuple[Run, Config]:
     """Return the newest run of a recipe that fits all given flags, and the configuration to evaluate it.
 
+    Of runs that fit, those with the recipe's own components come before its baselines.
+
     Args:
         asked: The recipe's configuration under all flags.
         words: These flags. Flags for the evaluation and for the path of the data are not compared.
@@ -127,13 +130,17 @@ def find_latest_run(asked: Config, words: Sequence[str], folder: Path) -> tuple[
         why = f"{unusable[0]}; or " if unusable else ""
         raise RunError(f"no finished task of {asked.name} in {folder}: {why}train it first, by python main.py"
                        f" {asked.name}")  # fmt: skip
-    given = {name for _, name, _ in _pairs(translate_flags(words, asked)) if name}
+    pairs = list(_pairs(translate_flags(words, asked)))
+    given = {name for _, name, _ in pairs if name}
+    if any(name == "method" and value in BASELINES for _, name, value in pairs):
+        given |= COMPONENTS
     fitting = [run for run in found if not _other(asked, run.config, given)]
     if not fitting:
         other = ", ".join(_other(asked, found[0].config, given))
         raise RunError(f"the runs of {asked.name} in {folder} were trained with other settings of {other}, which --eval"
                        " cannot change: leave those flags out, or train again")  # fmt: skip
-    run = max(fitting, key=lambda one: one.checkpoints.written())
+    own = [run for run in fitting if not _other(asked, run.config, COMPONENTS)]
+    run = max(own or fitting, key=lambda one: one.checkpoints.written())
     config = replace(run.config, legacy_eval=asked.legacy_eval)
     config = replace(config, hardware=replace(asked.hardware, devices=1))
     if "eval-batch-size" in given:
@@ -160,10 +167,16 @@ def _runs_of(recipe: str, folders: Iterable[Path]) -> tuple[list[Run], list[RunE
     return runs, errors
 
 
+COMPONENTS = {"method", "projection", "joint", "optimizer.later-prompt-lr-scale"}
+"""Settings in which the baselines of a recipe differ from it."""
+
+
 def _other(asked: Config, trained: Config, given: set[str]) -> list[str]:
     """Return the flags among `given` that ask for a training different from `trained`."""
-    free = {"eval-batch-size", "legacy-eval", "dataset.root"}
-    names = {"projection" if name in ("pgp", "no-pgp") else name for name in given - free}
+    named = {name.removeprefix("no-") for name in given}
+    names = {
+        "projection" if name == "pgp" else name for name in named - {"eval-batch-size", "legacy-eval", "dataset.root"}
+    }
     return sorted(name for name in names if _lookup_path(asked, name) != _lookup_path(trained, name))
 
 

@@ -305,7 +305,7 @@ def show_audit(run: Run, findings: Sequence[audit.Finding]) -> None:
             selected = f"by vote of {finding.batch} image{'s' if finding.batch > 1 else ''}"
         is_given = is_til and finding.scope == "seen"
         cells = rows.setdefault((selected, "of the image's task" if is_given else audit.SCOPES[finding.scope]), {})
-        cells[finding.column] = f"{100 * finding.accuracy:.2f}"
+        cells[finding.column] = _percent(finding.accuracy)
     table = [(*key, *(cells[column] for column in columns)) for key, cells in rows.items()]
     _show_table(f"{run.folder}: average accuracy, %", ("prompts selected", "classes"), columns, table)
     if is_til:
@@ -315,6 +315,9 @@ def show_audit(run: Run, findings: Sequence[audit.Finding]) -> None:
     for column in columns:
         own = [finding for finding in findings if finding.column == column]
         (plain,) = (finding for finding in own if finding.choice == "image" and finding.scope == "seen")
+        if math.isnan(plain.accuracy):
+            show_lines(f"{column}: {tables.NOT_MEASURED}, because a task has no test images")
+            continue
         gain = 100 * (max(finding.accuracy for finding in own) - plain.accuracy)
         more = "" if is_til else f", at most {gain:.2f} points more"
         show_lines(f"{column}: {100 * plain.accuracy:.2f} %{more}")
@@ -326,7 +329,7 @@ def show_oracle(run: Run, bounds: Mapping[str, tuple[float, float]]) -> None:
     rows = []
     for name, (accuracy, stale) in bounds.items():
         own = metrics.average_accuracy(stored[name])
-        rows.append((name, f"{100 * own:.2f}", f"{100 * accuracy:.2f}", f"{stale:.3f}"))
+        rows.append((name, _percent(own), _percent(accuracy), f"{stale:.3f}"))
     title = f"{run.folder}: accuracy with stored and with fresh statistics of {len(tasks)} tasks"
     _show_table(title, ("readout",), ("stored, %", "fresh, %", "staleness of means"), rows)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,19 +45,19 @@ class PairedDifference(NamedTuple):
 
 
 def paired(one: Mapping[int, float], other: Mapping[int, float]) -> PairedDifference | None:
-    """Return the mean difference `one - other` over common seeds, or None if there are none.
+    """Return the mean difference `one - other` over common seeds that measured both, or None if there are none.
 
     >>> difference = paired({0: 0.5, 1: 0.7, 2: 0.9}, {0: 0.4, 1: 0.4, 3: 0.1})
     >>> difference.seeds, round(difference.mean, 4), round(difference.error, 4)
     (2, 0.2, 0.1)
     """
     differences = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+    differences = [difference for difference in differences if math.isfinite(difference)]
     if not differences:
         return None
+    average, deviation = tables.mean_and_deviation(differences)
     n = len(differences)
-    return PairedDifference(
-        n, statistics.mean(differences), statistics.stdev(differences) / math.sqrt(n) if n > 1 else None
-    )
+    return PairedDifference(n, average, None if deviation is None else deviation / math.sqrt(n))
 
 
 def frontier(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -146,6 +145,11 @@ def _is_single_task(line: ResultRow) -> bool:
     return all(metrics.tasks_learned(matrix) == 1 for matrix in line.matrices)
 
 
+def _has_forgetting(line: ResultRow) -> bool:
+    """Return whether forgetting was measured in several tasks."""
+    return not _is_single_task(line) and math.isfinite(line.spread("forgetting")[0])
+
+
 def _values(member: Entry, column: str, figure: str) -> dict[int, float]:
     """Return a metric of `pgp.evaluation.metrics` by seed; empty for the forgetting of a single task."""
     if figure == "forgetting" and _is_single_task(_result_row(member, column)):
@@ -179,7 +183,7 @@ def draw_comparison(members: Sequence[Entry], path: Path) -> None:
     looks = {member: style.look(number)._replace(dash="") for number, member in enumerate(points)}
     looks |= {member: Look(style.INK, "", MARKS[i % len(MARKS)], is_open=True) for i, member in enumerate(baselines)}
     for member in looks:
-        if _is_single_task(_result_row(member, columns(member)[0])):
+        if not _has_forgetting(_result_row(member, columns(member)[0])):
             looks[member] = Look(looks[member].colour, ":", "")
     key = {member.label: own for member, own in looks.items()} if len(looks) > DIRECT else {}
     wide = min(3, len(readouts))
@@ -205,8 +209,11 @@ def _explanation(members: Sequence[Entry], baselines: Sequence[Entry]) -> str:
     if baselines:
         words.append("Black, open: baselines. Grey steps: their frontier; below and to the right of it, a baseline is"
                      " better.")  # fmt: skip
-    if any(_is_single_task(_result_row(member, column)) for member in members for column in columns(member)):
+    rows = [_result_row(member, column) for member in members for column in columns(member)]
+    if any(map(_is_single_task, rows)):
         words.append("Dotted: learned as one task, which cannot be forgotten.")
+    if not all(_has_forgetting(line) or _is_single_task(line) for line in rows):
+        words.append("Dotted: forgetting was not measured.")
     if max(len(member.runs) for member in members) > 1:
         words.append("Means over seeds; error bars: ± 1 standard deviation.")
     return " ".join(words)
@@ -217,14 +224,16 @@ def _draw_panel(
 ) -> None:
     """Draw one readout: points in colour, baselines in black, and their frontier."""
     names = style.short_names([member.label for member in looks])
-    baseline_points, single = [], []
+    baseline_points, without = [], []
     for (member, own), name in zip(looks.items(), names, strict=True):
         other = _comparable_column(member, column) if member in baselines else column
         if other is None or other not in columns(member):
             continue
         line = _result_row(member, other)
-        if _is_single_task(line):
-            single.append((100 * line.spread("average_accuracy")[0], name, own))
+        if not math.isfinite(line.spread("average_accuracy")[0]):
+            continue
+        if not _has_forgetting(line):
+            without.append((100 * line.spread("average_accuracy")[0], name, own))
             continue
         x, y = _draw_point(axes, line, own)
         if named:
@@ -233,7 +242,7 @@ def _draw_panel(
         if member in baselines:
             baseline_points.append((x, y))
     axes.margins(0.15)
-    for y, _, own in single:
+    for y, _, own in without:
         axes.axhline(y, color=own.colour, linestyle=":", linewidth=1)
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     left, high = max(left, -0.05 * right), min(high, 101)
@@ -244,7 +253,7 @@ def _draw_panel(
         corners.append((right, best[-1][1]))
         axes.plot(*zip(*corners, strict=True), color=style.FAINT, linewidth=0.8)
     axes.set(xlim=(left, right), ylim=(low, high), xlabel="forgetting (points)", ylabel="average accuracy (%)")
-    for y, name, own in single if named else []:
+    for y, name, own in without if named else []:
         style.name_line(axes, right, y, name, own)
     axes.set_title(column)
     axes.grid()

@@ -266,13 +266,15 @@ def draw_calibration(table: Sequence[ResultRow], path: Path) -> None:
     figure = style.new_figure(width, 5.2 + (0 if direct else style.legend_height(list(key), width)))
     axes: Any = figure.subplots()
     axes.plot((0, 100), (0, 100), color=style.FAINT, linewidth=0.8)
-    curves = [_reliability(line) for line in shown]
-    for i, ((x, y, share), own) in enumerate(zip(curves, looks, strict=True)):
+    curves = [100 * line.reliability()[:, 1:] for line in shown]  # confidence and accuracy of each bin, in percent
+    shares = [line.reliability()[:, 0] / line.reliability()[:, 0].sum() for line in shown]
+    for i, (curve, share, own) in enumerate(zip(curves, shares, looks, strict=True)):
+        x, y = curve.T
         axes.plot(x, y, color=own.colour, linestyle=own.dash, linewidth=1)
         axes.scatter(x, y, 200 * share + 4, color=own.colour, marker=own.marker, alpha=0.8, linewidth=0)
         if direct:
-            others = torch.cat([torch.stack(other[:2], 1) for other in (*curves[:i], *curves[i + 1 :])] or [END])
-            apart = torch.cdist(torch.stack((x, y), 1), others).amin(1) * share.sqrt()
+            others = torch.cat([*curves[:i], *curves[i + 1 :]] or [END])
+            apart = torch.cdist(curve, others).amin(1) * share.sqrt()
             at = int(apart.argmax())  # many images, and far from the other curves
             style.name_point(axes, float(x[at]), float(y[at]), labels[i], own)
     axes.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 103), ylim=(0, 103), aspect="equal")
@@ -292,10 +294,3 @@ def draw_calibration(table: Sequence[ResultRow], path: Path) -> None:
 
 END = torch.tensor([[100.0, 100.0]], dtype=torch.float64)
 """The end of the diagonal."""
-
-
-def _reliability(line: ResultRow) -> tuple[Tensor, Tensor, Tensor]:
-    """Return confidence and accuracy in percent, and the share of images, of each bin that has images."""
-    bins = torch.stack(list(line.calibration)).sum(0)  # (NUM_BINS, 3), over seeds
-    images, confidence, hits = bins[bins[:, 0] > 0].T
-    return 100 * confidence / images, 100 * hits / images, images / images.sum()

@@ -305,6 +305,7 @@ PARTS = {
     "boundary": "projection and readouts, after each task",
     "evaluation": "evaluation",
     "drift": "measuring drift",
+    "compile": "compiling",
 }
 """Parts of the time of a run, by key in the log."""
 NOT_RECORDED = "not recorded"

@@ -50,7 +50,7 @@ class ResultRow(NamedTuple):
     def spread(self, figure: str) -> tuple[float, float | None]:
         """Return mean and standard deviation over runs of a metric in `statistics`, in [0, 1].
 
-        The deviation is None for a single run.
+        The deviation is None for a single run. Without a measurement in each run, the mean is NaN.
         """
         if figure == ONLINE:
             values = [stream[max(stream)] for stream in self.online]
@@ -60,13 +60,24 @@ class ResultRow(NamedTuple):
             values = list(self.sampling_errors)
         else:
             values = [getattr(metrics, figure)(matrix) for matrix in self.matrices]
-        return mean(values), stdev(values) if len(values) > 1 else None
+        return mean_and_deviation(values)
 
     def reliability(self) -> Tensor:
         """Return the images, the mean confidence and the accuracy of each bin that has images, `(n, 3)`, over seeds."""
         bins = torch.stack(list(self.calibration)).sum(0)
         bins = bins[bins[:, 0] > 0]
         return torch.cat([bins[:, :1], bins[:, 1:] / bins[:, :1]], 1)
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
+    """Return mean and standard deviation, which is None for one value; NaN and None if a value is not finite.
+
+    >>> mean_and_deviation([0.5, float("nan")])
+    (nan, None)
+    """
+    if not all(map(math.isfinite, values)):
+        return math.nan, None
+    return mean(values), stdev(values) if len(values) > 1 else None
 
 
 STATISTICS = {

@@ -431,7 +431,7 @@ class Run:
         """Write a run that has only the state at the end of a task, without anything about this machine.
 
         It can be resumed and has the same identifier. Of the log, it has what was measured of finished tasks; of the
-        environment, the versions; of the state, all but references of drift, which are features of single images.
+        environment, the versions; of the state, all but what is about single images: references of drift, predictions.
 
         Args:
             folder: Folder to write, missing or empty.
@@ -442,7 +442,8 @@ class Run:
             The copy.
         """
         state, known, copy = self.load(name), self.describe(name), Run(folder)
-        state.pop("drift", None)
+        for private in ("drift", "predictions"):
+            state.pop(private, None)
         environment = self.folder / ENVIRONMENT
         make_output(copy.folder)
         storage.make_folder(copy.checkpoints.folder)

@@ -46,6 +46,14 @@ def is_empty(folder: Path) -> bool:
     return all(path.name in (MARKER, LOCK, WRITER) for path in folder.iterdir())
 
 
+def require_replaceable(folder: Path, what: str) -> None:
+    """Raise a RunError unless another folder can take the place of `folder`; see `require_empty`."""
+    if folder.resolve() == Path.cwd():
+        raise storage.RunError(f"expected a new or empty folder for {what}, got the working directory, which cannot be"
+                               " replaced: name one in it")  # fmt: skip
+    require_empty(folder, what)
+
+
 def require_empty(folder: Path, what: str) -> None:
     """Raise a RunError unless `folder` is missing or empty; `what` says for what it is, such as the exported files."""
     if storage.exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
