@@ -44,7 +44,6 @@ from pgp.datasets.synthetic import Synthetic
 from pgp.datasets.transforms import Transforms
 from pgp.methods.base import mask_logits
 from pgp.projections.orthogonal import Orthogonal
-from pgp.readouts.base import Readout
 from pgp.readouts.lda import LDA
 from pgp.reports.tables import markdown_table
 from pgp.rng import make_generator
@@ -153,16 +152,15 @@ def train(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], 
     return lambda: train_step(session, state, ready, whole, TASK, scale.batch)
 
 
-def untrained(
-    kind: str, precision: Precision, scale: Scale, readouts: Sequence[Readout.Config] | None = None
-) -> tuple[Session, TrainState]:
-    """Return the recipe of a method for CIFAR-100, or the recipe `quick`, on noise; with its readouts if None."""
+def untrained(kind: str, precision: Precision, scale: Scale) -> tuple[Session, TrainState]:
+    """Return the recipe of a method for CIFAR-100, or the recipe `quick`, on noise; with `READ`, LDA is its readout."""
+    kind, read, _ = kind.partition(READ)
     recipe = recipes.RECIPES[kind if kind == "quick" else f"10cifar100_{kind}_pgp"]()
     data = Synthetic(classes=CLASSES, per_class=8)
     config = replace(recipe, dataset=data, backbone=scale.encoder, batch_size=scale.batch)
     config = replace(config, transforms=Transforms(size=scale.size, resize=scale.size * 256 // 224))
     config = replace(config, hardware=Hardware("cpu"), precision=precision)
-    config = config if readouts is None else replace(config, readouts=tuple(readouts))
+    config = replace(config, readouts=(LDA.Config(),)) if read else config
     session = Session(Fabric(accelerator="cpu", devices=1, precision=precision), config, Progress(disable=True))
     return session, session.new_state()
 
@@ -206,17 +204,16 @@ def evaluation(kind: str, precision: Precision, scale: Scale = FULL) -> Callable
 def boundary(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], Any]:
     """Return what follows the training of a task: the pass for the projection and, with `READ`, for LDA, and their fit.
 
-    With `PLAIN`, the same images only pass through the encoder: without prompts for a method that reads queries, with
-    what another has trained.
+    With `PLAIN`, the same images only pass through the encoder once, which computes queries if the method reads them,
+    else features.
     """
     kind, plain, _ = kind.partition(PLAIN)
-    name, read, _ = kind.partition(READ)
-    session, state = untrained(name, precision, scale, [LDA.Config()] if read else None)
+    session, state = untrained(kind, precision, scale)
     task = replace(TASK, train=torch.arange(scale.observed))
 
     def all_of_it() -> None:
         projection = Orthogonal(state.method.protected(), session.config.projection)  # type: ignore[arg-type]
-        readouts = [LDA(CLASSES)] if read else []
+        readouts = [LDA(CLASSES)] if READ in kind else []
         observe(session, state, task, projection, readouts)
         projection.end_task()
         for readout in readouts:

@@ -270,5 +270,5 @@ def test_a_run_that_stopped_says_so(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("flag", ["--max-megabytes", "--max-megapixels"])
 @pytest.mark.parametrize("value", ["inf", "nan", "1e308"])
 def test_limits_of_a_service_are_finite(flag, value, capsys):
-    message = f"expected a finite size with {flag}, got {float(value):g}: name a large one, such as 1e6"
+    message = f"expected a finite size with {flag}, got {float(value):g}: name a number, such as 1e6"
     assert message in fails(capsys, "serve", "none", flag, value)

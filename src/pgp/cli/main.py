@@ -343,7 +343,7 @@ def serve_command(words: list[str]) -> None:
 def _whole(flag: str, size: float, unit: float) -> int:
     """Return a size that a flag gives in larger units, rounded down."""
     if not math.isfinite(size * unit):
-        raise ValueError(f"expected a finite size with {flag}, got {size:g}: name a large one, such as 1e6")
+        raise ValueError(f"expected a finite size with {flag}, got {size:g}: name a number, such as 1e6")
     return int(size * unit)
 
 

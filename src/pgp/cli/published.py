@@ -173,10 +173,9 @@ COMPONENTS = {"method", "projection", "joint", "optimizer.later-prompt-lr-scale"
 
 def _other(asked: Config, trained: Config, given: set[str]) -> list[str]:
     """Return the flags among `given` that ask for a training different from `trained`."""
-    named = {name.removeprefix("no-") for name in given}
-    names = {
-        "projection" if name == "pgp" else name for name in named - {"eval-batch-size", "legacy-eval", "dataset.root"}
-    }
+    free = {"eval-batch-size", "legacy-eval", "dataset.root"}
+    names = {name.removeprefix("no-") for name in given} - free
+    names = {"projection" if name == "pgp" else name for name in names}
     return sorted(name for name in names if _lookup_path(asked, name) != _lookup_path(trained, name))
 
 

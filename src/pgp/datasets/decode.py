@@ -164,7 +164,7 @@ def _from_deep(image: Image.Image) -> Image.Image:
             raise ValueError(f"its pixels are {'signed ' * signed}integers of {bits} bits, so that black and white are"
                              " unknown: save it with 8 or 16 bits, unsigned")  # fmt: skip
         highest = 2.0**bits - 1
-        if image.tag_v2.get(262) == 0:  # type: ignore[attr-defined]  # 0 is white
+        if image.tag_v2.get(262) == 0:  # type: ignore[attr-defined]  # as its tag says, 0 is white
             values = 2**bits - 1 - values
     gray = (values.astype(np.float64) * (255 / highest)).round().clip(0, 255).astype(np.uint8)
     clear = image.info.get("transparency")

@@ -74,9 +74,6 @@ class HeldOutTests:
         self.candidates = candidates
         self.by_task: list[HeldOutTest] = []
 
-    def __bool__(self) -> bool:
-        return bool(self.losses.any())
-
     def add(self, test: HeldOutTest) -> None:
         """Add the results of a task, and drop old ones that are not needed any more."""
         self.by_task.append(test)

@@ -169,7 +169,7 @@ class StatisticsReadout(Readout):
 
         Collective: in a distributed run, every process must call it.
         """
-        held_out, held_out_batches = self._held_out, self._held_out_batches
+        held_out, batches = self._held_out, self._held_out_batches
         self._held_out, self._held_out_batches = {}, []
         for name, tensor in self.state.items():
             held_out[name] = all_reduce_sum_(held_out.get(name, torch.zeros_like(tensor)))
@@ -177,7 +177,7 @@ class StatisticsReadout(Readout):
             return
         total, self.state = self.state, {name: tensor - held_out[name] for name, tensor in self.state.items()}
         if self.state["counts"].sum() > self.seen.sum():  # some class has two images left, so features vary
-            self._test(_concatenate(held_out_batches, self.seen))
+            self._test(_concatenate(batches, self.seen))
         self.state = total
 
     def _test(self, batches: Sequence[HeldOutBatch]) -> None:
@@ -207,7 +207,7 @@ class StatisticsReadout(Readout):
     def _choose(self) -> None:
         """Choose regularisation and temperature, which minimise the cross-entropy of held-out images, if there are."""
         self.regularisation, self.temperature = self.default, 1.0
-        if self.tests:
+        if bool(self.tests.losses.any()):  # all are 0 as long as there is one class
             best = self.tests.best_candidate
             self.regularisation, self.temperature = self.candidates[best], self.tests.temperature(best)
 
@@ -342,10 +342,8 @@ def _concatenate(batches: Sequence[HeldOutBatch], seen: Tensor) -> list[HeldOutB
     for augmented in (False, True):
         same = [batch for batch in batches if batch.augmented == augmented]
         if same:
-            features, labels = (
-                torch.cat([batch.features for batch in same]),
-                torch.cat([batch.labels for batch in same]),
-            )
+            features = torch.cat([batch.features for batch in same])
+            labels = torch.cat([batch.labels for batch in same])
             known = seen[labels]
             whole.append(HeldOutBatch(features[known.to(features.device)], labels[known], augmented))
     return whole

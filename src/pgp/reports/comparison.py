@@ -224,7 +224,7 @@ def _draw_panel(
 ) -> None:
     """Draw one readout: points in colour, baselines in black, and their frontier."""
     names = style.short_names([member.label for member in looks])
-    baseline_points, without = [], []
+    baseline_points, levels = [], []
     for (member, own), name in zip(looks.items(), names, strict=True):
         other = _comparable_column(member, column) if member in baselines else column
         if other is None or other not in columns(member):
@@ -233,7 +233,7 @@ def _draw_panel(
         if not math.isfinite(line.spread("average_accuracy")[0]):
             continue
         if not _has_forgetting(line):
-            without.append((100 * line.spread("average_accuracy")[0], name, own))
+            levels.append((100 * line.spread("average_accuracy")[0], name, own))
             continue
         x, y = _draw_point(axes, line, own)
         if named:
@@ -242,7 +242,7 @@ def _draw_panel(
         if member in baselines:
             baseline_points.append((x, y))
     axes.margins(0.15)
-    for y, _, own in without:
+    for y, _, own in levels:
         axes.axhline(y, color=own.colour, linestyle=":", linewidth=1)
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     left, high = max(left, -0.05 * right), min(high, 101)
@@ -253,7 +253,7 @@ def _draw_panel(
         corners.append((right, best[-1][1]))
         axes.plot(*zip(*corners, strict=True), color=style.FAINT, linewidth=0.8)
     axes.set(xlim=(left, right), ylim=(low, high), xlabel="forgetting (points)", ylabel="average accuracy (%)")
-    for y, name, own in without if named else []:
+    for y, name, own in levels if named else []:
         style.name_line(axes, right, y, name, own)
     axes.set_title(column)
     axes.grid()

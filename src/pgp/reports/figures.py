@@ -266,10 +266,10 @@ def draw_calibration(table: Sequence[ResultRow], path: Path) -> None:
     figure = style.new_figure(width, 5.2 + (0 if direct else style.legend_height(list(key), width)))
     axes: Any = figure.subplots()
     axes.plot((0, 100), (0, 100), color=style.FAINT, linewidth=0.8)
-    curves = [100 * line.reliability()[:, 1:] for line in shown]  # confidence and accuracy of each bin, in percent
-    shares = [line.reliability()[:, 0] / line.reliability()[:, 0].sum() for line in shown]
-    for i, (curve, share, own) in enumerate(zip(curves, shares, looks, strict=True)):
-        x, y = curve.T
+    bins = [line.reliability() for line in shown]
+    curves = [100 * own[:, 1:] for own in bins]  # confidence and accuracy in percent
+    for i, (curve, own) in enumerate(zip(curves, looks, strict=True)):
+        (x, y), share = curve.T, bins[i][:, 0] / bins[i][:, 0].sum()
         axes.plot(x, y, color=own.colour, linestyle=own.dash, linewidth=1)
         axes.scatter(x, y, 200 * share + 4, color=own.colour, marker=own.marker, alpha=0.8, linewidth=0)
         if direct:

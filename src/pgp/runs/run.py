@@ -257,8 +257,24 @@ class Run:
 
     def can_undo(self) -> bool:
         """Return whether the last finished task was added, and the checkpoint before it was kept."""
+        try:
+            self._before_added()
+        except RunError:
+            return False
+        return True
+
+    def _before_added(self) -> CheckpointName:
+        """Return the checkpoint before the task that was added last.
+
+        Raises:
+            RunError: If the last finished task was not added, or that checkpoint was not kept.
+        """
+        if not self.config_of(self.describe()).added:
+            raise RunError(f"expected a run to which pgp add has added a task, got {self.folder}")
         before = CheckpointName(self.latest_finished().task - 1)
-        return bool(self.config.added) and before in self.checkpoints.finished()
+        if before not in self.checkpoints.finished():
+            raise RunError(f"undoing a task needs the checkpoint before it, but {self.folder} keeps only the newest")
+        return before
 
     def undo_add(self) -> str:
         """Forget the task that was added last; the run is again as it was before. Return the name of that task.
@@ -272,14 +288,9 @@ class Run:
             RunError: If the last finished task was not added, a task is unfinished, or the previous checkpoint was not
                 kept.
         """
-        last, known = self.latest_finished(), self.describe()
-        if last != self.checkpoints.latest():
+        if self.latest_finished() != self.checkpoints.latest():
             raise RunError(f"{self.folder} is inside a task: drop it with pgp train --resume {self.folder} --drop")
-        if not self.config_of(known).added:
-            raise RunError(f"expected a run to which pgp add has added a task, got {self.folder}")
-        before = CheckpointName(last.task - 1)
-        if before not in self.checkpoints.finished():
-            raise RunError(f"undoing a task needs the checkpoint before it, but {self.folder} keeps only the newest")
+        before, known = self._before_added(), self.describe()
         self._stamp_log()
         self.checkpoints.go_back(before)
         self._identity = self.describe(before)

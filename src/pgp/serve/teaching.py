@@ -110,7 +110,7 @@ class Teacher:
         name = class_name(name)
         if self._busy.locked():
             raise RefusedError(409, self._busy_message())
-        self._check(name)
+        self._check_run(name)
 
     def teach(self, name: str, photos: Sequence[bytes]) -> Lesson:
         """Begin to teach the class `name` from image files, and return at once.
@@ -124,7 +124,7 @@ class Teacher:
         if not self._busy.acquire(blocking=False):
             raise RefusedError(409, self._busy_message())
         try:
-            self._check(name)
+            self._check_run(name)
             table = self._write(name, photos)
             self.lesson = Lesson(next(self._numbers), name, len(photos))
             threading.Thread(target=self._learn, args=(self.lesson, table), name="teaching", daemon=True).start()
@@ -169,7 +169,7 @@ class Teacher:
     def _taught(self) -> Path:
         return self.folder.absolute() / TAUGHT
 
-    def _check(self, name: str) -> None:
+    def _check_run(self, name: str) -> None:
         """Raise `RefusedError` if the run cannot learn the class."""
         try:
             run = Run.open(self.folder)
