@@ -311,8 +311,7 @@ def test_accuracies_that_were_not_measured_are_not_zero(tmp_path):
     assert "nan" not in page.text.lower().split()
 
 
-@pytest.mark.filterwarnings("default:the old images")
-@pytest.mark.filterwarnings("ignore:the old images in")
+@pytest.mark.filterwarnings("ignore:the old images")
 def test_a_task_that_was_added_without_the_old_images(tmp_path):
     data = photos(tmp_path / "photos")
     run = train.train(tiny.config(dataset=Folder(data), tasks=2, epochs=1, drift_images=0), tmp_path / "run")
