@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize_scalar
-from scipy.special import logsumexp, softmax
+from scipy.special import softmax
 
 import tiny
 from pgp import train
@@ -17,7 +17,7 @@ from pgp.evaluation.calibration import NUM_BINS, calibration_bins, expected_cali
 from pgp.methods.head_only import HeadOnly
 from pgp.predict import Predictor
 from pgp.readouts.base import Features
-from pgp.readouts.calibration import TEMPERATURES, losses_by_temperature
+from pgp.readouts.calibration import TEMPERATURES, brier_scores
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA, NCM
 from pgp.readouts.logistic import Logistic
@@ -34,36 +34,33 @@ def drawn(each=40, classes=CLASSES, noise=1.0, seed=0):
     return means[labels] + noise * torch.randn(len(labels), D, generator=generator), labels
 
 
-def test_the_temperature_minimises_the_loss():
+def results(readout, features, labels):
+    """Return the scores of images that the readout was not fitted to, `(2, G)`."""
+    return brier_scores(readout.logits(features), labels)
+
+
+def with_one_mistake(scores, images):
+    """Add one wrong prediction in all, `(1, G)`."""
+    return (scores[0] + scores[1] / images)[None]
+
+
+def test_the_temperature_minimises_the_squared_error_of_the_confidence():
     logits = 3 * torch.randn(200, CLASSES, generator=torch.Generator().manual_seed(0))
-    labels = torch.distributions.Categorical(logits=logits / 4).sample()
-    array, one = logits.double().numpy(), np.arange(200)
-
-    def loss(log_temperature):
-        scaled = array / np.exp(log_temperature)
-        return float((logsumexp(scaled, axis=1) - scaled[one, labels.numpy()]).sum())
-
-    losses = losses_by_temperature(logits, labels)
-    np.testing.assert_allclose(losses.numpy(), [loss(np.log(t)) for t in TEMPERATURES.numpy()], rtol=1e-10)
-    best = np.exp(minimize_scalar(loss, bounds=(-3, 5), method="bounded").x)
-    assert float(TEMPERATURES[losses.argmin()]) == pytest.approx(best, rel=0.1)
-    halves = losses_by_temperature(logits[:90], labels[:90]) + losses_by_temperature(logits[90:], labels[90:])
-    torch.testing.assert_close(halves, losses)
-
-
-def test_one_wrong_prediction_is_added_in_all():
-    logits = 3 * torch.randn(50, CLASSES, generator=torch.Generator().manual_seed(0))
     logits[:, -1] = -torch.inf  # a class that was not observed
-    labels = torch.arange(50) % (CLASSES - 1)
-    array, one = logits.double().numpy(), np.arange(50)
-    temperatures = TEMPERATURES[TEMPERATURES > 0.5]  # lower ones round probabilities to 0 and 1
-    expected = []
-    for t in temperatures.numpy():
-        right = softmax(array / t, axis=1)[one, labels.numpy()]
-        expected.append(-np.log(right).sum() - np.log(1 - right).mean())
-    losses = losses_by_temperature(logits, labels, prior=1 / 50)
-    np.testing.assert_allclose(losses[-len(temperatures) :].numpy(), expected, rtol=1e-6)
-    assert losses.isfinite().all()
+    labels = torch.distributions.Categorical(logits=logits / 4).sample()
+    array = logits.double().numpy()
+    hit = array.argmax(1) == labels.numpy()
+
+    def scores(log_temperature):
+        confidence = softmax(array / np.exp(log_temperature), axis=1).max(1)
+        return [float(((confidence - hit) ** 2).sum()), float((confidence**2).sum())]
+
+    found = brier_scores(logits, labels)
+    np.testing.assert_allclose(found.T.numpy(), [scores(np.log(t)) for t in TEMPERATURES.numpy()], rtol=1e-10)
+    best = np.exp(minimize_scalar(lambda t: scores(t)[0], bounds=(-3, 5), method="bounded").x)
+    assert float(TEMPERATURES[found[0].argmin()]) == pytest.approx(best, rel=0.1)
+    halves = brier_scores(logits[:90], labels[:90]) + brier_scores(logits[90:], labels[90:])
+    torch.testing.assert_close(halves, found)
 
 
 @pytest.mark.parametrize("config", [LDA.Config(), LDA.Config(shrinkage=None), RanPAC.Config(dimensions=50)])
@@ -78,7 +75,7 @@ def test_correct_predictions_of_few_images_are_not_certain(config):
     confidence, predicted = readout.probabilities(readout.logits(selected)).max(1)
     assert torch.equal(predicted, labels)
     n = int(held_out.sum())
-    assert float(confidence.mean()) == pytest.approx(n / (n + 1), abs=0.5 / n)
+    assert 1 - 2 / n < float(confidence.mean()) < 1 - 0.25 / n
 
 
 def test_a_class_whose_images_are_all_held_out_is_left_out_of_the_test():
@@ -91,10 +88,9 @@ def test_a_class_whose_images_are_all_held_out_is_left_out_of_the_test():
     without.observe(features[~held_out], labels[~held_out])
     without.end_task()
     tested = held_out & (labels < 4)
-    n = int(tested.sum())
-    expected = losses_by_temperature(without.logits(features[tested]), labels[tested], prior=1 / n)
-    torch.testing.assert_close(readout.tests.losses, expected[None], rtol=1e-4, atol=1e-4)
-    assert [test.images for test in readout.tests.by_task] == [n]
+    expected = with_one_mistake(results(without, features[tested], labels[tested]), int(tested.sum()))
+    torch.testing.assert_close(readout.tests.scores, expected, rtol=1e-4, atol=1e-4)
+    assert [test.images for test in readout.tests.by_task] == [int(tested.sum())]
 
 
 def test_one_class_calibrates_nothing_and_chooses_nothing():
@@ -167,9 +163,8 @@ def test_what_is_held_out_sets_the_temperature_and_nothing_else(config):
     for one in (readout, plain, without):
         one.end_task()
     torch.testing.assert_close(readout.logits(features), plain.logits(features))
-    prior = 1 / int(held_out.sum())
-    expected = losses_by_temperature(without.logits(features[held_out]), labels[held_out], prior)
-    torch.testing.assert_close(readout.tests.losses, expected[None], rtol=1e-4, atol=1e-4)
+    expected = with_one_mistake(results(without, features[held_out], labels[held_out]), int(held_out.sum()))
+    torch.testing.assert_close(readout.tests.scores, expected, rtol=1e-4, atol=1e-4)
     assert plain.temperature == 1
     assert readout.temperature == float(TEMPERATURES[expected.argmin()])
     again = config.build(head, CLASSES, 0)
@@ -190,13 +185,11 @@ def test_augmented_views_of_held_out_images_are_left_out_and_tested_on_too():
         without.observe(rows[~held_out], labels[~held_out])
     readout.end_task()
     without.end_task()
-    prior = 1 / (2 * int(held_out.sum()))
-    expected = sum(
-        losses_by_temperature(without.logits(rows[held_out]), labels[held_out], prior) for rows in (features, views)
-    )
-    torch.testing.assert_close(readout.tests.losses, expected[None], rtol=1e-4, atol=1e-4)
-    assert [test.images for test in readout.tests.by_task] == [int(held_out.sum())]
-    torch.testing.assert_close(readout.tests.by_task[0].scores, without.unknown_scores(features[held_out]).sort()[0])
+    n = int(held_out.sum())
+    found = sum(results(without, rows[held_out], labels[held_out]) for rows in (features, views))
+    torch.testing.assert_close(readout.tests.scores, with_one_mistake(found, 2 * n), rtol=1e-4, atol=1e-4)
+    assert [(test.images, test.views) for test in readout.tests.by_task] == [(n, 2 * n)]
+    torch.testing.assert_close(readout.tests.by_task[0].unlike, without.unknown_scores(features[held_out]).sort()[0])
 
 
 def test_few_images_leave_the_temperature_at_one(recwarn):
@@ -216,7 +209,7 @@ def test_few_images_leave_the_temperature_at_one(recwarn):
 def test_tasks_add_up_and_only_numbers_of_held_out_images_are_kept():
     features, labels = drawn()
     readout = LDA(CLASSES)
-    total = torch.zeros(len(TEMPERATURES), dtype=torch.float64)
+    total, tested = torch.zeros(2, len(TEMPERATURES), dtype=torch.float64), 0
     for classes in ([0, 1], [2, 3, 4]):
         rows = torch.isin(labels, torch.tensor(classes))
         held_out = rows & (torch.arange(len(labels)) % 4 == 0)
@@ -224,13 +217,13 @@ def test_tasks_add_up_and_only_numbers_of_held_out_images_are_kept():
         seen = torch.isin(labels, torch.arange(max(classes) + 1))
         without.observe(features[seen & ~held_out], labels[seen & ~held_out])
         without.end_task()
-        prior = 1 / int(held_out.sum())
-        total += losses_by_temperature(without.logits(features[held_out]), labels[held_out], prior)
+        total += results(without, features[held_out], labels[held_out])
+        tested += int(held_out.sum())
         readout.observe(features[rows], labels[rows])
         readout.hold_out(features[held_out], labels[held_out], augmented=False)
         readout.end_task()
-    torch.testing.assert_close(readout.tests.losses, total[None], rtol=1e-4, atol=1e-4)
-    assert set(readout.state_dict()) == {"counts", "sums", "products", "losses", "scores", "test_sizes"}
+    torch.testing.assert_close(readout.tests.scores, with_one_mistake(total, tested), rtol=1e-4, atol=1e-4)
+    assert set(readout.state_dict()) == {"counts", "sums", "products", "errors", "unlike", "test_sizes"}
 
 
 def test_a_run_is_calibrated_and_says_so(tmp_path):

@@ -56,7 +56,7 @@ def test_the_threshold_keeps_held_out_images_of_all_tasks(config):
         readout.hold_out(features[rows & held_out], labels[rows & held_out], augmented=False)
         readout.end_task()
     assert [test.images for test in readout.tests.by_task] == [60, 40]
-    scores = torch.cat([test.scores for test in readout.tests.by_task])
+    scores = torch.cat([test.unlike for test in readout.tests.by_task])
     for keep in (0.5, 0.95):
         assert float((scores <= readout.unknown_threshold(keep)).double().mean()) == pytest.approx(keep, abs=0.02)
     again = config.build(torch.nn.Linear(D, C), C, 0)
@@ -77,7 +77,7 @@ def test_the_latest_tests_are_kept():
         readout.end_task()
         sizes.append([test.images for test in readout.tests.by_task])
     assert sizes == [[45], [45, 45], [45, 45, 45], [45, 45, 45], [45, 45, 45]]
-    last = torch.cat([test.scores for test in readout.tests.by_task]).sort()[0]
+    last = torch.cat([test.unlike for test in readout.tests.by_task]).sort()[0]
     assert readout.unknown_threshold(0.9) == last[int(0.9 * 135)]
 
 
@@ -176,6 +176,21 @@ def test_a_class_that_was_learned_under_another_name_is_similar(config):
     for rows, own in ((features, labels), (again[labels == 2], torch.full((200,), C))):
         few.observe(few.select_features(Features(rows.float())), own)
         few.end_task()
-    assert few.similar_classes == {}  # nothing was held out, so no probability is calibrated
+    assert few.similar_classes == {}  # nothing was held out, so nothing tells what is unlike all classes
     learn(again[labels == 2], torch.full((200,), C))
     assert readout.similar_classes == {}  # it is not new any more
+
+
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: config.name)
+def test_a_class_between_two_old_ones_is_not_similar(config):
+    features, labels = drawn(each=200)
+    readout = config.build(torch.nn.Identity(), C + 1, 0)
+    selected = readout.select_features(Features(features.float()))
+    held_out = torch.arange(len(labels)) % 5 == 0
+    readout.observe(selected, labels)
+    readout.hold_out(selected[held_out], labels[held_out], augmented=False)
+    readout.end_task()
+    between = readout.select_features(Features((features[labels == 0] + features[labels == 1]).float() / 2))
+    readout.observe(between, torch.full((200,), C))
+    readout.end_task()
+    assert readout.similar_classes == {}

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from pgp.subspace import to_float64
@@ -17,39 +16,27 @@ from pgp.subspace import to_float64
 NUM_HELD_OUT = 100
 """Number of held-out images whose results are kept, of the latest tasks. Older results are dropped: they are of fits to
 fewer images, whose logits and distances are larger."""
-TEMPERATURES = 2.0 ** (torch.arange(-80, 65, dtype=torch.float64) / 8)
-"""Temperatures that are tried, from 2^-10 to 2^8 in steps of 9 %, `(G,)`."""
+TEMPERATURES = 2.0 ** (torch.arange(-64, 129, dtype=torch.float64) / 8)
+"""Temperatures that are tried, from 2^-8 to 2^16 in steps of 9 %, `(G,)`: logits of ridge regression are below 1, and
+those of LDA are thousands if features hardly vary within classes."""
 
 
-def losses_by_temperature(logits: Tensor, labels: Tensor, prior: float = 0.0) -> Tensor:
-    """Return the summed cross-entropy `(G,)` of logits `(B, C)` divided by each of `TEMPERATURES`, in float64.
+def brier_scores(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return summed Brier scores of logits `(B, C)` divided by each of `TEMPERATURES`, `(2, G)` float64.
 
-    Adding the results for all images of a stream gives the loss of the stream, without storing any image.
+    Row 0 is the sum over images of `(confidence - hit)^2`, where confidence is the probability of the predicted class,
+    and hit is 1 if it is the label, else 0. Row 1 is what the sum would be if all predictions were wrong. Adding the
+    results for all images of a stream gives those of the stream, without storing any image. Source: Brier,
+    "Verification of forecasts expressed in terms of probability", 1950.
 
-    Args:
-        logits: `(B, C)`.
-        labels: `(B,)`.
-        prior: How many times each image also counts as one of any other class. With `1 / B`, one wrong prediction is
-            added in all, so that few images, if all are predicted correctly, do not make a classifier certain. Platt,
-            "Probabilistic outputs for support vector machines", 1999, smooths labels for the same reason.
-
-    >>> losses = losses_by_temperature(torch.tensor([[8.0, 0.0], [8.0, 0.0]]), torch.tensor([0, 1]))
-    >>> float(TEMPERATURES[losses.argmin()])  # half of the predictions are right, so no confidence is the best
-    256.0
-    >>> right = torch.tensor([[8.0, 0.0]]).expand(9, 2), torch.zeros(9, dtype=torch.long)
-    >>> best = TEMPERATURES[losses_by_temperature(*right, prior=1 / 9).argmin()]
-    >>> round(float((8 / best).sigmoid()), 1)  # as sure as 9 of 10
-    0.9
+    >>> scores = brier_scores(torch.tensor([[8.0, 0.0], [8.0, 0.0]]), torch.tensor([0, 1]))
+    >>> float(TEMPERATURES[scores[0].argmin()])  # half of the predictions are right, so no confidence is the best
+    65536.0
     """
     logits = to_float64(logits)
-    temperatures = TEMPERATURES.to(logits.device)
-    losses = torch.stack([F.cross_entropy(logits / t, labels, reduction="sum") for t in temperatures])
-    if prior:
-        others = logits.scatter(1, labels[:, None], -torch.inf)  # (B, C)
-        has_others = others.isfinite().any(1)
-        both = torch.stack([others[has_others], logits[has_others]])  # (2, B, C)
-        losses += prior * torch.stack([(both / t).logsumexp(2).diff(dim=0).sum() for t in temperatures])
-    return losses
+    hit = (logits.argmax(1) == labels).to(logits)  # (B,)
+    confidence = torch.stack([(logits / t).softmax(1).amax(1) for t in TEMPERATURES.to(logits.device)])  # (G, B)
+    return torch.stack([(confidence - hit).square().sum(1), confidence.square().sum(1)])
 
 
 class HeldOutTest(NamedTuple):
@@ -57,14 +44,21 @@ class HeldOutTest(NamedTuple):
 
     images: int
     """Number of images, without their augmented views."""
-    losses: Tensor
-    """Cross-entropy of all images and views by candidate and temperature, `(K, G)`; 0 if there is only one class."""
-    scores: Tensor = torch.empty(0)
+    views: int
+    """Number of images and of their augmented views."""
+    errors: Tensor
+    """`brier_scores` of all images and views, by candidate and temperature, `(2, K, G)`."""
+    unlike: Tensor = torch.empty(0)
     """How unlike the learned classes each image is, in ascending order; empty if the readout cannot tell."""
 
 
 class HeldOutTests:
     """Results on held-out images of the latest tasks: at least `NUM_HELD_OUT` images, if there are so many.
+
+    Candidates and temperatures are compared by the Brier score of the predicted class. Unlike the cross-entropy, a few
+    grave errors do not dominate it. One wrong prediction is added in all, as the mean over all images, so that few
+    images, if all are predicted correctly, do not make a classifier certain. Platt, "Probabilistic outputs for support
+    vector machines", 1999, smooths labels for the same reason.
 
     Args:
         candidates: Number K of candidates that are compared.
@@ -80,41 +74,48 @@ class HeldOutTests:
         while sum(test.images for test in self.by_task[1:]) >= NUM_HELD_OUT:
             del self.by_task[0]
 
-    def add_scores(self, scores: Tensor) -> None:
-        """Add scores of the images of the latest task, `(n,)`."""
-        self.by_task[-1] = self.by_task[-1]._replace(scores=scores.sort()[0])
+    def add_unlike(self, unlike: Tensor) -> None:
+        """Add how unlike the learned classes the images of the latest task are, `(n,)`."""
+        self.by_task[-1] = self.by_task[-1]._replace(unlike=unlike.sort()[0])
 
     @property
-    def losses(self) -> Tensor:
-        """Cross-entropy by candidate and temperature, `(K, G)`."""
-        none = torch.zeros(self.candidates, len(TEMPERATURES), dtype=torch.float64)
-        return torch.stack([none, *(test.losses for test in self.by_task)]).sum(0)
+    def scores(self) -> Tensor:
+        """Brier score with one wrong prediction, by candidate and temperature, `(K, G)`."""
+        errors = torch.zeros(2, self.candidates, len(TEMPERATURES), dtype=torch.float64)
+        found, wrong = sum((test.errors for test in self.by_task), errors)
+        return found + wrong / max(1, sum(test.views for test in self.by_task))
+
+    @property
+    def is_informative(self) -> bool:
+        """Whether the scores depend on the temperature: not if there are no results, or only one class."""
+        return bool(self.scores.amax() > self.scores.amin())
 
     @property
     def best_candidate(self) -> int:
-        """Index of the candidate with the smallest cross-entropy at its best temperature."""
-        return int(self.losses.amin(1).argmin())
+        """Index of the candidate with the best score at its best temperature."""
+        return int(self.scores.amin(1).argmin())
 
     def temperature(self, candidate: int) -> float:
-        """Return the temperature that minimises the cross-entropy of a candidate."""
-        return float(TEMPERATURES[self.losses[candidate].argmin()])
+        """Return the best temperature of a candidate."""
+        return float(TEMPERATURES[self.scores[candidate].argmin()])
 
     def threshold(self, keep: float) -> float | None:
-        """Return the score that a fraction `keep` of the images do not exceed; None if there are no scores."""
-        scores = torch.cat([torch.empty(0), *(test.scores for test in self.by_task)]).sort()[0]
-        return float(scores[min(int(keep * len(scores)), len(scores) - 1)]) if len(scores) else None
+        """Return the value that a fraction `keep` of the images do not exceed in `unlike`; None if there are none."""
+        unlike = torch.cat([torch.empty(0), *(test.unlike for test in self.by_task)]).sort()[0]
+        return float(unlike[min(int(keep * len(unlike)), len(unlike) - 1)]) if len(unlike) else None
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the results as tensors."""
-        sizes = [(test.images, len(test.scores)) for test in self.by_task]
+        sizes = [(test.images, test.views, len(test.unlike)) for test in self.by_task]
+        none = torch.zeros(0, 2, self.candidates, len(TEMPERATURES), dtype=torch.float64)
         return {
-            "losses": torch.stack([self.losses, *(test.losses for test in self.by_task)])[1:],  # (tasks, K, G)
-            "scores": torch.cat([torch.empty(0), *(test.scores for test in self.by_task)]),
-            "test_sizes": torch.tensor(sizes, dtype=torch.long).reshape(-1, 2),
+            "errors": torch.cat([none, *(test.errors[None] for test in self.by_task)]),  # (tasks, 2, K, G)
+            "unlike": torch.cat([torch.empty(0), *(test.unlike for test in self.by_task)]),
+            "test_sizes": torch.tensor(sizes, dtype=torch.long).reshape(-1, 3),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore a `state_dict`."""
-        losses, scores, sizes = (state[name].cpu() for name in ("losses", "scores", "test_sizes"))
-        by_task = scores.split(sizes[:, 1].tolist())
-        self.by_task = [HeldOutTest(*test) for test in zip(sizes[:, 0].tolist(), losses, by_task, strict=True)]
+        errors, unlike, sizes = (state[name].cpu() for name in ("errors", "unlike", "test_sizes"))
+        images, views, lengths = sizes.T.tolist()
+        self.by_task = [HeldOutTest(*test) for test in zip(images, views, errors, unlike.split(lengths), strict=True)]

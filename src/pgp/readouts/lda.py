@@ -27,7 +27,7 @@ class LDA(StatisticsReadout):
 
         shrinkage: float | None = 0.1
         """Weight a of the isotropic part of the covariance, in (0, 1]. With 1, LDA becomes the nearest class mean. None
-        chooses it by the cross-entropy of held-out training images, after each task."""
+        chooses it by the Brier score of held-out training images, after each task."""
 
         def __post_init__(self) -> None:
             super().__post_init__()

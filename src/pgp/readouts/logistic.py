@@ -29,7 +29,7 @@ class Logistic(StatisticsReadout):
         tag = "logistic"
 
         shrinkage: float | None = 0.1
-        """Weight of the isotropic term of the covariance, in (0, 1]. None chooses it by the cross-entropy of held-out
+        """Weight of the isotropic term of the covariance, in (0, 1]. None chooses it by the Brier score of held-out
         training images, after each task, which trains the classifier once for each value that is tried."""
         draws: int = 32
         """Number of features sampled for each class."""

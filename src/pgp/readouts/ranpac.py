@@ -38,7 +38,7 @@ class RanPAC(StatisticsReadout):
         """Number M of random features. Memory grows with its square, time to fit with its cube."""
         penalty: float | None = None
         """Ridge penalty p, in multiples of the mean of the diagonal of G. None chooses a power of ten by the
-        cross-entropy of held-out training images, after each task."""
+        Brier score of held-out training images, after each task."""
 
         def __post_init__(self) -> None:
             super().__post_init__()

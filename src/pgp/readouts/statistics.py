@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from pgp.distributed import all_gather_rows, all_reduce_sum_
 from pgp.readouts.base import Features, Readout
-from pgp.readouts.calibration import TEMPERATURES, HeldOutTest, HeldOutTests, losses_by_temperature
+from pgp.readouts.calibration import TEMPERATURES, HeldOutTest, HeldOutTests, brier_scores
 from pgp.subspace import float64_device, to_float64
 
-SIMILAR = 0.9
-"""Probability of an old class, given the mean features of a new class, above which the two classes are similar."""
+SIMILAR = 0.5
+"""A new class is similar to an old one if the squared distance of their means is at most this fraction of that to any
+other old class."""
 
 
 class HeldOutBatch(NamedTuple):
@@ -44,7 +45,7 @@ class StatisticsReadout(Readout):
     Args:
         classes: Number of labels.
         config: The settings.
-        candidates: Values of the regularisation to choose from, by the cross-entropy of held-out images.
+        candidates: Values of the regularisation to choose from, by the Brier score of held-out images.
         default: The value until images have been held out.
     """
 
@@ -152,16 +153,19 @@ class StatisticsReadout(Readout):
         self._fit()
 
     def _find_similar_classes(self) -> dict[int, int]:
-        """Return the classes of this task whose mean the fit to earlier tasks takes for an old class; see `Readout`."""
+        """Return the classes of this task that are similar to an old class, by the fit to earlier tasks; see `Readout`.
+
+        There are none as long as held-out images do not tell what is unlike all classes.
+        """
         new = (self._task["counts"] > 0) & ~self.seen
         means = (self._task["sums"] / self._task["counts"].clamp(min=1)[:, None])[new]  # (N, D)
-        if not len(means):
-            return {}
         threshold = self.unknown_threshold(0.95)
-        if threshold is None:  # probabilities are not calibrated, and nothing tells what is unlike all classes
+        if not len(means) or threshold is None or self.seen.sum() < 2:
             return {}
-        confidence, old = self.probabilities(self.logits(means)).max(1)
-        similar = (confidence > SIMILAR) & (self.unknown_scores(means) <= threshold)
+        known, _ = self._distances()
+        nearest, number = known(means[:, self._columns_for_unknown]).topk(2, largest=False)
+        similar = (nearest[:, 0] <= SIMILAR * nearest[:, 1]) & (self.unknown_scores(means) <= threshold)
+        old = self.seen.nonzero()[:, 0][number[:, 0]]
         return dict(zip(new.nonzero()[:, 0][similar].tolist(), old[similar].tolist(), strict=True))
 
     def _test_on_held_out_images(self) -> None:
@@ -188,26 +192,25 @@ class StatisticsReadout(Readout):
         device = self.state["counts"].device
         unaugmented = [batch.features for batch in batches if not batch.augmented]
         sizes = [sum(map(len, unaugmented)), sum(len(batch.labels) for batch in batches)]
-        images, with_views = all_reduce_sum_(torch.tensor(sizes, device=device)).tolist()
+        images, views = all_reduce_sum_(torch.tensor(sizes, device=device)).tolist()
         if not images:  # of their classes, no image is left to fit to
             return
-        losses = torch.zeros(len(self.candidates), len(TEMPERATURES), dtype=torch.float64)
+        errors = torch.zeros(2, len(self.candidates), len(TEMPERATURES), dtype=torch.float64)
         for index, candidate in enumerate(self.candidates):
             self.regularisation = candidate
             self._fit()
             for batch in batches:
-                logits = self._uncalibrated_logits(batch.features)
-                losses[index] += losses_by_temperature(logits, batch.labels, prior=1 / with_views).cpu()
-        self.tests.add(HeldOutTest(images, all_reduce_sum_(losses.to(device)).cpu()))
+                errors[:, index] += brier_scores(self._uncalibrated_logits(batch.features), batch.labels).cpu()
+        self.tests.add(HeldOutTest(images, views, all_reduce_sum_(errors.to(device)).cpu()))
         self._choose()
         if self.detects_unknown:
-            scores = torch.cat([torch.empty(0), *(self.unknown_scores(features).cpu() for features in unaugmented)])
-            self.tests.add_scores(all_gather_rows(scores))
+            unlike = torch.cat([torch.empty(0), *(self.unknown_scores(features).cpu() for features in unaugmented)])
+            self.tests.add_unlike(all_gather_rows(unlike))
 
     def _choose(self) -> None:
-        """Choose regularisation and temperature, which minimise the cross-entropy of held-out images, if there are."""
+        """Choose regularisation and temperature, which are the best on held-out images, if there are any."""
         self.regularisation, self.temperature = self.default, 1.0
-        if bool(self.tests.losses.any()):  # all are 0 as long as there is one class
+        if self.tests.is_informative:
             best = self.tests.best_candidate
             self.regularisation, self.temperature = self.candidates[best], self.tests.temperature(best)
 

@@ -23,7 +23,7 @@ from pgp.runs.statetree import Piece, join, pieces_in, read_tensors, split
 from pgp.system import platforms, storage
 from pgp.system.storage import RunError
 
-FORMAT = 2
+FORMAT = 3
 """Version of the checkpoint format."""
 NAME = re.compile(r"task-([0-9]{2,9})(?:-step-([0-9]{6,12}))?")
 REPLACED = re.compile(NAME.pattern + r"-replaced(?:-[0-9]+)?")
