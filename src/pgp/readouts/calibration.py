@@ -81,9 +81,13 @@ class HeldOutTests:
     @property
     def scores(self) -> Tensor:
         """Brier score with one wrong prediction, by candidate and temperature, `(K, G)`."""
-        errors = torch.zeros(2, self.candidates, len(TEMPERATURES), dtype=torch.float64)
-        found, wrong = sum((test.errors for test in self.by_task), errors)
-        return found + wrong / max(1, sum(test.views for test in self.by_task))
+        errors = self._errors().sum(0)  # (2, K, G)
+        return errors[0] + errors[1] / max(1, sum(test.views for test in self.by_task))
+
+    def _errors(self) -> Tensor:
+        """Return the errors of all tests, `(tasks, 2, K, G)`."""
+        none = torch.zeros(0, 2, self.candidates, len(TEMPERATURES), dtype=torch.float64)
+        return torch.cat([none, *(test.errors[None] for test in self.by_task)])
 
     @property
     def is_informative(self) -> bool:
@@ -107,9 +111,8 @@ class HeldOutTests:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the results as tensors."""
         sizes = [(test.images, test.views, len(test.unlike)) for test in self.by_task]
-        none = torch.zeros(0, 2, self.candidates, len(TEMPERATURES), dtype=torch.float64)
         return {
-            "errors": torch.cat([none, *(test.errors[None] for test in self.by_task)]),  # (tasks, 2, K, G)
+            "errors": self._errors(),
             "unlike": torch.cat([torch.empty(0), *(test.unlike for test in self.by_task)]),
             "test_sizes": torch.tensor(sizes, dtype=torch.long).reshape(-1, 3),
         }
