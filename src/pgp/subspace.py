@@ -66,6 +66,8 @@ class ProtectedInputs(NamedTuple):
     """Constant maps `(H, d, D)` from the inputs of each attention head to those of the parameter. If given, the inputs
     are `(B, H, N, d)`, and attention head h multiplies the parameter with `inputs[:, h] @ head_maps[h]`. Second moments
     are then accumulated per attention head with width `d`, and mapped at the end."""
+    same_as: str | None = None
+    """Another space with the same inputs, so that what is computed from them can be computed once."""
 
     @property
     def expanded(self) -> Tensor:

@@ -135,6 +135,19 @@ def test_a_loaded_state_stays_on_the_device_of_the_method(config):
     assert {tensor.device.type for tensor in other.state_dict().values()} == {"meta"}
 
 
+@pytest.mark.parametrize("encoder", [golden_vit, golden_clip])
+def test_q_and_v_of_a_block_have_the_same_inputs(encoder):
+    """In the last block of a ViT, q has only the CLS token."""
+    method = build(LoRA.Config(places=("q", "v", "fc1")), encoder())
+    inputs = method.activations(images(2))
+    blocks = range(method.backbone.depth - (encoder is golden_vit))
+    for layer in blocks:
+        q, v, fc1 = (inputs[f"{name} {layer}"] for name in ("q", "v", "fc1"))
+        assert (q.same_as, v.same_as, fc1.same_as) == (None, f"q {layer}", None)
+        assert torch.equal(q.inputs, v.inputs)
+    assert sum(one.same_as is not None for one in inputs.values()) == len(blocks)
+
+
 def learn(method, projection, number, steps=20):
     """Train on one task by Adam as `pgp.train` does, and return the losses."""
     with projection.constrain():

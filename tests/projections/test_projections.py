@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from lightning_fabric import Fabric
@@ -13,7 +15,7 @@ from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.random import RandomBasis
 from pgp.projections.released import ReleasedBasis, extend_released_basis, pca_scores
 from pgp.projections.soft import Soft
-from pgp.subspace import ProtectedInputs, ProtectedParameter
+from pgp.subspace import ProtectedInputs, ProtectedParameter, SecondMoment
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -510,3 +512,26 @@ def test_soft_goes_from_the_null_space_to_no_projection():
         ends[1e-10].project("prompts", change), exact.project("prompts", change), atol=1e-5, rtol=0
     )
     torch.testing.assert_close(ends[1e10].project("prompts", change), change, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("config", [Orthogonal.Config(energy=0.9), Soft.Config()], ids=lambda config: config.tag)
+def test_spaces_with_the_same_inputs_have_the_same_moments_which_are_computed_once(config, monkeypatch):
+    inputs = draw(4, 6, 8)
+    protected = {name: ProtectedParameter(nn.Parameter(torch.zeros(2, 8))) for name in ("q", "v")}
+    observe = Mock(side_effect=SecondMoment.observe)
+    monkeypatch.setattr(SecondMoment, "observe", lambda *arguments: observe(*arguments))
+    found = []
+    for same_as in ("q", None, "gone"):  # "gone" is not protected, so the inputs of v are observed
+        projection = config.build(protected)
+        for _ in range(2):  # tasks
+            for batch in inputs.split(2):
+                projection.observe("q", ProtectedInputs(batch))
+                projection.observe("v", ProtectedInputs(batch, same_as=same_as))
+            projection.end_task()
+        found.append((projection.bases, observe.call_count))
+        observe.reset_mock()
+    (shared, once), (apart, twice), (gone, also_twice) = found
+    assert (once, twice, also_twice) == (4, 8, 8)
+    for space in protected:
+        assert torch.equal(shared[space], apart[space])
+        assert torch.equal(gone[space], apart[space])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import ClassVar
 
@@ -100,22 +100,37 @@ class AdaptedEncoder(Method):
         self, images: Tensor, query: Tensor | None = None
     ) -> tuple[dict[str, ProtectedInputs], Tensor]:
         """See `Method.activations_and_features`."""
-        inputs: dict[str, ProtectedInputs] = {}
+        inputs: dict[str, Tensor] = {}
 
         def run(place: Place, part: Part, x: Tensor) -> Tensor:
-            inputs[str(place)] = ProtectedInputs(x)
+            inputs[str(place)] = x
             y: Tensor = part(x)
             return y
 
         adapted = {place: partial(run, place, part) for place, part in self.by_place()}
         cls: Tensor = self.backbone(images, num_tokens=1, adapted=adapted)[:, 0]  # (B, D)
-        return inputs, cls
+        return protected_inputs(inputs), cls
 
     def by_place(self) -> Iterator[tuple[Place, Part]]:
         """Yield all places with their part."""
         for name, part in self.parts.items():
             assert isinstance(part, Part)
             yield Place.parse(name), part
+
+
+def protected_inputs(tensors: Mapping[str, Tensor]) -> dict[str, ProtectedInputs]:
+    """Return the inputs of each space, with the first other space that has the same tensor, such as q and v of a block.
+
+    >>> x = torch.ones(1, 2, 3)
+    >>> [space.same_as for space in protected_inputs({"q 0": x[:, :2], "v 0": x, "fc1 0": x + 1}).values()]
+    [None, 'q 0', None]
+    """
+    first: dict[tuple[int, torch.Size, tuple[int, ...]], str] = {}
+    found = {}
+    for space, x in tensors.items():
+        source = first.setdefault((x.data_ptr(), x.shape, x.stride()), space)
+        found[space] = ProtectedInputs(x, same_as=None if source == space else source)
+    return found
 
 
 def check_part_settings(rank: int, places: Sequence[str], known: Sequence[str], layers: Sequence[int] | None) -> None:

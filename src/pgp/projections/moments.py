@@ -30,9 +30,14 @@ class MomentProjection(Projection):
         self._inputs: dict[str, SecondMoment] = {}
         self._prompts: dict[str, SecondMoment] = {}
         self._head_maps: dict[str, Tensor] = {}
+        self._same_as: dict[str, str] = {}
+        """By space, an earlier one with the same inputs, whose moments are used."""
 
     def observe(self, space: str, inputs: ProtectedInputs) -> None:
         """Add the inputs `(B, ..., N, D)` of a batch to the second moments of `space`."""
+        if inputs.same_as in self.protected:
+            self._same_as[space] = inputs.same_as
+            return
         if inputs.head_maps is not None:
             self._head_maps[space] = to_float64(inputs.head_maps.detach())
         self._inputs.setdefault(space, SecondMoment()).observe(flatten_images(inputs.inputs))
@@ -47,11 +52,12 @@ class MomentProjection(Projection):
         Raises:
             ValueError: If no inputs of a space were observed in this task.
         """
-        if missing := [space for space in self.protected if space not in self._inputs]:
+        sources = {space: self._same_as.get(space, space) for space in self.protected}
+        if missing := [space for space, source in sources.items() if source not in self._inputs]:
             raise ValueError(f"expected inputs of space {missing[0]!r} in this task, got none: call observe() first")
-        moments = {space: self._second_moments(space) for space in self.protected}
+        moments = {space: self._second_moments(space) for space, source in sources.items() if space == source}
         self._inputs, self._prompts = {}, {}
-        return moments
+        return {space: moments[source] for space, source in sources.items()}
 
     def _second_moments(self, space: str) -> list[Tensor]:
         """Return the second moments of one space, each `(..., D, D)`.
