@@ -24,9 +24,9 @@ those of LDA are thousands if features hardly vary within classes."""
 def brier_scores(logits: Tensor, labels: Tensor) -> Tensor:
     """Return summed Brier scores of logits `(B, C)` divided by each of `TEMPERATURES`, `(2, G)` float64.
 
-    Row 0 is the sum over images of `(confidence - hit)^2`, where confidence is the probability of the predicted class,
-    and hit is 1 if it is the label, else 0. Row 1 is what the sum would be if all predictions were wrong. Adding the
-    results for all images of a stream gives those of the stream, without storing any image. Source: Brier,
+    Row 0 is the sum over images of the squared distance of the probabilities `(C,)` to the one-hot label. Row 1 is what
+    it would be if all images were of unknown classes: the label is 0 everywhere, plus 1 for the class that is missing.
+    Adding the results for all images of a stream gives those of the stream, without storing any image. Source: Brier,
     "Verification of forecasts expressed in terms of probability", 1950.
 
     >>> scores = brier_scores(torch.tensor([[8.0, 0.0], [8.0, 0.0]]), torch.tensor([0, 1]))
@@ -34,9 +34,10 @@ def brier_scores(logits: Tensor, labels: Tensor) -> Tensor:
     65536.0
     """
     logits = to_float64(logits)
-    hit = (logits.argmax(1) == labels).to(logits)  # (B,)
-    confidence = torch.stack([(logits / t).softmax(1).amax(1) for t in TEMPERATURES.to(logits.device)])  # (G, B)
-    return torch.stack([(confidence - hit).square().sum(1), confidence.square().sum(1)])
+    probabilities = torch.stack([(logits / t).softmax(1) for t in TEMPERATURES.to(logits.device)])  # (G, B, C)
+    squares = probabilities.square().sum(2)  # (G, B)
+    right = probabilities[:, torch.arange(len(labels)), labels]  # (G, B)
+    return torch.stack([(1 - 2 * right + squares).sum(1), (1 + squares).sum(1)])
 
 
 class HeldOutTest(NamedTuple):
@@ -55,10 +56,10 @@ class HeldOutTest(NamedTuple):
 class HeldOutTests:
     """Results on held-out images of the latest tasks: at least `NUM_HELD_OUT` images, if there are so many.
 
-    Candidates and temperatures are compared by the Brier score of the predicted class. Unlike the cross-entropy, a few
-    grave errors do not dominate it. One wrong prediction is added in all, as the mean over all images, so that few
-    images, if all are predicted correctly, do not make a classifier certain. Platt, "Probabilistic outputs for support
-    vector machines", 1999, smooths labels for the same reason.
+    Candidates and temperatures are compared by the Brier score. Unlike the cross-entropy, a few grave errors do not
+    dominate it. One wrong prediction is added in all, as the mean over all images, so that few images, if all are
+    predicted correctly, do not make a classifier certain. Platt, "Probabilistic outputs for support vector machines",
+    1999, smooths labels for the same reason.
 
     Args:
         candidates: Number K of candidates that are compared.
