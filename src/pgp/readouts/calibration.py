@@ -34,10 +34,13 @@ def brier_scores(logits: Tensor, labels: Tensor) -> Tensor:
     65536.0
     """
     logits = to_float64(logits)
-    probabilities = torch.stack([(logits / t).softmax(1) for t in TEMPERATURES.to(logits.device)])  # (G, B, C)
-    squares = probabilities.square().sum(2)  # (G, B)
-    right = probabilities[:, torch.arange(len(labels)), labels]  # (G, B)
-    return torch.stack([(1 - 2 * right + squares).sum(1), (1 + squares).sum(1)])
+    rows = torch.arange(len(labels), device=logits.device)
+    sums = []
+    for t in TEMPERATURES.to(logits.device):
+        probabilities = (logits / t).softmax(1)  # (B, C)
+        squares = probabilities.square().sum()
+        sums.append(torch.stack([squares - 2 * probabilities[rows, labels].sum(), squares]))
+    return torch.stack(sums, 1) + len(labels)
 
 
 class HeldOutTest(NamedTuple):
