@@ -35,6 +35,7 @@ from pgp.predict import Predictor
 from pgp.projections.base import NoProjection
 from pgp.readouts.experts import ExpertLDA
 from pgp.readouts.lda import LDA
+from pgp.runs.checkpoint import FORMAT
 from pgp.runs.data_paths import portable
 from pgp.runs.run import Run
 from pgp.runs.statetree import Piece
@@ -486,7 +487,7 @@ RECORD, TENSORS = "checkpoints/task-03/state.json", "checkpoints/task-03/state.s
         (lambda files: {**files, TENSORS: files[TENSORS][:-1] + b"\x07"}, "state.safetensors was changed or damaged"),
         (lambda files: {**files, RECORD: files[RECORD][:-9] + b"}"}, "state.json is damaged, it holds no"),
         (lambda files: {**files, "checkpoints/latest": b"../../x"}, "names no checkpoint"),
-        (lambda files: {**files, RECORD: resealed(files[RECORD], format=3)}, "has the format 3, expected 2"),
+        (lambda files: {**files, RECORD: resealed(files[RECORD], format=FORMAT + 1)}, f"has the format {FORMAT + 1}, expected {FORMAT}"),
         (lambda files: {**files, "checkpoints/latest": b"task-04-step-000010"}, "task-04-step-000010: No such file"),
         (lambda files: with_config(files, version=3), "expected a configuration of version 2, got 3"),
         (lambda files: with_config(files, task_file="tasks.json"), "its settings name files of a machine"),
