@@ -487,7 +487,7 @@ RECORD, TENSORS = "checkpoints/task-03/state.json", "checkpoints/task-03/state.s
         (lambda files: {**files, TENSORS: files[TENSORS][:-1] + b"\x07"}, "state.safetensors was changed or damaged"),
         (lambda files: {**files, RECORD: files[RECORD][:-9] + b"}"}, "state.json is damaged, it holds no"),
         (lambda files: {**files, "checkpoints/latest": b"../../x"}, "names no checkpoint"),
-        (lambda files: {**files, RECORD: resealed(files[RECORD], format=FORMAT + 1)}, f"has the format {FORMAT + 1}, expected {FORMAT}"),
+        (lambda files: {**files, RECORD: resealed(files[RECORD], format=FORMAT + 1)}, f"the format {FORMAT + 1}"),
         (lambda files: {**files, "checkpoints/latest": b"task-04-step-000010"}, "task-04-step-000010: No such file"),
         (lambda files: with_config(files, version=3), "expected a configuration of version 2, got 3"),
         (lambda files: with_config(files, task_file="tasks.json"), "its settings name files of a machine"),
