@@ -67,7 +67,7 @@ class ProtectedInputs(NamedTuple):
     are `(B, H, N, d)`, and attention head h multiplies the parameter with `inputs[:, h] @ head_maps[h]`. Second moments
     are then accumulated per attention head with width `d`, and mapped at the end."""
     same_as: str | None = None
-    """Another space with the same inputs, so that what is computed from them can be computed once."""
+    """Another space with the same inputs, prompts and maps, so that what depends on them can be computed once."""
 
     @property
     def expanded(self) -> Tensor:

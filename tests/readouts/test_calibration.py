@@ -17,7 +17,7 @@ from pgp.evaluation.calibration import NUM_BINS, calibration_bins, expected_cali
 from pgp.methods.head_only import HeadOnly
 from pgp.predict import Predictor
 from pgp.readouts.base import Features
-from pgp.readouts.calibration import TEMPERATURES, brier_scores
+from pgp.readouts.calibration import TEMPERATURES, HeldOutTest, HeldOutTests, brier_scores
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA, NCM
 from pgp.readouts.logistic import Logistic
@@ -77,6 +77,16 @@ def test_correct_predictions_of_few_images_are_not_certain(config):
     assert torch.equal(predicted, labels)
     n = int(held_out.sum())
     assert 1 - 2 / n < float(confidence.mean()) < 1 - 0.1 / n
+
+
+def test_a_candidate_that_is_always_wrong_and_never_sure_is_not_the_best():
+    """The error of the confidence alone would be near 0."""
+    labels = torch.arange(40) % CLASSES
+    right = 2.0 * torch.nn.functional.one_hot(labels, CLASSES) + 1.0 * torch.nn.functional.one_hot(labels % 3, CLASSES)
+    tests = HeldOutTests(2)
+    scores = [brier_scores(0.01 * torch.roll(right, 1, dims=1), labels), brier_scores(right, labels)]
+    tests.add(HeldOutTest(40, 40, torch.stack(scores, 1)))
+    assert tests.best_candidate == 1
 
 
 def test_a_class_whose_images_are_all_held_out_is_left_out_of_the_test():

@@ -31,7 +31,7 @@ class MomentProjection(Projection):
         self._prompts: dict[str, SecondMoment] = {}
         self._head_maps: dict[str, Tensor] = {}
         self._same_as: dict[str, str] = {}
-        """By space, an earlier one with the same inputs, whose moments are used."""
+        """By space, another one with the same inputs in this task, whose moments are used."""
 
     def observe(self, space: str, inputs: ProtectedInputs) -> None:
         """Add the inputs `(B, ..., N, D)` of a batch to the second moments of `space`."""
@@ -56,7 +56,7 @@ class MomentProjection(Projection):
         if missing := [space for space, source in sources.items() if source not in self._inputs]:
             raise ValueError(f"expected inputs of space {missing[0]!r} in this task, got none: call observe() first")
         moments = {space: self._second_moments(space) for space, source in sources.items() if space == source}
-        self._inputs, self._prompts = {}, {}
+        self._inputs, self._prompts, self._same_as = {}, {}, {}
         return {space: moments[source] for space, source in sources.items()}
 
     def _second_moments(self, space: str) -> list[Tensor]:

@@ -53,7 +53,7 @@ class Readout(abc.ABC):
     needs_fit: bool = True
     """Whether the readout must observe the features of each task. If not, `observe` and `end_task` do nothing."""
     similar_classes: Mapping[int, int] = {}
-    """New classes of the latest task, each with the earlier class that it was taken for before it was learned."""
+    """New classes of the latest task that look like an earlier class, each with that class."""
     temperature: float = 1.0
     """Softmax temperature, for calibrated probabilities."""
     needs_drift: bool = False

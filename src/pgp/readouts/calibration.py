@@ -24,10 +24,10 @@ those of LDA are thousands if features hardly vary within classes."""
 def brier_scores(logits: Tensor, labels: Tensor) -> Tensor:
     """Return summed Brier scores of logits `(B, C)` divided by each of `TEMPERATURES`, `(2, G)` float64.
 
-    Row 0 is the sum over images of the squared distance of the probabilities `(C,)` to the one-hot label. Row 1 is what
-    it would be if all images were of unknown classes: the label is 0 everywhere, plus 1 for the class that is missing.
-    Adding the results for all images of a stream gives those of the stream, without storing any image. Source: Brier,
-    "Verification of forecasts expressed in terms of probability", 1950.
+    Row 0 is the sum over images of the squared distance of the probabilities `(C,)` to the one-hot label. Row 1 is the
+    same if each image were of a class that is not among the C, so that every prediction is wrong. Adding the results
+    for all images of a stream gives those of the stream, without storing any image. Source: Brier, "Verification of
+    forecasts expressed in terms of probability", 1950.
 
     >>> scores = brier_scores(torch.tensor([[8.0, 0.0], [8.0, 0.0]]), torch.tensor([0, 1]))
     >>> float(TEMPERATURES[scores[0].argmin()])  # half of the predictions are right, so no confidence is the best
@@ -60,9 +60,9 @@ class HeldOutTests:
     """Results on held-out images of the latest tasks: at least `NUM_HELD_OUT` images, if there are so many.
 
     Candidates and temperatures are compared by the Brier score. Unlike the cross-entropy, a few grave errors do not
-    dominate it. One wrong prediction is added in all, as the mean over all images, so that few images, if all are
-    predicted correctly, do not make a classifier certain. Platt, "Probabilistic outputs for support vector machines",
-    1999, smooths labels for the same reason.
+    dominate it. One wrong prediction is added in all (row 1 of `brier_scores`, as the mean over all images), so that
+    few images, if all are predicted correctly, do not make a classifier certain. Platt, "Probabilistic outputs for
+    support vector machines", 1999, smooths labels for the same reason.
 
     Args:
         candidates: Number K of candidates that are compared.
