@@ -128,10 +128,7 @@ def table(results: Path = RESULTS) -> str:
     return "\n".join([*head, *rows, *stale, note]) + "\n"
 
 
-STALE = (
-    "Measured before this script broke (it imported a name that had moved, and did not start); the loader and the"
-    " training step have changed since. To be measured anew."
-)
+STALE = "Measured by an older version of this script. To be measured anew."
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -89,7 +89,10 @@ def test_old_figures_are_marked(tmp_path):
         records.append(tmp_path / "cost.jsonl", line)
     assert "L2P train step *" in cost.table(tmp_path / "cost.jsonl")
     assert " *" not in cost.table()
-    assert loading.STALE in loading.table()
+    for line in records.read(loading.RESULTS):
+        records.append(tmp_path / "loading.jsonl", {**line, "version": 2})
+    assert loading.STALE in loading.table(tmp_path / "loading.jsonl")
+    assert loading.STALE not in loading.table()
 
 
 def test_loading(capsys):
