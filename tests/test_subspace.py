@@ -42,12 +42,14 @@ def test_order_and_batching_do_not_matter(order, cuts, energy):
     torch.testing.assert_close(one @ one.T, other @ other.T, rtol=0, atol=1e-10)
 
 
-def test_moment_is_that_of_the_stacked_rows_in_float64():
-    rows = draw(9, 4).float() + 100  # the sums of float32 rows would round
+@pytest.mark.parametrize("shape", [(9, 4), (9, 500), (2, 9, SecondMoment.BLOCK + 1)])
+def test_moment_is_that_of_the_stacked_rows_in_float64(shape):
+    rows = draw(*shape).float() + 100  # the sums of float32 rows would round
     stacked = rows.double().numpy()
-    moment = observed(rows[:2], rows[2:])
-    np.testing.assert_allclose(moment.mean, stacked.mean(0), rtol=1e-14)
-    np.testing.assert_allclose(moment.second, stacked.T @ stacked / 9, rtol=1e-14)
+    moment = observed(rows[..., :2, :], rows[..., 2:, :])
+    np.testing.assert_allclose(moment.mean, stacked.mean(-2), rtol=1e-14)
+    np.testing.assert_allclose(moment.second, stacked.swapaxes(-1, -2) @ stacked / 9, rtol=1e-14)
+    assert torch.equal(moment.second, moment.second.mT)
 
 
 # tasks whose directions are alike in size, and tasks that differ in directions a thousandth as long as what they share

@@ -119,23 +119,27 @@ class SecondMoment:
             [1., 2.]], dtype=torch.float64)
     """
 
+    BLOCK = 96
+    """Rows of a block of the sum of outer products. Only blocks on and above the diagonal are computed."""
+
     def __init__(self) -> None:
         self.count = 0
         self._sum: Tensor | None = None  # (..., D)
-        self._products: Tensor | None = None  # (..., D, D)
+        self._products: Tensor | None = None  # (..., D, D), without the blocks below the diagonal
 
     def observe(self, rows: Tensor) -> None:
         """Add rows `(..., n, D)`."""
         rows = to_float64(rows.detach())
-        total, products = rows.sum(-2), rows.mT @ rows
+        total, width = rows.sum(-2), rows.shape[-1]
         if self._sum is None or self._products is None:
-            self._sum, self._products = total, products
-        elif self._products.shape != products.shape:
+            self._sum, self._products = torch.zeros_like(total), total.new_zeros(*total.shape, width)
+        elif self._sum.shape != total.shape:
             raise ValueError(f"expected rows of width {self._sum.shape[-1]} and shape (*{tuple(self._sum.shape[:-1])},"
                              f" n, D) as before, got {tuple(rows.shape)}")  # fmt: skip
-        else:
-            self._sum += total
-            self._products += products
+        self._sum += total
+        for start in range(0, width, self.BLOCK):
+            stop = start + self.BLOCK
+            self._products[..., start:stop, start:] += rows[..., start:stop].mT @ rows[..., start:]
         self.count += rows.shape[-2]
 
     @property
@@ -146,7 +150,8 @@ class SecondMoment:
     @property
     def second(self) -> Tensor:
         """The second moment, the mean of the vectors' outer products, `(..., D, D)`."""
-        return self._observed(self._products) / self.count
+        upper = self._observed(self._products).triu()
+        return (upper + upper.triu(1).mT) / self.count
 
     def all_reduce(self) -> None:
         """Merge the moments of all processes.
