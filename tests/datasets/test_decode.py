@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from pgp.datasets.base import BadImageError
-from pgp.datasets.decode import FORMATS, SUFFIXES, decode
+from pgp.datasets.decode import FORMATS, SUFFIXES, decode, without_metadata
 from pgp.datasets.files import read_image
 from pgp.datasets.transforms import Transforms
 
@@ -266,3 +266,11 @@ def test_very_long_images_are_seen_without_their_ends(shape):
     seen = Transforms(size=32, resize=36).test()(image)
     assert seen.shape == (3, 32, 32)
     assert seen[0, 15:17, 15:17].mean() > 0.5
+
+
+def test_files_of_very_many_parts_are_not_taken_apart():
+    """Each part would take memory of its own."""
+    comments, chunks = b"\xff\xfe\0\2", b"\0\0\0\0tEXt\0\0\0\0"
+    for few, head in ((comments, b"\xff\xd8"), (chunks, b"\x89PNG\r\n\x1a\n")):
+        assert without_metadata(head + 10 * few + b"\xff\xda") is not None
+        assert without_metadata(head + 200_000 * few + b"\xff\xda") is None

@@ -262,6 +262,8 @@ def test_a_text_file_is_read_as_it_was_meant(tmp_path):
         ("cat Größe\ndog b\n".encode("latin-1"), r"as a text in UTF-8, got another encoding at byte 6, in line 1"),
         ("cat a\ndog b\n".encode("utf-16"), "as a text in UTF-8, got UTF-16: save it as UTF-8"),
         (b"cat a\ndog \0b\n", "it holds a zero byte, in line 2"),
+        (b"cat a\ndog \n", r"expected a line 'FOLDER NAME' in .* for each folder, got none for \['dog'\]"),
+        (b"cat a\ndog b\ncat c\n", "expected one line for each folder in .*, got several for 'cat'"),
     ):
         names.write_bytes(content)
         with pytest.raises(ValueError, match=message):

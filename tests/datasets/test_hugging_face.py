@@ -46,6 +46,22 @@ def test_parts_saved_to_disk(tmp_path):
     assert (first.labels.tolist(), second.labels.tolist()) == ([2, 0], [2])
 
 
+def test_parts_that_number_their_classes_differently(tmp_path):
+    test = rows(6).filter(lambda kind: kind != 0, input_columns="kind")
+    known = test.features | {"kind": hub.ClassLabel(names=["ox", "eel", "dog"])}
+    test = test.map(lambda kind: {"kind": 3 - kind}, input_columns="kind").cast(hub.Features(known))
+    hub.DatasetDict(train=rows(6), test=test).save_to_disk(str(tmp_path / "saved"))
+    data = HuggingFace(str(tmp_path / "saved")).build()
+    assert data.class_names == ("cat", "dog", "eel", "ox")
+    named = [(data.class_names[label], int(data.test.image(i)[0, 0, 0])) for i, label in enumerate(data.test.labels)]
+    assert named == [("dog", 10), ("eel", 20), ("dog", 40), ("eel", 50)]
+
+    numbers = test.cast(hub.Features(known | {"kind": hub.Value("int64")}))
+    hub.DatasetDict(train=rows(6), test=numbers).save_to_disk(str(tmp_path / "numbers"))
+    with pytest.raises(ValueError, match="expected names of the values of kind in each split, got a split without"):
+        HuggingFace(str(tmp_path / "numbers")).build()
+
+
 def test_secret_labels_are_no_test(tmp_path):
     secret = rows(6, None).remove_columns("kind").add_column("kind", [-1] * 6, feature=rows(1).features["kind"])
     hub.DatasetDict(train=rows(9), validation=rows(3), test=secret).save_to_disk(str(tmp_path / "saved"))

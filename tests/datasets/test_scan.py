@@ -57,6 +57,23 @@ def test_a_class_without_a_sound_image_is_told_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_image_that_is_deleted_after_the_run_began(tmp_path, monkeypatch):
+    tree(tmp_path / "photos", "train", "test")
+    gone, fit = tmp_path / "photos" / "train" / "dog" / "1.png", train.fit
+    content = gone.read_bytes()
+
+    def delete(*arguments):
+        gone.unlink()
+        return fit(*arguments)
+
+    monkeypatch.setattr(train, "fit", delete)
+    with pytest.raises(BadImageError, match=r"dog/1\.png: No such file or directory\. Put the file back and resume"):
+        train.train(config(tmp_path / "photos"), tmp_path / "run")
+    monkeypatch.undo()
+    gone.write_bytes(content)
+    assert train.resume(tmp_path / "run").progress() == (1, 1)
+
+
 def test_a_task_without_a_sound_test_image_is_told_before_training(tmp_path):
     tree(tmp_path / "photos", "train", "test", classes=("ant", "bee", "cat", "dog"))
     for name in ("cat", "dog"):

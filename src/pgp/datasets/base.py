@@ -25,6 +25,8 @@ class BadImageError(ValueError):
 
 def with_advice(error: BadImageError) -> BadImageError:
     """Return the same error with advice on what to do, for a run that it stops."""
+    if isinstance(error.__cause__, FileNotFoundError):  # it was there when the run began
+        return BadImageError(f"{error}. Put the file back and resume the run, or begin another run without it")
     return BadImageError(f"{error}. --on-bad-image skip leaves such images out (also with --resume); pgp data"
                          " check lists them all")  # fmt: skip
 

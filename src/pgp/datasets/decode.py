@@ -11,7 +11,6 @@ import re
 import stat
 import struct
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +37,8 @@ _WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I"}
 """Integer types of a tag, with their codes for `struct`."""
 _LARGEST_RETRY = 1 << 28
 """Maximum size in bytes of a file that is read again without its metadata."""
+_MOST_PARTS = 100_000
+"""Maximum number of segments or chunks of such a file, each of which takes memory."""
 
 
 def decode(source: Path | bytes) -> Image.Image:
@@ -192,27 +193,30 @@ def without_metadata(source: Path | bytes) -> bytes | None:
 def _bare_jpeg(data: bytes) -> bytes:
     """Drop comments and application segments, except Exif with the orientation and Adobe's colour transform."""
     kept, offset = [data[:2]], 2
-    while data[offset] == 0xFF and data[offset + 1] != 0xDA:  # up to the start of the scan
+    for _ in range(_MOST_PARTS):
+        if data[offset] != 0xFF or data[offset + 1] == 0xDA:  # the start of the scan
+            return b"".join((*kept, data[offset:]))
         marker, length = data[offset + 1], int.from_bytes(data[offset + 2 : offset + 4], "big")
         segment = data[offset : offset + 2 + length]
         needed = segment[4:8] == b"Exif" if marker == 0xE1 else segment[4:9] == b"Adobe" and len(segment) >= 16
         if marker != 0xFE and (needed or not 0xE0 <= marker <= 0xEF):
             kept.append(segment)
         offset += 2 + length
-    return b"".join((*kept, data[offset:]))
+    raise ValueError(f"expected at most {_MOST_PARTS} segments")
 
 
 def _bare_png(data: bytes) -> bytes:
     """Drop all chunks that are not critical, except transparency and Exif."""
-
-    def chunks() -> Iterator[bytes]:
-        offset = 8
-        while offset < len(data):
-            length = int.from_bytes(data[offset : offset + 4], "big")
-            yield data[offset : offset + 12 + length]
-            offset += 12 + length
-
-    return data[:8] + b"".join(one for one in chunks() if one[4:5].isupper() or one[4:8] in (b"tRNS", b"eXIf"))
+    kept, offset = [data[:8]], 8
+    for _ in range(_MOST_PARTS):
+        if offset >= len(data):
+            return b"".join(kept)
+        length = int.from_bytes(data[offset : offset + 4], "big")
+        chunk = data[offset : offset + 12 + length]
+        if chunk[4:5].isupper() or chunk[4:8] in (b"tRNS", b"eXIf"):
+            kept.append(chunk)
+        offset += 12 + length
+    raise ValueError(f"expected at most {_MOST_PARTS} chunks")
 
 
 _TIFF_NEEDED = {

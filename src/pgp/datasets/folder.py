@@ -207,7 +207,7 @@ def _class_names(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     """Return the class names of `folders`."""
     if not os.path.lexists(path):
         return folders
-    names = {}
+    names: dict[str, str] = {}
     for line in map(normalized, lines_of(read_text(path))):
         starts = [
             folder
@@ -217,8 +217,10 @@ def _class_names(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
         ]
         if starts:
             folder = max(starts, key=len)
+            if folder in names:
+                raise ValueError(f"expected one line for each folder in {path}, got several for {folder!r}")
             names[folder] = (line if line.startswith(folder) else line.strip()).removeprefix(folder).strip()
-    if without := [folder for folder in folders if folder not in names]:
+    if without := [folder for folder in folders if not names.get(folder)]:
         raise ValueError(f"expected a line 'FOLDER NAME' in {path} for each folder, got none for {without[:5]}")
     class_names = tuple(names[folder] for folder in folders)
     if twice := sorted({name for name in class_names if class_names.count(name) > 1}):

@@ -159,27 +159,33 @@ def _load(name: str, subset: str | None) -> dict[str, Any]:
 
 
 def _coded(parts: list[Any], column: str) -> tuple[tuple[str, ...], list[Tensor]]:
-    """Return the names of the values of a column, and the number of each row's value, for each split."""
-    values = [list(part[column]) for part in parts]
-    kind = parts[0].features[column]
-    if hasattr(kind, "names"):
-        names = tuple(normalized(name) for name in kind.names)
-        numbers = values
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"expected a name of its own for each value of {column}, got {twice[:5]} more than once")
+    """Return the names of the values of a column, and the number of each row's name, for each split.
+
+    Splits may number the same names differently.
+    """
+    if hasattr(parts[0].features[column], "names"):
+        texts = [_named(part, column) for part in parts]
+        names = tuple(dict.fromkeys(normalized(name) for part in parts for name in part.features[column].names))
     else:
-        texts = [["" if value is None else normalized(str(value)) for value in part] for part in values]
+        texts = [["" if value is None else normalized(str(value)) for value in part[column]] for part in parts]
         names = natural_order(text for part in texts for text in part if text)
-        numbers_of = {name: number for number, name in enumerate(names)}
-        numbers = [[numbers_of.get(text, -1) for text in part] for part in texts]
-    codes = [torch.tensor([-1 if number is None else number for number in part]) for part in numbers]
-    for part in codes:
-        if bool((part < 0).any()):
-            raise ValueError(
-                f"expected a value of {column} in every row, got none in row {int((part < 0).nonzero()[0])}"
-            )
-        if bool((part >= len(names)).any()):
-            row = int((part >= len(names)).nonzero()[0])
-            raise ValueError(f"expected {column} below {len(names)}, the number of its names, got {int(part[row])} in"
-                             f" row {row}")  # fmt: skip
-    return names, codes
+    numbers = {name: number for number, name in enumerate(names)}
+    for part in texts:
+        if "" in part:
+            raise ValueError(f"expected a value of {column} in every row, got none in row {part.index('')}")
+    return names, [torch.tensor([numbers[text] for text in part]) for part in texts]
+
+
+def _named(part: Any, column: str) -> list[str]:
+    """Return the name of each row's value in a column of type ClassLabel; without a value, it is empty."""
+    names = [normalized(name) for name in getattr(part.features[column], "names", ())]
+    if not names:
+        raise ValueError(f"expected names of the values of {column} in each split, got a split without")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"expected a name of its own for each value of {column}, got {twice[:5]} more than once")
+    numbers = [-1 if number is None else number for number in part[column]]
+    for row, number in enumerate(numbers):
+        if number >= len(names):
+            raise ValueError(f"expected {column} below {len(names)}, the number of its names, got {number} in row"
+                             f" {row}")  # fmt: skip
+    return [names[number] if number >= 0 else "" for number in numbers]
