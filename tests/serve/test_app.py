@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import socket
@@ -264,6 +265,38 @@ def test_images_that_take_too_long_to_decode(run, red, monkeypatch, path):
     assert not (run / TAUGHT).exists()
 
 
+def test_no_more_images_are_decoded_at_a_time_after_a_timeout(run, red, monkeypatch):
+    decoded, running, most = threading.Event(), [], []
+
+    def read(*_):
+        running.append(None)
+        most.append(len(running))
+        decoded.wait(5)
+        running.pop()
+        return torch.zeros(3, 8, 8)
+
+    with TestClient(build_app(run, limits=Limits(seconds=0.2)), base_url="http://localhost") as client:
+        monkeypatch.setattr(client.app.state.service, "read", read)
+        for _ in range(3):
+            assert client.post("/predict", files=uploads(red[:3])).status_code == 503
+        assert client.get("/health").status_code == 200
+        decoded.set()
+    assert max(most) == Limits().decoders
+
+
+def test_jpeg_files_with_many_scans(client):
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(file, "JPEG", progressive=True)
+    few = file.getvalue()
+    scan = few[few.rindex(b"\xff\xda") : -2]
+    many = few[:-2] + 100 * scan + few[-2:]
+    assert Image.open(io.BytesIO(many)).convert("RGB").getpixel((0, 0))[0] > 200  # it can be decoded
+    sent = [("files", ("few.jpg", few)), ("files", ("many.jpg", many))]
+    one, other = client.post("/predict", files=sent).json()["predictions"]
+    assert one["classes"]
+    assert re.search(r"cannot read the image many.jpg: expected at most 100 scans, got 1\d\d", other["error"])
+
+
 def test_another_process_that_writes_to_the_run(client, run, red):
     before = contents(run)
     with Run.open(run).writing():
@@ -345,6 +378,64 @@ def test_a_class_that_fails_after_a_step_was_saved(tmp_path, red, monkeypatch):
     monkeypatch.setattr(train, "end_task", end_task)
     assert taught() == ("finished", "")
     assert run.latest_checkpoint() == "task-02"
+
+
+@pytest.fixture
+def steps(tmp_path, red, monkeypatch):
+    """A run that saves each step, as it is before and while it is taught; the second step of the lesson waits."""
+    run = train.train(tiny.config(save_every_steps=1, epochs=3, batch_size=2, tasks=1), tmp_path / "run")
+    before, step = contents(run.folder), train.train_step
+    reached, goes_on = threading.Event(), threading.Event()
+
+    def wait(session, state, *arguments):
+        if state.step == 1:
+            reached.set()
+            goes_on.wait(20)
+        return step(session, state, *arguments)
+
+    monkeypatch.setattr(train, "train_step", wait)
+    teacher = Teacher(run.folder, lambda: None)
+    lesson = teacher.teach("red", [path.read_bytes() for path in red])
+    assert reached.wait(60)
+    assert run.latest_checkpoint() == "task-02-step-000001"
+    yield run, before, teacher, lesson, goes_on
+    goes_on.set()
+
+
+def test_a_service_that_ends_stops_teaching(steps):
+    run, before, teacher, lesson, goes_on = steps
+    threading.Timer(0.2, goes_on.set).start()
+    teacher.close()
+    assert lesson.state == "failed"
+    assert contents(run.folder) == before
+    assert not list((run.folder / TAUGHT).iterdir())
+
+
+def test_a_service_that_is_killed_within_a_lesson_starts_again(steps, tmp_path, red):
+    run, before, _, _, _ = steps
+    left = shutil.copytree(run.folder, tmp_path / "left")  # as a process leaves it that is killed now
+    (left / TAUGHT / ".photos.4194304@").mkdir()
+    os.utime(left / TAUGHT / ".photos.4194304@", (0, 0))  # of photos that it was writing, long ago
+    teacher = Teacher(left, lambda: None)
+    assert contents(left) == before
+    assert not list((left / TAUGHT).iterdir())
+    teacher.check("red")
+
+
+def test_photos_that_another_process_writes_are_kept(run, red, monkeypatch):
+    write, teacher = storage.write, Teacher(run, lambda: None)
+
+    def another(path, content):
+        write(path, content)
+        if Path(path).name == "0001":
+            with Run.open(run).writing():
+                Run.open(run).discard_untaught()
+
+    monkeypatch.setattr(storage, "write", another)
+    lesson = teacher.teach("red", [path.read_bytes() for path in red])
+    while lesson.state == "learning":
+        time.sleep(0.02)
+    assert (lesson.state, lesson.error) == ("finished", "")
 
 
 def test_photos_of_a_run_that_moved_are_kept(client, run, red, green):
@@ -458,6 +549,8 @@ def test_a_request_that_is_none_of_ours(client):
 def test_the_token(run, red):
     with pytest.raises(ValueError, match="expected a token of visible ASCII characters"):
         build_app(run, token="söcret")
+    with pytest.raises(ValueError, match="visible ASCII characters, without blanks"):
+        build_app(run, token="secret ")  # a header loses blanks at its end
     with TestClient(build_app(run, token="secret"), base_url="http://localhost") as client:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "söcret".encode()}):
             for path in ("/classes", "/accuracy", "/teach", "/metrics"):
@@ -534,16 +627,16 @@ def test_another_run_in_the_same_folder_is_not_used(run, tmp_path):
 
 
 def test_only_the_warnings_of_the_lesson_are_in_its_notes(client, red, monkeypatch):
-    resume = train.resume
+    fit = train.fit
 
     def noisy(*args, **kwargs):
         other = threading.Thread(target=warnings.warn, args=("of another user",))
         other.start()
         other.join()
         warnings.warn("of this lesson", stacklevel=1)
-        return resume(*args, **kwargs)
+        return fit(*args, **kwargs)
 
-    monkeypatch.setattr(train, "resume", noisy)
+    monkeypatch.setattr(train, "fit", noisy)
     with pytest.warns(UserWarning, match="of another user"):
         assert teach(client, "red", red)["messages"] == ["of this lesson"]
 

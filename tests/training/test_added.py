@@ -356,6 +356,26 @@ def test_undo_needs_the_checkpoint_of_before(tmp_path):
     assert contents(run.folder) == before
 
 
+@pytest.mark.parametrize("damaged", ["state.safetensors", "state.json"])
+def test_undo_and_drop_leave_the_run_as_it_is_if_the_checkpoint_before_is_damaged(run, tmp_path, damaged):
+    train.resume(run.folder, add=photos(tmp_path / "one", "ant"))
+    file = run.checkpoints.folder / "task-02" / damaged
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    before = contents(run.folder)
+    with pytest.raises(RunError, match="task-02"):
+        run.undo_add()
+    assert contents(run.folder) == before
+    file.write_bytes(whole)
+    run.undo_add()
+    run.save("task-03-step-000001", run.load())
+    file.write_bytes(whole[:-10])
+    before = contents(run.folder)
+    with pytest.raises(RunError, match="task-02"):
+        run.checkpoints.drop_step()
+    assert contents(run.folder) == before
+
+
 def test_undo_leaves_an_unfinished_task_alone(run, tmp_path, monkeypatch):
     train.resume(run.folder, add=photos(tmp_path / "one", "ant"))
     state = run.load()

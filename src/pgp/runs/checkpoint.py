@@ -218,11 +218,16 @@ class Checkpoints:
             storage.remove_folder(self.folder / str(name))
 
     def drop_step(self) -> None:
-        """Make the checkpoint of the last finished task the latest, if the latest is inside a task."""
+        """Make the checkpoint of the last finished task the latest, if the latest is inside a task.
+
+        Raises:
+            RunError: If the former is damaged, or the system refuses; nothing has changed then.
+        """
         last = self.latest()
         if last is None or last.step is None:
             return
         if last.finished:
+            self.load(last.finished)
             self._point(last.finished)
         else:
             try:
@@ -235,8 +240,9 @@ class Checkpoints:
         """Make an older checkpoint the latest, and delete the newer ones.
 
         Raises:
-            RunError: If the system refuses; nothing has changed then.
+            RunError: If that checkpoint is damaged, or the system refuses; nothing has changed then.
         """
+        self.load(name)
         self._point(name)
         for newer in self.names():
             if newer.task > name.task:

@@ -242,18 +242,26 @@ class Run:
         self.log_file.held = []
 
     def discard_untaught(self) -> None:
-        """Delete uploaded photos from which no task was learned: those that were undone, or whose process was killed.
+        """Delete uploaded photos from which no task was learned: those that were undone, or whose process ended.
 
-        The process must be `writing`.
+        A task that was being learned from such photos when its process ended is dropped. The process must be `writing`.
         """
+        last = self.checkpoints.latest()
+        if last and last.step and self.taught_folders(last) - self.taught_folders():
+            self.checkpoints.drop_step()
+        kept = self.taught_folders(self.checkpoints.latest()) | self.taught_folders()
         folder = self.folder / TAUGHT
-        names = {self.checkpoints.latest(), None}
-        added = [data for name in names for data in self.config_of(self.describe(name)).added]
-        tables = [path for data in added for path in data.search_paths]
-        kept = {path.parent.name for path in tables if path.parent.parent.name == TAUGHT}  # the run may have moved
         for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
-            if path.name.isdecimal() and path.name not in kept:
+            if path.name not in kept if path.name.isdecimal() else platforms.is_abandoned(path):
                 storage.remove_folder(path)
+
+    def taught_folders(self, name: CheckpointName | None = None) -> set[str]:
+        """Return the names of the folders of uploaded photos from which the tasks of a checkpoint were learned.
+
+        If `name` is None, use the latest finished task.
+        """
+        tables = [path for data in self.config_of(self.describe(name)).added for path in data.search_paths]
+        return {path.parent.name for path in tables if path.parent.parent.name == TAUGHT}  # the run may have moved
 
     def can_undo(self) -> bool:
         """Return whether the last finished task was added, and the checkpoint before it was kept."""

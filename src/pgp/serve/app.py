@@ -9,6 +9,7 @@ import functools
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -41,6 +42,10 @@ T = TypeVar("T")
 
 POLL_SECONDS = 1.0
 """Seconds between two looks for a new checkpoint."""
+MOST_SCANS = 100
+"""Maximum number of scans of a JPEG file; ordinary ones have up to twelve. Each takes time for all pixels, even if it
+has few bytes."""
+JPEG, START_OF_SCAN = b"\xff\xd8", b"\xff\xda"
 PAGE = {
     "/": ("index.html", "text/html"),
     "/page.css": ("page.css", "text/css"),
@@ -72,7 +77,6 @@ class Service:
         self.limits, self.measures = limits, Measures()
         self.model = Model(folder, readout, device)
         self.teacher = Teacher(folder, self.refresh)
-        self._decoders = asyncio.Semaphore(limits.decoders)
         self.batcher: Batcher[Tensor, tuple[Prediction, Snapshot]] = Batcher(
             self.model.predict, limits.batch_size, limits.waiting_images, self.measures.batches.observe
         )
@@ -86,13 +90,16 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
-        """Compute batches and look for new checkpoints within the block."""
+        """Decode, compute batches and look for new checkpoints within the block."""
+        self._decoders = ThreadPoolExecutor(self.limits.decoders, "decoding")
         tasks = [asyncio.create_task(self.batcher.run()), asyncio.create_task(self._watch())]
         try:
             yield
         finally:
             for task in tasks:
                 task.cancel()
+            await asyncio.to_thread(self.teacher.close)
+            self._decoders.shutdown(wait=False, cancel_futures=True)
 
     async def _watch(self) -> None:
         while True:
@@ -103,8 +110,11 @@ class Service:
         """Return an uploaded image `(3, H, W)` uint8.
 
         Raises:
-            BadImageError: If it cannot be read, or has too many pixels.
+            BadImageError: If it cannot be read, or would take too much memory or time.
         """
+        if content.count(START_OF_SCAN) > MOST_SCANS and content.startswith(JPEG):
+            raise BadImageError(f"cannot read the image {name}: expected at most {MOST_SCANS} scans, got"
+                                f" {content.count(START_OF_SCAN):,}")  # fmt: skip
         pixels = num_pixels(content)
         if pixels is not None and pixels > self.limits.pixels:
             raise BadImageError(f"cannot read the image {name}: expected at most {self.limits.pixels:,} pixels, got"
@@ -113,12 +123,15 @@ class Service:
 
     async def decode(self, file: UploadFile, use: Callable[[Tensor], T]) -> T | str:
         """Return `use` of an uploaded image, or what is wrong with the image. Few are decoded at the same time."""
-        async with self._decoders:
-            content = await file.read()
-            try:
-                return await asyncio.to_thread(lambda: use(self.read(content, file.filename or "image")))
-            except BadImageError as error:
-                return str(error)
+
+        def work() -> T:
+            file.file.seek(0)
+            return use(self.read(file.file.read(), file.filename or "image"))
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
+        except BadImageError as error:
+            return str(error)
 
     async def preprocess(self, file: UploadFile) -> Tensor | str:
         """Return an uploaded image `(3, S, S)` as the encoder takes it, or what is wrong with it."""
@@ -188,8 +201,9 @@ def build_app(
         RunError: If no task of the run is finished.
         ValueError: If the run has no such readout, or the machine no such device.
     """
-    if token is not None and not (token.isascii() and token.isprintable() and token.strip()):
-        raise ValueError("expected a token of visible ASCII characters: others cannot be in a header of HTTP")
+    if token is not None and not (token.isascii() and token.isprintable() and token and " " not in token):
+        raise ValueError("expected a token of visible ASCII characters, without blanks: others cannot be in a header of"
+                         " HTTP")  # fmt: skip
     limits = limits or Limits()
     service = Service(as_path(run, "a run folder"), readout, device, limits)
     app = FastAPI(

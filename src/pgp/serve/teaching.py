@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import itertools
+import signal
 import threading
 import time
 import unicodedata
@@ -19,15 +20,18 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pgp import train
-from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.run import TAUGHT, Run
 from pgp.serve.limits import RefusedError
 from pgp.system import platforms, storage
 from pgp.system.escaping import printable
 from pgp.system.storage import RunError
+from pgp.training import start
+from pgp.training.session import Session
 
 LONGEST_NAME = 100
 """Maximum number of characters of a class name."""
+CLOSING_SECONDS = 30.0
+"""Maximum time that a service which ends waits for the current training step of a class that is being taught."""
 
 
 def class_name(text: str) -> str:
@@ -99,6 +103,9 @@ class Teacher:
         self.lesson: Lesson | None = None
         """The class that is being taught, or was taught last."""
         self._busy = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._session: Session | None = None
+        self._is_closed = False
         self._numbers = itertools.count(1)
         with contextlib.suppress(RunError):  # while another process writes, nothing is left over for sure
             run = Run.open(folder)
@@ -127,11 +134,20 @@ class Teacher:
             self._check_run(name)
             table = self._write(name, photos)
             self.lesson = Lesson(next(self._numbers), name, len(photos))
-            threading.Thread(target=self._learn, args=(self.lesson, table), name="teaching", daemon=True).start()
+            self._thread = threading.Thread(target=self._learn, args=(self.lesson, table), name="teaching", daemon=True)
+            self._thread.start()
         except BaseException:
             self._busy.release()
             raise
         return self.lesson
+
+    def close(self) -> None:
+        """Stop teaching, if a class is being taught, and wait until the run is as it was before."""
+        self._is_closed = True
+        if self._session:
+            self._session.stop.number = signal.SIGTERM
+        if self._thread:
+            self._thread.join(CLOSING_SECONDS)
 
     def undo(self, name: str) -> list[str]:
         """Forget the classes that were added last, and return their names. Photos that were uploaded are deleted.
@@ -190,22 +206,25 @@ class Teacher:
     def _write(self, name: str, photos: Sequence[bytes]) -> Path:
         """Write the photos and a table of them into a new folder of the run, and return the path of the table."""
         storage.make_folder(self._taught())
-        numbers = [int(path.name) for path in self._taught().iterdir() if path.name.isdecimal()]
-        folder = self._taught() / f"{max(numbers, default=0) + 1:04d}"
-        storage.make_folder(folder)
+        partial = platforms.unfinished_name(self._taught() / "photos")  # no other process takes it for left over
+        text = io.StringIO(newline="")
+        rows = csv.writer(text)
+        rows.writerow(["path", "label"])
+        table = f"{platforms.readable_name(name, otherwise='class')}.csv"  # it names the task
         try:
-            text = io.StringIO(newline="")
-            rows = csv.writer(text)
-            rows.writerow(["path", "label"])
+            storage.make_folder(partial)
             for number, photo in enumerate(photos, start=1):
-                storage.write(folder / f"{number:04d}", photo)
+                storage.write(partial / f"{number:04d}", photo)
                 rows.writerow([f"{number:04d}", name])
-            table = folder / f"{platforms.readable_name(name, otherwise='class')}.csv"  # it names the task
-            storage.write(table, text.getvalue())
-        except RunError:
-            storage.remove_folder(folder)
-            raise
-        return table
+            storage.write(partial / table, text.getvalue())
+            numbers = [int(path.name) for path in self._taught().iterdir() if path.name.isdecimal()]
+            folder = self._taught() / f"{max(numbers, default=0) + 1:04d}"
+            platforms.move_folder(partial, folder)
+        except OSError as error:
+            raise storage.write_error("write", partial, error) from error
+        finally:
+            storage.remove_folder(partial)
+        return folder / table
 
     def _learn(self, lesson: Lesson, table: Path) -> None:
         started, notes = time.perf_counter(), io.StringIO()
@@ -213,8 +232,13 @@ class Teacher:
         raised: list[str] = []
         try:
             hardware = Run.open(self.folder).config.hardware
-            with _warnings_of_this_thread(raised):
-                train.resume(self.folder, replace(hardware, devices=1, workers=0), lesson.progress, add=table)
+            hardware = replace(hardware, devices=1, workers=0)
+            resumed = start.resume(self.folder, hardware, lesson.progress, table, None, drop=False, data=())
+            with _warnings_of_this_thread(raised), resumed as (session, state):
+                self._session = session
+                if self._is_closed:
+                    session.stop.number = signal.SIGTERM
+                train.fit(session, state)
         except BaseException as error:  # whatever it is, the service continues
             reason = str(error) or type(error).__name__
             if self._is_learned(table):
@@ -226,7 +250,7 @@ class Teacher:
         printed = (line.partition("warning: ")[2] for line in notes.getvalue().splitlines())
         lesson.messages = [*filter(None, printed), *raised]
         lesson.seconds = time.perf_counter() - started
-        lesson.progress = None
+        lesson.progress = self._session = None
         self._busy.release()
         lesson.state = "failed" if lesson.error else "finished"
 
@@ -234,21 +258,15 @@ class Teacher:
         """Return whether a class was learned before an error came. If not, leave the run as it was before."""
         try:
             run = Run.open(self.folder)
-            last = run.checkpoints.latest()
-            if last and last.step and _is_recorded(run, last, table):  # inside its task
-                with run.writing():
-                    run.checkpoints.drop_step()
-            learned = _is_recorded(run, None, table)
+            learned = table.parent.name in run.taught_folders()
+            if not learned:
+                with contextlib.suppress(RunError), run.writing():
+                    run.discard_untaught()
+                if table.parent.name not in run.taught_folders(run.checkpoints.latest()):
+                    storage.remove_folder(table.parent)
+            return learned
         except Exception:  # the photos stay, because a checkpoint may need them
             return False
-        if not learned:
-            storage.remove_folder(table.parent)
-        return learned
-
-
-def _is_recorded(run: Run, name: CheckpointName | None, table: Path) -> bool:
-    """Return whether `table` was added to the run at a checkpoint. If `name` is None, use the latest finished task."""
-    return any(table in data.search_paths for data in run.config_of(run.describe(name)).added)
 
 
 @contextlib.contextmanager
