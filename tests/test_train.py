@@ -571,7 +571,8 @@ def test_two_processes_learn_the_same(tmp_path, precision, selection):
 
 
 @pytest.mark.slow
-def test_readouts_of_two_processes_are_those_of_one(tmp_path):
+@pytest.mark.parametrize("learns", [True, False])
+def test_readouts_of_two_processes_are_those_of_one(learns, tmp_path):
     """Statistics, views, results on held-out images and what they choose; of 5 images a class, one is held out."""
     script = tmp_path / "two.py"
     script.write_text(
@@ -587,13 +588,14 @@ def test_readouts_of_two_processes_are_those_of_one(tmp_path):
         "if __name__ == '__main__':\n"
         "    readouts = (LDA.Config(patches=True, shrinkage=None), RanPAC.Config(dimensions=32))\n"
         "    config = tiny.config(hardware=Hardware('cpu', devices=int(sys.argv[1])), readouts=readouts, views=1,\n"
-        "                         method=HeadOnly.Config(), dataset=Synthetic(noise=0.3, per_class=7))\n"
+        "                         dataset=Synthetic(noise=0.3, per_class=7),\n"
+        "                         method=HeadOnly.Config(learns=bool(int(sys.argv[3]))))\n"
         "    train.train(config, Path(sys.argv[2]))\n"
     )
     states = []
     for devices in (1, 2):
         folder = tmp_path / f"run{devices}"
-        command = [sys.executable, str(script), str(devices), str(folder)]
+        command = [sys.executable, str(script), str(devices), str(folder), str(int(learns))]
         path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": path}, timeout=300)
         states.append(Run.open(folder).load()["readouts"])
@@ -640,6 +642,14 @@ def test_first_session_adaptation_trains_the_first_task_and_leaves_features_as_t
     steps = [line["task"] for line in lda.events("train")]
     assert set(steps) == {0}  # no head is used, so later tasks train nothing
     assert torch.equal(lda.matrices()["lda"].nan_to_num(), run.matrices()["lda"].nan_to_num())
+
+
+def test_first_session_adaptation_copies_no_prompts_over_those_that_images_select(tmp_path):
+    method = L2P.Config(pool_size=6, length=1, top_k=2, shared_pool=True)
+    config = tiny.config(method=method, adapt="first-task", projection=NoProjection.Config())
+    run = train.train(config, tmp_path / "run")
+    first, last = (run.load(CheckpointName(number))["method"]["pool.prompts"] for number in (1, 3))
+    assert torch.equal(first, last)
 
 
 @pytest.mark.parametrize("energy", [0.0, 1.0])

@@ -120,9 +120,9 @@ class Predictor:
         checkpoint = run.checkpoints.folder / str(name)
         with reading(checkpoint):
             run.check_encoder(state["backbone"], backbone.fingerprint())
+        method = config.build_method(backbone, names)
         if dtype := mixed_dtype(precision):
             backbone.to_mixed_(dtype)
-        method = config.build_method(backbone, names)
         with reading(checkpoint):
             method.load_trainable_state_dict(state["method"])
         method.to(self.device)

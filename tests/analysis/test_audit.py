@@ -16,8 +16,10 @@ from pgp.datasets.folder import Folder
 from pgp.datasets.synthetic import Synthetic
 from pgp.evaluation import metrics
 from pgp.methods.head_only import HeadOnly
+from pgp.methods.lora import LoRA
 from pgp.methods.vpt import VPT
 from pgp.projections.base import NoProjection
+from pgp.readouts.experts import ExpertLDA
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
 from pgp.runs.run import Run
@@ -82,6 +84,17 @@ def test_til_is_told_the_task(tmp_path, capsys):
     assert "with the task of each image given (--setting til):\n" in said
     assert f"lda: {100 * own:.2f} %\n" in said
     assert "without task information" not in said
+
+
+def test_the_given_task_chooses_the_expert_in_til(tmp_path):
+    settings = {"method": LoRA.Config(rank=3), "experts": "task", "dataset": Synthetic(noise=0.6)}
+    run = train.train(tiny.config(setting="til", readouts=(ExpertLDA.Config(), LDA.Config()), **settings), tmp_path)
+    findings = audit.audit_run(run, QUIET, sizes=())
+    for column, matrix in run.matrices().items():
+        own = metrics.average_accuracy(matrix)
+        assert found(findings, column, "image", None, "seen") == pytest.approx(own, abs=1e-12)
+    (run.folder / audit.AUDIT).write_text(audit.to_json(findings), encoding="utf-8")
+    assert audit.read_findings(run) == findings
 
 
 def test_a_single_class_has_nothing_to_be_stale_by():

@@ -135,6 +135,22 @@ def test_a_loaded_state_stays_on_the_device_of_the_method(config):
     assert {tensor.device.type for tensor in other.state_dict().values()} == {"meta"}
 
 
+@torch.no_grad()
+def test_small_updates_of_lora_are_not_lost_in_mixed_precision():
+    method = LoRA.Config(rank=3).build(golden_vit(), "abcdef", make_generator(0, "init")).float()
+    weights = {place: method.backbone.linear_map(place)[0].clone() for place, _ in method.by_place()}
+    method.backbone.to_mixed_(torch.bfloat16)
+    method.begin_task(task(0))
+    for _, part in method.by_place():
+        part.up.normal_(generator=make_generator(0, "up"))
+        part.up *= 1e-3 * part.weight.norm() / (part.scale * part.up @ part.down).norm()
+    method.end_task(task(0))
+    for place, part in method.by_place():
+        assert part.merged.dtype == torch.bfloat16
+        kept = (part.merged.float() - weights[place]).flatten() @ part.total.flatten() / part.total.square().sum()
+        assert 0.9 < kept < 1.1
+
+
 @pytest.mark.parametrize("encoder", [golden_vit, golden_clip])
 def test_q_and_v_of_a_block_have_the_same_inputs(encoder):
     """In the last block of a ViT, q has only the CLS token."""

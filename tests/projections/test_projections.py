@@ -10,6 +10,7 @@ from torch import nn
 
 from conftest import golden
 from pgp.methods.prompts import cosine_similarity
+from pgp.projections import released
 from pgp.projections.base import NoProjection, ObservationSpec
 from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.random import RandomBasis
@@ -535,3 +536,17 @@ def test_spaces_with_the_same_inputs_have_the_same_moments_which_are_computed_on
     for space in protected:
         assert torch.equal(shared[space], apart[space])
         assert torch.equal(gone[space], apart[space])
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_images_of_several_processes_are_in_the_order_of_one(world, monkeypatch):
+    """The published basis depends on the order of images."""
+    batches = [torch.arange(start, stop).float() for start, stop in ((0, 8), (8, 16), (16, 19))]
+    parts = [[batch[rank::world].reshape(-1, 1, 1) for batch in batches] for rank in range(world)]
+    projection = ReleasedBasis({"prompts": ProtectedParameter(nn.Parameter(torch.zeros(1, 2, 1)))})
+    for batch in parts[0]:
+        projection.observe("prompts", ProtectedInputs(batch))
+    projection._widths["prompts"] = 19
+    gathered = [[batch.flatten(1) for batch in part] for part in parts]
+    monkeypatch.setattr(released, "all_gather_object", lambda own: gathered)
+    assert projection._sample("prompts").flatten().tolist() == list(range(19))

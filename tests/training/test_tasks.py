@@ -27,7 +27,7 @@ from pgp.config import Config
 from pgp.datasets.folder import Folder
 from pgp.datasets.manifest import Manifest
 from pgp.datasets.synthetic import Synthetic
-from pgp.evaluation import metrics
+from pgp.evaluation import metrics, online
 from pgp.evaluation.online import OnlineAccuracy
 from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
 from pgp.methods.head_only import HeadOnly
@@ -413,6 +413,17 @@ def test_what_comes_is_predicted_before_it_is_learned(tmp_path, monkeypatch, met
         assert [look["images"] for look in looks] == [8, 16, 18, 26, 34, 36]
         running = sum(look["recent"] * new for look, new in zip(looks, [8, 8, 2, 8, 8, 2], strict=True)) / 36
         assert looks[-1]["accuracy"] == pytest.approx(running)
+
+
+def test_a_process_that_predicts_no_image_counts_on_its_device(monkeypatch):
+    """NCCL adds only tensors of a GPU; torch's meta device stands in for it."""
+    devices = []
+    monkeypatch.setattr(online, "all_reduce_sum_", lambda own: devices.append(own.device.type) or own.new_zeros(2))
+    stream = OnlineAccuracy(2, torch.device("meta"))
+    stream.load_state_dict({"counts": torch.zeros(2, 2, dtype=torch.int64)})
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda own: torch.zeros(own.shape, dtype=own.dtype))
+    stream.summarize(build_tasks(of("l2p", dataset=TWO, tasks=2))[1].tasks[0])
+    assert devices == ["meta"]
 
 
 def test_the_stream_is_what_the_head_would_have_said(tmp_path, monkeypatch):

@@ -204,12 +204,16 @@ def _features(session: Session, state: TrainState, size: int | None) -> Iterator
         if len(batch.indices):
             images = batch.images.to(session.fabric.device)
             frozen = evaluator.frozen(state.method, images, batch.indices)
-            features = evaluator.features(state.method, images, frozen, by_vote=size is not None)
+            given = task if session.config.setting == "til" else None
+            features = evaluator.features(state.method, images, frozen, by_vote=size is not None, task=given)
             yield task, FeatureBatch(batch.indices, features), batch.labels.to(images.device)
 
 
 def _logits(session: Session, state: TrainState, batch: FeatureBatch, task: Task) -> Iterator[tuple[str, str, Tensor]]:
-    """Yield readout, scope and logits `(B, C)`. In a task-incremental run, `seen` means the classes of `task`."""
+    """Yield readout, scope and logits `(B, C)`.
+
+    In a task-incremental run, `seen` means the classes of `task`, and every scope uses its expert, if there are any.
+    """
     scenario, is_til = session.scenario, session.config.setting == "til"
     for readout in state.readouts:
         logits = readout.logits(readout.select_features(batch.images))

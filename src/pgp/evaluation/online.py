@@ -21,10 +21,10 @@ class OnlineAccuracy:
     each step). It changes nothing that is learned.
     """
 
-    def __init__(self, tasks: int) -> None:
+    def __init__(self, tasks: int, device: torch.device) -> None:
         self.counts = torch.zeros(tasks, 2, dtype=torch.int64)
         """Number of correct predictions and of images by task, `(T, 2)`, over all processes."""
-        self._new = torch.zeros(2, dtype=torch.int64)
+        self._new = torch.zeros(2, dtype=torch.int64, device=device)
         self._summarized = self.counts.sum(0)
 
     @torch.no_grad()
@@ -44,7 +44,7 @@ class OnlineAccuracy:
         method.refresh_head(task)  # the cached class embeddings must follow the last step
         logits = mask_logits(method(images, query).float(), seen)
         correct = (logits.argmax(1) == labels).sum()
-        self._new = self._new.to(correct.device) + torch.stack([correct, torch.full_like(correct, len(labels))])
+        self._new = self._new + torch.stack([correct, torch.full_like(correct, len(labels))])
 
     def summarize(self, task: Task) -> dict[str, float]:
         """Return the number of images so far, the accuracy over all of them, and over those since the last summary.

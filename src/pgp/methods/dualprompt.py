@@ -76,8 +76,9 @@ class DualPrompt(Method):
         test, images always select by key, from the whole pool."""
         shared_pool: bool = True
         """Before each task t > 0, copy experts (t - 1) * k to t * k - 1 over the next k experts; keys are not copied.
-        With prompt_mask, the experts of a task thus start as those of the previous task. Without prompt_mask, no expert
-        belongs to a task, so this is rarely useful."""
+        With prompt_mask, the experts of a task thus start as those of the previous task, except that a copy is
+        projected as an update is, with projection.apply_to=update. Without prompt_mask, no expert belongs to a task, so
+        this is rarely useful."""
         protect: Literal["keys", "keys+values"] = "keys"
         """Which part of a prefix a projection protects. keys: its keys, with the attention queries of old images as
         inputs (the paper). keys+values: also its values, with the attention weights of old images as inputs; the

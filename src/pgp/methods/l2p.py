@@ -63,8 +63,9 @@ class L2P(Method):
         test, images always select by key, from the whole pool."""
         shared_pool: bool = False
         """Before each task t > 0, copy prompts (t - 1) * k to t * k - 1 over the next k prompts; learned keys are not
-        copied. With prompt_mask, the prompts of a task thus start as those of the previous task. Without prompt_mask,
-        no prompt belongs to a task, so this is rarely useful."""
+        copied. With prompt_mask, the prompts of a task thus start as those of the previous task, except that a copy is
+        projected as an update is, with projection.apply_to=update. Without prompt_mask, no prompt belongs to a task, so
+        this is rarely useful."""
         protect: Literal["tokens", "affinity", "affinity+aggregation"] = "tokens"
         """What prompt updates must be orthogonal to. tokens: tokens of old images at the input of the first block (the
         paper). affinity: directions that change attention scores. affinity+aggregation: also the attention weights of
@@ -104,6 +105,11 @@ class L2P(Method):
         """Copy the prompts of the previous task, if `shared_pool`."""
         if self.config.shared_pool:
             copy_previous_slot(self.pool.prompts, task.index, self.pool.top_k)
+
+    def skip_task(self, task: Task) -> None:
+        """Copy the prompts of the previous task only if the head is trained with them, by `prompt_mask`."""
+        if self.config.prompt_mask:
+            self.begin_task(task)
 
     def selected_prompts(self, query: Tensor) -> Tensor:
         """See `Method.selected_prompts`."""

@@ -67,6 +67,11 @@ class LoRA(AdaptedEncoder):
             self.parts[str(place)].down.requires_grad_(config.train_input_side)
         self._merge()
 
+    def begin_task(self, task: Task) -> None:
+        """See `AdaptedEncoder.begin_task`."""
+        super().begin_task(task)
+        self._merge()  # the precision of the encoder may have changed since it was built
+
     def end_task(self, task: Task) -> None:
         """See `AdaptedEncoder.end_task`."""
         super().end_task(task)
@@ -79,11 +84,14 @@ class LoRA(AdaptedEncoder):
 
     @torch.no_grad()
     def _merge(self) -> None:
-        """Compute the weight of each updated linear map from the encoder's and the sum of all updates."""
+        """Compute the weight of each updated linear map from the encoder's and the sum of all updates.
+
+        In mixed precision, only the sum is rounded: a rounded weight would absorb small updates.
+        """
         for place, part in self.by_place():
             assert isinstance(part, LowRankUpdate)
             weight, _ = self.backbone.linear_map(place)
-            part.merged = (weight + part.total).to(weight)
+            part.merged = (part.weight + part.total).to(weight)
 
 
 class LowRankUpdate(Part):
@@ -91,8 +99,10 @@ class LowRankUpdate(Part):
 
     total: Tensor
     """The sum of the updates of earlier tasks, `(out, in)`."""
+    weight: Tensor
+    """The weight of the encoder, `(out, in)`, in float32."""
     merged: Tensor
-    """The weight of the encoder plus `total`, `(out, in)`."""
+    """The sum of both, in the precision of the encoder."""
     bias: Tensor | None
     """The encoder's bias, `(out,)`."""
 
@@ -100,6 +110,7 @@ class LowRankUpdate(Part):
         super().__init__(weight.shape[1], weight.shape[0], rank)
         self.scale = scale
         self.register_buffer("total", torch.zeros(weight.shape))
+        self.register_buffer("weight", weight.detach(), persistent=False)
         self.register_buffer("merged", weight.detach().clone(), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
 

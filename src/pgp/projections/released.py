@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pgp.distributed import all_gather_object, all_gather_rows
+from pgp.distributed import all_gather_object
 from pgp.projections.base import HookHandle, ObservationSpec, Projection
 from pgp.subspace import ProtectedInputs, ProtectedParameter, project_out, to_float64
 
@@ -134,11 +134,17 @@ class ReleasedBasis(Projection):
         Collective: in a distributed run, every process must call it.
         """
         width = self._widths.get(space, 0)
-        images = all_gather_rows(torch.cat(self._images[space])) if width else torch.empty(0)
+        processes = all_gather_object(self._images[space]) if width else []
+        images = torch.cat([torch.empty(0), *map(_undealt, zip(*processes, strict=True))])
         if not width or len(images) < width:
             raise ValueError(f"expected {width or 'some'} images of this task in space {space!r}, got {len(images)}:"
                              " call observe() until has_enough()")  # fmt: skip
         return images[:width]
+
+
+def _undealt(parts: tuple[Tensor, ...]) -> Tensor:
+    """Return the rows of a batch in their order, of which process r of R has every R-th, beginning with number r."""
+    return torch.stack([part[i] for i in range(len(parts[0])) for part in parts if i < len(part)])
 
 
 def pca_scores(samples: Tensor, components: int) -> Tensor:

@@ -87,11 +87,14 @@ class Session:
         config, fabric = self.config, self.fabric
         backbone = config.backbone.build(config.transforms.size)
         fingerprint = backbone.fingerprint()
+        method = config.build_method(backbone, self.data.class_names)
         if dtype := mixed_dtype(config.precision):
             backbone.to_mixed_(dtype)
-        method = config.build_method(backbone, self.data.class_names)
-        self.model = fabric.setup_module(method)
-        self.model.mark_forward_method("loss")
+        if any(parameter.requires_grad for parameter in method.parameters()):
+            self.model = fabric.setup_module(method)
+            self.model.mark_forward_method("loss")
+        else:  # nothing is trained, which DDP would refuse
+            fabric.to_device(method)
         projection = config.projection.build(method.protected(), config.seed)
         if config.save_every_steps and projection.observation and projection.observation.when == "before":
             raise ValueError(f"expected --projection.when after with --save-every-steps {config.save_every_steps}, got"
@@ -113,7 +116,7 @@ class Session:
             num_tasks=len(self.scenario),
             device=fabric.device,
             meter=meter,
-            online=OnlineAccuracy(len(self.scenario)) if config.setting == "oil" else None,
+            online=OnlineAccuracy(len(self.scenario), fabric.device) if config.setting == "oil" else None,
             scaler=self.scaler,
         )
 
