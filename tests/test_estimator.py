@@ -432,3 +432,13 @@ which is an error here, with advice."""
 @pytest.mark.parametrize("check", CHECKS)
 def test_it_passes_the_checks_of_scikit_learn_that_need_no_table(check):
     getattr(estimator_checks, check)("ContinualImageClassifier", ContinualImageClassifier(QUICK))
+
+
+def test_labels_may_come_as_numbers_of_another_type():
+    classifier = ContinualImageClassifier(QUICK).fit(X[Y < 3], Y[Y < 3])
+    classifier.partial_fit(X[(Y > 2) & (Y < 5)], Y[(Y > 2) & (Y < 5)].astype(float))
+    classifier.partial_fit(X[Y == 5], Y[Y == 5])
+    assert classifier.classes_.tolist() == [0, 1, 2, 3, 4, 5]
+    assert classifier.score(X, Y) > 0.8
+    with pytest.raises(ValueError, match=r"class 1\.0 was learned already"):
+        classifier.partial_fit(X[Y == 1], Y[Y == 1].astype(float))

@@ -19,6 +19,7 @@ import tiny
 from pgp import export as exporting
 from pgp import recipes, train
 from pgp.cli import main
+from pgp.datasets.folder import Folder
 from pgp.datasets.synthetic import Synthetic
 from pgp.datasets.transforms import BatchTestTransform, Transforms
 from pgp.export import export
@@ -58,6 +59,14 @@ def trained(folder, **changes):
 def run(tmp_path_factory):
     """A finished run with two readouts, of which `lda` is the default."""
     return trained(tmp_path_factory.mktemp("export") / "run", readouts=(LDA.Config(), *tiny.config().readouts[:1]))
+
+
+def test_an_export_among_images_is_no_class(run, tmp_path):
+    for name in ("bee", "cat"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / name / "0.png")
+    export(run, tmp_path / "exported")
+    assert Folder(tmp_path, test_share=0).build().class_names == ("bee", "cat")
 
 
 def test_the_working_directory_cannot_be_replaced(run, tmp_path, monkeypatch):

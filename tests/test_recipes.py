@@ -329,3 +329,13 @@ def test_reports_tell_components_apart_by_their_tags():
     clip = recipes.RECIPES["demo-clip"]()
     trees = [experiment_settings(config) for config in (clip, replace(clip, method=ZeroShot.Config()))]
     assert tables._labels(trees) == ["method clip", "method zero-shot"]
+
+
+def test_settings_of_a_list_are_named_by_their_place():
+    config = recipes.configure("demo", {"readouts": ["lda", "ncm"], "readouts.0.shrinkage": 0.3})
+    assert config.readouts[0].shrinkage == 0.3
+    for path in ("readouts.2.shrinkage", "readouts.lda.shrinkage"):
+        with pytest.raises(ValueError, match=f"unknown setting '{path}'"):
+            recipes.configure("demo", {"readouts": ["lda", "ncm"], path: 0.3})
+    with pytest.raises(ValueError, match="expected at least one name of readouts, got none"):
+        recipes.configure("demo", {"readouts": []})

@@ -85,7 +85,7 @@ class ContinualImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[
             ValueError: If they, or the settings, do not fit.
             BadImageError: If a file cannot be read. The message names it.
         """
-        data, classes = _training_data(X, y)
+        data, names = _training_data(X, y, {})
         config = configure(self.recipe, {"tasks": 1, "seed": self.random_state, **(self.settings or {})})
         delete = None
         if self.folder is None:
@@ -107,7 +107,7 @@ class ContinualImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[
             previous()
         if delete:
             self._delete = delete
-        return self._fitted(run, classes)
+        return self._fitted(run, names)
 
     def partial_fit(self, X: Any, y: Any, classes: Any = None) -> ContinualImageClassifier:
         """Learn the classes of further images as one more task, from the run alone. The first call is `fit`.
@@ -123,12 +123,13 @@ class ContinualImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[
             ValueError: If a class was learned already (with setting `dil`: was not), or as `fit`.
             BadImageError: If a file cannot be read. The message names it.
         """
-        data, new = _training_data(X, y)
-        if classes is not None and (unknown := set(new.tolist()) - set(np.asarray(classes).tolist())):
+        data, names = _training_data(X, y, self._names if hasattr(self, "run_") else {})
+        new = np.asarray(list(names))
+        if classes is not None and (unknown := set(names) - set(np.asarray(classes).tolist())):
             raise ValueError(f"expected labels among classes, got {sorted(unknown)[:5]}")
         if not hasattr(self, "run_"):
             return self.fit(X, y)
-        union = unique_labels(self.classes_, new)  # raises if they are texts and numbers
+        unique_labels(self.classes_, new)  # raises if they are texts and numbers
         known = np.isin(new, self.classes_)
         if self.run_.config.setting == "dil":
             if not known.all():
@@ -140,7 +141,7 @@ class ContinualImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[
                              " all images")  # fmt: skip
         with _untested():
             run = resume(self.run_.folder, add=data, drop=True)  # an interrupted call may have left a checkpoint
-        return self._fitted(run, union)
+        return self._fitted(run, names | self._names)
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Return the most probable class of each image, `(n,)`."""
@@ -150,8 +151,7 @@ class ContinualImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[
     def predict_proba(self, X: Any) -> NDArray[np.float32]:
         """Return the probabilities of images, `(n, C)`, in the order of `classes_`."""
         check_is_fitted(self)
-        names = self._predictor.classes
-        columns = [names.index(str(label)) for label in self.classes_.tolist()]
+        columns = [self._predictor.classes.index(self._names[label]) for label in self.classes_.tolist()]
         probabilities = [self._predictor.probabilities(batch) for batch in self._batches(X)]
         return np.asarray(torch.cat(probabilities)[:, columns].numpy())
 
@@ -168,8 +168,9 @@ class ContinualImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[
         images, size = check_images(X), self.run_.config.eval_batch_size
         return [[as_image(image) for image in images[i : i + size]] for i in range(0, len(images), size)]
 
-    def _fitted(self, run: Run, classes: NDArray[Any]) -> ContinualImageClassifier:
-        self.run_, self.classes_ = run, classes
+    def _fitted(self, run: Run, names: dict[Any, str]) -> ContinualImageClassifier:
+        self.run_, self._names = run, names
+        self.classes_ = unique_labels(np.asarray(list(names)))
         self.__dict__.pop("_predictor", None)
         return self
 
@@ -191,8 +192,11 @@ class ContinualImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[
         return tags
 
 
-def _training_data(X: Any, y: Any) -> tuple[InMemory, NDArray[Any]]:
-    """Return images as a data set, and the labels of its classes, sorted."""
+def _training_data(X: Any, y: Any, known: Mapping[Any, str]) -> tuple[InMemory, dict[Any, str]]:
+    """Return images as a data set, and the name of each class by its label.
+
+    A label that is `known` already keeps its name, even if it is of another type now, such as 8 and 8.0.
+    """
     if y is None:
         raise ValueError("expected labels: this classifier requires y to be passed, but the target y is None")
     images = check_images(X)
@@ -200,8 +204,8 @@ def _training_data(X: Any, y: Any) -> tuple[InMemory, NDArray[Any]]:
     check_consistent_length(images, y)
     encoder = LabelEncoder()
     labels = torch.from_numpy(np.asarray(encoder.fit_transform(y), dtype=np.int64))
-    classes: NDArray[Any] = encoder.classes_
-    return InMemory.of(images, labels, [str(label) for label in classes.tolist()]), classes
+    names = {label: known.get(label, str(label)) for label in encoder.classes_.tolist()}
+    return InMemory.of(images, labels, list(names.values())), names
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from pgp.datasets.transforms import BatchTestTransform
 from pgp.predict import Classifier, Predictor
 from pgp.runs.run import Run
 from pgp.system import storage
-from pgp.system.outputs import require_replaceable
+from pgp.system.outputs import make_output, require_replaceable
 from pgp.system.paths import StrPath, as_path
 
 INPUT, OUTPUT = "images", "probabilities"
@@ -82,7 +82,7 @@ def export(run: Run | StrPath, output: StrPath, readout: str | None = None, *, p
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".pgp-export-", dir=folder.parent) as scratch:
             partial = Path(scratch) / "export"
-            partial.mkdir()
+            make_output(partial)
             difference = _write(graph, transforms.size, about, partial, runtime, any_size=preprocess)
             partial.replace(folder)  # replaces an empty folder
     except OSError as error:

@@ -16,6 +16,7 @@ from pgp.analysis.audit import SCOPES, Finding
 from pgp.backbones.weights import EncoderSource
 from pgp.config import Config
 from pgp.evaluation.accuracy import LEGACY
+from pgp.methods.head_only import HeadOnly
 from pgp.reports.tables import CALIBRATION, NOT_MEASURED, ONLINE, SAMPLING, SOMETIMES, ResultRow, result_rows
 from pgp.runs.checkpoint import reading
 from pgp.runs.run import ENVIRONMENT, Run
@@ -230,6 +231,11 @@ def _accuracy_with_task(run: Run) -> dict[str, float]:
 
 def _making(run: Run) -> str:
     config, tree = run.config, run.config.to_json()
+    training = {
+        "epochs per task, batch size": f"{config.num_passes}, {config.batch_size}",
+        "optimizer, learning rate": f"{config.optimizer.name}, {config.optimizer.lr:g} per 256 images",
+    }
+    learns = not (isinstance(config.method, HeadOnly.Config) and not config.method.learns)
     added = f", and {_count(len(config.added), 'data set', 'data sets')} added later" if config.added else ""
     tag, name = tree["dataset"]["tag"], tree["dataset"].get("name")
     rows = {
@@ -242,8 +248,7 @@ def _making(run: Run) -> str:
         "method": tree["method"]["tag"],
         "projection": tree["projection"]["tag"],
         "readouts": ", ".join(readout.name for readout in config.readouts),
-        "epochs per task, batch size": f"{config.num_passes}, {config.batch_size}",
-        "optimizer, learning rate": f"{config.optimizer.name}, {config.optimizer.lr:g} per 256 images",
+        **(training if learns else {}),
         "precision": config.precision,
         "seed": str(config.seed),
         "versions": _versions(run),

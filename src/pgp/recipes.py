@@ -543,6 +543,8 @@ def configure(recipe: str | Config, settings: Mapping[str, Any]) -> Config:
     components = {field: values.pop(field) for field in CHOICES if field in values}
     names = {field: [given] if isinstance(given, str) else list(given) for field, given in components.items()}
     for field, given in names.items():
+        if not given:
+            raise ValueError(f"expected at least one name of {field}, got none")
         for name in given:
             lookup(CHOICES[field], name, field, "pgp list")
     tree = with_components(config, names).to_json()
@@ -556,7 +558,10 @@ def _set(tree: dict[str, Any], path: str, value: Any) -> None:
     *above, last = path.split(".")
     node: Any = tree["hardware"] if path in tree["hardware"] else tree
     for part in above:
-        node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, list):  # such as of readouts
+            node = node[int(part)] if part.isdecimal() and int(part) < len(node) else None
+        else:
+            node = node.get(part) if isinstance(node, dict) else None
     known = [name for name in node if name not in ("tag", "version")] if isinstance(node, dict) else []
     if last not in known:
         near = difflib.get_close_matches(last, known, n=1)

@@ -28,16 +28,16 @@ def matrices(draw):
 def test_against_double_loops(name, drawn):
     rows, t = drawn
     matrix = torch.tensor(rows, dtype=torch.float64)
-    assert getattr(metrics, name)(matrix) == pytest.approx(getattr(oracles, name)(rows, t), abs=1e-12)
+    assert getattr(metrics, name)(matrix[:t, :t]) == pytest.approx(getattr(oracles, name)(rows, t), abs=1e-12)
 
 
 @settings(max_examples=40, deadline=None)
 @given(matrices())
-def test_curve_and_learned(drawn):
+def test_curve(drawn):
     rows, t = drawn
     matrix = torch.tensor(rows, dtype=torch.float64)
-    assert metrics.tasks_learned(matrix) == t
-    assert metrics.accuracy_curve(matrix) == pytest.approx([oracles.average_accuracy(rows, i) for i in range(1, t + 1)])
+    truth = [oracles.average_accuracy(rows, i) for i in range(1, t + 1)]
+    assert metrics.accuracy_curve(matrix[:t, :t]) == pytest.approx(truth)
 
 
 def test_by_hand():
@@ -66,7 +66,7 @@ def test_the_matrix_is_left_alone():
 @pytest.mark.parametrize("name", [*FIGURES, "accuracy_curve"])
 def test_without_a_measured_accuracy_there_is_no_figure(name, size):
     value = getattr(metrics, name)(torch.full((size, size), math.nan))
-    assert value == [] if name == "accuracy_curve" else math.isnan(value)
+    assert all(map(math.isnan, value)) if name == "accuracy_curve" else math.isnan(value)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -75,15 +75,14 @@ def test_a_task_without_test_images_leaves_no_figure(name, untested):
     """Not that of the tasks before it, either: it would pass for the accuracy on all tasks."""
     matrix = torch.tensor([[0.9, math.nan, math.nan], [0.7, 0.8, math.nan], [0.5, 0.6, 0.7]], dtype=torch.float64)
     matrix[:, untested] = math.nan
-    assert metrics.tasks_learned(matrix) == 3
     assert metrics.accuracy_curve(matrix)[untested:] == pytest.approx([math.nan] * (3 - untested), nan_ok=True)
     is_without_last = untested == 2 and name in ("forgetting", "backward_transfer")
     assert math.isfinite(getattr(metrics, name)(matrix)) == is_without_last
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (4,), (2, 2, 2)])
-@pytest.mark.parametrize("name", [*FIGURES, "accuracy_curve", "tasks_learned"])
+@pytest.mark.parametrize("name", [*FIGURES, "accuracy_curve"])
 def test_a_matrix_must_be_square(name, shape):
     expected = str(shape).replace("(", r"\(").replace(")", r"\)")
-    with pytest.raises(ValueError, match=rf"square accuracy matrix \(T, T\), got {expected}"):
+    with pytest.raises(ValueError, match=rf"square accuracy matrix \(t, t\), got {expected}"):
         getattr(metrics, name)(torch.zeros(shape))

@@ -271,7 +271,7 @@ def test_pictures_are_left_out_if_the_data_are_gone_or_others(tmp_path):
 def test_what_older_runs_did_not_record_is_named(tmp_path):
     names, tasks = ["ant", "bee", "cat", "dog"], [[0, 1], [2, 3]]
     page = Page(html.render([made(tmp_path / "old", names, tasks, record=False)]))
-    assert page.text.count("did not store its predictions") == 3  # confusion, classes, prompts
+    assert page.text.count("no prediction of each test image") == 3  # confusion, classes, prompts
     assert "75.00 0.00" in page.text
     run = made(tmp_path / "without a log", names, tasks)
     run.log_file.path.unlink()

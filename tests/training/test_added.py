@@ -334,6 +334,15 @@ def test_undo_forgets_the_task_that_was_added_last(run, tmp_path, capsys):
     assert "expected a run to which pgp add has added a task, got" in capsys.readouterr().err
 
 
+def test_undo_writes_the_report_again(run, tmp_path):
+    main.main(["report", str(run.folder)])
+    before = (run.folder / "report.md").read_text()
+    main.main(["add", str(run.folder), str(photos(tmp_path / "one", "ant"))])
+    assert (run.folder / "report.md").read_text() != before
+    main.main(["undo", str(run.folder)])
+    assert (run.folder / "report.md").read_text() == before
+
+
 def test_undo_that_is_killed_is_complete_or_has_not_begun(run, tmp_path, monkeypatch):
     train.resume(run.folder, add=photos(tmp_path / "one", "ant"))
     monkeypatch.setattr(Run, "_write_identity", interrupt)

@@ -78,6 +78,7 @@ def test_classes_are_added_after_the_old_photos_were_moved_away(tmp_path, monkey
             [False, False, True, True],
         ]
     assert "not measured" in tables.markdown(tables.result_rows([again]))
+    assert not any(row.calibration for row in tables.result_rows([again]))  # it would be that of some tasks
     assert "nan" not in (again.folder / "metrics.jsonl").read_text().lower().replace('"ignored"', "")
     assert "nan" not in (again.folder / "report.md").read_text()
     predicted = Predictor(again)([tiny_image(hidden / "bee"), tiny_image(tmp_path / "new" / "eel")])
@@ -207,3 +208,14 @@ def test_pgp_add_needs_a_run_and_images(capsys):
     with pytest.raises(SystemExit, match="0"):
         main.main(["add", "--help"])
     assert "pgp add RUN DATA" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def test_runs_whose_data_have_changed_in_their_place_have_labels_of_their_own(tmp_path):
+    for name, seed in (("before", 42), ("after", 42), ("again", 43)):
+        data = photos(tmp_path / "photos", "bee", "cat")
+        if name != "before":
+            (data / "bee" / "0.png").unlink()
+        train.train(quick(data, seed=seed, tasks=1), tmp_path / name)
+        shutil.rmtree(data)
+    groups = tables.group_runs([Run.open(tmp_path / name) for name in ("before", "after", "again")])
+    assert [(label.rpartition(", ")[2], len(runs)) for label, runs in groups] == [("before", 1), ("after", 2)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +16,9 @@ from pgp import train
 from pgp.cli import main
 from pgp.datasets.folder import Folder
 from pgp.datasets.manifest import Manifest
+from pgp.evaluation import metrics
 from pgp.predict import Predictor
+from pgp.reports import tables
 from pgp.runs.run import Run
 
 quietly = pytest.mark.filterwarnings("ignore:no test images of")
@@ -60,6 +64,40 @@ def test_the_command_line_says_that_accuracy_is_not_measured(tmp_path, monkeypat
         with pytest.raises(SystemExit):
             main.main([command, "run"])
         assert "expected test images to measure accuracy on, got none: run holds none out" in capsys.readouterr().err
+
+
+@quietly
+@pytest.mark.filterwarnings("default:the old images")
+@pytest.mark.parametrize("make", [config, quick])
+def test_a_task_that_is_not_measured_has_not_the_accuracy_of_the_tasks_before_it(tmp_path, monkeypatch, make, capsys):
+    monkeypatch.chdir(tmp_path)
+    old = photos(tmp_path / "old", "bee", "cat", "dog")
+    run = train.train(make(old), tmp_path / "run")
+    main.main(["report", "run"])
+    assert "not measured" not in Path("run/report.md").read_text()
+    shutil.rmtree(old)
+    new = photos(tmp_path / "new", "ant")
+    for image in sorted((new / "ant").iterdir())[1:]:
+        image.unlink()
+    capsys.readouterr()
+    main.main(["add", "run", "new"])
+    told = capsys.readouterr()
+    assert "task 3 of 3 (new): average accuracy not measured" in told.err
+    assert "not measured" in told.out
+    run = Run.open(run.folder)
+    assert all(math.isnan(metrics.average_accuracy(matrix)) for matrix in run.matrices().values())
+    assert not any(run.events("task")[-1]["average_accuracy"].values())
+    assert not any(row.calibration for row in tables.result_rows([run]))
+    main.main(["report", "run", "--html"])
+    assert Path("run/report.md").read_text().count("not measured") >= len(run.matrices())
+
+
+@quietly
+def test_a_page_without_any_test_image(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train.train(untested(quick, photos(tmp_path / "old", "bee", "cat", "dog")), tmp_path / "run")
+    main.main(["report", "run", "--html"])
+    assert "there were no test images" in Path("run/report.html").read_text(encoding="utf-8")
 
 
 @quietly

@@ -234,7 +234,7 @@ class ReportCommand:
     """Run folders."""
     output: Path | None = None
     """Folder for report.md, report.png, calibration.png and drift.png. If not given, the folder of a single run, else
-    the working directory."""
+    a new folder in runs/."""
     html: bool = False
     """Also write report.html, one file with everything: accuracy, forgetting, confusion between tasks and classes with
     pictures, calibration, drift, prompts, cost and settings. It loads nothing from elsewhere."""

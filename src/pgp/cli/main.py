@@ -306,6 +306,8 @@ def undo_command(words: list[str]) -> None:
     run = Run.open(command.run)
     with run.writing():
         name = run.undo_add()
+    if storage.exists(run.folder / show.REPORT):  # of the task that is forgotten
+        show.show_report([run], run.folder)
     show.show_lines(f"forgot task {name}: {run.folder} is as it was before")
 
 
@@ -383,9 +385,10 @@ def report_command(words: list[str]) -> None:
     if not command.runs:
         raise ValueError("expected run folders, got none: pgp report RUN …")
     runs = [Run.open(folder) for folder in command.runs]
-    output = command.output or (runs[0].folder if len(runs) == 1 else Path())
-    check_outside(output, [path for run in runs for path in _data_paths(run.config)])
-    make_output(output)
+    output = command.output or (runs[0].folder if len(runs) == 1 else None)
+    if output:
+        check_outside(output, [path for run in runs for path in _data_paths(run.config)])
+        make_output(output)
     show.show_report(runs, output, html=command.html)
 
 

@@ -40,6 +40,8 @@ from pgp.training.tasks import single_class_warning
 
 NARROW = 80
 """Width of a terminal in characters in which results must be readable."""
+REPORT = "report.md"
+"""File of the tables of a report."""
 
 
 UNLIMITED = 100_000
@@ -172,9 +174,9 @@ def show_report(runs: Sequence[Run], folder: Path | None = None, *, html: bool =
     if folder is None:
         folder = runs[0].folder if len(runs) == 1 else make_unique_folder(Path("runs"), f"{runs[0].config.name}-report")
     texts = [tables.markdown(lines), *([drift.markdown(courses)] if courses else [])]
-    storage.write(folder / "report.md", "\n".join(texts))
+    storage.write(folder / REPORT, "\n".join(texts))
     figures = _draw(runs, folder, lines, courses)
-    show_lines(f"table:  {folder / 'report.md'}", *(f"figure: {path}" for path in figures))
+    show_lines(f"table:  {folder / REPORT}", *(f"figure: {path}" for path in figures))
     if html:
         storage.write(folder / page.FILE, page.render(runs))
         show_lines(f"page:   {folder / page.FILE}")
@@ -247,7 +249,7 @@ def _show_history(run: Run, matrices: Mapping[str, Tensor], measured: Sequence[i
     for column, matrix in matrices.items():
         for t in measured:
             row = matrix[t, : t + 1]
-            worst = int(row.argmin())
+            worst = int(row.nan_to_num(nan=torch.inf).argmin())
             head, tail = (column, f"task {t + 1}"), (_percent(row.mean()), agrees[column, t])
             full.append((*head, *map(_percent, row.tolist()), *[""] * (last - t - 1), *tail))
             brief.append((*head, _percent(row[0]), _percent(row[t]), _percent(row[worst]), f"{worst + 1}", *tail))
@@ -268,7 +270,7 @@ def _agreement(run: Run, matrices: Mapping[str, Tensor]) -> dict[tuple[str, int]
     stored, out = run.matrices(), {}
     for column, matrix in matrices.items():
         old = stored.get(column, torch.full_like(matrix, torch.nan))
-        same = (torch.isclose(old, matrix, rtol=0, atol=1e-9) | old.isnan()).all(1)
+        same = (torch.isclose(old, matrix[: len(old), : len(old)], rtol=0, atol=1e-9) | old.isnan()).all(1)
         for t, known in enumerate(old.isfinite().any(1).tolist()):
             out[column, t] = ("yes" if same[t] else "no") if known else ""
     return out

@@ -214,8 +214,8 @@ def require_folder(folder: Path) -> Path:
     """Return `folder` as an absolute path, and raise a ValueError if it does not exist."""
     folder = folder.expanduser()
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"expected a folder of images, got {folder.absolute()}, which is none: name another, by"
-                         " --data, --dataset.root or --add")  # fmt: skip
+        raise ValueError(f"expected a folder of images, got {folder.absolute()}, which is none: name another,"
+                         " by --data")  # fmt: skip
     if not folder.is_dir():
-        raise ValueError(f"no data folder at {folder.absolute()}: name another, by --data, --dataset.root or --add")
+        raise ValueError(f"no data folder at {folder.absolute()}: name another, by --data")
     return folder.absolute()

@@ -55,7 +55,7 @@ class Manifest(DatasetConfig):
         """Return the images in the order of the table."""
         file = self.file.expanduser().absolute()
         if not os.path.lexists(file):
-            raise ValueError(f"no table of images at {file}: name another, by --data, --dataset.file or --add")
+            raise ValueError(f"no table of images at {file}: name another, by --data")
         rows = list(_rows(file))
         paths = _existing(file, rows)
         names, labels = _numbered([row.label for row in rows])

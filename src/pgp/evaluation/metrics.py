@@ -1,7 +1,8 @@
 """Continual-learning metrics from the accuracy matrix. Pure functions; every accuracy is in [0, 1].
 
-`matrix[t, j]` is the accuracy on task j after learning task t, NaN for j > t, for tasks not learned yet, and where
-there were no test images to measure it. A metric of accuracies that were not measured is NaN, too.
+`matrix[t, j]` is the accuracy on task j after learning task t, NaN for j > t, and where it was not measured, such as
+for a task without test images. Metrics take the matrix `(t, t)` of the t tasks learned so far. A metric of accuracies
+that were not measured is NaN, too.
 """
 
 from __future__ import annotations
@@ -15,26 +16,19 @@ import torch
 from torch import Tensor
 
 
-def tasks_learned(matrix: Tensor) -> int:
-    """Return the number of tasks learned so far, up to the last row of `matrix (T, T)` with a measured accuracy.
-
-    >>> tasks_learned(torch.tensor([[0.9, float("nan")], [float("nan"), float("nan")]]))
-    1
-    """
+def _num_tasks(matrix: Tensor) -> int:
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
-        raise ValueError(f"expected a square accuracy matrix (T, T), got {tuple(matrix.shape)}")
-    measured = matrix.isfinite().any(1).nonzero()  # (rows, 1)
-    return int(measured[-1]) + 1 if len(measured) else 0
+        raise ValueError(f"expected a square accuracy matrix (t, t), got {tuple(matrix.shape)}")
+    return len(matrix)
 
 
 def average_accuracy(matrix: Tensor) -> float:
-    """Return the accuracy after the last learned task, averaged over all tasks learned so far with equal weight.
+    """Return the accuracy after the last task, averaged over all tasks with equal weight.
 
     >>> round(average_accuracy(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     0.75
     """
-    t = tasks_learned(matrix)
-    return float(matrix[t - 1, :t].mean()) if t else math.nan
+    return float(matrix[-1].mean()) if _num_tasks(matrix) else math.nan
 
 
 def forgetting(matrix: Tensor) -> float:
@@ -45,12 +39,11 @@ def forgetting(matrix: Tensor) -> float:
     >>> round(forgetting(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     0.2
     """
-    t = tasks_learned(matrix)
-    if t < 2:
-        return 0.0 if t else math.nan
-    best = matrix[:t, : t - 1].nan_to_num(nan=-torch.inf).amax(0)
-    best = best.where(matrix.diagonal()[: t - 1].isfinite(), torch.nan)
-    return float((best - matrix[t - 1, : t - 1]).mean())
+    if _num_tasks(matrix) < 2:
+        return 0.0 if matrix.isfinite().any() else math.nan
+    best = matrix[:, :-1].nan_to_num(nan=-torch.inf).amax(0)
+    best = best.where(matrix.diagonal()[:-1].isfinite(), torch.nan)
+    return float((best - matrix[-1, :-1]).mean())
 
 
 def sampling_error(matrix: Tensor, test_images: Sequence[int], sample: int | None) -> float | None:
@@ -62,7 +55,7 @@ def sampling_error(matrix: Tensor, test_images: Sequence[int], sample: int | Non
     of a small sample are classified correctly.
 
     Args:
-        matrix: Accuracy matrix `(T, T)`.
+        matrix: Accuracy matrix `(t, t)`.
         test_images: Number of test images of each task.
         sample: Size of a sample, or None. Tasks with fewer images are evaluated on all of them, and add no error.
 
@@ -73,8 +66,8 @@ def sampling_error(matrix: Tensor, test_images: Sequence[int], sample: int | Non
     """
     if sample is None or sample > max(test_images):
         return None
-    t = tasks_learned(matrix)
-    accuracies, counts = matrix[t - 1, :t], torch.tensor(test_images[:t])
+    t = _num_tasks(matrix)
+    accuracies, counts = matrix[-1] if t else matrix.flatten(), torch.tensor(test_images[:t])
     smoothed = (counts * accuracies + 1) / (counts + 2)
     variances = torch.where(counts < sample, 0.0, smoothed * (1 - smoothed) / counts)
     return float(variances.sum().sqrt() / t) if t else math.nan
@@ -88,10 +81,9 @@ def backward_transfer(matrix: Tensor) -> float:
     >>> round(backward_transfer(torch.tensor([[0.9, float("nan")], [0.7, 0.8]])), 4)
     -0.2
     """
-    t = tasks_learned(matrix)
-    if t < 2:
-        return 0.0 if t else math.nan
-    return float((matrix[t - 1, : t - 1] - matrix.diagonal()[: t - 1]).mean())
+    if _num_tasks(matrix) < 2:
+        return 0.0 if matrix.isfinite().any() else math.nan
+    return float((matrix[-1, :-1] - matrix.diagonal()[:-1]).mean())
 
 
 def average_incremental_accuracy(matrix: Tensor) -> float:
@@ -110,7 +102,7 @@ def accuracy_curve(matrix: Tensor) -> list[float]:
     >>> [round(value, 2) for value in accuracy_curve(torch.tensor([[0.9, float("nan")], [0.7, 0.8]]))]
     [0.9, 0.75]
     """
-    return [float(matrix[t, : t + 1].mean()) for t in range(tasks_learned(matrix))]
+    return [float(matrix[t, : t + 1].mean()) for t in range(_num_tasks(matrix))]
 
 
 def write_row(matrices: dict[str, Tensor], row: Mapping[str, Tensor], t: int, size: int) -> None:
@@ -126,6 +118,11 @@ def write_row(matrices: dict[str, Tensor], row: Mapping[str, Tensor], t: int, si
     for column, accuracies in row.items():
         matrix = matrices.setdefault(column, torch.full((size, size), torch.nan, dtype=torch.float64))
         matrix[t, : t + 1] = accuracies
+
+
+def trim(matrices: Mapping[str, Tensor], tasks: int) -> dict[str, Tensor]:
+    """Return the accuracy matrices of the first tasks, `(tasks, tasks)`, by column."""
+    return {column: matrix[:tasks, :tasks] for column, matrix in matrices.items()}
 
 
 def pad_matrix(matrix: Tensor, size: int) -> Tensor:

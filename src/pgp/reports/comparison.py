@@ -142,7 +142,7 @@ def _result_row(member: Entry, column: str) -> ResultRow:
 
 def _is_single_task(line: ResultRow) -> bool:
     """Return whether everything was learned as a single task, so that nothing could be forgotten."""
-    return all(metrics.tasks_learned(matrix) == 1 for matrix in line.matrices)
+    return all(len(matrix) == 1 for matrix in line.matrices)
 
 
 def _has_forgetting(line: ResultRow) -> bool:

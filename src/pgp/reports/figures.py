@@ -33,8 +33,8 @@ def draw_accuracy(table: Sequence[ResultRow], path: Path) -> None:
     For online runs, the online accuracy is drawn too. A single task has no matrix.
     """
     looks = _looks(table)
-    tasks = max(metrics.tasks_learned(matrix) for line in table for matrix in line.matrices)
-    shown = [line for line in table if metrics.tasks_learned(line.matrices[0]) > 1]
+    tasks = max(len(matrix) for line in table for matrix in line.matrices)
+    shown = [line for line in table if len(line.matrices[0]) > 1 and line.matrices[0].isfinite().any()]
     online = any(line.online for line in table)
     narrow = tasks <= FEW
     names = [_labelled(name, 100) for name in short_names([row_name(line, table) for line in table])]
@@ -190,8 +190,7 @@ def _titles(table: Sequence[ResultRow], width: float) -> list[str]:
 def _draw_matrices(part: Any, table: Sequence[ResultRow], titles: Sequence[str], wide: int, *, few_ticks: bool) -> None:
     """Draw the accuracy matrices, `wide` of them side by side."""
     matrices = [torch.stack(line.matrices).mean(0) for line in table]
-    learned = [metrics.tasks_learned(line.matrices[0]) for line in table]
-    numbered = max(learned) <= NUMBERED
+    numbered = max(map(len, matrices)) <= NUMBERED
     tall = -(-len(table) // wide)
     grid: Any = part.subplots(tall, wide, squeeze=False)
     missing = False
@@ -199,13 +198,13 @@ def _draw_matrices(part: Any, table: Sequence[ResultRow], titles: Sequence[str],
         if i >= len(table):
             axes.remove()
             continue
-        matrix, named = matrices[i][: learned[i], : learned[i]], table[i].tasks[: learned[i]]
+        matrix, named = matrices[i], table[i].tasks[: len(matrices[i])]
         missing |= bool(matrix.tril().isnan().any())
         image = _draw_matrix(axes, matrix, named, numbered, 6 if few_ticks else 12)
         axes.set_title(titles[i])
         if i % wide == 0:
             axes.set_ylabel("after task")
-        elif named == table[i - 1].tasks[: learned[i - 1]]:
+        elif named == table[i - 1].tasks[: len(matrices[i - 1])]:
             axes.tick_params(labelleft=False)
         if i + wide >= len(table):
             axes.set_xlabel("on task")

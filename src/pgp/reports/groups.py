@@ -16,7 +16,6 @@ from markupsafe import Markup
 from torch import Tensor
 
 from pgp.analysis.confusion import Pair, top_pairs
-from pgp.evaluation import metrics
 from pgp.evaluation import predictions as per_image
 from pgp.evaluation.accuracy import LEGACY
 from pgp.evaluation.predictions import TOP, Predictions
@@ -79,8 +78,10 @@ class Pool(NamedTuple):
     def task_confusion(self, column: str) -> Tensor | None:
         """Return the fraction of each task's images that are predicted as a class of each task, `(t, t)`.
 
-        It is None if tasks share classes.
+        It is None if tasks share classes, or there were no test images.
         """
+        if not any(len(one.predictions.tasks) for one in self.members):
+            return None
         counts = []
         for _, data, found in self.members:
             task_of = torch.full((len(data.class_names),), -1)
@@ -90,7 +91,7 @@ class Pool(NamedTuple):
                 task_of[list(labels)] = number
             counts.append(per_image.task_confusion(found, column, task_of, len(data.tasks)))
         total = to_float64(torch.stack(counts).sum(0))
-        learned = 1 + max(int(one.predictions.tasks.max()) for one in self.members)
+        learned = 1 + int(torch.cat([one.predictions.tasks for one in self.members]).max())
         return (total / total.sum(1, keepdim=True))[:learned, :learned]  # NaN for a task without images
 
 
@@ -125,8 +126,7 @@ class Row:
     @functools.cached_property
     def matrix(self) -> Tensor:
         """Accuracy matrix of the tasks learned so far, `(t, t)`, the mean over seeds."""
-        learned = metrics.tasks_learned(self.line.matrices[0])
-        return torch.stack(self.line.matrices).mean(0)[:learned, :learned]
+        return torch.stack(self.line.matrices).mean(0)
 
     @property
     def accuracy(self) -> float | None:

@@ -113,8 +113,14 @@ def group_runs(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
         key = repr(_without_paths(tree, run))
         members.setdefault(key, []).append(run)
         trees.setdefault(key, tree)
-    labels = _labels(_shorten_paths(list(trees.values())))
-    return [(label or own[0].config.name, own) for label, own in zip(labels, members.values(), strict=True)]
+    labels = [
+        label or own[0].config.name
+        for label, own in zip(_labels(_shorten_paths(list(trees.values()))), members.values(), strict=True)
+    ]
+    return [  # groups of the same settings, whose data have changed in their place, are told apart by a folder
+        (f"{label}, {own[0].folder.name}" if labels.count(label) > 1 else label, own)
+        for label, own in zip(labels, members.values(), strict=True)
+    ]
 
 
 def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
@@ -132,10 +138,14 @@ def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
         streams = [stream for run in members if (stream := _online_accuracy(run))]
         for column in matrices[0]:
             own = [m[column] for m in matrices if column in m]
-            if len({metrics.tasks_learned(matrix) for matrix in own}) > 1:
+            if len({len(matrix) for matrix in own}) > 1:
                 raise RunError(f"expected runs of {label} with the same number of finished tasks, got different ones:"
                                " finish them first, with pgp train --resume")  # fmt: skip
-            bins = [found for run in members if (found := _calibration(run, column)) is not None]
+            bins = [
+                found
+                for run, measured in zip(members, matrices, strict=True)
+                if (found := _calibration(run, column, measured.get(column))) is not None
+            ]
             errors = [
                 metrics.sampling_error(matrices[i][column], run.data.test_images, run.config.test_images)
                 for i, run in enumerate(members)
@@ -191,8 +201,16 @@ def _online_accuracy(run: Run) -> dict[int, float]:
     return dict(sorted(looks.items()))
 
 
-def _calibration(run: Run, column: str) -> Tensor | None:
-    """Return the bins of confidence `(NUM_BINS, 3)` after the last finished task, or None if nothing was measured."""
+def _calibration(run: Run, column: str, matrix: Tensor | None) -> Tensor | None:
+    """Return the bins of confidence `(NUM_BINS, 3)` after the last finished task.
+
+    It is None unless all learned tasks that have test images were measured then, as the accuracy matrix tells.
+    """
+    if matrix is None:
+        return None
+    is_tested = torch.tensor(run.data.test_images[: len(matrix)]) > 0
+    if not bool(matrix[-1][is_tested].isfinite().all()):
+        return None
     with reading(run.log_file.path):
         found = [event["calibration"] for event in run.events("task") if "calibration" in event]
         if not found or column not in found[-1]:

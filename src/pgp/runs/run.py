@@ -362,7 +362,7 @@ class Run:
         return storage.advised(f"Then resume with pgp train --resume {self.folder}", what)
 
     def matrices(self) -> dict[str, Tensor]:
-        """Return the accuracy matrices `(T, T)` by column, as of the latest finished task."""
+        """Return the accuracy matrices `(t, t)` of the t finished tasks, by column."""
         name, path = self._finished(), self.folder / TABLE
         if name is None:
             raise RunError(f"{self.folder} has no {TABLE} yet: no task of this run is finished")
@@ -370,10 +370,9 @@ class Run:
             text = storage.read(path)
             is_current = storage.digest(text) == self.checkpoints.record(name).accuracy
             if is_current and (measured := metrics.from_csv(text.decode(), len(self.data.tasks))):
-                return measured
+                return metrics.trim(measured, name.task)
         # a crash came before the table, or nothing was measured, so that it has no rows
-        matrices: dict[str, Tensor] = self.checkpoints.load(name, {"matrices"})["matrices"]
-        return matrices
+        return metrics.trim(self.checkpoints.load(name, {"matrices"})["matrices"], name.task)
 
     def predictions(self) -> Predictions | None:
         """Return what was predicted for each test image after the latest finished task; None if it was not recorded.

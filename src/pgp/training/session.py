@@ -289,16 +289,16 @@ class Session:
             readouts: Seconds and bytes of each readout that was fitted.
             drift: What the drift meter found, if there is one.
         """
-        averages = {column: metrics.average_accuracy(matrix) for column, matrix in state.matrices.items()}
+        accuracy, within = (metrics.trim(own, task.index + 1) for own in (state.matrices, state.within_task))
         record: dict[str, Any] = {
             "task": task.index,
             "seconds": self._seconds,
             "memory": self._peak_memory(),
             "ranks": ranks,
             "readouts": readouts,
-            "average_accuracy": averages,
-            "forgetting": {column: metrics.forgetting(matrix) for column, matrix in state.matrices.items()},
-            "forgetting_within": {column: metrics.forgetting(matrix) for column, matrix in state.within_task.items()},
+            "average_accuracy": {column: metrics.average_accuracy(matrix) for column, matrix in accuracy.items()},
+            "forgetting": {column: metrics.forgetting(matrix) for column, matrix in accuracy.items()},
+            "forgetting_within": {column: metrics.forgetting(matrix) for column, matrix in within.items()},
             "within": {column: values.tolist() for column, values in row.within_task.items()},
             "calibration": {column: calibration_to_json(bins) for column, bins in row.calibration.items()},
             "identified": {column: values.tolist() for column, values in row.task_id_accuracy.items()},
@@ -319,22 +319,23 @@ class Session:
     def print_accuracy(self, state: TrainState, task: Task) -> None:
         """Print the average accuracy after `task`, or that of `task` alone if not all tasks are evaluated."""
         t, evaluated = task.index, self.config.evaluated_tasks(task.index, len(self.scenario))
-        what, accuracies = "average accuracy", {name: metrics.average_accuracy(m) for name, m in state.matrices.items()}
+        learned = metrics.trim(state.matrices, t + 1)
+        what, accuracies = "average accuracy", {name: metrics.average_accuracy(m) for name, m in learned.items()}
         if len(evaluated) <= t:
             what, accuracies = "accuracy on this task", {name: float(m[t, t]) for name, m in state.matrices.items()}
         text = what + " " + ", ".join(f"{_percent(accuracy)} ({name})" for name, accuracy in accuracies.items())
         if not evaluated:
             text = "learned"
-        elif (error := self.sampling_error(state)) is not None and math.isfinite(error):
+        elif (error := self.sampling_error(state, t + 1)) is not None and math.isfinite(error):
             text += f", ± {100 * error:.1f} from the sample of test images"
         if state.online:
             text += f"; along the stream {100 * state.online.accuracy(task):.1f} %"
         print_line(self.progress, f"{self.scenario.describe(task)}: {text}")
 
-    def sampling_error(self, state: TrainState) -> float | None:
+    def sampling_error(self, state: TrainState, learned: int) -> float | None:
         """Return the standard error of the first readout's average accuracy; see `metrics.sampling_error`."""
         counts = [len(task.test) for task in self.scenario.tasks]
-        first = next(iter(state.matrices.values()), None)
+        first = next(iter(metrics.trim(state.matrices, learned).values()), None)
         return None if first is None else metrics.sampling_error(first, counts, self.config.test_images)
 
     def write_accuracy(self, state: TrainState) -> None:
