@@ -29,6 +29,7 @@ from pgp.reports import comparison
 from pgp.runs.run import Run
 from pgp.sweeps import pool, sweep
 from pgp.system.storage import RunError
+from photos import tree
 
 ENERGIES = ["--over", "projection.energy=.5,0.90"]
 
@@ -256,6 +257,17 @@ def test_one_failing_run_stops_no_other(monkeypatch, capsys):
     table = Path("sweeps/demo/sweep.md").read_text()
     assert "| energy 0.5 | head | 2 |" in table
     assert "| energy 0.9 | head | 3 |" in table
+
+
+@pytest.mark.filterwarnings("ignore:no test images of")
+def test_runs_without_test_images_are_finished_and_in_the_table(capsys):
+    tree(Path("photos"), "")
+    words = ["--data", "photos", "--tasks", "1", "--dataset.test-share", "0", "--over", "optimizer.lr=.1,.2"]
+    for told in ("average accuracy not measured", "2 of 2 runs are finished already"):
+        folder = swept(*words, "--no-baselines", "--seeds", "1")
+        said = capsys.readouterr()
+        assert told in said.out + said.err
+    assert (folder / "sweep.md").read_text().count("not measured") >= 2
 
 
 def test_no_run_is_run_twice(tmp_path):

@@ -196,7 +196,8 @@ def follow_results(outcomes: sweep.Results, total: int) -> list[str]:
                 failures.append(f"{job.name}, seed {job.seed}: {done}")
                 result = "failed"
             else:
-                result = f"{done.status} in {done.seconds:.0f} s, average accuracy {100 * done.accuracy:.1f} %"
+                accuracy = tables.NOT_MEASURED if math.isnan(done.accuracy) else f"{100 * done.accuracy:.1f} %"
+                result = f"{done.status} in {done.seconds:.0f} s, average accuracy {accuracy}"
             print_line(bars, f"{job.name}, seed {job.seed}: {result}")
             bars.advance(bar)
     return failures

@@ -112,9 +112,9 @@ class Service:
         Raises:
             BadImageError: If it cannot be read, or would take too much memory or time.
         """
-        if content.count(START_OF_SCAN) > MOST_SCANS and content.startswith(JPEG):
-            raise BadImageError(f"cannot read the image {name}: expected at most {MOST_SCANS} scans, got"
-                                f" {content.count(START_OF_SCAN):,}")  # fmt: skip
+        scans = content.count(START_OF_SCAN) if content.startswith(JPEG) else 0
+        if scans > MOST_SCANS:
+            raise BadImageError(f"cannot read the image {name}: expected at most {MOST_SCANS} scans, got {scans:,}")
         pixels = num_pixels(content)
         if pixels is not None and pixels > self.limits.pixels:
             raise BadImageError(f"cannot read the image {name}: expected at most {self.limits.pixels:,} pixels, got"
