@@ -91,7 +91,7 @@ class LoRA(AdaptedEncoder):
         for place, part in self.by_place():
             assert isinstance(part, LowRankUpdate)
             weight, _ = self.backbone.linear_map(place)
-            part.merged = (part.weight + part.total).to(weight)
+            part.merged = (part.weight.to(part.total) + part.total).to(weight)
 
 
 class LowRankUpdate(Part):
@@ -99,10 +99,8 @@ class LowRankUpdate(Part):
 
     total: Tensor
     """The sum of the updates of earlier tasks, `(out, in)`."""
-    weight: Tensor
-    """The weight of the encoder, `(out, in)`, in float32."""
     merged: Tensor
-    """The sum of both, in the precision of the encoder."""
+    """The weight of the encoder plus `total`, in the precision of the encoder, `(out, in)`."""
     bias: Tensor | None
     """The encoder's bias, `(out,)`."""
 
@@ -110,7 +108,7 @@ class LowRankUpdate(Part):
         super().__init__(weight.shape[1], weight.shape[0], rank)
         self.scale = scale
         self.register_buffer("total", torch.zeros(weight.shape))
-        self.register_buffer("weight", weight.detach(), persistent=False)
+        self.weight = weight.detach()  # in float32 on the CPU; no buffer, because it is only needed to merge
         self.register_buffer("merged", weight.detach().clone(), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
 
