@@ -141,7 +141,7 @@ class ContinualImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[
                              " all images")  # fmt: skip
         with _untested():
             run = resume(self.run_.folder, add=data, drop=True)  # an interrupted call may have left a checkpoint
-        return self._fitted(run, names | self._names)
+        return self._fitted(run, self._names | names)
 
     def predict(self, X: Any) -> NDArray[Any]:
         """Return the most probable class of each image, `(n,)`."""

@@ -67,10 +67,12 @@ def sampling_error(matrix: Tensor, test_images: Sequence[int], sample: int | Non
     if sample is None or sample > max(test_images):
         return None
     t = _num_tasks(matrix)
-    accuracies, counts = matrix[-1] if t else matrix.flatten(), torch.tensor(test_images[:t])
+    if not t:
+        return math.nan
+    accuracies, counts = matrix[-1], torch.tensor(test_images[:t])
     smoothed = (counts * accuracies + 1) / (counts + 2)
     variances = torch.where(counts < sample, 0.0, smoothed * (1 - smoothed) / counts)
-    return float(variances.sum().sqrt() / t) if t else math.nan
+    return float(variances.sum().sqrt() / t)
 
 
 def backward_transfer(matrix: Tensor) -> float:

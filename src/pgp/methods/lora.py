@@ -108,7 +108,7 @@ class LowRankUpdate(Part):
         super().__init__(weight.shape[1], weight.shape[0], rank)
         self.scale = scale
         self.register_buffer("total", torch.zeros(weight.shape))
-        self.weight = weight.detach()  # in float32 on the CPU; no buffer, because it is only needed to merge
+        self.weight = weight.detach()  # before it is rounded; no buffer, because only merging needs it
         self.register_buffer("merged", weight.detach().clone(), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().clone(), persistent=False)
 

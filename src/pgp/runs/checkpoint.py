@@ -227,7 +227,7 @@ class Checkpoints:
         if last is None or last.step is None:
             return
         if last.finished:
-            self.load(last.finished)
+            self.load(last.finished)  # raises if it is damaged
             self._point(last.finished)
         else:
             try:
@@ -242,7 +242,7 @@ class Checkpoints:
         Raises:
             RunError: If that checkpoint is damaged, or the system refuses; nothing has changed then.
         """
-        self.load(name)
+        self.load(name)  # raises if it is damaged
         self._point(name)
         for newer in self.names():
             if newer.task > name.task:

@@ -252,7 +252,8 @@ class Run:
         kept = self.taught_folders(self.checkpoints.latest()) | self.taught_folders()
         folder = self.folder / TAUGHT
         for path in folder.iterdir() if folder.is_dir() and not folder.is_symlink() else ():
-            if path.name not in kept if path.name.isdecimal() else platforms.is_abandoned(path):
+            is_left = path.name not in kept if path.name.isdecimal() else platforms.is_abandoned(path)
+            if is_left:
                 storage.remove_folder(path)
 
     def taught_folders(self, name: CheckpointName | None = None) -> set[str]:
