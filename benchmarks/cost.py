@@ -5,13 +5,14 @@
     python benchmarks/cost.py --memory train l2p       # the peak of one operation, of this process
     python benchmarks/cost.py --tiny                   # test in seconds; the results mean nothing
 
-Images are noise of 224 px, batches have 16. "Plain L2P" is how such methods are usually written: two copies of the timm
-model (one for queries, one with prompts), every block computed for every token, the query computed whenever it is
-needed, and the batch in one piece. Prompts, batch and arithmetic are the same.
+Images are noise of 224 px, batches have 16, and a task has 600 images, as one of ten of CUB-200. "Plain" L2P and
+DualPrompt are how such methods are usually written: two copies of the timm model (one for queries, one with prompts),
+every block computed for every token, the query computed whenever it is needed, and the batch in one piece. Prompts,
+batch and arithmetic are the same.
 
-The compared operations take turns in one process, after a warm-up. A time is the median over rounds, and a ratio the
-median of the rounds' ratios, since the speed of shared machines drifts. Peak memory is the resident set of a process
-that does nothing else (Linux only).
+The compared operations take turns in one process, short ones after a warm-up. A time is the median over rounds, and a
+ratio the median of the rounds' ratios, since the speed of shared machines drifts. Peak memory is the resident set of a
+process that does nothing else (Linux only).
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ from pgp.training.state import TrainState
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results" / "cost.jsonl"
 Precision = Literal["32-true", "bf16-mixed"]
-VERSION = 3
+VERSION = 4
 """Of this script, in every line of the results; older lines are marked on the page."""
 CLASSES = 100
 CLEAN = ", clean"
@@ -78,17 +79,23 @@ class Scale(NamedTuple):
     """Pixels a side."""
     batch: int
     observed: int
-    """Images of a task, for what follows it. The fewer they are, the more the fits to them count."""
+    """Images of a task, for what follows it. The fewer they are, the more the fits count, which do not grow."""
 
 
-FULL = Scale(ViT.Config("vit_base_patch16_224.orig_in21k", "random"), 224, 16, 192)
+FULL = Scale(ViT.Config("vit_base_patch16_224.orig_in21k", "random"), 224, 16, 600)
 TINY = Scale(rehearsal.ENCODER, rehearsal.SIZE, 4, 8)
 ENCODERS = {name: f"vit_{name}_patch16_224" for name in ("small", "base", "large")}
 """Encoders whose peaks of memory are measured."""
 
 
-class Baseline(nn.Module):
-    """L2P as it is usually written, on two timm models."""
+class Plain(nn.Module):
+    """A method as it is usually written, on two timm models: 10 prompts with keys, and a head."""
+
+    prompts: nn.Parameter
+    selected: int
+    """Number of prompts that an image selects."""
+    pull: float
+    """Weight of the similarity of queries and keys in the loss."""
 
     def __init__(self, scale: Scale) -> None:
         """Make both models, with random weights."""
@@ -96,28 +103,89 @@ class Baseline(nn.Module):
         name, arguments = scale.encoder.model, {"img_size": scale.size, "num_classes": 0, **scale.encoder.arguments}
         self.original = timm.create_model(name, **arguments).eval().requires_grad_(False)
         self.prompted = timm.create_model(name, **arguments).eval().requires_grad_(False)
-        width = self.prompted.embed_dim
-        self.prompts = nn.Parameter(torch.rand(10, 5, width) * 2 - 1)
-        self.key = nn.Parameter(torch.rand(10, width) * 2 - 1)
-        self.head = nn.Linear(width, CLASSES)
+        self.width = self.prompted.embed_dim
+        self.key = nn.Parameter(torch.rand(10, self.width) * 2 - 1)
+        self.head = nn.Linear(self.width, CLASSES)
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean output of the prompts `(B, D)`, and how well their keys match."""
+    def selection(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the prompts that each image selects `(B, k)`, and how well their keys match."""
         with torch.no_grad():
             query = self.original.forward_features(images)[:, 0]
         similarity = F.normalize(query, dim=-1) @ F.normalize(self.key, dim=-1).T
-        best = similarity.topk(5, dim=-1)
-        prompts = self.prompts[best.indices].flatten(1, 2)
+        best = similarity.topk(self.selected, dim=-1)
+        return best.indices, best.values.sum(1).mean()
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what the head reads `(B, D)`, and how well the keys of the selected prompts match."""
+        raise NotImplementedError
+
+    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss over the classes of the task."""
+        features, match = self.features(images)
+        return F.cross_entropy(mask_logits(self.head(features), TASK.classes), labels) - self.pull * match
+
+
+class PlainL2P(Plain):
+    """L2P: five prompts of an image are tokens of all blocks, and the head reads their mean."""
+
+    selected = 5
+    pull = 0.1
+
+    def __init__(self, scale: Scale) -> None:
+        """Make the prompts, too."""
+        super().__init__(scale)
+        self.prompts = nn.Parameter(torch.rand(10, 5, self.width) * 2 - 1)
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Plain.features`."""
+        indices, match = self.selection(images)
+        prompts = self.prompts[indices].flatten(1, 2)
         model = self.prompted
         tokens = model._pos_embed(model.patch_embed(images))
         tokens = torch.cat([tokens[:, :1], prompts + model.pos_embed[:, :1], tokens[:, 1:]], dim=1)
         tokens = model.norm(model.blocks(tokens))
-        return tokens[:, 1 : 1 + prompts.shape[1]].mean(1), best.values.sum(1).mean()
+        return tokens[:, 1 : 1 + prompts.shape[1]].mean(1), match
 
-    def loss(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return the loss over the classes of the task."""
-        features, pull = self.features(images)
-        return F.cross_entropy(mask_logits(self.head(features), TASK.classes), labels) - 0.1 * pull
+
+class PlainDualPrompt(Plain):
+    """DualPrompt: attention prefixes in blocks 0 to 4, in the last three those of an expert; the head reads CLS."""
+
+    selected = 1
+    pull = 1.0
+
+    def __init__(self, scale: Scale) -> None:
+        """Make the prefixes, too."""
+        super().__init__(scale)
+        self.general = nn.Parameter(torch.rand(2, 2, 5, self.width) * 2 - 1)  # by block: keys and values of 5 tokens
+        self.prompts = nn.Parameter(torch.rand(3, 10, 2, 5, self.width) * 2 - 1)  # by block and expert
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Plain.features`."""
+        indices, match = self.selection(images)
+        prefixes = [general.expand(len(images), -1, -1, -1) for general in self.general]
+        prefixes += [experts[indices[:, 0]] for experts in self.prompts]
+        model = self.prompted
+        tokens = model._pos_embed(model.patch_embed(images))
+        for block, prefix in zip(model.blocks, prefixes, strict=False):
+            tokens = prefixed(block, tokens, prefix)
+        tokens = model.blocks[len(prefixes) :](tokens)
+        return model.norm(tokens)[:, 0], match
+
+
+def prefixed(block: Any, tokens: Tensor, prefix: Tensor) -> Tensor:
+    """Return the output of a block of timm whose attention also has the keys and values of a prefix `(B, 2, L, D)`."""
+    attention = block.attn
+    heads = attention.num_heads
+    query, key, value = attention.qkv(block.norm1(tokens)).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    more_keys, more_values = prefix.unflatten(-1, (heads, -1)).permute(1, 0, 3, 2, 4)  # each (B, H, L, d)
+    key, value = torch.cat([more_keys, key], dim=2), torch.cat([more_values, value], dim=2)
+    attended = F.scaled_dot_product_attention(query, key, value)
+    tokens = tokens + attention.proj(attended.transpose(1, 2).flatten(2))
+    output: Tensor = tokens + block.mlp(block.norm2(tokens))
+    return output
+
+
+PLAINS: dict[str, type[Plain]] = {"plain l2p": PlainL2P, "plain dualprompt": PlainDualPrompt}
 
 
 def images(scale: Scale) -> Tensor:
@@ -128,9 +196,9 @@ def images(scale: Scale) -> Tensor:
 def train(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], Any]:
     """Return one training step."""
     batch, labels = images(scale), torch.arange(scale.batch) % 10
-    if kind == "baseline":
-        model = Baseline(scale)
-        learned = [model.prompts, model.key, *model.head.parameters()]
+    if kind in PLAINS:
+        model = PLAINS[kind](scale)
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(learned, lr=0.001875)
 
         def plain() -> None:
@@ -179,13 +247,13 @@ def attach(state: TrainState, optimizer: torch.optim.Optimizer) -> None:
 
 
 def evaluation(kind: str, precision: Precision, scale: Scale = FULL) -> Callable[[], Any]:
-    """Return one test batch of a task that was evaluated before: ours knows the query, the baseline recomputes it."""
+    """Return one test batch of a task that was evaluated before: ours knows the query, a plain method recomputes it."""
     batch = images(scale)
-    if kind == "baseline":
-        baseline = Baseline(scale)
+    if kind in PLAINS:
+        plain = PLAINS[kind](scale)
 
         def run() -> None:
-            baseline.head(baseline.features(batch)[0])
+            plain.head(plain.features(batch)[0])
     else:
         model = untrained(kind, precision, scale)[1].method
         with torch.no_grad(), autocast(precision):
@@ -248,29 +316,32 @@ OPERATIONS: dict[str, Callable[[str, Precision, Scale], Callable[[], Any]]] = {
     "boundary": boundary,
     "quick": quick,
 }
+AFTER_TASK = ("boundary", "quick")
+"""Operations on all images of a task, which take so long that they need no warm-up."""
 MEASURED = {
-    "L2P train step": ("train", "l2p", "baseline"),
-    "L2P evaluation": ("evaluation", "l2p", "baseline"),
+    "L2P train step": ("train", "l2p", "plain l2p"),
+    "L2P train step, clean queries": ("train", "l2p, clean", "plain l2p"),
+    "DualPrompt train step": ("train", "dualprompt", "plain dualprompt"),
+    "DualPrompt train step, clean queries": ("train", "dualprompt, clean", "plain dualprompt"),
+    "LoRA train step": ("train", "lora", "vpt"),
+    "L2P evaluation": ("evaluation", "l2p", "plain l2p"),
+    "DualPrompt evaluation": ("evaluation", "dualprompt", "plain dualprompt"),
     "L2P boundary": ("boundary", "l2p", "l2p, one pass"),
+    "DualPrompt boundary": ("boundary", "dualprompt", "dualprompt, one pass"),
     "VPT boundary, with LDA": ("boundary", "vpt, lda", "vpt, one pass"),
     "LoRA boundary, with LDA": ("boundary", "lora, lda", "lora, one pass"),
-    "DualPrompt train step": ("train", "dualprompt", None),
-    "DualPrompt boundary": ("boundary", "dualprompt", None),
-    "LoRA train step": ("train", "lora", "vpt"),
-    "L2P train step, clean queries": ("train", "l2p, clean", "baseline"),
-    "DualPrompt train step, clean queries": ("train", "dualprompt, clean", "dualprompt"),
 }
-"""By name: operation, method, and what it is compared with; if nothing, only memory is measured."""
+"""By name: operation, method, and what it is compared with."""
 PEAKS = {"train": "l2p", "evaluation": "l2p", "boundary": "l2p", "quick": "quick"}
 """Operations and methods whose peaks of memory are measured for all `ENCODERS`."""
 OTHERS = {
-    "baseline": "plain L2P",
+    "plain l2p": "plain L2P",
+    "plain dualprompt": "plain DualPrompt",
     "l2p, one pass": "a query pass over the same images",
+    "dualprompt, one pass": "a query pass over the same images",
     "vpt, one pass": "a forward pass over the same images",
     "lora, one pass": "a forward pass over the same images",
     "vpt": "a step of VPT",
-    "dualprompt": "the step with queries of the augmented views",
-    None: "",
 }
 
 
@@ -279,16 +350,15 @@ def autocast(precision: Precision) -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
-def seconds(operations: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Return the seconds of each operation in each round, in which they take turns."""
+def seconds(operations: dict[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Return the seconds of each operation in each round, in which they take turns, after rounds that do not count."""
     taken: dict[str, list[float]] = {name: [] for name in operations}
-    for number in range(rounds + 1):
+    for _ in range(warm_up + rounds):
         for name, run in operations.items():
             started = time.perf_counter()
             run()
-            if number:  # the first round warms up
-                taken[name].append(time.perf_counter() - started)
-    return taken
+            taken[name].append(time.perf_counter() - started)
+    return {name: of_rounds[warm_up:] for name, of_rounds in taken.items()}
 
 
 def peak(operation: str, kind: str, precision: Precision, threads: int, encoder: str = "base") -> float:
@@ -299,9 +369,9 @@ def peak(operation: str, kind: str, precision: Precision, threads: int, encoder:
 
 
 def peak_of(operation: str, kind: str, precision: Precision, scale: Scale) -> float:
-    """Run an operation twice, or once after a task, and return the peak resident memory of this process in GB."""
-    after_task = operation in ("boundary", "quick")
-    seconds({kind: OPERATIONS[operation](kind, precision, scale)}, 0 if after_task else 1)
+    """Run an operation twice, or once after a task of 12 batches, and return the peak memory of this process in GB."""
+    scale = scale._replace(observed=12 * scale.batch)
+    seconds({kind: OPERATIONS[operation](kind, precision, scale)}, 1 if operation in AFTER_TASK else 2, warm_up=0)
     return peak_of_this_process()
 
 
@@ -322,21 +392,18 @@ def compare(what: str, precision: Precision, threads: int, rounds: int, scale: S
     operation, kind, other = MEASURED[what]
     build = OPERATIONS[operation]
     line: dict[str, Any] = {"what": what, "against": OTHERS[other], "precision": precision, "version": VERSION}
-    if other:
-        operations = {"ours": build(kind, precision, scale), "other": build(other, precision, scale)}
-        if precision != "32-true":
-            operations["float32"] = build(other, "32-true", scale)
-        taken = seconds(operations, rounds)
-        for name in list(operations)[1:]:
-            ratios = [mine / its for mine, its in zip(taken["ours"], taken[name], strict=True)]
-            rounded = [round(ratio, 3) for ratio in ratios]
-            line |= {f"ratio_to_{name}": statistics.median(ratios), f"ratios_to_{name}": rounded}
-        line |= {f"{name}_seconds": statistics.median(taken[name]) for name in operations}
+    operations = {"ours": build(kind, precision, scale), "other": build(other, precision, scale)}
+    if precision != "32-true":
+        operations["float32"] = build(other, "32-true", scale)
+    taken = seconds(operations, rounds, warm_up=0 if operation in AFTER_TASK else 1)
+    for name in list(operations)[1:]:
+        ratios = [mine / its for mine, its in zip(taken["ours"], taken[name], strict=True)]
+        rounded = [round(ratio, 3) for ratio in ratios]
+        line |= {f"ratio_to_{name}": statistics.median(ratios), f"ratios_to_{name}": rounded}
+    line |= {f"{name}_seconds": statistics.median(taken[name]) for name in operations}
     if scale is FULL:
-        line |= {"ours_peak_gb": peak(operation, kind, precision, threads)}
-        line |= {"other_peak_gb": peak(operation, other, precision, threads)} if other else {}
-    elif not other:
-        seconds({"ours": build(kind, precision, scale)}, rounds)
+        line["ours_peak_gb"] = peak(operation, kind, precision, threads)
+        line["other_peak_gb"] = peak(operation, other, precision, threads)
     if what == "L2P train step":
         line["hook_seconds"] = hook_seconds(kind, scale)
         line["drift_seconds"] = drift_seconds(kind, precision, scale)
@@ -418,12 +485,9 @@ def table(results: Path = RESULTS) -> str:
         rows = [[name, *(f"{peak:.2f}" for peak in own.values())] for name, own in peaks.items()]
         out += ["", "Peak memory in GB, float32:", "", markdown_table(["ViT", *PEAKS], rows), ""]
     if any(line.get("version") != VERSION for line in latest.values()):
-        out.append("*: measured by an earlier version of this script, in which a step had no drift meter.")
-    about = lines[-1]
-    commits = sorted({line["commit"] for line in latest.values()})
-    out.append(
-        f"{about['processor']}, {about['threads']} threads, torch {about['torch']}; commits {', '.join(commits)}."
-    )
+        out += ["*: measured by an earlier version of this script, with a task of 192 images.", ""]
+    out += sorted({f"{precision}: {line['processor']}, {line['threads']} threads, torch {line['torch']}; commit"
+                   f" {line['commit']}." for (_, precision), line in latest.items()})  # fmt: skip
     if not any(precision == "bf16-mixed" for _, precision in latest):
         out.append("bf16-mixed was not measured: it needs a processor with bf16 arithmetic.")
     return "\n".join(out) + "\n"
