@@ -5,7 +5,7 @@
     python benchmarks/cost.py --memory train l2p       # the peak of one operation, of this process
     python benchmarks/cost.py --tiny                   # test in seconds; the results mean nothing
 
-Images are noise of 224 px, batches have 16, and a task has 600 images, as one of ten of CUB-200. "Plain" L2P and
+Images are noise of 224 px, batches have 16, and a task has 300 images, as one of twenty of CUB-200. "Plain" L2P and
 DualPrompt are how such methods are usually written: two copies of the timm model (one for queries, one with prompts),
 every block computed for every token, the query computed whenever it is needed, and the batch in one piece. Prompts,
 batch and arithmetic are the same.
@@ -82,7 +82,7 @@ class Scale(NamedTuple):
     """Images of a task, for what follows it. The fewer they are, the more the fits count, which do not grow."""
 
 
-FULL = Scale(ViT.Config("vit_base_patch16_224.orig_in21k", "random"), 224, 16, 600)
+FULL = Scale(ViT.Config("vit_base_patch16_224.orig_in21k", "random"), 224, 16, 300)
 TINY = Scale(rehearsal.ENCODER, rehearsal.SIZE, 4, 8)
 ENCODERS = {name: f"vit_{name}_patch16_224" for name in ("small", "base", "large")}
 """Encoders whose peaks of memory are measured."""
