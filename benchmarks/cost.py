@@ -447,10 +447,11 @@ def has_bf16() -> bool:
 
 
 def table(results: Path = RESULTS) -> str:
-    """Return the latest line of each kind."""
+    """Return the latest line of each kind, by processor; those of this version of the script come first."""
     lines = list(records.read(results))
-    latest = {(line["what"], line["precision"]): line for line in lines if "what" in line}
-    head = ["what", "against", "precision", "ours, s", "other, s", "ratio (rounds)", "to the other in float32",
+    latest = {(line["processor"], line["precision"], line["what"]): line for line in lines if "what" in line}
+    latest = dict(sorted(latest.items(), key=lambda item: item[1]["version"] != VERSION))
+    head = ["processor", "what", "against", "precision", "ours, s", "other, s", "ratio (rounds)", "to the other in float32",
             "ours, GB", "other, GB"]  # fmt: skip
 
     def shown(line: dict[str, Any], name: str, digits: int) -> str:
@@ -461,6 +462,7 @@ def table(results: Path = RESULTS) -> str:
 
     cells = [
         [
+            processor,
             what if line.get("version") == VERSION else f"{what} *",
             line["against"],
             precision,
@@ -471,7 +473,7 @@ def table(results: Path = RESULTS) -> str:
             shown(line, "ours_peak_gb", 2),
             shown(line, "other_peak_gb", 2),
         ]
-        for (what, precision), line in latest.items()
+        for (processor, precision, what), line in latest.items()
     ]
     out = [markdown_table(head, cells), ""]
     for line in latest.values():
@@ -479,16 +481,16 @@ def table(results: Path = RESULTS) -> str:
             added, step = line["hook_seconds"], line["ours_seconds"]
             out.append(f"Projection and drift meter add {1000 * added:.1f} ms to a step of {step:.2f} s,"
                        f" {100 * added / step:.2f} %; after a task, the drift meter takes {line['drift_seconds']:.1f} s"
-                       f" ({line['precision']}).")  # fmt: skip
+                       f" ({line['precision']}, {line['processor']}).")  # fmt: skip
     peaks = {line["encoder"]: line["peaks"] for line in lines if "encoder" in line}
     if peaks:
         rows = [[name, *(f"{peak:.2f}" for peak in own.values())] for name, own in peaks.items()]
         out += ["", "Peak memory in GB, float32:", "", markdown_table(["ViT", *PEAKS], rows), ""]
     if any(line.get("version") != VERSION for line in latest.values()):
         out += ["*: measured by an earlier version of this script, with a task of 192 images.", ""]
-    out += sorted({f"{precision}: {line['processor']}, {line['threads']} threads, torch {line['torch']}; commit"
-                   f" {line['commit']}." for (_, precision), line in latest.items()})  # fmt: skip
-    if not any(precision == "bf16-mixed" for _, precision in latest):
+    out += sorted({f"{processor}, {precision}: {line['threads']} threads, torch {line['torch']}; commit"
+                   f" {line['commit']}." for (processor, precision, _), line in latest.items()})  # fmt: skip
+    if not any(precision == "bf16-mixed" for _, precision, _ in latest):
         out.append("bf16-mixed was not measured: it needs a processor with bf16 arithmetic.")
     return "\n".join(out) + "\n"
 

@@ -120,7 +120,8 @@ def test_old_figures_are_marked(tmp_path):
         if line.get("what") == "L2P train step":
             records.append(tmp_path / "cost.jsonl", {**line, "version": 2})
     assert "L2P train step *" in cost.table(tmp_path / "cost.jsonl")
-    assert not any(" * |" in row for row in cost.table().splitlines() if "32-true" in row)
+    current = {row.split(" | ")[1] for row in cost.table().splitlines() if "| 32-true |" in row and " * |" not in row}
+    assert current == cost.MEASURED.keys()
     for line in records.read(loading.RESULTS):
         records.append(tmp_path / "loading.jsonl", {**line, "version": 2})
     assert loading.STALE in loading.table(tmp_path / "loading.jsonl")
