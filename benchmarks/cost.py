@@ -451,8 +451,8 @@ def table(results: Path = RESULTS) -> str:
     lines = list(records.read(results))
     latest = {(line["processor"], line["precision"], line["what"]): line for line in lines if "what" in line}
     latest = dict(sorted(latest.items(), key=lambda item: item[1]["version"] != VERSION))
-    head = ["processor", "what", "against", "precision", "ours, s", "other, s", "ratio (rounds)", "to the other in float32",
-            "ours, GB", "other, GB"]  # fmt: skip
+    head = ["processor", "what", "against", "precision", "ours, s", "other, s", "ratio (rounds)",
+            "to the other in float32", "ours, GB", "other, GB"]  # fmt: skip
 
     def shown(line: dict[str, Any], name: str, digits: int) -> str:
         return f"{line[name]:.{digits}f}" if name in line else ""
