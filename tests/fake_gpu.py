@@ -9,6 +9,8 @@ float64. It does not test numbers, speed and kernels of a real GPU.
 from __future__ import annotations
 
 import contextlib
+import io
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +22,8 @@ from lightning_fabric.strategies import SingleDeviceStrategy
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode, resolve_name
+
+from pgp import distributed
 
 MAY_MIX = {"copy_", "to", "data.__set__", "_has_compatible_shallow_copy_type"}
 """Functions of which tensors of the CPU and the device may both be arguments."""
@@ -140,12 +144,44 @@ def _name(function: Any) -> str:
     return f"{getattr(owner, '__name__', '')}.__set__" if name == "__set__" else name
 
 
+class _CPUPickler(pickle.Pickler):
+    """Raises an error if an object contains a tensor of the device."""
+
+    def __init__(self, gpu: FakeGPU) -> None:
+        super().__init__(io.BytesIO())
+        self.gpu = gpu
+
+    def reducer_override(self, value: Any) -> Any:
+        if isinstance(value, Tensor) and self.gpu.holds(value):
+            raise RuntimeError("expected objects to gather whose tensors are on the CPU, got one of the GPU")
+        return NotImplemented
+
+
 @contextlib.contextmanager
 def fake_gpu(kind: str) -> Iterator[FakeGPU]:
-    """Let Fabric compute on a stand-in for a GPU."""
+    """Let Fabric compute on a stand-in for a GPU.
+
+    On CUDA, the process is the only one of a distributed run. As with NCCL, sums are of tensors on the device. Gathered
+    objects have tensors on the CPU only: others would come to the devices of other processes.
+    """
     gpu = FakeGPU(kind)
+
+    def all_reduce(tensor: Tensor, *arguments: Any) -> None:
+        if not gpu.holds(tensor):
+            raise RuntimeError("expected a tensor of the GPU to add up, got one of the CPU")
+
+    def all_gather_object(values: list[Any], value: Any) -> None:
+        _CPUPickler(gpu).dump(value)
+        values[:] = [value]
+
     with pytest.MonkeyPatch.context() as patch, gpu:
         patch.setattr(Fabric, "device", property(lambda _: gpu.device))
         patch.setattr(SingleDeviceStrategy, "root_device", property(lambda _: gpu.device))
         patch.setattr(CPUAccelerator, "setup_device", lambda _, device: None)
+        if kind == "cuda":
+            patch.setattr(distributed, "is_distributed", lambda: True)
+            patch.setattr(torch.distributed, "get_world_size", lambda: 1)
+            patch.setattr(torch.distributed, "get_rank", lambda: 0)
+            patch.setattr(torch.distributed, "all_reduce", all_reduce)
+            patch.setattr(torch.distributed, "all_gather_object", all_gather_object)
         yield gpu

@@ -13,7 +13,7 @@ from PIL import Image
 import tiny
 from conftest import golden_clip
 from fake_gpu import fake_gpu
-from pgp import train
+from pgp import distributed, train
 from pgp.analysis.audit import audit_run, oracle
 from pgp.analysis.checkpoints import evaluate_checkpoints
 from pgp.backbones.clip import CLIP
@@ -171,4 +171,11 @@ def test_functions_refuse_tensors_of_the_cpu(kind):
         if kind == "mps":
             with pytest.raises(TypeError, match="float64"):
                 rows.double()
+        else:
+            assert distributed.all_reduce_sum_(rows) is rows
+            with pytest.raises(RuntimeError, match="expected a tensor of the GPU to add up"):
+                distributed.all_reduce_sum_(torch.ones(1))
+            assert distributed.all_gather_object([rows.cpu()])[0][0].shape == rows.shape
+            with pytest.raises(RuntimeError, match="whose tensors are on the CPU"):
+                distributed.all_gather_object([{"rows": rows}])
     assert rows.device == torch.device("cpu")
