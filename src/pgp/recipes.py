@@ -125,11 +125,10 @@ CHOICES: dict[str, dict[str, Any]] = {
 """Named choices for each component field of `Config`."""
 
 
-PROJECTED_UPDATES: dict[str, Any] = {
-    "projection": Orthogonal.Config("input", energy=0.99, apply_to="update"),
-    "optimizer": Optimizer(lr=0.3, prompt_lr_scale=0.1),
-}
-"""Projection and rates of our own recipes, as docs/results.md chose them."""
+def projected_updates(energy: float) -> dict[str, Any]:
+    """Return projection and rates of our own recipes, as docs/results.md chose them."""
+    projection = Orthogonal.Config("input", energy=energy, apply_to="update")
+    return {"projection": projection, "optimizer": Optimizer(lr=0.3, prompt_lr_scale=0.1)}
 
 
 def published_basis(method: Method.Config) -> ReleasedBasis.Config:
@@ -249,7 +248,7 @@ def with_deep_prompts(recipe: Config) -> Config:
     return replace(
         recipe,
         method=VPT.Config(),
-        **PROJECTED_UPDATES,
+        **projected_updates(energy=0.99),
         readouts=(READOUTS["lda+query+linear"], MethodHead.Config()),
     )
 
@@ -298,7 +297,7 @@ def with_lora(recipe: Config) -> Config:
     return replace(
         recipe,
         method=LoRA.Config(),
-        **PROJECTED_UPDATES,
+        **projected_updates(energy=0.97),
         readouts=(READOUTS["lda+query+patches+normalize"], MethodHead.Config()),
         views=2,
     )
@@ -421,7 +420,7 @@ def _nsp2(recipe: Config) -> Config:
     return replace(
         recipe,
         method=VPT.Config(length=4, protect="affinity+aggregation", norm_penalty=0.02),
-        **PROJECTED_UPDATES,
+        **projected_updates(energy=0.99),
         epochs=20 if isinstance(recipe.dataset, ImageNetR) else 10,
     )
 
