@@ -99,6 +99,11 @@ def test_plain_methods_have_the_loss_and_gradients_of_ours(kind):
         loss.backward()
     torch.testing.assert_close(plain.key.grad, key.grad, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(plain.head.weight.grad, method.head.weight.grad, rtol=1e-4, atol=1e-6)
+    if kind == "l2p":
+        torch.testing.assert_close(plain.prompts.grad, method.pool.prompts.grad, rtol=1e-4, atol=1e-6)
+    else:
+        first = next(iter(method.experts.values())).keys.grad.transpose(1, 2).flatten(2)
+        torch.testing.assert_close(plain.prompts.grad[0, :, 0], first, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux tells a process its peak of memory")

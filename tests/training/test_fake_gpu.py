@@ -65,7 +65,6 @@ RUNS = {
 }  # fmt: skip
 """Settings that differ from those of `tiny.config`."""
 LEARNING_MORE = ("lora", "lora experts", "quick", "online")
-ONE_EPOCH = {"epochs": 1}
 KINDS = ("cuda", "mps")
 QUICKLY = {"lora"}
 """Runs that are not marked as slow."""
@@ -88,9 +87,9 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def config(name, **changes):
-    epochs = {} if RUNS[name].get("setting") == "oil" else ONE_EPOCH
-    return tiny.config(hardware=Hardware("cpu", micro_batch_size=8), **epochs, **{**RUNS[name], **changes})
+def config(name):
+    epochs = {} if RUNS[name].get("setting") == "oil" else {"epochs": 1}
+    return tiny.config(hardware=Hardware("cpu", micro_batch_size=8), **epochs, **RUNS[name])
 
 
 def random_images():
