@@ -103,6 +103,7 @@ PROMPTED: tuple[Readout.Config, ...] = (
         for wide in (False, True)
         for how in ("none", "linear")
     ),
+    LDA.Config(query=True, patches=True, normalize=True, compensate="nearby"),
 )
 """Readouts of features with prompts; the wide ones also use the frozen features."""
 EXPERTS: tuple[Readout.Config, ...] = (
@@ -218,7 +219,8 @@ def family(
 def measure(config: Config) -> dict[str, Any]:
     """Run once, in a temporary folder, and return the final figures by readout, in [0, 1].
 
-    Unknown images are looked for by every readout of frozen features, and by the widest one of features that learn.
+    Unknown images are looked for by every readout of frozen features, and by the widest ones of features that learn,
+    without compensation and with that of classes nearby.
     """
     scratch = Path(tempfile.mkdtemp())
     started = time.perf_counter()
@@ -256,7 +258,7 @@ def unknown(run: Run) -> dict[str, dict[str, float]]:
     found = {}
     learns = not isinstance(run.config.method, HeadOnly.Config)
     for readout in run.config.readouts:
-        if learns and not readout.name.endswith("+query+patches+normalize"):
+        if learns and not readout.name.removesuffix("+nearby").endswith("+query+patches+normalize"):
             continue
         predictor = Predictor(run, readout.name)
         if not predictor.detects_unknown:

@@ -79,6 +79,7 @@ READOUTS: dict[str, Readout.Config] = {
         LDA.Config(patches=True, normalize=True),
         LDA.Config(patches=True, normalize=True, shrinkage=None),
         LDA.Config(query=True, patches=True, normalize=True),
+        LDA.Config(query=True, patches=True, normalize=True, compensate="nearby"),
         ExpertLDA.Config(),
         ExpertLDA.Config(query=True, patches=True, normalize=True),
         RanPAC.Config(),

@@ -23,6 +23,7 @@ from pgp.readouts.calibration import TEMPERATURES
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
 from pgp.readouts.logistic import Logistic
+from pgp.readouts.statistics import nearness
 from pgp.runs.run import Run
 
 D = 6
@@ -94,6 +95,45 @@ def test_covariances_stay_under_a_shift():
     torch.testing.assert_close(readout.covariance(0.1), before, rtol=0, atol=1e-9)
 
 
+def test_nearby_follows_classes_among_the_new_images_and_leaves_others():
+    """Class 2 is far from the images of the new task, which tell nothing about its drift."""
+    readout = taught(LDA(5, LDA.Config(compensate="nearby", ridge=1e-9)), drawn([0, 1, 2]))
+    old = readout.means.clone()
+    images, _ = drawn([0, 1], seed=2)
+    readout.compensate(images, drifted(images))
+    torch.testing.assert_close(readout.means[:2], drifted(old[:2]), rtol=0, atol=1e-3)
+    far = (readout.means[2] - old[2]).norm() / (drifted(old[2:3])[0] - old[2]).norm()
+    assert 0 < far < 0.05
+
+
+def test_nearby_is_linear_if_all_classes_are_near():
+    images, _ = drawn([0, 1, 2, 3, 4])
+    linear, nearby = (taught(LDA(5, LDA.Config(compensate=how)), drawn([0, 1, 2])) for how in ("linear", "nearby"))
+    for readout in (linear, nearby):
+        readout.compensate(images, drifted(images))
+    torch.testing.assert_close(nearby.means, linear.means)
+    torch.testing.assert_close(nearby.covariance(0.1), linear.covariance(0.1))
+
+
+def test_nearby_transforms_the_covariance_by_what_each_class_does():
+    """Images of class 0 move, those of class 1 are too far away; both have one covariance."""
+    images, labels = drawn([0])
+    classes = torch.cat([labels, labels + 1])
+    readout = taught(LDA(2, LDA.Config(compensate="nearby", ridge=1e-9)), (torch.cat([images, images + 1e5]), classes))
+    readout.compensate(images, drifted(images))
+    moved = taught(LDA(2), (torch.cat([drifted(images), images + 1e5]), classes))
+    torch.testing.assert_close(readout.covariance(0.1), moved.covariance(0.1), rtol=1e-4, atol=1e-4)
+
+
+def test_no_class_is_near_to_images_that_do_not_vary():
+    image = torch.rand(1, D).double()
+    assert torch.equal(nearness(MEANS.double(), image.expand(3, -1)), torch.zeros(5).double())
+    readout = taught(LDA(5, LDA.Config(compensate="nearby")), drawn([0, 1, 2]))
+    before = readout.means.clone()
+    readout.compensate(image, image + 1)
+    assert torch.equal(readout.means, before)
+
+
 def test_what_does_not_compensate_stays():
     readout = taught(LDA(5), drawn([0, 1, 2]))
     state = {name: tensor.clone() for name, tensor in readout.state_dict().items()}
@@ -157,7 +197,8 @@ def test_settings_of_logistic_are_checked(settings):
         Logistic.Config(**settings)
 
 
-FOLLOWING = tuple(kind.Config(compensate=how) for kind in (LDA, Logistic) for how in ("none", "shift", "linear"))
+HOW = ("none", "shift", "linear", "nearby")
+FOLLOWING = tuple(kind.Config(compensate=how) for kind in (LDA, Logistic) for how in HOW)
 
 
 def test_a_run_follows_its_features_and_goes_on_inside_a_task_bitwise(tmp_path, monkeypatch):

@@ -60,14 +60,15 @@ class StatisticsReadout(Readout):
         """Append the mean of the patch tokens of the frozen encoder without prompts. It never drifts either."""
         normalize: bool = False
         """Normalise each part (features, query, mean patch token) to length 1."""
-        compensate: Literal["none", "shift", "linear"] = "none"
+        compensate: Literal["none", "shift", "linear", "nearby"] = "none"
         """How to correct old statistics for the drift of features, estimated on the images of each new task. shift:
         move each mean by the average drift of the images near it (Yu et al., CVPR 2020). linear: transform means and
-        covariance by an affine map, fitted by ridge regression."""
+        covariance by an affine map, fitted by ridge regression. nearby: the same, but the farther a class is from the
+        images of the new task, the less of it, because they tell nothing about the drift of images of other kinds."""
         bandwidth: float = 1.0
         """Width of the Gaussian weights for compensate=shift, in standard deviations within classes."""
         ridge: float = 1.0
-        """Ridge penalty for compensate=linear, in multiples of the mean variance of the features."""
+        """Ridge penalty for compensate=linear and nearby, in multiples of the mean variance of the features."""
 
         def __post_init__(self) -> None:
             if not (self.bandwidth > 0 and self.ridge > 0):
@@ -272,10 +273,10 @@ class StatisticsReadout(Readout):
             variance = variance.clamp(min=torch.finfo(torch.float64).tiny)
             means = means + mean_shift(means, before, after, float(variance))
         else:
+            weights = nearness(means, before) if self.settings.compensate == "nearby" else torch.ones_like(counts)
             centre, offset, matrix = affine_drift(before, after, self.settings.ridge)
-            means = means + offset + (means - centre) @ matrix
-            transform = torch.eye(len(matrix)).to(matrix) + matrix  # (D, D)
-            within = transform.T @ within @ transform
+            means = means + weights[:, None] * (offset + (means - centre) @ matrix)
+            within = _transform(within, matrix, weights, counts / counts.sum())
         sums = means * counts[:, None]  # (C, D)
         self.state = {"counts": counts, "sums": sums, "products": within + means.T @ sums}
 
@@ -446,6 +447,39 @@ def affine_drift(before: Tensor, after: Tensor, ridge: float) -> tuple[Tensor, T
     penalised = covariance + penalty * torch.eye(len(covariance)).to(covariance)
     matrix = torch.linalg.solve(penalised, x.T @ (drift - offset) / len(x))  # (D, D)
     return centre, offset, matrix
+
+
+def _transform(within: Tensor, matrix: Tensor, weights: Tensor, shares: Tensor) -> Tensor:
+    """Return the covariance `(D, D)` after the images of each class went through `x -> x + w x A`, A = `matrix (D, D)`.
+
+    Args:
+        within: Covariance within classes, equal in all of them.
+        matrix: The map.
+        weights: w of each class, `(C,)`.
+        shares: Share of each class in all images, `(C,)`.
+    """
+    mixed = within @ matrix
+    return within + shares @ weights * (mixed + mixed.T) + shares @ weights.square() * (matrix.T @ mixed)
+
+
+def nearness(means: Tensor, images: Tensor) -> Tensor:
+    """Return whether class means `(C, D)` lie among images `(n, D)`, from 1, yes, to 0, `(C,)`.
+
+    With r the squared Mahalanobis distance of a class mean to the mean of the images, in multiples of the average over
+    the images, this is `min(1, 2 / r)^2`. The covariance of the images is shrunk by 0.1. Of images that do not vary,
+    no class is near.
+
+    >>> images = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    >>> nearness(torch.tensor([[0.0, 0.5], [1.0, 1.0], [2.0, 0.0], [10.0, 0.0]]), images)
+    tensor([1.0000e+00, 1.0000e+00, 2.5000e-01, 4.0000e-04])
+    """
+    centre = images.mean(0)
+    scatter = (images - centre).T @ (images - centre)  # (D, D)
+    if scatter.trace() <= _rounding(images.T @ images):
+        return torch.zeros(len(means)).to(means)
+    distances = SquaredDistances(centre[None], shrink(scatter / len(images), 0.1))
+    relative = distances(means)[:, 0] / distances(images).mean()
+    return (2 / relative.clamp(min=2)).square()
 
 
 def _accumulate(total: dict[str, Tensor], new: dict[str, Tensor]) -> None:
