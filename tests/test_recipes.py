@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,9 +13,9 @@ import pytest
 
 import tiny
 from conftest import golden_vit
-from pgp import recipes
+from pgp import baselines, recipes
 from pgp.backbones.base import Backbone
-from pgp.baselines import BASELINES
+from pgp.baselines import BASELINES, matching_baselines
 from pgp.cli import main
 from pgp.config import Config, Hardware, Optimizer, components, experiment_settings
 from pgp.datasets.base import DatasetConfig
@@ -31,6 +32,7 @@ from pgp.projections.base import NoProjection, Projection
 from pgp.projections.released import ReleasedBasis
 from pgp.readouts.base import Readout
 from pgp.readouts.lda import LDA
+from pgp.readouts.logistic import Logistic
 from pgp.reports import tables
 from pgp.rng import make_generator
 from pgp.runs.run import Run
@@ -84,6 +86,25 @@ def test_components_that_stay_as_they_are_allow_no_weight_decay():
     for name in ("weight_decay", "first_weight_decay"):
         with pytest.raises(ValueError, match=r"expected no weight decay with the method coda, got 0\.1"):
             replace(config, optimizer=replace(config.optimizer, **{name: 0.1}))
+
+
+def test_settings_are_finite():
+    config = tiny.config()
+    with pytest.raises(ValueError, match=r"expected a finite optimizer\.lr, got inf"):
+        replace(config, optimizer=replace(config.optimizer, lr=math.inf))
+    with pytest.raises(ValueError, match=r"expected a finite transforms\.mean\.1, got nan"):
+        replace(config, transforms=replace(config.transforms, mean=(0.5, math.nan, 0.5)))
+    with pytest.raises(ValueError, match=r"expected a finite readouts\.0\.decay, got inf"):
+        replace(config, readouts=(Logistic.Config(decay=math.inf),))
+
+
+def test_joint_training_is_no_upper_bound_for_til():
+    """Its only task has all classes, so to know the task of an image is to know nothing."""
+    config = tiny.config(setting="til")
+    assert "joint" in matching_baselines(tiny.config())
+    assert "joint" not in matching_baselines(config)
+    with pytest.raises(ValueError, match="expected setting cil with joint, got til"):
+        baselines.joint(config)
 
 
 TAGS = {

@@ -75,8 +75,10 @@ BASELINES: dict[str, Callable[[Config], Config]] = {
 def matching_baselines(config: Config) -> dict[str, Config]:
     """Return the baselines that differ from `config`, by name.
 
-    `random` is left out unless the projection of `config` is `orthogonal`, whose ranks it uses.
+    `random` is left out unless the projection of `config` is `orthogonal`, whose ranks it uses, and `joint` with
+    setting=til, for which it is no upper bound: it has a single task, among whose classes images are predicted.
     """
     has_ranks = type(config.projection) is Orthogonal.Config
-    baselines = {name: baseline(config) for name, baseline in BASELINES.items() if has_ranks or name != "random"}
+    left_out = {"random": not has_ranks, "joint": config.setting == "til"}
+    baselines = {name: baseline(config) for name, baseline in BASELINES.items() if not left_out.get(name)}
     return {name: other for name, other in baselines.items() if other != config}

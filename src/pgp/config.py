@@ -9,7 +9,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -237,6 +237,7 @@ class Config:
     pgp eval --every-task evaluates those that are kept."""
 
     def __post_init__(self) -> None:
+        _require_finite(self, "")
         positive = ("tasks", "increment", "first_task", "epochs", "batch_size", "eval_batch_size", "log_every_steps")
         for name in (*positive, "expert_candidates", "test_images"):
             if (value := getattr(self, name)) is not None and value < 1:
@@ -246,6 +247,9 @@ class Config:
                 raise ValueError(f"expected {name} of at least 0, got {value}")
         if self.order == "listed" and self.setting != "oil":
             raise ValueError(f"expected setting=oil for order=listed, got {self.setting}: others shuffle each epoch")
+        if self.joint and self.setting == "til":
+            raise ValueError("expected setting cil with joint, got til: among the classes of the only task is among all"
+                             " classes, so this is no upper bound for runs that are given the task")  # fmt: skip
         if self.keep_checkpoints not in ("all", "last") and not re.fullmatch("[1-9][0-9]{0,8}", self.keep_checkpoints):
             raise ValueError(f"expected keep_checkpoints all, last or a number, got {self.keep_checkpoints}")
         if self.evaluate not in ("every", "last") and not re.fullmatch("[1-9][0-9]{0,8}", self.evaluate):
@@ -392,6 +396,18 @@ def experiment_settings(config: Config) -> dict[str, Any]:
         for name, value in flatten(config.to_json()).items()
         if name not in ("seed", "keep_checkpoints") and not name.startswith("hardware.")
     }
+
+
+def _require_finite(value: Any, name: str) -> None:
+    """Raise a ValueError if a number in a setting, or in a component's settings, is infinite or NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"expected a finite {name}, got {value}")
+    if is_dataclass(value):
+        for one in fields(value):
+            _require_finite(getattr(value, one.name), f"{name}.{one.name}".lstrip("."))
+    elif isinstance(value, tuple):
+        for index, one in enumerate(value):
+            _require_finite(one, f"{name}.{index}")
 
 
 @functools.cache  # a report opens many runs, and creating a converter is slow

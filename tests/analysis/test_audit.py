@@ -93,7 +93,7 @@ def test_the_given_task_chooses_the_expert_in_til(tmp_path):
     for column, matrix in run.matrices().items():
         own = metrics.average_accuracy(matrix)
         assert found(findings, column, "image", None, "seen") == pytest.approx(own, abs=1e-12)
-    (run.folder / audit.AUDIT).write_text(audit.to_json(findings), encoding="utf-8")
+    (run.folder / audit.AUDIT).write_text(audit.to_json(run, findings), encoding="utf-8")
     assert audit.read_findings(run) == findings
 
 
@@ -162,3 +162,14 @@ def test_the_command(run, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main.main(["audit", str(run.folder), "--batch-sizes", "0"])
     assert "expected --batch-sizes of at least 1" in capsys.readouterr().err
+
+
+def test_findings_of_an_earlier_checkpoint_are_not_current(tmp_path):
+    """Even if the accuracy is the same."""
+    run = train.train(tiny.config(epochs=1, readouts=(MethodHead.Config(),)), tmp_path / "run")
+    findings = audit.audit_run(run, QUIET, sizes=())
+    text = audit.to_json(run, findings)
+    (run.folder / audit.AUDIT).write_text(text, encoding="utf-8")
+    assert audit.read_findings(run) == findings
+    (run.folder / audit.AUDIT).write_text(text.replace('"task-03"', '"task-02"'), encoding="utf-8")
+    assert audit.read_findings(run) == []

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import tiny
 from pgp import train
-from pgp.analysis.drift import DriftMeter
+from pgp.analysis.drift import Drift, DriftMeter
 from pgp.config import Optimizer
+from pgp.datasets.folder import Folder
 from pgp.datasets.synthetic import Synthetic
 from pgp.evaluation.accuracy import FeatureBatch
 from pgp.methods.adapter import Adapter
@@ -307,3 +309,40 @@ def test_the_report_draws_methods_that_protect_and_choose_nothing(tmp_path):
     assert (tmp_path / "drift.png").is_file()
     assert table[0].last(drift.STATISTICS["features"]) == 0
     assert table[0].last(drift.STATISTICS["energy held"]) is None
+
+
+def test_an_image_that_can_be_read_only_later_is_not_compared():
+    then = Drift(torch.tensor([1, 2, 4]), torch.tensor([[1.0], [2.0], [4.0]]), torch.zeros(3, 2), None)
+    now = Drift(torch.tensor([0, 1, 4]), torch.tensor([[0.5], [1.5], [4.5]]), torch.zeros(3, 2), None)
+    new, old = now.at(then.indices), then.at(now.indices)
+    assert new.indices.tolist() == old.indices.tolist() == [1, 4]
+    assert (new.features[:, 0].tolist(), old.features[:, 0].tolist()) == ([1.5, 4.5], [1.0, 4.0])
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_a_run_goes_on_after_an_unreadable_image_was_repaired(tmp_path, monkeypatch):
+    """The last test image of the first task is unreadable until the second task has begun."""
+    for name, red in (("ant", 0), ("bee", 60), ("cat", 120), ("dog", 180)):
+        for part in ("train", "test"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (32, 32), (red + 5 * number, 9, 9)).save(
+                    tmp_path / "data" / part / name / f"{number}.png"
+                )
+    bad = tmp_path / "data" / "test" / "bee" / "3.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:40])
+    settings = {"dataset": Folder(tmp_path / "data"), "tasks": 2, "on_bad_image": "skip", "epochs": 1}
+    config = tiny.config(**settings)
+    original = train.fit_task
+
+    def repair(session, state, task):
+        if task.index:
+            bad.write_bytes(whole)
+        return original(session, state, task)
+
+    monkeypatch.setattr(train, "fit_task", repair)
+    run = train.train(config, tmp_path / "run")
+    *_, last = run.events("task")
+    assert last["drift"]["tasks"] == [0]
+    assert 0 <= last["drift"]["features"][0] < 1

@@ -140,3 +140,11 @@ def test_what_cannot_be_loaded(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match=r"not installed .*pip install 'prompt-gradient-projection\[hf\]'"):
         HuggingFace("beans").build()
+
+
+def test_what_is_read_from_this_disk_asks_no_hub(monkeypatch):
+    """A report of a run asks for its images, though they may be on the hub."""
+    monkeypatch.setattr(hub, "load_dataset", lambda *_: pytest.fail("asks") if not hub.config.HF_HUB_OFFLINE else {})
+    with pytest.raises(StopIteration):  # there is no split
+        HuggingFace("beans").read()
+    assert not hub.config.HF_HUB_OFFLINE

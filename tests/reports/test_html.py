@@ -361,3 +361,20 @@ def test_a_chart_of_nothing_is_a_chart():
 def test_package_data_holds_the_templates():
     folder = Path(html.__file__).parent / "templates"
     assert {path.name for path in folder.iterdir()} == {"report.html.jinja", "report.css"}
+
+
+@pytest.mark.parametrize("setting", ["cil", "til"])
+def test_groups_are_subtracted_only_if_the_same_was_measured(tmp_path, setting):
+    one = made(tmp_path / "one", ["ant", "bee", "cat", "dog"], [(0, 1), (2, 3)])
+    names = ["ant", "bee", "cat", "dog"] if setting == "til" else ["ant", "bee", "cat", "eel", "fly", "gnu"]
+    tasks = [(0, 1), (2, 3)] if setting == "til" else [(0, 1), (2, 3), (4, 5)]
+    other = Run.create(
+        tmp_path / "other",
+        tiny.config(name="made", setting=setting, epochs=7),
+        tiny.described(names, tasks, data="0" * 16 if setting == "til" else "1" * 16),
+    )
+    other.save(f"task-{len(tasks):02d}", {"matrices": {"head": torch.full((len(tasks),) * 2, 0.5).double().tril()}})
+    other.write_matrices({"head": torch.full((len(tasks),) * 2, 0.5).double().tril()})
+    text = Page(html.render([one, other])).text
+    assert "Differences to" not in text
+    assert "other data, classes or protocols were measured" in text

@@ -17,6 +17,7 @@ from checkpoints import CLASSES, contents, made, state
 from pgp.reports import tables
 from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.run import Run
+from pgp.runs.statetree import Piece, split
 from pgp.system import platforms, storage
 from pgp.system.storage import RunError
 
@@ -374,3 +375,15 @@ def test_names_of_any_kind_go_round(tmp_path):
     assert run.events("data")[0]["warning"] == names[0]
     storage.write(folder / "report.md", names[0])
     assert (folder / "report.md").read_text() == "caf?"
+
+
+def test_a_piece_within_a_piece_is_refused(run):
+    """Pieces that name others twice would take exponential time."""
+    tensors, pieces = {}, {}
+    split(Piece(inner=Piece(rows=torch.zeros(2))), "", tensors, pieces)
+    folder = run.folder / "checkpoints" / "pieces"
+    for digest, data in pieces.items():
+        (folder / f"{digest}.safetensors").write_bytes(data)
+    digest, data = list(pieces.items())[-1]
+    with pytest.raises(ValueError, match="expected a piece without pieces"):
+        run.checkpoints._piece(digest, len(data))

@@ -119,6 +119,8 @@ def test_a_full_disk_is_said_for_every_file(run, monkeypatch, write):
 
 def test_free_folders_differ(tmp_path):
     assert [make_unique_folder(tmp_path / "runs", "demo").name for _ in range(3)] == ["demo", "demo-2", "demo-3"]
+    outside = make_unique_folder(tmp_path / "runs", "../../x/demo")  # the name of a stranger's run
+    assert outside.parent == tmp_path / "runs"
 
 
 def test_matrices_go_round(run):

@@ -677,3 +677,33 @@ def test_where_it_may_listen(run):
 def test_answers_are_json_values(client, red):
     text = client.post("/predict", files=uploads(red)).text
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name))
+
+
+def test_the_accuracy_says_if_the_task_was_given(tmp_path):
+    config = tiny.config(setting="til", epochs=1, drift_images=0)
+    train.train(config, tmp_path / "run")
+    with TestClient(build_app(tmp_path / "run"), base_url="http://localhost") as client:
+        assert client.get("/accuracy").json()["task_given"] is True
+
+
+def test_a_content_type_that_is_slow_to_parse_is_refused(client):
+    started = time.perf_counter()
+    answer = client.get("/health", headers={"Content-Type": 'a/b; c="' + 60_000 * ";"})
+    assert (answer.status_code, time.perf_counter() - started < 1) == (415, True)
+    assert "expected a content type of at most 1,000 characters, got 60,008" in answer.json()["error"]
+
+
+def test_photos_of_a_run_that_moved_are_measured(client, run, red, green):
+    assert teach(client, "red", red)["state"] == "finished"
+    moved = run.rename(run.with_name("moved"))
+    with TestClient(build_app(moved), base_url="http://localhost") as other:
+        assert teach(other, "green", green)["state"] == "finished"
+    (matrix, *_) = Run.open(moved).matrices().values()
+    assert bool(matrix[-1].isfinite().all())
+    assert Run.open(moved).config.added[0].file == moved.absolute() / TAUGHT / "0001" / "red.csv"
+
+
+def test_names_of_four_byte_letters_can_be_taught(client, run, red):
+    name = 60 * "\N{FOX FACE}"
+    assert teach(client, name, red)["state"] == "finished"
+    assert name in Run.open(run).data.class_names

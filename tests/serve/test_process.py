@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -110,3 +111,28 @@ def test_headers_without_end_are_refused(start):
         with HTTPResponse(connection) as answer:
             answer.begin()
             assert answer.status == 400
+
+
+def is_dropped(connection):
+    """Send requests as long as the service takes them; return whether it has closed the connection."""
+    try:
+        with contextlib.suppress(BlockingIOError):
+            connection.send(100 * b"GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    except OSError:
+        return True
+    return False
+
+
+def test_clients_that_do_not_read_are_dropped(start):
+    _, address = start("--timeout", "1")
+    server = ("127.0.0.1", int(address.rpartition(":")[2]))
+    with contextlib.ExitStack() as stack:
+        silent = {stack.enter_context(socket.create_connection(server, 20)) for _ in range(4)}
+        for connection in silent:
+            connection.setblocking(False)
+        deadline = time.monotonic() + 20
+        while silent and time.monotonic() < deadline:
+            silent = {connection for connection in silent if not is_dropped(connection)}
+            time.sleep(0.05)
+        assert not silent
+    assert requests.get(f"{address}/classes", timeout=20).status_code == 200

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -434,3 +435,24 @@ def test_on_a_ray_cluster(tmp_path, nodes):
         type(Run.open(path.parent).config.projection) for path in tmp_path.glob("sweeps/demo/*/seed-*/config.json")
     }
     assert kinds == {Orthogonal.Config}
+
+
+@pytest.mark.filterwarnings("always:left out of the table")
+def test_a_run_that_has_learned_more_leaves_the_table(capsys):
+    swept("--over", "epochs=1", "--seeds", "2", "--no-baselines", "--output", "out")
+    folder = Path("out")
+    (entry,) = (path for path in folder.iterdir() if (path / "seed-1").is_dir())
+    tiny.reconfigure(entry / "seed-1", epochs=3)
+    swept("--over", "epochs=1", "--seeds", "1", "--no-baselines", "--output", "out")
+    assert re.search("left out of the table: the run at .*seed-1 has other settings", capsys.readouterr().err)
+    assert "| 1 |" in (folder / "sweep.md").read_text()
+    assert "| 2 |" not in (folder / "sweep.md").read_text()
+
+
+def test_which_checkpoints_are_kept_may_change():
+    words = ("--over", "epochs=1", "--no-baselines", "--output", "out")
+    swept(*words, "--seeds", "1")
+    swept(*words, "--seeds", "2", "--keep-checkpoints", "last")
+    (entry,) = (path for path in Path("out").iterdir() if (path / "seed-1").is_dir())
+    kept = {seed: len(list((entry / f"seed-{seed}" / "checkpoints").glob("task-*"))) for seed in (0, 1)}
+    assert kept == {0: 2, 1: 1}

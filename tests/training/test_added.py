@@ -391,3 +391,18 @@ def test_undo_leaves_an_unfinished_task_alone(run, tmp_path, monkeypatch):
     run.save("task-04-step-000001", state)
     with pytest.raises(RunError, match=r"is inside a task: drop it with pgp train --resume .* --drop"):
         run.undo_add()
+
+
+@pytest.mark.filterwarnings("always:.*is missing. its record")
+def test_undo_works_after_the_log_was_moved_away_and_keeps_new_data_paths(run, tmp_path, capsys):
+    train.resume(run.folder, add=photos(tmp_path / "one", "ant"))
+    (run.folder / "metrics.jsonl").rename(tmp_path / "metrics.jsonl")
+    (tmp_path / "old").rename(tmp_path / "moved")
+    main.main(["eval", str(run.folder), "--data", str(tmp_path / "moved")])
+    main.main(["undo", str(run.folder)])
+    assert "is missing: its record of training is left out" in capsys.readouterr().err
+    again = Run.open(run.folder)
+    assert again.config.dataset.root == tmp_path / "moved"
+    assert [event["task"] for event in again.events("undone")] == [2]
+    main.main(["add", str(run.folder), str(photos(tmp_path / "two", "eel"))])
+    assert Run.open(run.folder).progress() == (3, 3)

@@ -129,8 +129,8 @@ def oracle(run: Run, progress: Progress, config: Config | None = None) -> dict[s
     return out
 
 
-def to_json(findings: Sequence[Finding], bounds: Mapping[str, tuple[float, float]] | None = None) -> str:
-    """Return the findings and, if there are any, the bounds of `oracle` as a JSON text.
+def to_json(run: Run, findings: Sequence[Finding], bounds: Mapping[str, tuple[float, float]] | None = None) -> str:
+    """Return the findings of `run` and, if there are any, the bounds of `oracle` as a JSON text.
 
     Accuracies are in [0, 1], and null if they were not measured.
     """
@@ -139,10 +139,12 @@ def to_json(findings: Sequence[Finding], bounds: Mapping[str, tuple[float, float
         return None if math.isnan(value) else value
 
     tree: dict[str, Any] = {
+        "run": run.id,
+        "checkpoint": str(run.latest_finished()),
         "accuracy": [
             finding._asdict() | {"accuracy": known(finding.accuracy), "uses_task": finding.uses_task}
             for finding in findings
-        ]
+        ],
     }
     if bounds is not None:
         tree["oracle"] = {
@@ -164,12 +166,13 @@ def read_findings(run: Run) -> list[Finding]:
     with reading(path):
         findings = [Finding(**{name: row[name] for name in Finding._fields}) for row in tree["accuracy"]]
         findings = [one._replace(accuracy=math.nan) if one.accuracy is None else one for one in findings]
+        is_of_run = (tree.get("run"), tree.get("checkpoint")) == (run.id, str(run.latest_finished()))
     plain = {
         finding.column: finding.accuracy for finding in findings if not finding.uses_task and finding.scope == "seen"
     }
     averages = {column: metrics.average_accuracy(matrix) for column, matrix in run.matrices().items()}
     is_current = all(column in averages and _same(value, averages[column]) for column, value in plain.items())
-    return findings if is_current else []
+    return findings if is_of_run and is_current else []
 
 
 def _same(one: float, other: float) -> bool:

@@ -43,9 +43,9 @@ class Drift(NamedTuple):
     """Prompts that the images select, `(B, M)` bool; None for a method that does not select."""
 
     def at(self, indices: Tensor) -> Drift:
-        """Return the rows of these images, in their order. All of them must be present."""
-        positions = torch.searchsorted(self.indices, indices)
-        return Drift(*(None if each is None else each[positions] for each in self))  # type: ignore[arg-type]
+        """Return the rows of those of these images that are present; both are ascending."""
+        present = torch.isin(self.indices, indices)
+        return Drift(*(None if each is None else each[present] for each in self))  # type: ignore[arg-type]
 
 
 class DriftMeter:
@@ -184,7 +184,9 @@ class DriftMeter:
         pairs = []
         for index in old_tasks:
             reference = Drift(*(self.references[index][name] for name in Drift._fields))
-            pairs.append((current[index], reference.at(current[index].indices)))
+            # an unreadable image that is skipped at one time may be readable at another
+            new, old = current[index].at(reference.indices), reference.at(current[index].indices)
+            pairs.append((new, old))
         out: dict[str, Any] = {"tasks": old_tasks}
         out["features"] = [_change(new.features, old.features) for new, old in pairs]
         out["logits"] = [_change(new.logits, old.logits) for new, old in pairs]

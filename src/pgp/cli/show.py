@@ -341,7 +341,8 @@ def write_audit(
     run: Run, findings: Sequence[audit.Finding], bounds: Mapping[str, tuple[float, float]] | None = None
 ) -> None:
     """Write the findings to `audit.json` in the run folder, and print its path."""
-    _write_result(run, audit.AUDIT, lambda: storage.write(run.folder / audit.AUDIT, audit.to_json(findings, bounds)))
+    path = run.folder / audit.AUDIT
+    _write_result(run, path.name, lambda: storage.write(path, audit.to_json(run, findings, bounds)))
 
 
 def _show_table(title: str, labels: Sequence[str], numbers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

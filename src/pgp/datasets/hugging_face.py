@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,14 @@ class HuggingFace(DatasetConfig):
 
     def build(self) -> Dataset:
         """Return the images. Classes are in the order of ClassLabel, by number, or as they first appear."""
-        parts = _load(self.name, self.subset)
+        return self._dataset(_load(self.name, self.subset))
+
+    def read(self) -> Dataset:
+        """See `DatasetConfig.read`; a data set of the hub is read from the library's cache, without asking the hub."""
+        with _offline():
+            return self._dataset(_load(self.name, self.subset))
+
+    def _dataset(self, parts: dict[str, Any]) -> Dataset:
         train = parts.get("train", next(iter(parts.values())))
         columns = self._columns(train.features)
         tested = [parts[name] for name in ("test", "validation") if name in parts and parts[name] is not train]
@@ -129,6 +137,21 @@ class HubSplit(Split):
         rows = self.rows.select(chosen.nonzero().flatten().tolist())
         domains = None if self.domains is None else self.domains[chosen]
         return HubSplit(self.name, rows, self.column, self.labels[chosen], domains)
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Load data sets inside a `with` block from the cache only, as the environment variable HF_HUB_OFFLINE does."""
+    try:
+        from datasets import config
+    except ImportError:  # _load says so
+        yield
+        return
+    before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def _load(name: str, subset: str | None) -> dict[str, Any]:

@@ -90,6 +90,7 @@ def render(runs: Sequence[Run]) -> str:
         statistics=tables.statistics([row.line for row in rows]),
         format_row=tables.format_row,
         differences=_differences(groups),
+        others=[group for group in groups[1:] if group not in _comparable(groups)],
         settings=_settings(groups),
         accuracy=_accuracy_chart(rows),
         online=_online_chart(groups),
@@ -141,9 +142,12 @@ def _protocol(runs: Sequence[Run]) -> str:
 
 
 def _differences(groups: Sequence[Group]) -> list[tuple[Row, comparison.Difference, list[str]]]:
-    """Return the differences of each row of the later groups to the first group, with their texts."""
+    """Return the differences of each row of the later groups to the first group, with their texts.
+
+    Groups that were measured on other images, classes or protocols are left out.
+    """
     out = []
-    for group in groups[1:]:
+    for group in _comparable(groups):
         entry = Entry(group.label, group.entry.runs, {groups[0].label: groups[0].entry})
         for row in group.rows:
             out += [
@@ -151,6 +155,17 @@ def _differences(groups: Sequence[Group]) -> list[tuple[Row, comparison.Differen
                 for one in comparison.differences(entry, row.line.column)
             ]
     return out
+
+
+def _comparable(groups: Sequence[Group]) -> list[Group]:
+    """Return the later groups that were measured on the images and classes of the first group, and by its protocol."""
+
+    def measured(group: Group) -> tuple[Any, ...]:
+        finished, _ = group.runs[0].progress()
+        learned = {label for task in group.data.tasks[:finished] for label in task}
+        return group.data.fingerprints, learned, group.runs[0].config.setting
+
+    return [group for group in groups[1:] if measured(group) == measured(groups[0])]
 
 
 def _settings(groups: Sequence[Group]) -> list[tuple[str, list[str], bool]]:

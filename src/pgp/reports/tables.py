@@ -195,9 +195,11 @@ def row_name(line: ResultRow, table: Sequence[ResultRow]) -> str:
 
 
 def _online_accuracy(run: Run) -> dict[int, float]:
-    """Return the online accuracy by number of images so far; empty for a run that is not online."""
+    """Return the online accuracy by number of images in finished tasks so far; empty for a run that is not online."""
+    finished, _ = run.progress()
     with reading(run.log_file.path):
-        looks = {int(event["images"]): float(event["accuracy"]) for event in run.events("stream")}
+        events = [event for event in run.events("stream") if event["task"] < finished]
+        looks = {int(event["images"]): float(event["accuracy"]) for event in events}
     return dict(sorted(looks.items()))
 
 

@@ -204,13 +204,25 @@ class Checkpoints:
             storage.remove_folder(self.folder / str(last))
 
     def rewrite(self, change: Callable[[Record], Record]) -> None:
-        """Change the records, but not the states, of the latest checkpoint and of the last finished task."""
+        """Change the records, but not the states, of the latest checkpoint and of all finished tasks.
+
+        Raises:
+            RunError: If the record of the latest checkpoint or of the last finished task is damaged. Older ones that
+                are damaged stay as they are.
+        """
         last = self.latest()
-        for name in {last, last.finished} if last else ():
-            if name is not None:
+        if last is None:
+            return
+        needed = {last, last.finished or last}
+        for name in sorted({*self.finished(), *needed}, key=self.names().index):
+            try:
                 record, tree = self._read(name)
-                changed = storage.sealed({**tree, **vars(change(record))})
-                storage.write(self.folder / str(name) / RECORD, json.dumps(changed))
+            except RunError:
+                if name in needed:
+                    raise
+                continue
+            changed = storage.sealed({**tree, **vars(change(record))})
+            storage.write(self.folder / str(name) / RECORD, json.dumps(changed))
 
     def keep(self, newest: int) -> None:
         """Delete the checkpoints of all finished tasks except the newest ones."""
@@ -331,7 +343,12 @@ class Checkpoints:
         folder = storage.require_folder(self.folder / PIECES)
         data = _intact(folder / f"{digest}.safetensors", digest, size)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return Piece(join(json.loads(header["__metadata__"]["tree"]), read_tensors(data), self._piece))
+        return Piece(join(json.loads(header["__metadata__"]["tree"]), read_tensors(data), _refuse_piece))
+
+
+def _refuse_piece(digest: str, size: int) -> Piece:
+    """Raise: a piece contains no other, so that files of a stranger cannot name each other over and over."""
+    raise ValueError(f"expected a piece without pieces, got one of {size} bytes in it, {digest:.40}")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from pgp.config import Config
+from pgp.datasets.base import DatasetConfig
+from pgp.datasets.own import relocate
 from pgp.evaluation import metrics
 from pgp.evaluation.predictions import Predictions
 from pgp.runs.checkpoint import LATEST, CheckpointName, Checkpoints, Record, reading
@@ -192,9 +194,19 @@ class Run:
     def config_of(self, known: Identity) -> Config:
         """Return the configuration of an identity."""
         try:
-            return Config.from_json(known.config)
+            return self._with_moved_photos(Config.from_json(known.config))
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise RunError(f"{self.folder} does not describe a run of this pgp: {error}") from error
+
+    def _with_moved_photos(self, config: Config) -> Config:
+        """Return `config` with uploaded photos where they are now: in this folder, if the run was moved or copied."""
+
+        def moved(data: DatasetConfig) -> DatasetConfig:
+            (old,) = data.search_paths if len(data.search_paths) == 1 else (Path(),)
+            new = self.folder.absolute() / TAUGHT / old.parent.name / old.name
+            return relocate(data, new) if old.parent.parent.name == TAUGHT and old != new and new.is_file() else data
+
+        return replace(config, added=tuple(map(moved, config.added)))
 
     def change_config(self, change: Callable[[Config], Config]) -> None:
         """Change the recorded configuration, if results do not depend on it (such as data paths).

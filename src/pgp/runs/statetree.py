@@ -13,7 +13,10 @@ from pgp.system import storage
 
 
 class Piece(dict[str, Any]):
-    """A subtree of a state that does not change in later states. Its tensors are written once for all checkpoints."""
+    """A subtree of a state that does not change in later states. Its tensors are written once for all checkpoints.
+
+    It contains no other piece.
+    """
 
 
 def read_tensors(data: bytes) -> dict[str, Tensor]:

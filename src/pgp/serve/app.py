@@ -271,12 +271,14 @@ def _add_knowledge(app: FastAPI, model: Model) -> None:
     def accuracy() -> dict[str, Any]:
         """Return the accuracy on the test images of each task after each task, by readout; null if not measured.
 
-        Entry `[i][j]` is the accuracy on task `j` after task `i`, in [0, 1], among all classes learned by then.
+        Entry `[i][j]` is the accuracy on task `j` after task `i`, in [0, 1], among all classes learned by then; or, if
+        `task_given`, among the classes of the image's own task, which `/predict` does not know.
         """
         snapshot = model.snapshot
         n = snapshot.finished
         return {
             "readout": snapshot.predictor.readout,
+            "task_given": snapshot.task_given,
             "tasks": [task["name"] for task in reversed(snapshot.learned_tasks())],
             "accuracy": {
                 column: [[None if value != value else value for value in row[:n]] for row in matrix[:n].tolist()]
@@ -437,7 +439,7 @@ def serve(
 
 
 class _Protocol(H11Protocol):
-    """HTTP 1.1 that closes connections on which the next request does not begin in time.
+    """HTTP 1.1 that closes connections on which the next request does not begin in time, or the answer is not read.
 
     The headers of a request are limited to 64 KB.
     """
@@ -445,11 +447,30 @@ class _Protocol(H11Protocol):
     def __init__(self, seconds: float, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self._seconds = seconds
+        self._unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """Begin to wait for a request."""
         super().connection_made(transport)
         self._timer = self.loop.call_later(self._seconds, self._close_if_silent)
+
+    def pause_writing(self) -> None:
+        """Begin to wait for the client to read what was sent."""
+        super().pause_writing()
+        self._unread = self.loop.call_later(self._seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Go on sending."""
+        super().resume_writing()
+        if self._unread:
+            self._unread.cancel()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        super().connection_lost(exc)
+        self._timer.cancel()
+        if self._unread:
+            self._unread.cancel()
 
     def on_response_complete(self) -> None:
         """Begin to wait for the next request."""

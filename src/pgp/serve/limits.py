@@ -20,6 +20,8 @@ from starlette.types import Message as Event
 LOGGER = logging.getLogger("uvicorn.error")
 MOST_FILES = 1000
 """Files that Starlette reads from one form."""
+LONGEST_CONTENT_TYPE = 1000
+"""Characters of a content type: to parse one takes Python quadratic time."""
 DRAIN_SECONDS = 2.0
 """Seconds for which the rest of a refused request is read."""
 
@@ -37,7 +39,8 @@ class Limits:
     pixels: int = 50_000_000
     """Pixels of one image."""
     seconds: float = 60.0
-    """Seconds for a request to arrive, and again for its images to be decoded and, by `/predict`, classified."""
+    """Seconds for a request to arrive, again for its images to be decoded and, by `/predict`, classified, and again for
+    a client to read a part of the answer."""
     requests: int = 64
     """Requests that are answered at the same time."""
     decoders: int = 2
@@ -113,13 +116,14 @@ class Guard:
             await self.app(scope, receive, send)
             return
         answered = False
+        counted = scope["path"] not in self.open_paths
 
         async def sending(message: Event) -> None:
             nonlocal answered
             answered = True
             await send(message)
 
-        self._in_progress += 1
+        self._in_progress += counted
         try:
             self._check(scope["path"], scope["method"], Headers(scope=scope))
             await self.app(scope, self._limited(receive), sending)
@@ -133,7 +137,7 @@ class Guard:
             if not answered:
                 await _answer(send, RefusedError(500, "this is a fault of pgp, please report it with its log"))
         finally:
-            self._in_progress -= 1
+            self._in_progress -= counted
 
     def _check(self, path: str, method: str, headers: Headers) -> None:
         """Raise `RefusedError` unless the request may be carried out as far as its headers tell."""
@@ -150,9 +154,13 @@ class Guard:
             given = headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, self._expected):
                 raise RefusedError(401, "expected the token of this service, as Authorization: Bearer TOKEN")
-        if self._in_progress > self.limits.requests and path not in self.open_paths:
+        if self._in_progress > self.limits.requests:
             raise RefusedError(503, f"{self.limits.requests} requests are being answered: try again in a moment")
-        charset = _charset(headers.get("content-type", ""))
+        content_type = headers.get("content-type", "")
+        if len(content_type) > LONGEST_CONTENT_TYPE:
+            raise RefusedError(415, f"expected a content type of at most {LONGEST_CONTENT_TYPE:,} characters, got"
+                               f" {len(content_type):,}")  # fmt: skip
+        charset = _charset(content_type)
         if charset not in ("", "utf-8"):  # some of Python's decoders take quadratic time
             raise RefusedError(415, f"expected a form in UTF-8, got {charset!r:.80}")
         length = headers.get("content-length", "0")

@@ -37,6 +37,8 @@ class Snapshot(NamedTuple):
     """Whether the last task can be undone."""
     reject: float | None
     """Fraction of images that may be called unknown; None if the readout cannot tell."""
+    task_given: bool
+    """Whether the matrices were measured among the classes of each image's own task (`--setting til`)."""
 
     def learned_classes(self) -> list[dict[str, Any]]:
         """Return the learned classes with the number of their task, from 1, as JSON values."""
@@ -92,8 +94,18 @@ class Model:
                 predictor.unknown_threshold(REJECT)
                 reject = REJECT
         finished, _ = run.progress()
-        added, can_undo = len(run.config.added), run.can_undo()
-        snapshot = Snapshot(version, predictor, run.data, finished, run.matrices(), added, can_undo, reject)
+        config = run.config
+        snapshot = Snapshot(
+            version,
+            predictor,
+            run.data,
+            finished,
+            run.matrices(),
+            len(config.added),
+            run.can_undo(),
+            reject,
+            config.setting == "til",
+        )
         if self._version(run) != version:
             raise RunError(f"{self.folder} changed while it was read: try again")
         return snapshot

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import time
+import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,7 +105,7 @@ class Sweep:
         members = {}
         for name, entry in self.entries.items():
             jobs = [self._job(entry, seed) for seed in self.seeds]
-            finished = {job.seed: Run(job.folder) for job in jobs if finished_result(job)}
+            finished = {job.seed: Run(job.folder) for job in jobs if _is_comparable(job)}
             members[name] = Entry(entry.label, finished, baselines[name])
         for name, entry in self.entries.items():
             baselines[name] |= {baseline: members[other] for baseline, other in entry.baselines.items()}
@@ -129,7 +130,7 @@ class Sweep:
         settings = experiment_settings(config)
         for entry in self.entries.values():
             if experiment_settings(entry.config) == settings:
-                entry.config = replace(entry.config, hardware=config.hardware)  # it may be resumed on other hardware
+                entry.config = config  # with other hardware, perhaps, which changes no result
                 return entry
         stem, number = platforms.safe_name(label, LONGEST, otherwise="point"), 1
         name, taken = stem, {other.lower() for other in self.entries}  # some file systems ignore case
@@ -202,6 +203,18 @@ def finished_result(job: Job) -> bool:
         return False
     tasks = len(run.data.tasks)
     return name == str(CheckpointName(tasks))
+
+
+def _is_comparable(job: Job) -> bool:
+    """Return whether the run of a job is complete, and still that of the job; warn if it has become another."""
+    if not finished_result(job):
+        return False
+    try:
+        check(job)
+    except RunError as error:
+        warnings.warn(f"left out of the table: {error}", stacklevel=3)
+        return False
+    return True
 
 
 def run_job(job: Job, *, waits: bool = False) -> JobResult:

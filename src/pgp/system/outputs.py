@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from pgp.system import storage
+from pgp.system import platforms, storage
 
 MARKER = ".pgp-output"
 """Name of the file that marks a folder. Files below such a folder are never read as data."""
@@ -64,11 +64,13 @@ def require_empty(folder: Path, what: str) -> None:
 def make_unique_folder(parent: Path, stem: str) -> Path:
     """Create and return a new folder: `parent/stem`, or `parent/stem-2`, `parent/stem-3`, ... if that exists.
 
+    The stem may come from the run of a stranger: its name becomes one that is safe, and cannot lead out of `parent`.
+
     Raises:
         RunError: If `parent` cannot be written.
     """
     make_output(parent)
-    number = 1
+    stem, number = platforms.safe_name(stem), 1
     while True:
         folder = parent / (stem if number == 1 else f"{stem}-{number}")
         try:

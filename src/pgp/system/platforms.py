@@ -199,8 +199,13 @@ def safe_name(text: str, longest: int = 100, otherwise: str = "unnamed") -> str:
 def readable_name(text: str, longest: int = 60, otherwise: str = "unnamed") -> str:
     """Return a name for a file that keeps all letters and spaces, but is valid on every file system, and has no suffix.
 
+    It has at most `longest` bytes in UTF-8.
+
     >>> readable_name("sea lion"), readable_name("../<b>"), readable_name("CON"), readable_name("...")
     ('sea lion', 'b', '_CON', 'unnamed')
+    >>> readable_name("\N{FOX FACE}" * 100, longest=11)
+    '\N{FOX FACE}\N{FOX FACE}'
     """
-    name = re.sub(r'[\x00-\x1f<>:"/\\|?*.%]+', "_", text)[:longest].strip(" _") or otherwise
+    short = re.sub(r'[\x00-\x1f<>:"/\\|?*.%]+', "_", text).encode()[:longest].decode(errors="ignore")
+    name = short.strip(" _") or otherwise
     return f"_{name}" if name.lower() in RESERVED else name

@@ -53,6 +53,8 @@ class Session:
         progress: Progress,
         run: Run | None = None,
         learned: DataDescription | None = None,
+        *,
+        downloads: bool = True,
     ) -> None:
         """Open the data of `config`, and divide them into tasks.
 
@@ -62,9 +64,10 @@ class Session:
             progress: Where to draw progress bars.
             run: The run folder. If None, `open_run` has to come before anything is logged or saved.
             learned: Description of data that are learned already, and whose images may be missing; see `build_tasks`.
+            downloads: Whether data that are missing are downloaded, if they can be.
         """
         config = resolve_paths(config)
-        self.data, self.scenario = build_tasks(config, learned)
+        self.data, self.scenario = build_tasks(config, learned, downloads=downloads)
         self._learned = learned
         self.config = config if config.joint else replace(config, tasks=len(self.scenario) - len(config.added))
         self.fabric, self.progress = fabric, progress
@@ -103,8 +106,9 @@ class Session:
         compensating = [readout.name for readout in readouts if readout.needs_drift]
         if config.experts != "none" and method.features_drift and compensating:
             raise ValueError(
-                f"expected readouts without +shift and +linear for experts that share parameters, got {compensating[0]}"
-                ": drift is estimated on images of a task whose expert does not exist before its training"
+                "expected readouts without +shift, +linear and +nearby for experts that share parameters, got"
+                f" {compensating[0]}: drift is estimated on images of a task whose expert does not exist before its"
+                " training"
             )
         measures_drift = config.drift_images and config.evaluate != "last"
         meter = DriftMeter(self.evaluator, projection, self.micro_batch_size) if measures_drift else None

@@ -106,7 +106,7 @@ def resume(
 
 
 def load_latest(run: Run, config: Config, progress: Progress) -> tuple[Session, TrainState]:
-    """Return a run as its latest finished task left it, on one device.
+    """Return a run as its latest finished task left it, on one device. Nothing is downloaded.
 
     Args:
         run: A run with at least one finished task.
@@ -119,7 +119,7 @@ def load_latest(run: Run, config: Config, progress: Progress) -> tuple[Session, 
     """
     name = run.latest_finished()
     config = replace(config, hardware=replace(config.hardware, devices=1))
-    session = Session(build_fabric(config), config, progress, run)
+    session = Session(build_fabric(config), config, progress, run, downloads=False)
     state = session.new_state()
     _check_data(session)
     if not len(session.data.test):

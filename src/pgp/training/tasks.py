@@ -44,11 +44,14 @@ DEFAULT_TASKS = 5
 """Largest number of tasks, if neither the settings nor the data say how many; each task has at least two classes."""
 
 
-def build_tasks(config: Config, learned: DataDescription | None = None) -> tuple[Dataset, Scenario]:
+def build_tasks(
+    config: Config, learned: DataDescription | None = None, *, downloads: bool = True
+) -> tuple[Dataset, Scenario]:
     """Return all data of a run and their tasks: those of its data set, and one more for each data set that was added.
 
     Args:
         config: Configuration of the run.
+        downloads: Whether a data set that is missing is downloaded, if it can be.
         learned: Description of the data that are learned already. Their images are needed for evaluation only. A data
             set of these that cannot be read or has changed has no images, and its tasks are missing; it is a warning.
 
@@ -56,7 +59,7 @@ def build_tasks(config: Config, learned: DataDescription | None = None) -> tuple
         ValueError: If the data do not fit the settings.
     """
     known = [learned.source(number) for number in range(len(learned.fingerprints))] if learned else []
-    data = _build(config.dataset, known[0] if known else None)
+    data = _build(config.dataset, known[0] if known else None, downloads=downloads)
     if len(data.train):
         scenario = build_scenario(config, data)
         scenario = scenario.joint() if config.joint else scenario
@@ -64,25 +67,25 @@ def build_tasks(config: Config, learned: DataDescription | None = None) -> tuple
         scenario = _learned_tasks(known[0], data.test)
     for number, more in enumerate(config.added, start=1):
         recorded = known[number] if number < len(known) else None
-        data, scenario = _append_dataset(data, scenario, more, recorded, config)
+        data, scenario = _append_dataset(data, scenario, more, recorded, config, downloads=downloads)
     if config.test_images is not None:
         for task in scenario.tasks:
             task.test = sample_evenly(task.test, data.test.labels, config.test_images, config.seed)
     return data, scenario
 
 
-def _build(dataset: DatasetConfig, recorded: DataDescription | None) -> Dataset:
+def _build(dataset: DatasetConfig, recorded: DataDescription | None, *, downloads: bool) -> Dataset:
     """Return a data set. If it is `recorded` and cannot be read or has changed, return what is left of it, and warn.
 
     Test images are left if they are those that were recorded. Training images are no longer needed, so a recorded data
     set without test images is not read.
     """
     if recorded is None:
-        return dataset.build()
+        return dataset.build() if downloads else dataset.read()
     empty = ArraySplit(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
     if not any(recorded.test_images):
         return Dataset(empty, empty, recorded.class_names)
-    where = ", ".join(map(str, dataset.search_paths))
+    where = ", ".join(map(str, dataset.search_paths)) or f"the data set {dataset.tag}"
     try:
         data = dataset.read()
         if _digests(data.train, data.test) == recorded.fingerprints[0]:
@@ -110,14 +113,20 @@ def _learned_tasks(recorded: DataDescription, test: Split) -> Scenario:
 
 
 def _append_dataset(
-    data: Dataset, scenario: Scenario, more: DatasetConfig, recorded: DataDescription | None, config: Config
+    data: Dataset,
+    scenario: Scenario,
+    more: DatasetConfig,
+    recorded: DataDescription | None,
+    config: Config,
+    *,
+    downloads: bool,
 ) -> tuple[Dataset, Scenario]:
     """Return the data with those of `more` joined, and the scenario with a task for them.
 
     Raises:
         ValueError: If its classes are known already, or under dil if one of them is not.
     """
-    new, where = _build(more, recorded), ", ".join(map(str, more.search_paths))
+    new, where = _build(more, recorded, downloads=downloads), ", ".join(map(str, more.search_paths))
     known = [name for name in new.class_names if name in data.class_names]
     if known and config.setting != "dil":
         raise ValueError(f"expected new classes in {where}, got {known[:5]}, which this run has learned already: give"

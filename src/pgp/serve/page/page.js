@@ -217,10 +217,11 @@ function row(task) {
   );
 }
 
-function matrix({ accuracy, readout, tasks }) {
+function matrix({ accuracy, readout, task_given, tasks }) {
   const column = accuracy[readout] ? readout : Object.keys(accuracy)[0];
   if (!column) return element("p", { textContent: "Nothing was measured." });
-  $("measured").textContent = `Readout ${column}. Rows: after task. Columns: on the images of task.`;
+  const among = task_given ? "the classes of its own task, which is given here" : "all classes learned by then";
+  $("measured").textContent = `Each image is classified among ${among}. Readout ${column}. Rows: after task. Columns: on the images of task.`;
   const heads = tasks.map((name, index) => element("th", { scope: "col", className: "number", textContent: index + 1, title: name }));
   const rows = accuracy[column].map((values, after) => element(
     "tr", {},
