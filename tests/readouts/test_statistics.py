@@ -125,6 +125,34 @@ def test_nearby_transforms_the_covariance_by_what_each_class_does():
     torch.testing.assert_close(readout.covariance(0.1), moved.covariance(0.1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("images", [20, 100, 1000])
+def test_nearness_does_not_depend_on_the_number_of_images(images):
+    """Also if there are fewer than dimensions, so that they are near to a mean and a covariance that have them."""
+    draws = torch.Generator().manual_seed(0)
+    seen, same = (torch.randn(n, 200, generator=draws, dtype=torch.float64) for n in (images, 20))
+    assert float(nearness(same, seen).mean()) > 0.8
+    assert float(nearness(2 * same, seen).max()) < 0.05
+
+
+def test_nearness_leaves_each_image_out():
+    images = torch.randn(30, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
+    centred = images - images.mean(0)
+    isotropic = 0.1 * (centred.square().sum() / len(images) / 12) * torch.eye(12, dtype=torch.float64)
+    distances = []
+    for number in range(len(images)):
+        others = torch.cat([images[:number], images[number + 1 :]])
+        spread = others - others.mean(0)
+        covariance = 0.9 * spread.T @ spread / len(images) + isotropic
+        away = images[number] - others.mean(0)
+        distances.append(away @ torch.linalg.solve(covariance, away))
+    mean = images.mean(0) + torch.linspace(3, 6, 12, dtype=torch.float64)
+    away = mean - images.mean(0)
+    covariance = 0.9 * centred.T @ centred / len(images) + isotropic
+    relative = away @ torch.linalg.solve(covariance, away) / torch.stack(distances).mean()
+    assert relative > 1
+    torch.testing.assert_close(nearness(mean[None], images)[0], relative**-4)
+
+
 def test_no_class_is_near_to_images_that_do_not_vary():
     image = torch.rand(1, D).double()
     assert torch.equal(nearness(MEANS.double(), image.expand(3, -1)), torch.zeros(5).double())

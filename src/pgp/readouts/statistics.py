@@ -466,20 +466,24 @@ def nearness(means: Tensor, images: Tensor) -> Tensor:
     """Return whether class means `(C, D)` lie among images `(n, D)`, from 1, yes, to 0, `(C,)`.
 
     With r the squared Mahalanobis distance of a class mean to the mean of the images, in multiples of the average over
-    the images, this is `min(1, 2 / r)^2`. The covariance of the images is shrunk by 0.1. Of images that do not vary,
-    no class is near.
+    the images, this is `min(1, 1 / r)^4`. The covariance of the images is shrunk by 0.1. Distances of images are to
+    the mean and under the covariance of the other images: if there are few images and many dimensions, an image seems
+    near to a mean and a covariance that it is part of. Of images that do not vary, no class is near.
 
     >>> images = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    >>> nearness(torch.tensor([[0.0, 0.5], [1.0, 1.0], [2.0, 0.0], [10.0, 0.0]]), images)
-    tensor([1.0000e+00, 1.0000e+00, 2.5000e-01, 4.0000e-04])
+    >>> nearness(torch.tensor([[0.0, 0.5], [1.0, 0.0], [3.0, 0.0], [10.0, 0.0]]), images).round(decimals=4)
+    tensor([1.0000, 1.0000, 0.0595, 0.0000])
     """
-    centre = images.mean(0)
+    centre, shrinkage = images.mean(0), 0.1
     scatter = (images - centre).T @ (images - centre)  # (D, D)
     if scatter.trace() <= _rounding(images.T @ images):
         return torch.zeros(len(means)).to(means)
-    distances = SquaredDistances(centre[None], shrink(scatter / len(images), 0.1))
-    relative = distances(means)[:, 0] / distances(images).mean()
-    return (2 / relative.clamp(min=2)).square()
+    distances = SquaredDistances(centre[None], shrink(scatter / len(images), shrinkage))
+    within = distances(images)[:, 0]  # (n,)
+    more = len(images) / (len(images) - 1)  # an image is farther from the mean of the others
+    left_out = more**2 * within / (1 - (1 - shrinkage) * more * within / len(images))
+    relative = distances(means)[:, 0] / left_out.mean()
+    return relative.clamp(min=1).reciprocal() ** 4
 
 
 def _accumulate(total: dict[str, Tensor], new: dict[str, Tensor]) -> None:
