@@ -10,6 +10,8 @@ import sys
 from dataclasses import asdict, dataclass, replace
 
 import pytest
+import torch
+from torch import nn
 
 import tiny
 from conftest import golden_vit
@@ -86,6 +88,19 @@ def test_components_that_stay_as_they_are_allow_no_weight_decay():
     for name in ("weight_decay", "first_weight_decay"):
         with pytest.raises(ValueError, match=r"expected no weight decay with the method coda, got 0\.1"):
             replace(config, optimizer=replace(config.optimizer, **{name: 0.1}))
+
+
+def test_a_first_step_that_is_left_out_leaves_momentum_at_zero():
+    """With 16-mixed, torch does not fill the buffers of a fused SGD if it skips the first step."""
+    method = nn.Linear(3, 2)
+    optimizer = Optimizer("sgd", lr=1.0, momentum=0.9).build(method, 256, fused=True)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor(1.0)
+    before = method.weight.detach().clone()
+    for found in (1.0, 0.0):
+        optimizer.found_inf = torch.tensor(found)
+        method.weight.grad, method.bias.grad = torch.full((2, 3), 0.5), torch.zeros(2)
+        optimizer.step()
+    torch.testing.assert_close(method.weight.detach(), before - 0.5)
 
 
 def test_settings_are_finite():

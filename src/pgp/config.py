@@ -98,9 +98,13 @@ class Optimizer:
             groups = [{"params": head, "lr_scale": 1.0}, {"params": prompts, "lr_scale": self.prompt_lr_scale}]
             groups = [group | {"lr": lr * group["lr_scale"]} for group in groups if group["params"]]
         if self.name == "sgd":
-            return torch.optim.SGD(
+            sgd = torch.optim.SGD(
                 groups, lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=fused or None
             )
+            if fused and self.momentum:  # torch would not fill the buffers if it left out the first step
+                for parameter in trainable:
+                    sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            return sgd
         kind = torch.optim.Adam if self.name == "adam" else torch.optim.AdamW
         return kind(groups, lr, betas=self.betas, weight_decay=self.weight_decay, fused=fused or None)
 
@@ -117,7 +121,11 @@ class Optimizer:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Devices and processes of a run. They affect speed, and results only by rounding."""
+    """Devices and processes of a run.
+
+    They affect speed, and results only by rounding, unless the last batch of an epoch has fewer images than there are
+    devices: some images then count more than once in it.
+    """
 
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """Device type. auto: a CUDA GPU if there is one, else the CPU. gpu: CUDA. mps: Apple's GPU, which has no float64,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,7 @@ from pgp.readouts.base import Features
 from pgp.readouts.head import MethodHead
 from pgp.reports import drift
 from pgp.subspace import ProtectedInputs, ProtectedParameter
+from pgp.training.tasks import build_tasks
 from test_train import opened
 
 EVERYTHING = Orthogonal.Config("input", 1.0, 1.0, "update")
@@ -346,3 +348,22 @@ def test_a_run_goes_on_after_an_unreadable_image_was_repaired(tmp_path, monkeypa
     *_, last = run.events("task")
     assert last["drift"]["tasks"] == [0]
     assert 0 <= last["drift"]["features"][0] < 1
+
+
+@pytest.mark.filterwarnings("ignore:skipped")
+def test_drift_is_not_measured_if_no_image_of_the_sample_can_be_read(tmp_path):
+    for name, red in (("ant", 0), ("bee", 60), ("cat", 120), ("dog", 180)):
+        for part in ("train", "test"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for number in range(4):
+                path = tmp_path / "data" / part / name / f"{number}.png"
+                Image.new("RGB", (32, 32), (red + 5 * number, 9, 9)).save(path)
+    settings = {"dataset": Folder(tmp_path / "data"), "tasks": 2, "on_bad_image": "skip", "epochs": 1}
+    config = tiny.config(drift_images=1, **settings)
+    data, scenario = build_tasks(config)
+    meter = DriftMeter(SimpleNamespace(config=config, scenario=scenario), SimpleNamespace(protected={}), 1)
+    (bad,) = meter.sample(scenario.tasks[0]).tolist()
+    Path(data.test.paths[bad]).write_bytes(b"no image")
+    run = train.train(config, tmp_path / "run")
+    first, last = run.events("task")
+    assert (first["drift"]["tasks"], last["drift"]["tasks"]) == ([], [])

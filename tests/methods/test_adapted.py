@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import tiny
 from conftest import golden_clip, golden_vit
+from pgp import train
 from pgp.backbones.base import LINEAR_MAPS, OUTPUTS, Place
 from pgp.methods.adapter import Adapter
 from pgp.methods.lora import LoRA
@@ -256,3 +258,13 @@ def test_a_model_with_another_mlp_says_so():
     with pytest.raises(ValueError, match="expected a model whose MLP is two linear layers, for the place fc1"):
         build(LoRA.Config(places=("fc1",)), vit)
     build(LoRA.Config(places=("q",)), vit)
+
+
+@pytest.mark.parametrize("kind", [LoRA, Adapter])
+def test_a_projection_of_gradients_that_there_are_not_is_refused(tmp_path, kind):
+    """The input side is drawn and not trained, so only a projection of updates protects anything."""
+    method = kind.Config(rank=2, train_input_side=False)
+    with pytest.raises(ValueError, match=r"expected --projection\.apply-to update with --method\.no-train-input-side"):
+        train.train(tiny.config(method=method, projection=Orthogonal.Config()), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    train.train(tiny.config(method=method, projection=NoProjection.Config(), epochs=1), tmp_path / "plain")

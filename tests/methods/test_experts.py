@@ -14,6 +14,7 @@ from PIL import Image
 import tiny
 from conftest import golden_vit
 from pgp import train
+from pgp.analysis.checkpoints import evaluate_checkpoints
 from pgp.baselines import BASELINES
 from pgp.datasets.folder import Folder
 from pgp.evaluation.accuracy import extract_features
@@ -59,6 +60,15 @@ def photos(folder, *names):
     return folder
 
 
+def test_earlier_checkpoints_know_no_classes_that_were_added_later(tmp_path):
+    run = train.train(config(dataset=Folder(photos(tmp_path / "old", *"abcd")), tasks=2), tmp_path / "run")
+    before = {column: matrix[1].clone() for column, matrix in run.matrices().items()}
+    train.resume(run.folder, add=photos(tmp_path / "new", "e", "f"))
+    again = Run.open(run.folder)
+    for column, matrix in evaluate_checkpoints(again, again.config, every_task=True).items():
+        torch.testing.assert_close(matrix[1, :2], before[column])
+
+
 def test_frozen_experts_need_no_drift_compensation(tmp_path):
     """A readout with compensation is what it is without, and shared parameters are an error that says so."""
     readouts = (LDA.Config(), LDA.Config(compensate="linear"), LDA.Config(compensate="shift"))
@@ -66,7 +76,7 @@ def test_frozen_experts_need_no_drift_compensation(tmp_path):
     plain, *compensated = run.matrices().values()
     for matrix in compensated:
         torch.testing.assert_close(matrix, plain, rtol=0, atol=0, equal_nan=True)
-    with pytest.raises(ValueError, match=r"expected readouts without \+shift and \+linear for experts that share"):
+    with pytest.raises(ValueError, match=r"expected readouts without \+shift, \+linear and \+nearby for experts that"):
         train.train(config(method=METHODS["dualprompt"], readouts=readouts), tmp_path / "shared")
 
 

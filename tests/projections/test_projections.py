@@ -550,3 +550,25 @@ def test_images_of_several_processes_are_in_the_order_of_one(world, monkeypatch)
     gathered = [[batch.flatten(1) for batch in part] for part in parts]
     monkeypatch.setattr(released, "all_gather_object", lambda own: gathered)
     assert projection._sample("prompts").flatten().tolist() == list(range(19))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"components": 5},
+            r"at most 4 as projection\.components for 4 vectors of \d+ numbers \(prompts\), got 5",
+        ),
+        (
+            {"components": 2, "key_components": 9},
+            r"at most \d as projection\.key_components .* \(keys\), got 9",
+        ),
+    ],
+)
+def test_components_that_prompts_cannot_have_are_refused_before_training(settings, message):
+    protected = {
+        "prompts": ProtectedParameter(nn.Parameter(torch.zeros(2, 2, 8))),
+        "keys": ProtectedParameter(nn.Parameter(torch.zeros(3, 8)), role="key"),
+    }
+    with pytest.raises(ValueError, match=message):
+        ReleasedBasis(protected, ReleasedBasis.Config(**settings))

@@ -132,7 +132,7 @@ def test_a_readout_without_tasks_goes_round_too():
 
 @pytest.mark.parametrize("shrinkage", [0, -0.1, 1.5, float("nan")])
 def test_shrinkage_is_a_fraction(shrinkage):
-    with pytest.raises(ValueError, match=rf"shrinkage in \(0, 1\], or None .* got {shrinkage}"):
+    with pytest.raises(ValueError, match=rf"shrinkage from 1e-6 to 1, or None .* got {shrinkage}"):
         LDA.Config(shrinkage=shrinkage)
 
 

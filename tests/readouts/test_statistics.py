@@ -221,7 +221,7 @@ def test_settings_of_compensation_are_checked(settings):
 
 @pytest.mark.parametrize("settings", [{"shrinkage": 0.0}, {"draws": 0}, {"decay": -1.0}, {"steps": 0}])
 def test_settings_of_logistic_are_checked(settings):
-    with pytest.raises(ValueError, match=r"expected (shrinkage in|draws and steps above 0 and decay of at least 0)"):
+    with pytest.raises(ValueError, match=r"expected (shrinkage from|draws and steps above 0 and decay of at least 0)"):
         Logistic.Config(**settings)
 
 

@@ -6,7 +6,7 @@ A method names the parameters to protect and returns their inputs. It never proj
 from __future__ import annotations
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -241,6 +241,15 @@ class Method(nn.Module, abc.ABC):
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """Return the state of the method without the frozen encoder, by name."""
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
+
+    def check_affinity(self, layers: Iterable[int]) -> None:
+        """Raise if the encoder's attention does not tell how keys depend on prompts, before anything is trained.
+
+        Raises:
+            ValueError: If keys are normalised, in one of the blocks `layers`.
+        """
+        for layer in layers:
+            self.backbone.affinity_maps(layer, moves="token")
 
     def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a `trainable_state_dict`. Classes that were added after it was saved keep their current values.

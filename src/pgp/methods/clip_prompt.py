@@ -32,8 +32,9 @@ class TextHead(nn.Module):
         self.register_buffer("text", torch.zeros(classes, width))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the logits `(B, C)` of features `(B, E)`."""
-        return self.scale * F.normalize(features, dim=-1) @ self.text.T
+        """Return the logits `(B, C)` of features `(B, E)`, in float32: in bfloat16, the best two are often equal."""
+        with torch.autocast(features.device.type, enabled=False):
+            return self.scale * F.normalize(features.float(), dim=-1) @ self.text.T.float()
 
     def learn(self, labels: Sequence[int], text: Tensor) -> None:
         """Cache text features `(n, E)` of the classes `labels`."""
@@ -84,7 +85,8 @@ class ZeroShot(Method):
             self.backbone.tokenize(self.texts(range(len(self.class_names))))
         except ValueError as error:
             raise ValueError(f"a class name is too long for the text encoder: {error}. Give the class a shorter one, in"
-                             " names.txt or in the table of images") from error  # fmt: skip
+                             " names.txt or in the table of images, or shorten the text around it by --method.template"
+                             " or --method.context") from error  # fmt: skip
 
     def texts(self, labels: Sequence[int]) -> list[str]:
         """Return the text of each of the classes `labels`."""
@@ -172,6 +174,8 @@ class CLIPPrompt(ZeroShot):
         contexts = len(class_names) if config.per_class else 1
         self.per_class_tensors = (*self.per_class_tensors, "context") if config.per_class else self.per_class_tensors
         self._seed = draws.initial_seed()
+        if config.protect != "tokens":
+            self.check_affinity((0,))
         self.image_prompt = nn.Parameter(torch.empty(config.image_prompt, width).normal_(std=0.02, generator=draws))
         self.context = nn.Parameter(
             torch.empty(contexts, config.context, text_width).normal_(std=0.02, generator=draws)

@@ -206,6 +206,7 @@ class Experts(Method):
                              " wrote it; start a new run")  # fmt: skip
         numbers = own.pop("expert_of_class")
         self.method.load_trainable_state_dict(own)
+        self.expert_of_class.fill_(-1)  # for classes that were added later
         self.expert_of_class[: len(numbers)] = numbers.to(self.expert_of_class)
         self._expert_of_task = {}
         count = len({name.split(".")[1] for name in state if name.startswith("stored.")})

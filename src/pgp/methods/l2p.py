@@ -92,6 +92,8 @@ class L2P(Method):
     def __init__(self, config: L2P.Config, backbone: Backbone, classes: int, generator: torch.Generator) -> None:
         super().__init__(backbone, linear_head(backbone.width, classes, generator))
         self.config = config
+        if config.protect != "tokens":
+            self.check_affinity((0,))
         self.pool = PromptPool(
             config.pool_size,
             config.length,

@@ -79,6 +79,8 @@ class VPT(Method):
         self.config = config
         self.layers = range(backbone.depth) if config.layers is None else config.layers
         backbone.check_layers(self.layers)
+        if config.protect != "tokens":
+            self.check_affinity(self.layers)
         bound, shape = math.sqrt(3 / backbone.width), (config.length, backbone.width)
         self.prompts = nn.ParameterList()
         for layer in self.layers:

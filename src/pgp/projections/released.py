@@ -69,6 +69,13 @@ class ReleasedBasis(Projection):
             raise ValueError(f"expected no values to protect, got {values}: the published code never protects values;"
                              " choose another --method.protect")  # fmt: skip
         self.config = config or ReleasedBasis.Config()
+        for space, target in protected.items():
+            rows = target.parameter.flatten(0, -2).shape
+            needed = self.config.key_components if target.role == "key" else self.config.components
+            if not _has_heads(target.parameter) and needed > min(rows):
+                name = "key_components" if target.role == "key" else "components"
+                raise ValueError(f"expected at most {min(rows)} as projection.{name} for {rows[0]} vectors of {rows[1]}"
+                                 f" numbers ({space}), got {needed}")  # fmt: skip
         self.observation = ObservationSpec(when=self.config.when, transform="train", repeat=True)
         self._images: dict[str, list[Tensor]] = {}
         self._widths: dict[str, int] = {}

@@ -402,9 +402,10 @@ SHRINKAGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 
 
 def check_shrinkage(shrinkage: float | None) -> None:
-    """Raise a ValueError if `shrinkage` is neither None nor in (0, 1]."""
-    if shrinkage is not None and not 0 < shrinkage <= 1:
-        raise ValueError(f"expected shrinkage in (0, 1], or None to choose it on held-out images, got {shrinkage}")
+    """Raise a ValueError if `shrinkage` is neither None nor from 1e-6, below which rounding errors decide, to 1."""
+    if shrinkage is not None and not 1e-6 <= shrinkage <= 1:
+        raise ValueError("expected shrinkage from 1e-6 to 1, or None to choose it on held-out images, got"
+                         f" {shrinkage}")  # fmt: skip
 
 
 def shrinkage_candidates(shrinkage: float | None) -> tuple[tuple[float, ...], float]:

@@ -99,6 +99,10 @@ class Session:
         else:  # nothing is trained, which DDP would refuse
             fabric.to_device(method)
         projection = config.projection.build(method.protected(), config.seed)
+        unlearned = [space for space, target in projection.protected.items() if not target.parameter.requires_grad]
+        if unlearned and projection.observation and projection.apply_to == "gradient":
+            raise ValueError("expected --projection.apply-to update with --method.no-train-input-side, got gradient:"
+                             f" {unlearned[0]} has no gradient, and its draws would not be projected")  # fmt: skip
         if config.save_every_steps and projection.observation and projection.observation.when == "before":
             raise ValueError(f"expected --projection.when after with --save-every-steps {config.save_every_steps}, got"
                              " before: set one of them, or --save-every-steps 0")  # fmt: skip

@@ -21,6 +21,7 @@ from pgp.config import Config
 from pgp.datasets.base import ArraySplit, BadImageError, ConcatSplit, Dataset, DatasetConfig, Split, with_advice
 from pgp.datasets.loader import SampleKey, sequential_batches
 from pgp.datasets.text import lines_of, normalized, read_text
+from pgp.methods.clip_prompt import ZeroShot
 from pgp.methods.head_only import HeadOnly
 from pgp.rng import make_generator
 from pgp.runs.identity import DataDescription
@@ -223,7 +224,8 @@ def single_class_warning(config: Config, scenario: Scenario) -> str | None:
 
     The loss compares the classes of one task, so it is 0 there.
     """
-    if isinstance(config.method, HeadOnly.Config) and not config.method.learns:
+    trains_nothing = isinstance(config.method, HeadOnly.Config) and not config.method.learns
+    if trains_nothing or isinstance(config.method, ZeroShot.Config):
         return None
     alone = [scenario.describe(task) for task in scenario.tasks if len(task.classes) == 1]
     if not alone:
