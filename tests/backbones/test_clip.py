@@ -20,7 +20,7 @@ from pgp.config import Hardware, Optimizer
 from pgp.datasets.loader import LoaderOptions, TransformedSplit, batches, sequential_batches
 from pgp.evaluation.accuracy import LEGACY
 from pgp.methods.base import mask_logits
-from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
+from pgp.methods.clip_prompt import CLIPPrompt, TextHead, ZeroShot
 from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.l2p import L2P
 from pgp.projections.base import NoProjection
@@ -510,3 +510,14 @@ def test_settings_that_do_not_fit(monkeypatch):
     monkeypatch.setitem(sys.modules, "open_clip", None)
     with pytest.raises(ValueError, match=r"CLIP needs open_clip, which is not installed: pip install .*\[clip\]"):
         CLIP.Config().build(224)
+
+
+def test_logits_are_not_rounded_to_bfloat16():
+    """At 100 times the cosine similarity, the best two would often be equal."""
+    head = TextHead(50, 8, 100.0)
+    draws = torch.Generator().manual_seed(0)
+    head.learn(range(50), torch.randn(50, 8, generator=draws))
+    features = torch.randn(64, 8, generator=draws)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = head(features.bfloat16())
+    assert torch.equal(logits, head(features.bfloat16().float()))

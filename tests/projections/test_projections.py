@@ -415,7 +415,7 @@ def test_released_depends_on_the_order_of_images_and_orthogonal_does_not():
 
 
 def test_released_has_enough_after_as_many_images_as_it_is_wide():
-    projection = ReleasedBasis(Toy().protected())
+    projection = ReleasedBasis(Toy().protected(), ReleasedBasis.Config(components=4, key_components=2))
     projection.observe("prompts", ProtectedInputs(draw(15, 2, 16)))
     assert not projection.has_enough()
     projection.observe("prompts", ProtectedInputs(draw(1, 2, 16)))
@@ -543,7 +543,8 @@ def test_images_of_several_processes_are_in_the_order_of_one(world, monkeypatch)
     """The published basis depends on the order of images."""
     batches = [torch.arange(start, stop).float() for start, stop in ((0, 8), (8, 16), (16, 19))]
     parts = [[batch[rank::world].reshape(-1, 1, 1) for batch in batches] for rank in range(world)]
-    projection = ReleasedBasis({"prompts": ProtectedParameter(nn.Parameter(torch.zeros(1, 2, 1)))})
+    protected = {"prompts": ProtectedParameter(nn.Parameter(torch.zeros(1, 2, 1)))}
+    projection = ReleasedBasis(protected, ReleasedBasis.Config(components=1))
     for batch in parts[0]:
         projection.observe("prompts", ProtectedInputs(batch))
     projection._widths["prompts"] = 19

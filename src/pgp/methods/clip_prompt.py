@@ -32,9 +32,16 @@ class TextHead(nn.Module):
         self.register_buffer("text", torch.zeros(classes, width))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the logits `(B, C)` of features `(B, E)`, in float32: in bfloat16, the best two are often equal."""
+        """Return the logits `(B, C)` of features `(B, E)`."""
+        return self.logits(features, self.text)
+
+    def logits(self, features: Tensor, text: Tensor) -> Tensor:
+        """Return the logits `(B, n)` of features `(B, E)` for text features `(n, E)` of unit length.
+
+        They are computed in float32: in bfloat16, the best two are often equal.
+        """
         with torch.autocast(features.device.type, enabled=False):
-            return self.scale * F.normalize(features.float(), dim=-1) @ self.text.T.float()
+            return self.scale * F.normalize(features.to(self.text), dim=-1) @ text.to(self.text).T
 
     def learn(self, labels: Sequence[int], text: Tensor) -> None:
         """Cache text features `(n, E)` of the classes `labels`."""
@@ -111,7 +118,7 @@ class ZeroShot(Method):
         """Return the cross-entropy over the classes of `task`."""
         text = (prepared or {}).get("text")
         text = F.normalize(self.text_features(task) if text is None else text, dim=-1)
-        logits = self.head.scale * F.normalize(self.features(images), dim=-1) @ text.T  # (B, n)
+        logits = self.head.logits(self.features(images), text)  # (B, n)
         classes = to_device(torch.tensor(task.classes), labels.device)
         targets = (labels.unsqueeze(1) == classes).int().argmax(1)  # (B, n) -> (B,)
         return F.cross_entropy(logits, targets)
