@@ -23,7 +23,7 @@ from pgp.analysis.checkpoints import evaluate_checkpoints
 from pgp.backbones.base import Backbone
 from pgp.backbones.clip import CLIP
 from pgp.cli import main
-from pgp.config import Config
+from pgp.config import Config, Optimizer
 from pgp.datasets.folder import Folder
 from pgp.datasets.manifest import Manifest
 from pgp.datasets.synthetic import Synthetic
@@ -39,7 +39,14 @@ from pgp.runs.run import Run
 from pgp.system.storage import RunError
 from pgp.training.devices import build_fabric
 from pgp.training.session import Session
-from pgp.training.tasks import build_scenario, build_tasks, describe_data, single_class_warning, training_batches
+from pgp.training.tasks import (
+    build_scenario,
+    build_tasks,
+    describe_data,
+    single_class_warning,
+    training_batches,
+    weight_decay_warning,
+)
 
 DOMAINS = Synthetic(classes=3, per_class=8, domains=3, noise=0.05)
 TWO = Synthetic(classes=4, per_class=9, noise=0.05)
@@ -74,6 +81,16 @@ def scenario(config):
 
 def names(scenario):
     return [(task.name, task.classes) for task in scenario.tasks]
+
+
+def test_weight_decay_that_adam_makes_a_whole_step_is_a_warning(photos):
+    one, two = (replace(config(photos, tasks=n), optimizer=Optimizer(weight_decay=1e-4)) for n in (1, 2))
+    assert weight_decay_warning(one, scenario(one)) is None
+    assert weight_decay_warning(two, scenario(two)).startswith(
+        "weight decay 0.0001 with adam shrinks the head's weights"
+    )
+    mild = replace(two, optimizer=Optimizer("adamw", weight_decay=1e-4))
+    assert weight_decay_warning(mild, scenario(mild)) is None
 
 
 def test_files_beside_the_data_decide_the_tasks(photos, tmp_path):

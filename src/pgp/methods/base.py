@@ -64,7 +64,7 @@ class Method(nn.Module, abc.ABC):
         tag: ClassVar[str]
         """Name of this kind of method in config.json. It must be unique among methods and never change."""
         allows_weight_decay: ClassVar[bool] = True
-        """Whether weight decay changes only what the current task learns."""
+        """Whether weight decay changes little of what earlier tasks have learned, unless the optimizer is adam."""
 
         def as_expert(self) -> Method.Config:
             """Return settings for one expert: all trained parameters belong to one task, except head and shared ones.

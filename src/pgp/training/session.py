@@ -34,7 +34,7 @@ from pgp.system import platforms
 from pgp.system.signals import StopRequest
 from pgp.system.storage import RunError
 from pgp.training.state import TrainState
-from pgp.training.tasks import build_tasks, describe_data, single_class_warning
+from pgp.training.tasks import build_tasks, describe_data, single_class_warning, weight_decay_warning
 
 HELD_OUT = 0.2
 """Fraction of the training images of each class that readouts hold out for calibration, before the fit to all."""
@@ -205,8 +205,10 @@ class Session:
 
     @property
     def data_warnings(self) -> list[str]:
-        """Warnings about the data, as sentences."""
-        found = [*self.data.messages(), self._size_mismatch, single_class_warning(self.config, self.scenario)]
+        """Warnings about the data, and settings that do not fit them, as sentences."""
+        config, scenario = self.config, self.scenario
+        concerns = [single_class_warning(config, scenario), weight_decay_warning(config, scenario)]
+        found = [*self.data.messages(), self._size_mismatch, *concerns]
         return [warning for warning in found if warning]
 
     @property

@@ -237,6 +237,20 @@ def single_class_warning(config: Config, scenario: Scenario) -> str | None:
     )
 
 
+def weight_decay_warning(config: Config, scenario: Scenario) -> str | None:
+    """Return a sentence if weight decay changes what earlier tasks have learned by whole steps, or None.
+
+    The head's rows of old classes have no gradient. Adam divides the decay, their only one, by its own size.
+    """
+    later = config.optimizer_of(1)
+    if later.name != "adam" or not later.weight_decay or len(scenario) < 2:
+        return None
+    return (
+        f"weight decay {later.weight_decay:g} with adam shrinks the head's weights of old classes by a whole step each"
+        " time: choose --optimizer.name adamw, which decays them slowly, or no weight decay"
+    )
+
+
 def _check_classes(data: Dataset) -> None:
     """Raise if a class has nothing to learn from; warn if it cannot be tested."""
     counts = [torch.bincount(split.labels, minlength=data.classes) for split in (data.train, data.test)]
