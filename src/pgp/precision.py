@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
 
 import torch
+from torch.amp import is_autocast_available
 
 Precision = Literal["32-true", "tf32", "bf16-mixed", "16-mixed"]
 
@@ -19,6 +20,11 @@ def mixed_dtype(precision: Precision) -> torch.dtype | None:
     """
     dtypes: dict[str, torch.dtype] = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     return dtypes.get(precision)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which matrix products of tensors on `device` keep their dtype, also under autocast."""
+    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pgp.backbones.base import Backbone, VisionLanguage
 from pgp.methods.base import Method, to_device
+from pgp.precision import without_autocast
 from pgp.rng import make_generator
 from pgp.scenario import Task
 from pgp.subspace import ProtectedInputs, ProtectedParameter
@@ -40,7 +41,7 @@ class TextHead(nn.Module):
 
         They are computed in float32: in bfloat16, the best two are often equal.
         """
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device):
             return self.scale * F.normalize(features.to(self.text), dim=-1) @ text.to(self.text).T
 
     def learn(self, labels: Sequence[int], text: Tensor) -> None:

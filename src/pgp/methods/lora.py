@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pgp.backbones.base import LINEAR_MAPS, Backbone
 from pgp.methods.adapted import AdaptedEncoder, Part, check_part_settings, check_rank, select_places
+from pgp.precision import without_autocast
 from pgp.scenario import Task
 
 
@@ -120,5 +121,5 @@ class LowRankUpdate(Part):
 
     def store(self) -> None:
         """Add the current task's update to the sum of earlier ones."""
-        with torch.autocast(self.total.device.type, enabled=False):
+        with without_autocast(self.total.device):
             self.total += self.scale * self.up @ self.down
