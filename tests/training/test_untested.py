@@ -93,6 +93,17 @@ def test_a_task_that_is_not_measured_has_not_the_accuracy_of_the_tasks_before_it
 
 
 @quietly
+def test_a_report_of_prompts_without_any_test_image(tmp_path, capsys):
+    """There is no drift to draw."""
+    run = train.train(untested(config, photos(tmp_path / "old", "bee", "cat", "dog")), tmp_path / "run")
+    capsys.readouterr()
+    main.main(["report", str(run.folder), "--html"])
+    told = capsys.readouterr().out
+    assert ("accuracy.png" in told, "drift.png" in told) == (True, False)
+    assert (run.folder / "report.html").is_file()
+
+
+@quietly
 def test_a_page_without_any_test_image(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     train.train(untested(quick, photos(tmp_path / "old", "bee", "cat", "dog")), tmp_path / "run")

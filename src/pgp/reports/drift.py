@@ -64,8 +64,9 @@ def drift_histories(runs: Sequence[Run]) -> list[DriftHistory]:
     out = []
     for label, members in group_runs(runs):
         events = [_events(run) for run in members]
-        if any(events):
-            out.append(DriftHistory(label, [of_run for of_run in events if of_run]))
+        history = DriftHistory(label, [of_run for of_run in events if of_run])
+        if any(_curve(history, heading) for heading in PANELS):  # without test images, nothing is measured
+            out.append(history)
     return out
 
 
