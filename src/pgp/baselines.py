@@ -75,8 +75,8 @@ BASELINES: dict[str, Callable[[Config], Config]] = {
 def matching_baselines(config: Config) -> dict[str, Config]:
     """Return the baselines that differ from `config`, by name.
 
-    `random` is left out unless the projection of `config` is `orthogonal`, whose ranks it uses, and `joint` with
-    setting=til, for which it is no upper bound: it has a single task, among whose classes images are predicted.
+    `random` is left out unless the projection of `config` is `orthogonal`, whose ranks it uses. `joint` is left out
+    with setting=til: it has a single task, whose number tells nothing, so it is no upper bound.
     """
     has_ranks = type(config.projection) is Orthogonal.Config
     left_out = {"random": not has_ranks, "joint": config.setting == "til"}

@@ -256,8 +256,8 @@ class Config:
         if self.order == "listed" and self.setting != "oil":
             raise ValueError(f"expected setting=oil for order=listed, got {self.setting}: others shuffle each epoch")
         if self.joint and self.setting == "til":
-            raise ValueError("expected setting cil with joint, got til: among the classes of the only task is among all"
-                             " classes, so this is no upper bound for runs that are given the task")  # fmt: skip
+            raise ValueError("expected setting cil with joint, got til: joint training has a single task, so its number"
+                             " tells nothing, and the result is no upper bound")  # fmt: skip
         if self.keep_checkpoints not in ("all", "last") and not re.fullmatch("[1-9][0-9]{0,8}", self.keep_checkpoints):
             raise ValueError(f"expected keep_checkpoints all, last or a number, got {self.keep_checkpoints}")
         if self.evaluate not in ("every", "last") and not re.fullmatch("[1-9][0-9]{0,8}", self.evaluate):

@@ -171,5 +171,6 @@ def test_findings_of_an_earlier_checkpoint_are_not_current(tmp_path):
     text = audit.to_json(run, findings)
     (run.folder / audit.AUDIT).write_text(text, encoding="utf-8")
     assert audit.read_findings(run) == findings
-    (run.folder / audit.AUDIT).write_text(text.replace('"task-03"', '"task-02"'), encoding="utf-8")
-    assert audit.read_findings(run) == []
+    for now, then in (("task-03", "task-02"), (run.data.fingerprints[0], "other"), (run.id, "other")):
+        (run.folder / audit.AUDIT).write_text(text.replace(f'"{now}"', f'"{then}"'), encoding="utf-8")
+        assert audit.read_findings(run) == []

@@ -313,6 +313,16 @@ def test_the_report_draws_methods_that_protect_and_choose_nothing(tmp_path):
     assert table[0].last(drift.STATISTICS["energy held"]) is None
 
 
+def of_pictures(folder, **changes):
+    """A configuration with two tasks of two classes, four pictures of each for training and for the test."""
+    for name, red in (("ant", 0), ("bee", 60), ("cat", 120), ("dog", 180)):
+        for part in ("train", "test"):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(4):
+                Image.new("RGB", (32, 32), (red + 5 * number, 9, 9)).save(folder / part / name / f"{number}.png")
+    return tiny.config(dataset=Folder(folder), tasks=2, on_bad_image="skip", epochs=1, **changes)
+
+
 def test_an_image_that_can_be_read_only_later_is_not_compared():
     then = Drift(torch.tensor([1, 2, 4]), torch.tensor([[1.0], [2.0], [4.0]]), torch.zeros(3, 2), None)
     now = Drift(torch.tensor([0, 1, 4]), torch.tensor([[0.5], [1.5], [4.5]]), torch.zeros(3, 2), None)
@@ -324,18 +334,10 @@ def test_an_image_that_can_be_read_only_later_is_not_compared():
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_a_run_goes_on_after_an_unreadable_image_was_repaired(tmp_path, monkeypatch):
     """The last test image of the first task is unreadable until the second task has begun."""
-    for name, red in (("ant", 0), ("bee", 60), ("cat", 120), ("dog", 180)):
-        for part in ("train", "test"):
-            (tmp_path / "data" / part / name).mkdir(parents=True)
-            for number in range(4):
-                Image.new("RGB", (32, 32), (red + 5 * number, 9, 9)).save(
-                    tmp_path / "data" / part / name / f"{number}.png"
-                )
+    config = of_pictures(tmp_path / "data")
     bad = tmp_path / "data" / "test" / "bee" / "3.png"
     whole = bad.read_bytes()
     bad.write_bytes(whole[:40])
-    settings = {"dataset": Folder(tmp_path / "data"), "tasks": 2, "on_bad_image": "skip", "epochs": 1}
-    config = tiny.config(**settings)
     original = train.fit_task
 
     def repair(session, state, task):
@@ -352,14 +354,7 @@ def test_a_run_goes_on_after_an_unreadable_image_was_repaired(tmp_path, monkeypa
 
 @pytest.mark.filterwarnings("ignore:skipped")
 def test_drift_is_not_measured_if_no_image_of_the_sample_can_be_read(tmp_path):
-    for name, red in (("ant", 0), ("bee", 60), ("cat", 120), ("dog", 180)):
-        for part in ("train", "test"):
-            (tmp_path / "data" / part / name).mkdir(parents=True)
-            for number in range(4):
-                path = tmp_path / "data" / part / name / f"{number}.png"
-                Image.new("RGB", (32, 32), (red + 5 * number, 9, 9)).save(path)
-    settings = {"dataset": Folder(tmp_path / "data"), "tasks": 2, "on_bad_image": "skip", "epochs": 1}
-    config = tiny.config(drift_images=1, **settings)
+    config = of_pictures(tmp_path / "data", drift_images=1)
     data, scenario = build_tasks(config)
     meter = DriftMeter(SimpleNamespace(config=config, scenario=scenario), SimpleNamespace(protected={}), 1)
     (bad,) = meter.sample(scenario.tasks[0]).tolist()

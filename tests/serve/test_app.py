@@ -18,6 +18,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
+from starlette.datastructures import Headers
 
 import tiny
 from pgp import recipes, train
@@ -25,6 +26,7 @@ from pgp.datasets.decode import num_pixels
 from pgp.predict import Predictor
 from pgp.runs.run import TAUGHT, Run
 from pgp.serve import Limits, app, build_app, serve
+from pgp.serve.limits import Guard, RefusedError
 from pgp.serve.model import Model
 from pgp.serve.teaching import Teacher
 from pgp.system import storage
@@ -707,3 +709,12 @@ def test_names_of_four_byte_letters_can_be_taught(client, run, red):
     name = 60 * "\N{FOX FACE}"
     assert teach(client, name, red)["state"] == "finished"
     assert name in Run.open(run).data.class_names
+
+
+def test_open_paths_answer_although_too_many_requests_do():
+    """Such as that of the health, while a request too many is being refused."""
+    guard = Guard(None, Limits(requests=1), None, (), ("/health",))
+    guard._in_progress = 2
+    guard._check("/health", "GET", Headers())
+    with pytest.raises(RefusedError, match="1 requests are being answered"):
+        guard._check("/classes", "GET", Headers())

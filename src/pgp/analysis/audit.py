@@ -141,6 +141,7 @@ def to_json(run: Run, findings: Sequence[Finding], bounds: Mapping[str, tuple[fl
     tree: dict[str, Any] = {
         "run": run.id,
         "checkpoint": str(run.latest_finished()),
+        "data": list(run.data.fingerprints),
         "accuracy": [
             finding._asdict() | {"accuracy": known(finding.accuracy), "uses_task": finding.uses_task}
             for finding in findings
@@ -166,13 +167,14 @@ def read_findings(run: Run) -> list[Finding]:
     with reading(path):
         findings = [Finding(**{name: row[name] for name in Finding._fields}) for row in tree["accuracy"]]
         findings = [one._replace(accuracy=math.nan) if one.accuracy is None else one for one in findings]
-        is_of_run = (tree.get("run"), tree.get("checkpoint")) == (run.id, str(run.latest_finished()))
+        found_of = [tree.get(name) for name in ("run", "checkpoint", "data")]
     plain = {
         finding.column: finding.accuracy for finding in findings if not finding.uses_task and finding.scope == "seen"
     }
     averages = {column: metrics.average_accuracy(matrix) for column, matrix in run.matrices().items()}
     is_current = all(column in averages and _same(value, averages[column]) for column, value in plain.items())
-    return findings if is_of_run and is_current else []
+    is_same = found_of == [run.id, str(run.latest_finished()), list(run.data.fingerprints)]
+    return findings if is_same and is_current else []
 
 
 def _same(one: float, other: float) -> bool:

@@ -43,7 +43,7 @@ class Drift(NamedTuple):
     """Prompts that the images select, `(B, M)` bool; None for a method that does not select."""
 
     def at(self, indices: Tensor) -> Drift:
-        """Return the rows of those of these images that are present; both are ascending."""
+        """Return the rows of those of the images `indices` that were measured, in ascending order."""
         present = torch.isin(self.indices, indices)
         return Drift(*(None if each is None else each[present] for each in self))  # type: ignore[arg-type]
 
@@ -173,8 +173,9 @@ class DriftMeter:
             if not seen_task.is_tested or not (evaluated is None or index in evaluated):
                 continue
             batches_of_all = [batch for process in watched for batch in process.get(index, [])]
-            if not batches_of_all or not (index == task.index or index in self.references):
-                continue  # no image of the sample can be read, or none could
+            is_comparable = index == task.index or index in self.references
+            if not (batches_of_all and is_comparable):
+                continue  # no image of the sample can be read, or none could be read after its task
             with fabric.autocast():
                 current[index] = _measured(method, batches_of_all, scenario.seen_classes(index), seen_task)
         if task.index in current:
@@ -186,7 +187,7 @@ class DriftMeter:
         pairs = []
         for index in old_tasks:
             reference = Drift(*(self.references[index][name] for name in Drift._fields))
-            # an unreadable image that is skipped at one time may be readable at another
+            # an image may be unreadable, and skipped, at one of the two times
             new, old = current[index].at(reference.indices), reference.at(current[index].indices)
             pairs.append((new, old))
         out: dict[str, Any] = {"tasks": old_tasks}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -64,8 +63,7 @@ class HuggingFace(DatasetConfig):
 
     def read(self) -> Dataset:
         """See `DatasetConfig.read`; a data set of the hub is read from the library's cache, without asking the hub."""
-        with _offline():
-            return self._dataset(_load(self.name, self.subset))
+        return self._dataset(_load(self.name, self.subset, offline=True))
 
     def _dataset(self, parts: dict[str, Any]) -> Dataset:
         train = parts.get("train", next(iter(parts.values())))
@@ -139,23 +137,8 @@ class HubSplit(Split):
         return HubSplit(self.name, rows, self.column, self.labels[chosen], domains)
 
 
-@contextlib.contextmanager
-def _offline() -> Iterator[None]:
-    """Load data sets inside a `with` block from the cache only, as the environment variable HF_HUB_OFFLINE does."""
-    try:
-        from datasets import config
-    except ImportError:  # _load says so
-        yield
-        return
-    before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        config.HF_HUB_OFFLINE = before
-
-
-def _load(name: str, subset: str | None) -> dict[str, Any]:
-    """Return the splits of a data set by name."""
+def _load(name: str, subset: str | None, *, offline: bool = False) -> dict[str, Any]:
+    """Return the splits of a data set by name; if `offline`, without the network, as with HF_HUB_OFFLINE=1."""
     try:
         import datasets
     except ImportError as error:
@@ -167,8 +150,10 @@ def _load(name: str, subset: str | None) -> dict[str, Any]:
     path = Path(name).expanduser()
     if path.is_absolute() and not path.exists():
         raise ValueError(f"no data set at {path}: name another, by --data {HUB}PATH")
+    was_offline = datasets.config.HF_HUB_OFFLINE
     saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
     try:
+        datasets.config.HF_HUB_OFFLINE = was_offline or offline
         if saved:
             found = datasets.load_from_disk(str(path))
         else:
@@ -178,6 +163,8 @@ def _load(name: str, subset: str | None) -> dict[str, Any]:
             f"cannot load the Hugging Face data set {name!r}: {error}. Check its name and the network, or name a folder"
             " where save_to_disk left it"
         ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = was_offline
     return dict(found) if isinstance(found, dict) else {"train": found}
 
 

@@ -243,13 +243,13 @@ class Method(nn.Module, abc.ABC):
         return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("backbone.")}
 
     def check_affinity(self, layers: Iterable[int]) -> None:
-        """Raise if the encoder's attention does not tell how keys depend on prompts, before anything is trained.
+        """Raise, before anything is trained, if the affinity of prompts cannot be protected in the blocks `layers`.
 
         Raises:
-            ValueError: If keys are normalised, in one of the blocks `layers`.
+            ValueError: If the encoder normalises keys, which then depend on prompts in another way.
         """
         for layer in layers:
-            self.backbone.affinity_maps(layer, moves="token")
+            self.backbone.key_weights(layer)
 
     def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore a `trainable_state_dict`. Classes that were added after it was saved keep their current values.

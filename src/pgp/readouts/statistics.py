@@ -63,8 +63,8 @@ class StatisticsReadout(Readout):
         compensate: Literal["none", "shift", "linear", "nearby"] = "none"
         """How to correct old statistics for the drift of features, estimated on the images of each new task. shift:
         move each mean by the average drift of the images near it (Yu et al., CVPR 2020). linear: transform means and
-        covariance by an affine map, fitted by ridge regression. nearby: the same, but the farther a class is from the
-        images of the new task, the less of it, because they tell nothing about the drift of images of other kinds."""
+        covariance by an affine map, fitted by ridge regression. nearby: the same, with a weight for each class
+        that falls with its distance from the images of the new task: they do not show the drift of other kinds."""
         bandwidth: float = 1.0
         """Width of the Gaussian weights for compensate=shift, in standard deviations within classes."""
         ridge: float = 1.0
@@ -464,12 +464,16 @@ def _transform(within: Tensor, matrix: Tensor, weights: Tensor, shares: Tensor) 
 
 
 def nearness(means: Tensor, images: Tensor) -> Tensor:
-    """Return whether class means `(C, D)` lie among images `(n, D)`, from 1, yes, to 0, `(C,)`.
+    """Return a weight for each class, from 1 if its mean lies among the images to 0 if it is far away, `(C,)`.
 
-    With r the squared Mahalanobis distance of a class mean to the mean of the images, in multiples of the average over
-    the images, this is `min(1, 1 / r)^4`. The covariance of the images is shrunk by 0.1. Distances of images are to
-    the mean and under the covariance of the other images: if there are few images and many dimensions, an image seems
-    near to a mean and a covariance that it is part of. Of images that do not vary, no class is near.
+    It is `min(1, 1 / r)^4`, with r the squared Mahalanobis distance of the class mean to the mean of the images,
+    relative to the average distance of an image. The covariance is shrunk by 0.1. Each image is left out of the mean
+    and the covariance for its own distance, which would be far too small otherwise if images are few. If images do not
+    vary, the weights are 0.
+
+    Args:
+        means: Class means, `(C, D)`.
+        images: Features of the new task's images, `(n, D)`.
 
     >>> images = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
     >>> nearness(torch.tensor([[0.0, 0.5], [1.0, 0.0], [3.0, 0.0], [10.0, 0.0]]), images).round(decimals=4)
@@ -480,9 +484,9 @@ def nearness(means: Tensor, images: Tensor) -> Tensor:
     if scatter.trace() <= _rounding(images.T @ images):
         return torch.zeros(len(means)).to(means)
     distances = SquaredDistances(centre[None], shrink(scatter / len(images), shrinkage))
-    within = distances(images)[:, 0]  # (n,)
-    more = len(images) / (len(images) - 1)  # an image is farther from the mean of the others
-    left_out = more**2 * within / (1 - (1 - shrinkage) * more * within / len(images))
+    n, included = len(images), distances(images)[:, 0]  # (n,)
+    ratio = n / (n - 1)  # of an image's distance from the mean of the others to that from the mean of all
+    left_out = ratio**2 * included / (1 - (1 - shrinkage) * ratio * included / n)
     relative = distances(means)[:, 0] / left_out.mean()
     return relative.clamp(min=1).reciprocal() ** 4
 

@@ -80,6 +80,7 @@ def render(runs: Sequence[Run]) -> str:
     groups = read_groups(runs)
     rows = [row for group in groups for row in group.rows]
     pictures, notes = _pictures(groups)
+    comparable = _comparable(groups)
     page = environment.get_template("report.html.jinja").render(
         title=", ".join(dict.fromkeys(run.config.name for run in runs)),
         facts=_facts(groups),
@@ -89,8 +90,8 @@ def render(runs: Sequence[Run]) -> str:
         most_forgotten=max([row.forgetting or 0.0 for row in rows]),
         statistics=tables.statistics([row.line for row in rows]),
         format_row=tables.format_row,
-        differences=_differences(groups),
-        others=[group for group in groups[1:] if group not in _comparable(groups)],
+        differences=_differences(groups[0], comparable),
+        others=[group for group in groups[1:] if group not in comparable],
         settings=_settings(groups),
         accuracy=_accuracy_chart(rows),
         online=_online_chart(groups),
@@ -141,14 +142,11 @@ def _protocol(runs: Sequence[Run]) -> str:
     )
 
 
-def _differences(groups: Sequence[Group]) -> list[tuple[Row, comparison.Difference, list[str]]]:
-    """Return the differences of each row of the later groups to the first group, with their texts.
-
-    Groups that were measured on other images, classes or protocols are left out.
-    """
+def _differences(first: Group, others: Sequence[Group]) -> list[tuple[Row, comparison.Difference, list[str]]]:
+    """Return the differences of each row of other groups to the first group, with their texts."""
     out = []
-    for group in _comparable(groups):
-        entry = Entry(group.label, group.entry.runs, {groups[0].label: groups[0].entry})
+    for group in others:
+        entry = Entry(group.label, group.entry.runs, {first.label: first.entry})
         for row in group.rows:
             out += [
                 (row, one, [comparison.signed(value) if value else "" for value in one.values.values()])

@@ -211,10 +211,8 @@ class Checkpoints:
                 are damaged stay as they are.
         """
         last = self.latest()
-        if last is None:
-            return
-        needed = {last, last.finished or last}
-        for name in sorted({*self.finished(), *needed}, key=self.names().index):
+        needed = {name for name in (last, last and last.finished) if name}
+        for name in needed.union(self.finished()):
             try:
                 record, tree = self._read(name)
             except RunError:

@@ -202,7 +202,7 @@ class Run:
         """Return `config` with uploaded photos where they are now: in this folder, if the run was moved or copied."""
 
         def moved(data: DatasetConfig) -> DatasetConfig:
-            (old,) = data.search_paths if len(data.search_paths) == 1 else (Path(),)
+            old = next(iter(data.search_paths), Path())
             new = self.folder.absolute() / TAUGHT / old.parent.name / old.name
             return relocate(data, new) if old.parent.parent.name == TAUGHT and old != new and new.is_file() else data
 

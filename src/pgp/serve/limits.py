@@ -154,7 +154,7 @@ class Guard:
             given = headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, self._expected):
                 raise RefusedError(401, "expected the token of this service, as Authorization: Bearer TOKEN")
-        if self._in_progress > self.limits.requests:
+        if self._in_progress > self.limits.requests and path not in self.open_paths:
             raise RefusedError(503, f"{self.limits.requests} requests are being answered: try again in a moment")
         content_type = headers.get("content-type", "")
         if len(content_type) > LONGEST_CONTENT_TYPE:

@@ -96,15 +96,15 @@ class Model:
         finished, _ = run.progress()
         config = run.config
         snapshot = Snapshot(
-            version,
-            predictor,
-            run.data,
-            finished,
-            run.matrices(),
-            len(config.added),
-            run.can_undo(),
-            reject,
-            config.setting == "til",
+            version=version,
+            predictor=predictor,
+            data=run.data,
+            finished=finished,
+            matrices=run.matrices(),
+            added=len(config.added),
+            can_undo=run.can_undo(),
+            reject=reject,
+            task_given=config.setting == "til",
         )
         if self._version(run) != version:
             raise RunError(f"{self.folder} changed while it was read: try again")

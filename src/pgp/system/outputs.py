@@ -64,7 +64,7 @@ def require_empty(folder: Path, what: str) -> None:
 def make_unique_folder(parent: Path, stem: str) -> Path:
     """Create and return a new folder: `parent/stem`, or `parent/stem-2`, `parent/stem-3`, ... if that exists.
 
-    The stem may come from the run of a stranger: its name becomes one that is safe, and cannot lead out of `parent`.
+    The stem may come from the run of a stranger, so it is changed into a name that cannot lead out of `parent`.
 
     Raises:
         RunError: If `parent` cannot be written.

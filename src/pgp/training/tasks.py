@@ -238,16 +238,16 @@ def single_class_warning(config: Config, scenario: Scenario) -> str | None:
 
 
 def weight_decay_warning(config: Config, scenario: Scenario) -> str | None:
-    """Return a sentence if weight decay changes what earlier tasks have learned by whole steps, or None.
+    """Return a sentence if weight decay destroys what earlier tasks have learned, or None.
 
-    The head's rows of old classes have no gradient. Adam divides the decay, their only one, by its own size.
+    The only gradient of the head's rows of old classes is that of the decay, and Adam scales it to a full step.
     """
     later = config.optimizer_of(1)
     if later.name != "adam" or not later.weight_decay or len(scenario) < 2:
         return None
     return (
-        f"weight decay {later.weight_decay:g} with adam shrinks the head's weights of old classes by a whole step each"
-        " time: choose --optimizer.name adamw, which decays them slowly, or no weight decay"
+        f"weight decay {later.weight_decay:g} with adam shrinks the head's weights of old classes by the learning rate"
+        " in each step: choose --optimizer.name adamw, which decays them slowly, or no weight decay"
     )
 
 
