@@ -26,6 +26,7 @@ from pgp.evaluation import metrics
 from pgp.evaluation.accuracy import Evaluator, FeatureBatch
 from pgp.methods.adapter import Adapter
 from pgp.methods.coda_prompt import CODAPrompt
+from pgp.methods.dualprompt import DualPrompt
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.l2p import L2P
 from pgp.methods.lora import LoRA
@@ -650,6 +651,14 @@ def test_first_session_adaptation_copies_no_prompts_over_those_that_images_selec
     run = train.train(config, tmp_path / "run")
     first, last = (run.load(CheckpointName(number))["method"]["pool.prompts"] for number in (1, 3))
     assert torch.equal(first, last)
+
+
+@pytest.mark.parametrize("method", [LoRA.Config(rank=3), tiny.DUALPROMPT], ids=["lora", "dualprompt"])
+def test_it_is_told_when_experts_leave_nothing_to_protect(method, tmp_path):
+    run = train.train(tiny.config(method=method, experts="task", epochs=1), tmp_path / "run")
+    told = [event["warning"] for event in run.events("data") if "protects nothing" in event.get("warning", "")]
+    shares = isinstance(method, DualPrompt.Config)  # its general prompts
+    assert told == [] if shares else told[0].startswith("--projection orthogonal protects nothing: with --experts")
 
 
 @pytest.mark.parametrize("energy", [0.0, 1.0])

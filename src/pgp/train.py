@@ -24,7 +24,7 @@ from pgp.scenario import Task
 from pgp.system.paths import StrPath
 from pgp.training import start
 from pgp.training.compiling import compile_blocks
-from pgp.training.health import StepHealth, check_finite, clip_gradients, warn_of_full_spaces
+from pgp.training.health import StepHealth, check_finite, check_projection, clip_gradients
 from pgp.training.observe import (
     compute_queries,
     fit_readout,
@@ -179,7 +179,7 @@ def begin_task(session: Session, state: TrainState, task: Task) -> None:
     if state.meter:
         state.meter.start_task()
     observe_before_training(session, state, task)
-    warn_of_full_spaces(session, state.projection, task)
+    check_projection(session, state.projection, task)
     with state.projection.constrain(), session.fabric.autocast():
         prepare = state.method.begin_task if session.adapts(task) else state.method.skip_task
         prepare(task)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import struct
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from starlette.datastructures import Headers
 
 import tiny
 from pgp import recipes, train
+from pgp.config import Hardware
 from pgp.datasets.decode import num_pixels
 from pgp.predict import Predictor
 from pgp.runs.run import TAUGHT, Run
@@ -380,6 +383,39 @@ def test_a_class_that_fails_after_a_step_was_saved(tmp_path, red, monkeypatch):
     monkeypatch.setattr(train, "end_task", end_task)
     assert taught() == ("finished", "")
     assert run.latest_checkpoint() == "task-02"
+
+
+def test_photos_of_one_class_at_a_time_are_in_memory(client, red, monkeypatch):
+    readable, reading, at_once = app.Service.readable, [], []
+
+    async def slowly(service, files):
+        reading.append(files)
+        at_once.append(len(reading))
+        await asyncio.sleep(0.2)
+        found = await readable(service, files)
+        reading.pop()
+        return found
+
+    monkeypatch.setattr(app.Service, "readable", slowly)
+    with ThreadPoolExecutor(3) as several:
+        answers = several.map(
+            lambda name: client.post("/teach", data={"name": name}, files=uploads(red)), ("red", "crimson", "pink")
+        )
+        statuses = sorted(answer.status_code for answer in answers)
+    assert statuses == [202, 409, 409]
+    assert max(at_once) == 1
+    assert learned(client)["state"] == "finished"
+
+
+def test_a_run_of_another_machine_is_taught_on_the_device_of_the_service(tmp_path, red, monkeypatch):
+    run = train.train(tiny.config(epochs=1, tasks=1), tmp_path / "run")
+    recorded = Hardware(accelerator="mps")  # which this machine does not have
+    tiny.reconfigure(run.folder, hardware=recorded)
+    for device in (None, "cpu"):
+        with TestClient(build_app(run.folder, device=device), base_url="http://localhost") as service:
+            lesson = teach(service, f"red on {device}", red)
+        assert (lesson["state"], lesson["error"]) == ("finished", "")
+    assert Run.open(run.folder).config.hardware == recorded
 
 
 @pytest.fixture

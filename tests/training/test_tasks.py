@@ -31,8 +31,10 @@ from pgp.evaluation import metrics, online
 from pgp.evaluation.online import OnlineAccuracy
 from pgp.methods.clip_prompt import CLIPPrompt, ZeroShot
 from pgp.methods.head_only import HeadOnly
+from pgp.methods.lora import LoRA
 from pgp.methods.vpt import VPT
 from pgp.predict import Predictor
+from pgp.readouts.head import MethodHead
 from pgp.reports import figures, tables
 from pgp.runs.data_paths import resolve_paths
 from pgp.runs.run import Run
@@ -45,6 +47,7 @@ from pgp.training.tasks import (
     describe_data,
     single_class_warning,
     training_batches,
+    unused_setting_warning,
     weight_decay_warning,
 )
 
@@ -91,6 +94,17 @@ def test_weight_decay_that_adam_makes_a_whole_step_is_a_warning(photos):
     )
     mild = replace(two, optimizer=Optimizer("adamw", weight_decay=1e-4))
     assert weight_decay_warning(mild, scenario(mild)) is None
+
+
+def test_settings_that_nothing_uses_are_a_warning():
+    by_features = tiny.config(views=2)
+    by_head = replace(by_features, readouts=(MethodHead.Config(),))
+    assert unused_setting_warning(by_head) == "unused settings: views 2, because no readout is fitted to features"
+    assert unused_setting_warning(by_features) is None
+    assert unused_setting_warning(replace(by_head, views=0, expert_candidates=2)) == (
+        "unused settings: expert_candidates 2, because there are no experts"
+    )
+    assert unused_setting_warning(replace(by_head, method=LoRA.Config(), experts="task", expert_candidates=2)) is None
 
 
 def test_files_beside_the_data_decide_the_tasks(photos, tmp_path):

@@ -76,7 +76,7 @@ class Service:
     def __init__(self, folder: Path, readout: str | None, device: str | None, limits: Limits) -> None:
         self.limits, self.measures = limits, Measures()
         self.model = Model(folder, readout, device)
-        self.teacher = Teacher(folder, self.refresh)
+        self.teacher = Teacher(folder, self.refresh, device)
         self.batcher: Batcher[Tensor, tuple[Prediction, Snapshot]] = Batcher(
             self.model.predict, limits.batch_size, limits.waiting_images, self.measures.batches.observe
         )
@@ -289,6 +289,7 @@ def _add_knowledge(app: FastAPI, model: Model) -> None:
 
 def _add_teaching(app: FastAPI, service: Service) -> None:
     teacher, limits = service.teacher, service.limits
+    reading = asyncio.Lock()
 
     @app.post("/teach", status_code=202)
     async def teach(
@@ -301,11 +302,12 @@ def _add_teaching(app: FastAPI, service: Service) -> None:
         """
         if len(files) > limits.teaching_files:
             raise RefusedError(413, f"expected at most {limits.teaching_files} images of a class, got {len(files)}")
-        await asyncio.to_thread(teacher.check, name)  # before photos are decoded
-        photos, skipped = await asyncio.wait_for(service.readable(files), limits.seconds)
-        if not photos:
-            raise RefusedError(400, f"expected images of the class, but none can be read: {skipped[0]}")
-        lesson = await asyncio.to_thread(teacher.teach, name, photos)
+        async with reading:  # photos of one request at a time are in memory
+            await asyncio.to_thread(teacher.check, name)  # before they are decoded
+            photos, skipped = await asyncio.wait_for(service.readable(files), limits.seconds)
+            if not photos:
+                raise RefusedError(400, f"expected images of the class, but none can be read: {skipped[0]}")
+            lesson = await asyncio.to_thread(teacher.teach, name, photos)
         return {**lesson.to_json(), "skipped": skipped}
 
     @app.get("/teach")

@@ -11,11 +11,12 @@ import threading
 import time
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -30,6 +31,8 @@ from pgp.training.session import Session
 
 LONGEST_NAME = 100
 """Maximum number of characters of a class name."""
+ACCELERATORS: Final[Mapping[str, Literal["cpu", "gpu", "mps"]]] = {"cpu": "cpu", "cuda": "gpu", "mps": "mps"}
+"""By the type of a device, what `Hardware.accelerator` calls it."""
 CLOSING_SECONDS = 30.0
 """Maximum time that a service which ends waits for the current training step of a class that is being taught."""
 
@@ -96,10 +99,16 @@ class Teacher:
     Args:
         folder: The run folder.
         on_change: Called in the thread after the run has changed.
+        device: Name of the device to train on, such as cpu; the run's record may name one that this machine lacks. If
+            None, a GPU if there is one, else the CPU.
     """
 
-    def __init__(self, folder: Path, on_change: Callable[[], object]) -> None:
+    def __init__(self, folder: Path, on_change: Callable[[], object], device: str | None = None) -> None:
         self.folder, self.on_change = folder, on_change
+        self.accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+        """Where it is trained; see `Hardware`."""
+        if device:
+            self.accelerator = ACCELERATORS.get(torch.device(device).type, "auto")
         self.lesson: Lesson | None = None
         """The class that is being taught, or was taught last."""
         self._busy = threading.Lock()
@@ -232,7 +241,7 @@ class Teacher:
         raised: list[str] = []
         try:
             hardware = Run.open(self.folder).config.hardware
-            hardware = replace(hardware, devices=1, workers=0)
+            hardware = replace(hardware, accelerator=self.accelerator, devices=1, workers=0)
             resumed = start.resume(self.folder, hardware, lesson.progress, table, None, drop=False, data=())
             with _warnings_of_this_thread(raised), resumed as (session, state):
                 self._session = session

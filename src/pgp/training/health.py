@@ -14,8 +14,11 @@ from pgp.system.storage import RunError
 from pgp.training.session import Session
 
 
-def warn_of_full_spaces(session: Session, projection: Projection, task: Task) -> None:
-    """Warn of protected parameters that cannot change in `task`, because old inputs span all directions."""
+def check_projection(session: Session, projection: Projection, task: Task) -> None:
+    """Warn of a projection without parameters to protect, and of protected ones that cannot change in `task`."""
+    if task.index == 0 and session.config.experts != "none" and projection.observation and not projection.protected:
+        session.warn(f"--projection {session.config.projection.tag} protects nothing: with --experts, tasks share no"
+                     " parameters but the head")  # fmt: skip
     full = projection.full_spaces()
     if not full:
         return

@@ -34,7 +34,13 @@ from pgp.system import platforms
 from pgp.system.signals import StopRequest
 from pgp.system.storage import RunError
 from pgp.training.state import TrainState
-from pgp.training.tasks import build_tasks, describe_data, single_class_warning, weight_decay_warning
+from pgp.training.tasks import (
+    build_tasks,
+    describe_data,
+    single_class_warning,
+    unused_setting_warning,
+    weight_decay_warning,
+)
 
 HELD_OUT = 0.2
 """Fraction of the training images of each class that readouts hold out for calibration, before the fit to all."""
@@ -207,8 +213,8 @@ class Session:
     def data_warnings(self) -> list[str]:
         """Warnings about the data, and settings that do not fit them, as sentences."""
         config, scenario = self.config, self.scenario
-        concerns = [single_class_warning(config, scenario), weight_decay_warning(config, scenario)]
-        found = [*self.data.messages(), self._size_mismatch, *concerns]
+        settings = [single_class_warning(config, scenario), weight_decay_warning(config, scenario)]
+        found = [*self.data.messages(), self._size_mismatch, *settings, unused_setting_warning(config)]
         return [warning for warning in found if warning]
 
     @property

@@ -251,6 +251,16 @@ def weight_decay_warning(config: Config, scenario: Scenario) -> str | None:
     )
 
 
+def unused_setting_warning(config: Config) -> str | None:
+    """Return a sentence that names settings which nothing uses, or None if there are none."""
+    unused = []
+    if config.views and config.experts == "none" and all(readout.uses_head for readout in config.readouts):
+        unused.append(f"views {config.views}, because no readout is fitted to features")
+    if config.expert_candidates > 1 and config.experts == "none":
+        unused.append(f"expert_candidates {config.expert_candidates}, because there are no experts")
+    return f"unused settings: {'; '.join(unused)}" if unused else None
+
+
 def _check_classes(data: Dataset) -> None:
     """Raise if a class has nothing to learn from; warn if it cannot be tested."""
     counts = [torch.bincount(split.labels, minlength=data.classes) for split in (data.train, data.test)]
