@@ -24,6 +24,7 @@ from pgp.datasets.synthetic import Synthetic
 from pgp.datasets.transforms import Transforms
 from pgp.evaluation import metrics
 from pgp.evaluation.accuracy import Evaluator, FeatureBatch
+from pgp.methods.adapted import AdaptedEncoder
 from pgp.methods.adapter import Adapter
 from pgp.methods.coda_prompt import CODAPrompt
 from pgp.methods.dualprompt import DualPrompt
@@ -37,6 +38,8 @@ from pgp.projections.released import ReleasedBasis
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
 from pgp.readouts.logistic import Logistic
+from pgp.readouts.ranpac import RanPAC
+from pgp.readouts.statistics import StatisticsReadout
 from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.run import Run
 from pgp.runs.statetree import pieces_in
@@ -651,6 +654,72 @@ def test_first_session_adaptation_copies_no_prompts_over_those_that_images_selec
     run = train.train(config, tmp_path / "run")
     first, last = (run.load(CheckpointName(number))["method"]["pool.prompts"] for number in (1, 3))
     assert torch.equal(first, last)
+
+
+SINGLE = {
+    "head": (HeadOnly.Config(), 0),
+    "lora": (LoRA.Config(rank=3), 0),
+    "adapter": (Adapter.Config(rank=3), 0),
+    "vpt": (VPT.Config(length=2), 0),
+    "vpt, norm penalty": (VPT.Config(length=2, norm_penalty=0.1), 1),
+    "l2p": (L2P.Config(top_k=2), 1),  # keys are pulled to queries
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+def test_a_task_of_one_class_is_trained_only_if_it_can_change_something(name, tmp_path, monkeypatch):
+    method, trains = SINGLE[name]
+    one = {
+        "method": method,
+        "tasks": 6,
+        "epochs": 1,
+        "readouts": (MethodHead.Config(), LDA.Config(compensate="linear")),
+    }
+    run = train.train(tiny.config(**one), tmp_path / "run")
+    assert bool(run.events("train")) == trains
+    for kind in (HeadOnly, AdaptedEncoder, VPT):
+        monkeypatch.setattr(kind, "can_learn", lambda *_: True)
+    trained = train.train(tiny.config(**one), tmp_path / "trained")
+    assert trained.events("train")
+    ends = [final(one, "task-06") for one in (run, trained)]
+    for key, tensor in ends[1].items():
+        if key.startswith("/method"):
+            assert torch.equal(ends[0][key], tensor), key
+        elif key.startswith("/readouts"):  # what moved by nothing is computed again
+            torch.testing.assert_close(ends[0][key], tensor, rtol=1e-6, atol=1e-6)
+    assert run.matrices().keys() == trained.matrices().keys()
+
+
+def test_weight_decay_is_applied_in_tasks_of_one_class(tmp_path):
+    decays = Optimizer("adamw", lr=0.1, weight_decay=0.01)
+    run = train.train(tiny.config(method=HeadOnly.Config(), tasks=6, epochs=1, optimizer=decays), tmp_path / "run")
+    assert {event["task"] for event in run.events("train")} == set(range(6))
+
+
+def test_images_pass_before_training_only_if_their_features_may_change(tmp_path, monkeypatch):
+    calls, passed = [], observe.observe
+    monkeypatch.setattr(observe, "observe", lambda *a, **k: calls.append(k.get("keep")) or passed(*a, **k))
+    one = {"method": LoRA.Config(rank=3), "readouts": (LDA.Config(compensate="linear"),), "epochs": 1}
+    passes = {}
+    for name, changes in (
+        ("every", {}),
+        ("first", {"adapt": "first-task"}),
+        ("single", {"tasks": 6}),
+        ("head", {"method": HeadOnly.Config()}),
+    ):
+        train.train(tiny.config(**{**one, **changes}), tmp_path / name)
+        passes[name], calls[:] = calls.count(True), []
+    assert passes == {"every": 2, "first": 0, "single": 0, "head": 0}
+
+
+def test_only_readouts_that_compensate_are_told_how_features_moved(tmp_path, monkeypatch):
+    told, compensate = [], StatisticsReadout.compensate
+    monkeypatch.setattr(
+        StatisticsReadout, "compensate", lambda self, *pair: told.append(self.name) or compensate(self, *pair)
+    )
+    readouts = (LDA.Config(), LDA.Config(compensate="nearby"), RanPAC.Config(dimensions=16))
+    train.train(tiny.config(method=LoRA.Config(rank=3), epochs=1, readouts=readouts), tmp_path / "run")
+    assert told == ["lda+nearby"] * 2
 
 
 @pytest.mark.parametrize("method", [LoRA.Config(rank=3), tiny.DUALPROMPT], ids=["lora", "dualprompt"])

@@ -43,7 +43,7 @@ class ContinualImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[
 
     Args:
         recipe: Name of a recipe (see pgp list), or a `Config`, whose data set is not used. `quick` trains nothing by
-            gradients; `own` trains prompts, with projection. Both download their encoder on first use.
+            gradients; `own` trains LoRA with projection. Both download their encoder on first use.
         settings: Other settings of the recipe, named as the flags of pgp train, such as `{"epochs": 2}`. With
             `{"setting": "dil"}`, each call of `partial_fit` brings new images of the same classes. With `{"tasks": 5}`,
             `fit` learns the classes in 5 tasks; the default is a single one.

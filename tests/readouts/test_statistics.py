@@ -162,6 +162,19 @@ def test_no_class_is_near_to_images_that_do_not_vary():
     assert torch.equal(readout.means, before)
 
 
+@pytest.mark.parametrize("how", ["shift", "linear", "nearby"])
+@pytest.mark.parametrize("where", [0, 1], ids=["before", "after"])
+def test_features_that_are_not_finite_change_no_statistics(how, where):
+    readout = taught(LDA(5, LDA.Config(compensate=how)), drawn([0, 1, 2]))
+    kept = {name: tensor.clone() for name, tensor in readout.state_dict().items()}
+    pair = [drawn([3, 4])[0], drifted(drawn([3, 4])[0])]
+    pair[where][7, 2] = torch.inf
+    with pytest.raises(ValueError, match="features of this task that are finite, got NaN or infinity: with 16-mixed"):
+        readout.compensate(*pair)
+    for name, tensor in readout.state_dict().items():
+        assert torch.equal(tensor, kept[name]), name
+
+
 def test_what_does_not_compensate_stays():
     readout = taught(LDA(5), drawn([0, 1, 2]))
     state = {name: tensor.clone() for name, tensor in readout.state_dict().items()}

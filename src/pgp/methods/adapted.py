@@ -61,6 +61,10 @@ class AdaptedEncoder(Method):
         cls: Tensor = self.backbone(images, num_tokens=1, adapted=dict(self.by_place()))[:, 0]  # (B, D)
         return cls
 
+    def can_learn(self, task: Task) -> bool:
+        """See `Method.can_learn`."""
+        return len(task.classes) > 1
+
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the cross-entropy over the classes of `task`."""
         return F.cross_entropy(mask_logits(self(images), task.classes), labels)

@@ -181,6 +181,13 @@ class Method(nn.Module, abc.ABC):
         """Return tensors shared by all micro-batches of a step, with gradients, by name. Called once per step."""
         return {}
 
+    def can_learn(self, task: Task) -> bool:
+        """Return whether the gradient of the loss on `task` can differ from 0. By default, it can.
+
+        A cross-entropy over the classes of a task, and nothing else, is always 0 if there is only one class.
+        """
+        return True
+
     @abc.abstractmethod
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the training loss, a scalar: the mean over the images.

@@ -158,6 +158,10 @@ class Experts(Method):
         """See `Method.batch_constants`."""
         return self.method.batch_constants(task) if self._has_own_expert(task) else {}
 
+    def can_learn(self, task: Task) -> bool:
+        """See `Method.can_learn`."""
+        return self.method.can_learn(task)
+
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the loss of the method. Without an expert of its own, a task trains only the head."""
         prepared = prepared or self.prepare_batch(images, task)

@@ -37,6 +37,15 @@ class HeadOnly(Method):
         """Return the query itself, `(B, D)`."""
         return self.query(images) if query is None else query
 
+    @property
+    def features_drift(self) -> bool:
+        """See `Method.features_drift`."""
+        return False
+
+    def can_learn(self, task: Task) -> bool:
+        """See `Method.can_learn`."""
+        return len(task.classes) > 1
+
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the cross-entropy over the classes of `task`."""
         query = (prepared or self.prepare_batch(images, task))["query"]

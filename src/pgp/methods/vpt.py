@@ -95,6 +95,10 @@ class VPT(Method):
         cls: Tensor = self.backbone(images, prefixes=self._prefixes(images.shape[0]), num_tokens=1)[:, 0]  # (B, D)
         return cls
 
+    def can_learn(self, task: Task) -> bool:
+        """See `Method.can_learn`."""
+        return len(task.classes) > 1 or self.config.norm_penalty > 0
+
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the cross-entropy over the classes of `task`, plus the penalty on changed standard deviations."""
         loss = F.cross_entropy(mask_logits(self(images), task.classes), labels)

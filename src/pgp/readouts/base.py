@@ -128,8 +128,8 @@ class Readout(abc.ABC):
     def compensate(self, before: Tensor, after: Tensor) -> None:
         """Correct the stored statistics of old classes for the drift during the current task.
 
-        It is called once for each task from the second on, before `end_task`, with the same tensors in every process.
-        By default, it does nothing.
+        It is called if the readout `needs_drift`, once for each task from the second on that may have changed features,
+        before `end_task`, with the same tensors in every process. By default, it does nothing.
 
         Args:
             before: Features before the training of the task, `(n, D)`.

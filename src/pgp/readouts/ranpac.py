@@ -24,8 +24,8 @@ class RanPAC(StatisticsReadout):
     """Ridge regression of one-hot labels on `h = relu(x W)`, with a fixed random W `(D, M)`.
 
     It keeps `G = sum h h^T (M, M)`, the sum of h for each class `(C, M)`, and W, and solves `(G + p I) V = sums^T`.
-    G takes `8 M^2` bytes: 800 MB with the published M = 10,000, and three times that while a task is observed. Choose
-    a smaller M on a small machine; with M = 2,000, G takes 32 MB.
+    G takes `8 M^2` bytes: 800 MB with the published M = 10,000. While a task is observed and fitted, memory is up to
+    5.3 times that. Choose a smaller M on a small machine; with M = 2,000, G takes 32 MB.
     """
 
     @dataclass(frozen=True)
@@ -105,4 +105,5 @@ class RanPAC(StatisticsReadout):
         moment = self.state["products"].clone()  # (M, M)
         diagonal = moment.diagonal()
         diagonal += self.regularisation * diagonal.mean() + torch.finfo(torch.float64).tiny
-        self._weight = torch.cholesky_solve(self.state["sums"].T, torch.linalg.cholesky(moment))  # (M, C)
+        torch.linalg.cholesky(moment, out=moment)  # in place, because G may take a gigabyte
+        self._weight = torch.cholesky_solve(self.state["sums"].T, moment)  # (M, C)

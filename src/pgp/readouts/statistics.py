@@ -144,12 +144,12 @@ class StatisticsReadout(Readout):
             raise ValueError("expected features of this task, got none: call observe() before end_task()")
         for tensor in self._task.values():
             all_reduce_sum_(tensor)
-        if not bool(self._task["products"].isfinite().all()):
-            raise ValueError("expected features of this task that are finite, got NaN or infinity: with 16-mixed,"
-                             " choose --precision bf16-mixed or 32-true")  # fmt: skip
+        _require_finite(self._task["products"])
         self.similar_classes = self._find_similar_classes() if self.state and self.detects_unknown else {}
         new, self._task = self._task, {}
-        self.state = {name: self.state[name] + tensor if self.state else tensor for name, tensor in new.items()}
+        for name, tensor in self.state.items():
+            new[name] += tensor
+        self.state = new
         self._test_on_held_out_images()
         self._fit()
 
@@ -180,7 +180,9 @@ class StatisticsReadout(Readout):
             held_out[name] = all_reduce_sum_(held_out.get(name, torch.zeros_like(tensor)))
         if not bool(held_out["counts"].any()):
             return
-        total, self.state = self.state, {name: tensor - held_out[name] for name, tensor in self.state.items()}
+        for name, tensor in self.state.items():
+            torch.sub(tensor, held_out[name], out=held_out[name])
+        total, self.state = self.state, held_out
         if self.state["counts"].sum() > self.seen.sum():  # some class has two images left, so features vary
             self._test(_concatenate(batches, self.seen))
         self.state = total
@@ -262,9 +264,15 @@ class StatisticsReadout(Readout):
         return self.tests.threshold(keep)
 
     def compensate(self, before: Tensor, after: Tensor) -> None:
-        """Correct the statistics of old classes for the drift of the features `(n, D)`; see `Readout.compensate`."""
+        """Correct the statistics of old classes for the drift of the features `(n, D)`; see `Readout.compensate`.
+
+        Raises:
+            ValueError: If some features are not finite.
+        """
         if not self.state or not self.needs_drift:
             return
+        for rows in (before, after):
+            _require_finite(rows)
         device = self.state["sums"].device
         before, after = (to_float64(rows).to(device) for rows in (before, after))
         counts, means, within = self.state["counts"], self.means, self._within()
@@ -390,6 +398,13 @@ class _KnownDistances(NamedTuple):
     state: Mapping[str, Tensor]
     regularisation: float
     distances: tuple[SquaredDistances, SquaredDistances]
+
+
+def _require_finite(features: Tensor) -> None:
+    """Raise unless features, or sums of their products, are finite."""
+    if not bool(features.isfinite().all()):
+        raise ValueError("expected features of this task that are finite, got NaN or infinity: with 16-mixed,"
+                         " choose --precision bf16-mixed or 32-true")  # fmt: skip
 
 
 def _rounding(products: Tensor) -> Tensor:

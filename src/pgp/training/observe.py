@@ -28,7 +28,7 @@ def observe_before_training(session: Session, state: TrainState, task: Task) -> 
     """
     if _observes_at(state.projection, "before"):
         observe(session, state, task, state.projection, [])
-    if task.index and state.method.features_drift and any(readout.needs_drift for readout in state.readouts):
+    if task.index and session.changes_features(state, task) and any(one.needs_drift for one in state.readouts):
         kept = observe(session, state, task, None, [], keep=True, cache=session.frozen)
         state.keep_features(_gather_features(kept))
 
@@ -65,7 +65,7 @@ def observe_after_training(session: Session, state: TrainState, task: Task) -> N
     observe_views(session, state, task, readouts)
     if state.features_before is not None:
         before, after = _align_by_index(state.features_before, _gather_features(kept))
-        for readout in readouts:
+        for readout in (one for one in readouts if one.needs_drift):
             old = readout.select_features(after._replace(features=before))
             readout.compensate(old, readout.select_features(after))
         state.features_before = None

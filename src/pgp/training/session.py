@@ -118,7 +118,7 @@ class Session:
             raise ValueError(
                 "expected readouts without +shift, +linear and +nearby for experts that share parameters, got"
                 f" {compensating[0]}: drift is estimated on images of a task whose expert does not exist before its"
-                " training"
+                " training. Choose others, such as --readouts experts head"
             )
         measures_drift = config.drift_images and config.evaluate != "last"
         meter = DriftMeter(self.evaluator, projection, self.micro_batch_size) if measures_drift else None
@@ -169,7 +169,12 @@ class Session:
         """Whether `task` is trained on: prompts learn, or a head that a readout or the accuracy of a stream uses."""
         uses_head = state.online is not None or any(readout.uses_head for readout in self.config.readouts)
         uses_prompts = bool(state.method.prompt_parameters()) and self.adapts(task)
-        return state.is_trainable and (uses_prompts or uses_head)
+        learns = state.method.can_learn(task) or self.config.optimizer_of(task.index).weight_decay > 0
+        return state.is_trainable and learns and (uses_prompts or uses_head)
+
+    def changes_features(self, state: TrainState, task: Task) -> bool:
+        """Whether the training of `task` can change features."""
+        return state.method.features_drift and self.adapts(task) and self.trains(state, task)
 
     def adapts(self, task: Task) -> bool:
         """Whether parameters outside the head may learn in `task`."""
