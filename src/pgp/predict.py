@@ -277,7 +277,7 @@ class Predictor:
 
     def _check_detects_unknown(self) -> None:
         if not self.detects_unknown:
-            raise ValueError(f"expected a readout that can tell unknown images (lda, ncm, logistic or experts+query),"
+            raise ValueError(f"expected a readout that can tell unknown images (lda, ncm, logistic or experts+query+patches+normalize),"
                              f" got {self._readout.name!r}")  # fmt: skip
 
     def predict(
