@@ -648,8 +648,9 @@ def test_first_session_adaptation_trains_the_first_task_and_leaves_features_as_t
     assert torch.equal(lda.matrices()["lda"].nan_to_num(), run.matrices()["lda"].nan_to_num())
 
 
-def test_first_session_adaptation_copies_no_prompts_over_those_that_images_select(tmp_path):
-    method = L2P.Config(pool_size=6, length=1, top_k=2, shared_pool=True)
+@pytest.mark.parametrize("mask", [False, True])
+def test_first_session_adaptation_copies_no_prompts_over_those_that_images_select(mask, tmp_path):
+    method = L2P.Config(pool_size=6, length=1, top_k=2, shared_pool=True, prompt_mask=mask)
     config = tiny.config(method=method, adapt="first-task", projection=NoProjection.Config())
     run = train.train(config, tmp_path / "run")
     first, last = (run.load(CheckpointName(number))["method"]["pool.prompts"] for number in (1, 3))

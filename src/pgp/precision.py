@@ -22,9 +22,16 @@ def mixed_dtype(precision: Precision) -> torch.dtype | None:
     return dtypes.get(precision)
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which matrix products of tensors on `device` keep their dtype, also under autocast."""
-    return torch.autocast(device.type, enabled=False) if is_autocast_available(device.type) else nullcontext()
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Compute matrix products of tensors on `device` in their own dtype inside the block: no autocast, no TF32."""
+    with _without_autocast(device.type), float32_products(device.type, tf32=False):
+        yield
+
+
+def _without_autocast(device: str) -> AbstractContextManager[object]:
+    is_on = is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if is_on else nullcontext()
 
 
 @contextmanager

@@ -277,8 +277,8 @@ class Predictor:
 
     def _check_detects_unknown(self) -> None:
         if not self.detects_unknown:
-            raise ValueError(f"expected a readout that can tell unknown images (lda, ncm, logistic or experts+query+patches+normalize),"
-                             f" got {self._readout.name!r}")  # fmt: skip
+            raise ValueError("expected a readout that can tell unknown images (lda, ncm, logistic or"
+                             f" experts+query+patches+normalize), got {self._readout.name!r}")  # fmt: skip
 
     def predict(
         self, images: Sequence[StrPath | Tensor], top: int = 1, reject: float | None = None

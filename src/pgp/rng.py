@@ -21,7 +21,7 @@ def make_generator(seed: int, *address: str | int) -> torch.Generator:
 
 
 def derive_seed(seed: int, *address: str | int) -> int:
-    """Return a 63-bit seed for one address; see `make_generator`.
+    """Return a 63-bit seed for one address; see `make_generator`. On a CPU, torch uses its lowest 32 bits.
 
     >>> derive_seed(7, "init") == derive_seed(7, "init") != derive_seed(8, "init")
     True

@@ -219,7 +219,8 @@ def sample_evenly(indices: Tensor, labels: Tensor, count: int, seed: int) -> Ten
     for label in own.unique().tolist():
         of_label = (own == label).nonzero().flatten()
         rank[of_label] = torch.randperm(len(of_label), generator=make_generator(seed, "test sample", label))
-    return indices[rank.argsort(stable=True)[:count].sort().values]
+    order = torch.randperm(len(indices), generator=make_generator(seed, "test sample"))  # among those of equal rank
+    return indices[order[rank[order].argsort(stable=True)[:count]].sort().values]
 
 
 def _indices_of(labels: Tensor, selected: Sequence[int]) -> Tensor:

@@ -128,6 +128,7 @@ def fit(session: Session, state: TrainState) -> Run:
 def fit_task(session: Session, state: TrainState, task: Task) -> None:
     """Train on one task, starting at `state.step`, which is above 0 if the run was stopped within the task."""
     config = session.config
+    state.method.trains_head_only = not session.adapts(task)
     if state.step == 0:
         begin_task(session, state, task)
     plan = training_batches(config, task, session.fabric.world_size)

@@ -95,6 +95,7 @@ def test_the_given_task_chooses_the_expert_in_til(tmp_path):
         assert found(findings, column, "image", None, "seen") == pytest.approx(own, abs=1e-12)
     (run.folder / audit.AUDIT).write_text(audit.to_json(run, findings), encoding="utf-8")
     assert audit.read_findings(run) == findings
+    assert all(row["uses_task"] for row in json.loads(audit.to_json(run, findings))["accuracy"])
 
 
 def test_a_single_class_has_nothing_to_be_stale_by():

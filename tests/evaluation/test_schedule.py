@@ -157,6 +157,14 @@ def test_samples_are_even_and_depend_on_the_seed():
     assert torch.equal(sample_evenly(indices, labels, 1000, 0), indices)
 
 
+def test_no_class_is_more_likely_in_a_small_sample():
+    labels = torch.arange(20).repeat_interleave(10)
+    drawn = torch.stack([labels[sample_evenly(torch.arange(200), labels, 5, seed)] for seed in range(200)])
+    assert all(len(sample.unique()) == 5 for sample in drawn)
+    counts = drawn.flatten().bincount(minlength=20)  # 50 each, with a standard deviation of 6
+    assert 25 < int(counts.min()) <= int(counts.max()) < 75
+
+
 def test_images_whose_queries_are_known_are_not_loaded_again(tmp_path, monkeypatch):
     frozen = {"method": HeadOnly.Config(learns=False), "projection": NoProjection.Config(), "readouts": (LDA.Config(),)}
     loaded = []

@@ -119,6 +119,28 @@ def test_expert_tokens_join_from_their_layer_on():
     assert {"expert 2", "expert 3", "expert 4", "keys"} == method.protected().keys() == method.activations(x).keys()
 
 
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_task_that_trains_only_the_head_leaves_features_as_they_are(mask):
+    method = build(prompt_mask=mask, shared_pool=True)
+    with torch.no_grad():
+        method.key.copy_(torch.randn(method.key.shape, generator=torch.Generator().manual_seed(2)))
+    x = images(8)
+    query = method.query(x)
+    before, slot = method.features(x, query), Task(1, (2, 3), torch.arange(0), torch.arange(0))
+    method.trains_head_only = True
+    method.skip_task(slot)
+    assert torch.equal(method.features(x, query), before)
+    assert torch.equal(method.prepare_batch(x, slot, query)["indices"], selected(method, query))
+    method.trains_head_only = False
+    own = torch.ones(8, 1, dtype=torch.long)
+    assert torch.equal(method.prepare_batch(x, slot, query)["indices"], own if mask else selected(method, query))
+
+
+def selected(method, query):
+    """The experts that images select at test."""
+    return method.selected_prompts(query).nonzero()[:, 1:]
+
+
 def test_experts_are_handed_on():
     method = build(shared_pool=True, top_k=2)
     before = {name: tensor.clone() for name, tensor in method.trainable_state_dict().items()}

@@ -17,6 +17,7 @@ from pgp import train
 from pgp.analysis.checkpoints import evaluate_checkpoints
 from pgp.baselines import BASELINES
 from pgp.datasets.folder import Folder
+from pgp.datasets.synthetic import Synthetic
 from pgp.evaluation.accuracy import extract_features
 from pgp.methods.adapter import Adapter
 from pgp.methods.coda_prompt import CODAPrompt
@@ -306,6 +307,14 @@ def test_tasks_in_which_only_the_head_learns_use_the_first_expert(tmp_path):
     assert state["expert_of_class"].tolist() == [0] * 6
     few = train.train(config(adapt="first-task", experts="1", readouts=(ExpertLDA.Config(),)), tmp_path / "few")
     assert few.matrices()["experts"].shape == (3, 3)
+
+
+def test_a_last_task_of_one_class_gets_an_expert_beyond_the_limit(tmp_path):
+    dataset = Synthetic(classes=5, noise=0.05)
+    settings = config(experts="1", epochs=1, dataset=dataset, readouts=(ExpertLDA.Config(), LDA.Config()))
+    run = train.train(settings, tmp_path / "run")
+    assert len(run.data.tasks[-1]) == 1
+    assert run.load(run.latest_finished())["method"]["expert_of_class"].tolist() == [0] * 5
 
 
 def test_the_size_of_an_expert_is_that_of_the_trained_part(tmp_path):

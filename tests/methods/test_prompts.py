@@ -18,6 +18,7 @@ from pgp.methods.prompts import (
     slot_slice,
     top_k,
 )
+from pgp.precision import full_precision
 
 
 def seeded(seed=0):
@@ -163,3 +164,27 @@ def test_keys_can_be_values_too():
 def test_token_pools_give_the_chosen_prompts_in_a_row():
     some = TokenPool(size=4, length=2, width=3, generator=seeded())
     assert torch.equal(some(torch.tensor([[3, 0]]))[0], torch.cat([some.tokens[3], some.tokens[0]]))
+
+
+def test_mixed_precision_does_not_change_which_prompts_are_selected():
+    generator = torch.Generator().manual_seed(0)
+    key, query = torch.randn(10, 256, generator=generator), torch.randn(500, 256, generator=generator)
+    exact = cosine_similarity(query, key)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(cosine_similarity(query, key), exact)
+        assert (query @ key.T).dtype == torch.bfloat16
+
+
+def test_full_precision_ends_with_its_block():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            with full_precision(torch.device("cpu")):
+                assert not torch.is_autocast_enabled("cpu")
+            assert torch.is_autocast_enabled("cpu")
+        with full_precision(torch.device("cuda")):
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -505,6 +505,27 @@ def test_soft_scales_directions_by_their_energy():
         Soft.Config(ridge=0.0)
 
 
+def test_soft_protects_a_prompt_from_the_first_task_whose_images_select_it():
+    parameter = nn.Parameter(torch.zeros(2, 5, 8, dtype=torch.float64))
+    projection = Soft({"values": ProtectedParameter(parameter, axis=-2, role="value")}, Soft.Config(ridge=0.1))
+    x, change = draw(6, 2, 3, 5, seed=3), draw(2, 5, 5, seed=4)
+    x[:, 1] = 0  # nobody selects prompt 1
+    projection.observe("values", ProtectedInputs(x))
+    projection.end_task()
+    scaled = projection.project("values", change)
+    assert torch.equal(scaled[1], change[1])
+    assert not torch.allclose(scaled[0], change[0])
+    later = torch.zeros_like(x)
+    later[:, 1] = draw(6, 3, 5, seed=5) / 100
+    projection.observe("values", ProtectedInputs(later))
+    projection.end_task()
+    alone = Soft({"values": ProtectedParameter(parameter, axis=-2, role="value")}, Soft.Config(ridge=0.1))
+    alone.observe("values", ProtectedInputs(later))
+    alone.end_task()
+    torch.testing.assert_close(projection.project("values", change)[1], alone.project("values", change)[1])
+    assert float(projection.project("values", change)[1].norm()) > 0.01 * float(change[1].norm())
+
+
 def test_soft_goes_from_the_null_space_to_no_projection():
     toy, change = Toy(), draw(3, 2, 16, seed=5)
     ends = {ridge: taught(Soft(toy.protected(), Soft.Config(ridge=ridge))) for ridge in (1e-10, 1e10)}
@@ -536,6 +557,23 @@ def test_spaces_with_the_same_inputs_have_the_same_moments_which_are_computed_on
     for space in protected:
         assert torch.equal(shared[space], apart[space])
         assert torch.equal(gone[space], apart[space])
+
+
+def test_a_batch_of_fewer_images_than_processes_leaves_the_order_as_it_is(monkeypatch):
+    protected = {"prompts": ProtectedParameter(nn.Parameter(torch.zeros(1, 2, 1)))}
+    parts = []
+    for rank in range(2):
+        projection = ReleasedBasis(protected, ReleasedBasis.Config(components=1))
+        for start, stop in ((0, 4), (4, 5), (5, 9), (9, 10)):  # two epochs
+            images = torch.arange(start, stop).float()[rank::2].reshape(-1, 1, 1)
+            if len(images):
+                projection.observe("prompts", ProtectedInputs(images))
+            else:
+                projection.observe_nothing()
+        parts.append(projection._images["prompts"])
+    projection._widths["prompts"] = 10
+    monkeypatch.setattr(released, "all_gather_object", lambda own: parts)
+    assert projection._sample("prompts").flatten().tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

@@ -143,7 +143,11 @@ def to_json(run: Run, findings: Sequence[Finding], bounds: Mapping[str, tuple[fl
         "checkpoint": str(run.latest_finished()),
         "data": list(run.data.fingerprints),
         "accuracy": [
-            finding._asdict() | {"accuracy": known(finding.accuracy), "uses_task": finding.uses_task}
+            finding._asdict()
+            | {
+                "accuracy": known(finding.accuracy),
+                "uses_task": finding.uses_task or run.config.setting == "til",
+            }
             for finding in findings
         ],
     }

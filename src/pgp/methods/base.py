@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pgp.backbones.base import Backbone
+from pgp.precision import full_precision
 from pgp.readouts.base import Readout
 from pgp.scenario import Task
 from pgp.subspace import ProtectedInputs, ProtectedParameter
@@ -51,6 +52,8 @@ class Method(nn.Module, abc.ABC):
     """Whether features depend on more of an image than its query."""
     selects_prompts: bool = False
     """Whether each image selects some of the prompts, by its query."""
+    trains_head_only: bool = False
+    """Whether the current task trains only the head; it then sees images with the prompts that they select at test."""
     router: Readout | None = None
     """A readout of the method's own, which is fitted with those of the run and tells the task of an image."""
     legacy_scope: Literal["all", "cut"] = "all"
@@ -96,7 +99,10 @@ class Method(nn.Module, abc.ABC):
         """Prepare for learning `task`, for example by copying the prompts of the previous task."""
 
     def skip_task(self, task: Task) -> None:
-        """Prepare for a task in which nothing outside the head is trained. By default, as `begin_task`."""
+        """Prepare for a task in which nothing outside the head is trained. By default, as `begin_task`.
+
+        It must not change the features of any image.
+        """
         self.begin_task(task)
 
     def refresh_head(self, task: Task) -> None:
@@ -155,8 +161,10 @@ class Method(nn.Module, abc.ABC):
         return self
 
     def forward(self, images: Tensor, query: Tensor | None = None) -> Tensor:
-        """Return the logits of the method's own head over all classes, `(B, C)`."""
-        logits: Tensor = self.head(self.features(images, query))
+        """Return the logits of the method's own head over all classes, `(B, C)`, computed in float32."""
+        features = self.features(images, query)
+        with full_precision(features.device):
+            logits: Tensor = self.head(features.to(torch.promote_types(features.dtype, torch.float32)))
         return logits
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pgp.backbones.base import Backbone, VisionLanguage
 from pgp.methods.base import Method, to_device
-from pgp.precision import without_autocast
+from pgp.precision import full_precision
 from pgp.rng import make_generator
 from pgp.scenario import Task
 from pgp.subspace import ProtectedInputs, ProtectedParameter
@@ -41,7 +41,7 @@ class TextHead(nn.Module):
 
         They are computed in float32: in bfloat16, the best two are often equal.
         """
-        with without_autocast(features.device):
+        with full_precision(features.device):
             return self.scale * F.normalize(features.to(self.text), dim=-1) @ text.to(self.text).T
 
     def learn(self, labels: Sequence[int], text: Tensor) -> None:
@@ -133,7 +133,8 @@ class CLIPPrompt(ZeroShot):
     """A learned context around each class name, new for every task, and an image prompt that all tasks share.
 
     The loss compares an image with the classes of its task. The text features of a finished task are cached and do not
-    change. Predictions for old images therefore change only through the image prompt, which a projection protects.
+    change. Predictions for old images therefore change only through the image prompt, which a projection protects. With
+    setting=dil, each domain has the same classes, so its context replaces that of the domain before.
 
     Differs from the published code: an image is compared with all classes seen so far. The published evaluation uses
     the task label.

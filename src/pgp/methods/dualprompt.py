@@ -131,6 +131,9 @@ class DualPrompt(Method):
             for parameter in self.experts.parameters():
                 copy_previous_slot(parameter, task.index, self.config.top_k)
 
+    def skip_task(self, task: Task) -> None:
+        """Copy nothing: the head is trained with the experts that images select at test."""
+
     def selected_prompts(self, query: Tensor) -> Tensor:
         """See `Method.selected_prompts`."""
         indices = select_prompts(cosine_similarity(query, self.key), self.config.top_k)
@@ -146,7 +149,7 @@ class DualPrompt(Method):
     def prepare_batch(self, images: Tensor, task: Task, query: Tensor | None = None) -> dict[str, Tensor]:
         """Return the queries `(B, D)` and the `indices (B, k)` of the selected experts."""
         query = self.query(images) if query is None else query
-        slot = task.index if self.config.prompt_mask else None
+        slot = task.index if self.config.prompt_mask and not self.trains_head_only else None
         by_vote = self.config.selection == "batch"
         indices = select_prompts(cosine_similarity(query, self.key), self.config.top_k, slot=slot, by_vote=by_vote)
         return {"query": query, "indices": indices}

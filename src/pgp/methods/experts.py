@@ -159,8 +159,8 @@ class Experts(Method):
         return self.method.batch_constants(task) if self._has_own_expert(task) else {}
 
     def can_learn(self, task: Task) -> bool:
-        """See `Method.can_learn`."""
-        return self.method.can_learn(task)
+        """See `Method.can_learn`. A task without an expert of its own chooses one in training."""
+        return self.method.can_learn(task) or not self._may_have_own_expert(task)
 
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the loss of the method. Without an expert of its own, a task trains only the head."""

@@ -109,9 +109,7 @@ class L2P(Method):
             copy_previous_slot(self.pool.prompts, task.index, self.pool.top_k)
 
     def skip_task(self, task: Task) -> None:
-        """Copy the prompts of the previous task only if the head is trained with them, by `prompt_mask`."""
-        if self.config.prompt_mask:
-            self.begin_task(task)
+        """Copy nothing: the head is trained with the prompts that images select at test."""
 
     def selected_prompts(self, query: Tensor) -> Tensor:
         """See `Method.selected_prompts`."""
@@ -126,7 +124,7 @@ class L2P(Method):
     def prepare_batch(self, images: Tensor, task: Task, query: Tensor | None = None) -> dict[str, Tensor]:
         """Return the queries `(B, D)` and the `indices (B, k)` of the selected prompts."""
         query = self.query(images) if query is None else query
-        slot = task.index if self.config.prompt_mask else None
+        slot = task.index if self.config.prompt_mask and not self.trains_head_only else None
         selection = self.pool.select(query, slot=slot, by_vote=self.config.selection == "batch")
         return {"query": query, "indices": selection.indices}
 

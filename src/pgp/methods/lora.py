@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pgp.backbones.base import LINEAR_MAPS, Backbone
 from pgp.methods.adapted import AdaptedEncoder, Part, check_part_settings, check_rank, select_places
-from pgp.precision import without_autocast
+from pgp.precision import full_precision
 from pgp.scenario import Task
 
 
@@ -121,5 +121,5 @@ class LowRankUpdate(Part):
 
     def store(self) -> None:
         """Add the current task's update to the sum of earlier ones."""
-        with without_autocast(self.total.device):
+        with full_precision(self.total.device):
             self.total += self.scale * self.up @ self.down

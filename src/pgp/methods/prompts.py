@@ -12,15 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pgp.distributed import all_reduce_sum_
+from pgp.precision import full_precision
 
 
 def cosine_similarity(query: Tensor, key: Tensor) -> Tensor:
     """Return the cosine similarity `(B, M)` in [-1, 1] of each query `(B, D)` with each key `(M, D)`.
 
+    It is computed in float32 under every precision: rounded to bfloat16, many keys would be equally similar.
+
     >>> cosine_similarity(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
     tensor([[1., 0.]])
     """
-    return F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).T
+    with full_precision(query.device):
+        return F.normalize(query.to(key.dtype), dim=-1) @ F.normalize(key, dim=-1).T
 
 
 def top_k(similarity: Tensor, k: int) -> Tensor:

@@ -90,6 +90,10 @@ class Projection(abc.ABC):
             inputs: The vectors that the parameter is multiplied with, as returned by `Method.activations`.
         """
 
+    def observe_nothing(self) -> None:
+        """Pass over a batch of which other processes have images, but this one has none. By default, do nothing."""
+        return
+
     @abc.abstractmethod
     def end_task(self) -> dict[str, float]:
         """Extend the protected subspaces by the inputs observed in this task, and return the rank of each space.

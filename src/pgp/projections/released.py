@@ -98,6 +98,11 @@ class ReleasedBasis(Projection):
         self._widths[space] = merged.shape[-1]
         self._images.setdefault(space, []).append(merged.detach().float().flatten(1).cpu())  # (B, N * D)
 
+    def observe_nothing(self) -> None:
+        """Store that this process has no image of a batch, because processes store the same number of batches."""
+        for space in self.protected:
+            self._images.setdefault(space, []).append(torch.empty(0, 0))
+
     def attach(self, optimizer: torch.optim.Optimizer) -> HookHandle:
         """Attach as `Projection.attach`, and copy the prompts if images are observed before the task."""
         if self.config.when == "before":

@@ -54,7 +54,7 @@ class Soft(MomentProjection):
         self.moments: dict[str, Tensor] = {}
         """Sum of old tasks' second moments `(..., D, D)`, by space."""
         self.penalties: dict[str, Tensor] = {}
-        """lambda of each space, `(..., 1, 1)`."""
+        """lambda of each space, `(..., 1, 1)`; 0 before the first inputs."""
 
     def end_task(self) -> dict[str, float]:
         """Add this task's second moments, and return the effective rank of each space.
@@ -67,10 +67,12 @@ class Soft(MomentProjection):
         for space, seconds in self.take_moments().items():
             moment = torch.stack(seconds).sum(0)  # (..., D, D)
             if space not in self.moments:
-                mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
-                self.penalties[space] = self.config.ridge * mean + torch.finfo(mean.dtype).tiny
                 self.moments[space] = torch.zeros_like(moment)
-            self.moments[space] = self.moments[space].to(moment) + moment  # a restored one is on the CPU
+                self.penalties[space] = torch.zeros_like(moment[..., :1, :1])
+            first = self.config.ridge * moment.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+            known = self.penalties[space].to(moment)  # restored ones are on the CPU
+            self.penalties[space] = torch.where(known > 0, known, first)
+            self.moments[space] = self.moments[space].to(moment) + moment
         self._scale()
         return {space: self.rank(space) for space in self.protected}
 
@@ -78,6 +80,7 @@ class Soft(MomentProjection):
         """Compute `lambda (C + lambda I)^-1` of each space. It takes the place of a basis."""
         for space, moment in self.moments.items():
             penalty = self.penalties[space].to(moment)
+            penalty = torch.where(penalty > 0, penalty, 1.0)  # without inputs yet, nothing is scaled
             penalised = moment + penalty * torch.eye(moment.shape[-1]).to(moment)
             self.bases[space] = penalty * torch.linalg.inv(penalised)
 

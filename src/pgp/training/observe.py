@@ -171,6 +171,8 @@ def observe(
                             readout.hold_out(selected[rows], labels[rows], augmented=views is not None)
                     if keep:
                         kept.append(FeatureBatch(indices, features).cpu())
+            elif projection:
+                projection.observe_nothing()
             if spec.repeat and projection and projection.has_enough():
                 return kept
         _check_seen(all_gather_object(num_images), task)
