@@ -36,7 +36,7 @@ HOMES = {
     "requests": {"datasets"},
     "urllib3": {"datasets"},
     "pooch": {"datasets"},
-    "filelock": {"datasets", "sweeps", "runs"},
+    "filelock": {"system", "datasets", "sweeps", "runs"},
     "datasets": {"datasets"},
     "lightning_fabric": {"evaluation", "training"},
     "matplotlib": {"reports"},
@@ -98,7 +98,7 @@ def test_level_0_needs_torch_and_nothing_else():
     for path, tree in MODULES.items():
         if room(path) in LEVELS[0]:
             roots = {name.split(".")[0] for name in imports(tree)}
-            others = {"rich"} if room(path) == "progress" else set()
+            others = {"progress": {"rich"}, "system": {"filelock"}}.get(room(path), set())  # torch needs filelock, too
             assert roots <= {"pgp", "torch", *sys.stdlib_module_names, *others}, path
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pgp.datasets.transforms import BatchTestTransform
 from pgp.predict import Classifier, Predictor
 from pgp.runs.run import Run
-from pgp.system import storage
+from pgp.system import platforms, storage
 from pgp.system.outputs import make_output, require_replaceable
 from pgp.system.paths import StrPath, as_path
 
@@ -84,7 +84,7 @@ def export(run: Run | StrPath, output: StrPath, readout: str | None = None, *, p
             partial = Path(scratch) / "export"
             make_output(partial)
             difference = _write(graph, transforms.size, about, partial, runtime, any_size=preprocess)
-            partial.replace(folder)  # replaces an empty folder
+            platforms.move_folder(partial, folder)
     except OSError as error:
         raise storage.write_error("write", folder, error) from error
     return Exported(folder, tuple(folder / name for name in (ONNX, TORCH, PREPROCESSING)), difference)

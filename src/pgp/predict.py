@@ -109,11 +109,13 @@ class Predictor:
         precision: Precision | None = None,
     ) -> None:
         run = run if isinstance(run, Run) else Run.open(as_path(run, "a run folder"))
-        config, name = run.config, run.latest_finished()
+        name = run.latest_finished()
+        record = run.describe(name)
+        config, data = run.config_of(record), run.data_of(record)
         self.run = run
         """The run."""
         state = run.load(name, {"backbone", "method", "readouts"})
-        names, tasks = run.data.class_names, run.data.tasks
+        names, tasks = data.class_names, data.tasks
         self.device = _device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.transforms, precision = config.transforms, precision or config.precision
         backbone: Backbone = config.backbone.build(config.transforms.size)

@@ -17,6 +17,7 @@ from pgp.projections.base import NoProjection
 from pgp.projections.orthogonal import Orthogonal
 from pgp.readouts import lda
 from pgp.runs.run import Run
+from photos import tree
 
 
 @pytest.fixture(autouse=True)
@@ -79,6 +80,34 @@ def test_several_runs_are_not_made_in_the_folder_of_one(tmp_path, capsys):
             main.main(["train", "demo", flag, "--output", "run"])
         assert "expected a folder for several runs, got the run run: name another --output" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in run.folder.rglob("*") if path.is_file()} == before
+
+
+def test_files_of_the_user_are_not_overwritten_by_reports(tmp_path, capsys):
+    run = train.train(tiny.config(epochs=1, tasks=1), tmp_path / "run")
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "report.md").write_text("my thesis\n")
+    for words in (["report", "run", "--output", "thesis"], ["train", "demo", "--twin", "--output", "thesis"]):
+        with pytest.raises(SystemExit):
+            main.main(words)
+        told = capsys.readouterr().err
+        assert "expected an output folder without report.md" in told or "a new or empty folder for several runs" in told
+        assert [path.name for path in thesis.iterdir()] == ["report.md"]
+        assert (thesis / "report.md").read_text() == "my thesis\n"
+    for _ in range(2):  # its own files are replaced
+        main.main(["report", "run", "--output", "new"])
+        main.main(["report", "run", "--output", str(run.folder)])
+    assert (tmp_path / "new" / "report.md").is_file()
+
+
+def test_two_kinds_of_data_are_an_error(tmp_path, capsys):
+    tree(tmp_path / "photos", "train", "test")
+    with pytest.raises(SystemExit):
+        main.main(["data", "check", "own", "--data", "photos", "--dataset", "digits"])
+    assert (
+        "expected --data or --dataset, got both: --data photos is a data set of kind folder" in capsys.readouterr().err
+    )
+    main.main(["data", "check", "own", "--data", "photos", "--dataset", "folder", "--tasks", "1"])
 
 
 def test_no_batch_is_an_error(tmp_path, capsys):

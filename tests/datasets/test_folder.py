@@ -44,6 +44,13 @@ def test_a_class_that_is_called_train_hides_no_other(tmp_path):
     assert Folder(tmp_path / "other").build().class_names == ("car", "plane", "train")
 
 
+def test_the_test_folder_is_no_class(tmp_path):
+    tree(tmp_path, "", "holdout", classes=("cat", "dog"))
+    data = Folder(tmp_path, train_folder=".", test_folder="holdout").build()
+    assert data.class_names == ("cat", "dog")
+    assert not {*data.train.paths} & {*data.test.paths}
+
+
 def test_a_test_without_classes_beside_a_good_one(tmp_path):
     tree(tmp_path, "train", "val")
     fill(tmp_path / "test", 5)

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pgp.datasets.manifest import Manifest
 from pgp.datasets.own import dataset_from_path
+from pgp.system import platforms
 
 
 def table(folder, text, name="photos.csv", encoding="utf-8"):
@@ -104,6 +105,17 @@ def test_domains_and_tasks(tmp_path):
 def test_tables_that_do_not_fit(tmp_path, text, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         table(tmp_path, text).build()
+
+
+@pytest.mark.skipif(platforms.WINDOWS, reason="links take rights on Windows")
+def test_one_image_by_two_paths_is_not_in_both_parts(tmp_path):
+    data = table(tmp_path, SPLIT)
+    (tmp_path / "again").symlink_to(tmp_path)
+    (tmp_path / "photos.csv").write_text(SPLIT + "again/a.png,dog,test\n")
+    with pytest.raises(ValueError, match=r"the same file as 'a\.png' in line 2 and 'again/a\.png' in line 6"):
+        data.build()
+    (tmp_path / "photos.csv").write_text(SPLIT + "again/a.png,dog,train\n")
+    assert len(data.build().train) == 3
 
 
 @pytest.mark.parametrize(

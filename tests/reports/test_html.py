@@ -200,6 +200,13 @@ def test_runs_without_a_common_seed_have_no_differences(runs):
     assert "no seed in common" in page.text
 
 
+@pytest.mark.parametrize("changes", [{"test_images": 3}, {"evaluate": "2"}, {"dataset": Synthetic(noise=0.6)}], ids=str)
+def test_runs_measured_on_other_images_are_not_compared(runs, tmp_path, changes):
+    other = train.train(replace(runs["none 1"].config, **changes), tmp_path / "run")
+    assert html._comparable(groups.read_groups([runs["orthogonal 1"], other])) == []
+    assert len(html._comparable(groups.read_groups([runs["orthogonal 1"], runs["none 1"]]))) == 1
+
+
 def test_text_of_the_data_is_escaped(tmp_path):
     names = ["<script>alert(1)</script>", '"><img src=http://x>', "a\u202eb", "{{ 7 * 7 }}", "</title>&amp;", "'x'"]
     folder = tmp_path / "<b>run</b>"

@@ -22,7 +22,7 @@ from pgp.runs import lock
 from pgp.runs.checkpoint import CheckpointName, Checkpoints
 from pgp.runs.lock import locked
 from pgp.runs.run import Run
-from pgp.system import platforms, storage
+from pgp.system import locks, platforms, storage
 from pgp.system.storage import RunError
 from test_train import final, same
 
@@ -74,6 +74,24 @@ def test_what_a_dead_process_started_may_hold_its_lock_for_a_moment(tmp_path, mo
         storage.write(run.folder / ".pgp-writer.json", '["who?"]')
         with pytest.raises(RunError, match="is being written to by another process: wait"), run.writing():
             pass
+
+
+@pytest.mark.skipif(platforms.WINDOWS, reason="Windows locks by other means")
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, number):
+    import fcntl
+
+    run = made(tmp_path / "run")
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match="has no locks: make sure that no other process writes there"), run.writing():
+        assert (run.folder / ".pgp-writer.json").exists()
+    with pytest.warns(UserWarning, match="has no locks"):
+        assert locks.acquire(tmp_path / "any.lock", timeout=0) is None
+    locks.release(None)
 
 
 def test_a_lock_is_not_read(tmp_path, monkeypatch):

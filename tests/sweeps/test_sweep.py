@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -226,6 +227,10 @@ def test_other_settings_are_refused(capsys):
     Path("photos/cat.jpg").touch()
     told = fails(capsys, "--output", "photos")
     assert "expected a new or empty folder, or that of a sweep, got" in told
+    tree_of = json.loads((folder / "sweep.json").read_text())
+    tree_of["entries"]["../../escaped"] = next(iter(tree_of["entries"].values()))
+    (folder / "sweep.json").write_text(json.dumps(tree_of))
+    assert "the entry '../../escaped' is no name of a folder" in fails(capsys, *ENERGIES)
     (folder / "sweep.json").write_text('{"format": 99}')
     assert "does not describe a sweep of this pgp (format 99)" in fails(capsys, *ENERGIES)
 
@@ -295,6 +300,12 @@ def test_a_baseline_without_the_readout_is_read_by_its_best(tmp_path):
     assert comparison._comparable_column(baseline, "head") == "head"
     assert comparison._comparable_column(baseline, "lda+query+linear") == "lda"
     assert comparison._comparable_column(comparison.Entry("none", {}), "lda") is None
+    matrices = {"head": 0.5, "lda": math.nan, "head/legacy": 0.9}
+    (run,) = made(tmp_path, "legacy", {0: [[0.5]]}).values()
+    baseline = comparison.Entry("linear-probe", {0: run})
+    run.save("task-02", {"matrices": {name: torch.tensor([[value]]) for name, value in matrices.items()}})
+    assert comparison._comparable_column(baseline, "lda+query") == "head"  # neither with the task, nor not measured
+    assert comparison._comparable_column(baseline, "ncm/legacy") == "head/legacy"
 
 
 def made(tmp_path, name, matrices):

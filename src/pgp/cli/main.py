@@ -46,7 +46,7 @@ from pgp.runs.data_paths import resolve_paths, with_data_paths
 from pgp.runs.run import CONFIG, Run
 from pgp.sweeps import pool, sweep
 from pgp.system import platforms, storage
-from pgp.system.outputs import check_outside, make_output, make_unique_folder
+from pgp.system.outputs import check_outside, is_empty, make_output, make_unique_folder, require_own
 from pgp.system.signals import Interrupted, describe
 from pgp.system.storage import RunError
 from pgp.training.tasks import build_scenario
@@ -179,6 +179,9 @@ def _trained(command: TrainCommand) -> list[Run]:
     if command.output and len(configs) > 1:
         if storage.exists(command.output / CONFIG):
             raise RunError(f"expected a folder for several runs, got the run {command.output}: name another --output")
+        if storage.exists(command.output) and not (command.output.is_dir() and is_empty(command.output)):
+            raise RunError(f"expected a new or empty folder for several runs, got {command.output}: name another"
+                           " --output")  # fmt: skip
         make_output(command.output)
     runs = []
     with show.progress() as bars:
@@ -204,10 +207,20 @@ def _published_train(words: list[str]) -> None:
     command = replace(command, output=folder)
     try:
         show.show_report(_trained(command), folder)
-    finally:
-        for path in (folder, *folder.glob("*/")):
-            if rank() == 0 and (path / "config.json").is_file():
-                published.export_checkpoints(Run.open(path))
+    except BaseException:
+        try:
+            _export_checkpoints(folder)
+        except RunError as error:  # the first error tells more
+            show.print_note(str(error))
+        raise
+    _export_checkpoints(folder)
+
+
+def _export_checkpoints(folder: Path) -> None:
+    """Write the published checkpoints of the runs in `folder`."""
+    for path in (folder, *folder.glob("*/")):
+        if rank() == 0 and (path / "config.json").is_file():
+            published.export_checkpoints(Run.open(path))
 
 
 def _published_eval(words: list[str]) -> None:
@@ -388,6 +401,8 @@ def report_command(words: list[str]) -> None:
     output = command.output or (runs[0].folder if len(runs) == 1 else None)
     if output:
         check_outside(output, [path for run in runs for path in _data_paths(run.config)])
+        if output.resolve() not in [run.folder.resolve() for run in runs]:
+            require_own(output, show.REPORT_FILES)
         make_output(output)
     show.show_report(runs, output, html=command.html)
 

@@ -124,7 +124,11 @@ def _choose_components(config: Config, words: list[str]) -> Config:
         },
     )
     if paths := flag_values(words, "--data"):  # the recipe's number of tasks is for its own data
-        config = replace(config, dataset=dataset_from_path(paths[-1]), tasks=None)
+        dataset = dataset_from_path(paths[-1])
+        if named := [name for name in flag_values(words, "--dataset") if name not in ("", dataset.tag)]:
+            raise ValueError(f"expected --data or --dataset, got both: --data {paths[-1]} is a data set of kind"
+                             f" {dataset.tag}, not {named[-1]}")  # fmt: skip
+        config = replace(config, dataset=dataset, tasks=None)
     return config
 
 

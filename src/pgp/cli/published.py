@@ -25,6 +25,7 @@ from pgp.methods.l2p import L2P
 from pgp.runs.data_paths import resolve_paths
 from pgp.runs.run import Run
 from pgp.system import storage
+from pgp.system.platforms import safe_name
 from pgp.system.storage import RunError
 
 RENAMED = {
@@ -122,7 +123,8 @@ def find_latest_run(asked: Config, words: Sequence[str], folder: Path) -> tuple[
         RunError: If there is none.
     """
     asked = resolve_paths(asked)
-    numbered = re.compile(re.escape(folder.name) + r"-\d+")
+    stem = re.escape(safe_name(folder.name))  # as make_unique_folder names them
+    numbered = re.compile(rf"{stem}(-\d+)?")
     siblings = [one for one in folder.parent.iterdir() if numbered.fullmatch(one.name)]
     folders = [one for base in (folder, *siblings) if base.is_dir() for one in (base, *base.iterdir())]
     found, unusable = _runs_of(asked.name, folders)

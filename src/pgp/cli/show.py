@@ -42,6 +42,8 @@ NARROW = 80
 """Width of a terminal in characters in which results must be readable."""
 REPORT = "report.md"
 """File of the tables of a report."""
+REPORT_FILES = (REPORT, "report.png", "calibration.png", "drift.png", page.FILE)
+"""All files of a report on several runs."""
 
 
 UNLIMITED = 100_000

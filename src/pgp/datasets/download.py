@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from pgp.datasets.archives import Archive, ArchiveError, extract
-from pgp.system import platforms
+from pgp.system import locks, platforms
 
 WORK = ".pgp"
 """Folder for locks and unfinished files in the data folder."""
@@ -136,19 +136,19 @@ def _alone(archive: Archive, root: Path, bars: Progress) -> Iterator[None]:
         )  # it may be missing because another process has just renamed it
         if path.is_symlink() or not known:
             raise ArchiveError(f"{path} is a link or a device, which pgp never makes there: remove it and start again")
-    lock = filelock.FileLock(work / f"{archive.name}.lock")
+    path = work / f"{archive.name}.lock"
     try:
-        lock.acquire(timeout=0)
+        lock = locks.acquire(path, timeout=0)
     except filelock.Timeout:
         bar = bars.add_task(f"waiting for another process that fetches {archive.name}", total=None)
-        lock.acquire()
+        lock = locks.acquire(path)
         bars.remove_task(bar)
     try:
         for stale in work.glob(f"{_scratch(archive)}*"):
             shutil.rmtree(stale, ignore_errors=True)
         yield
     finally:
-        lock.release()
+        locks.release(lock)
 
 
 def _scratch(archive: Archive) -> str:

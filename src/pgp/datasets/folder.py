@@ -73,7 +73,7 @@ class Folder(DatasetConfig):
         root = require_folder(self.root)
         ignored, notes = Ignored(root, SETTINGS_FILES), Notes()
         layout = find_layout(root, self.train_folder, self.test_folder, ignored)
-        train = _read(layout.train, self.domains, ignored, notes)
+        train = _read(layout.train, self.domains, ignored, notes, layout.test)
         test = _read(layout.test, self.domains, ignored, notes) if layout.test else Part()
         if not train.images:
             raise ValueError("; ".join([self._nothing(layout.train), *ignored.lines()]))
@@ -179,10 +179,10 @@ class Notes:
         return lines
 
 
-def _read(folder: Path, domains: bool, ignored: Ignored, notes: Notes) -> Part:
-    """Return the images in the folders of classes, or of domains, in `folder`."""
+def _read(folder: Path, domains: bool, ignored: Ignored, notes: Notes, test: Path | None = None) -> Part:
+    """Return the images in the folders of classes, or of domains, in `folder`, of which `test` is none."""
     part = Part()
-    above = class_folders(folder, ignored)
+    above = class_folders(folder, ignored, test)
     check_inside(above.values())
     for domain, inside in above.items() if domains else [("", folder)]:
         folders = class_folders(inside, ignored) if domains else above

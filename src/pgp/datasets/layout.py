@@ -81,8 +81,8 @@ def find_test_folder(root: Path, test: str | None) -> Path | None:
     return called[0] if len(called) == 1 else None
 
 
-def class_folders(part: Path, ignored: Ignored) -> dict[str, Path]:
-    """Return the folders in `part` by name, in order; images directly in `part` are ignored.
+def class_folders(part: Path, ignored: Ignored, test: Path | None = None) -> dict[str, Path]:
+    """Return the folders in `part` by name, in order, without the folder `test`; images directly in `part` are ignored.
 
     Raises:
         ValueError: If two folders have the same name in two Unicode forms, or are one folder by a link, or if they
@@ -94,6 +94,8 @@ def class_folders(part: Path, ignored: Ignored) -> dict[str, Path]:
     named: dict[str, Path] = {}
     folders_by_target: dict[Path, Path] = {}
     for folder in found.folders:
+        if folder == test:
+            continue
         other = named.setdefault(normalized(folder.name), folder)
         if other is not folder:
             raise ValueError(f"expected every class once in {part}, got two folders {normalized(folder.name)!r}, whose"

@@ -7,6 +7,7 @@ import difflib
 import io
 import json
 import os
+import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -176,8 +177,12 @@ def _check_columns(file: Path, line: int, columns: Iterable[str]) -> None:
 
 
 def _existing(file: Path, rows: list[Row]) -> list[Path]:
-    """Return the absolute paths of all rows, and raise an error if an image is missing, no file, or listed twice."""
+    """Return the absolute paths of all rows, and raise an error if an image is missing, no file, or listed twice.
+
+    A file may have several paths, by a link or in another case. It must not be in both parts.
+    """
     lines: dict[str, Row] = {}
+    files: dict[tuple[int, int], Row] = {}
     missing: list[str] = []
     irregular: list[str] = []
     for row in rows:
@@ -186,8 +191,19 @@ def _existing(file: Path, rows: list[Row]) -> list[Path]:
             leak = " and in both parts, so that a test image would be trained on" if other.split != row.split else ""
             raise ValueError(f"expected every image once in {file}, got {row.path!r} in lines {other.line} and"
                              f" {row.line}{leak}")  # fmt: skip
-        if not os.path.isfile(path):  # noqa: PTH113  (a Path per image of a long table takes seconds)
+        try:
+            status = os.stat(path)  # noqa: PTH116  (a Path per image of a long table takes seconds)
+        except OSError:
             (irregular if os.path.lexists(path) else missing).append(row.path)
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            irregular.append(row.path)
+        elif status.st_ino:  # some file systems have no numbers of files
+            other = files.setdefault((status.st_dev, status.st_ino), row)
+            if other.split != row.split:
+                raise ValueError(f"expected every image once in {file}, got the same file as {other.path!r} in line"
+                                 f" {other.line} and {row.path!r} in line {row.line}, in both parts, so that a test"
+                                 " image would be trained on")  # fmt: skip
     for paths, what in ((missing, "do not exist"), (irregular, "are no files, but folders, pipes or broken links")):
         if paths:
             raise ValueError(f"{len(paths)} of the {len(rows)} images of {file} {what}, such as {paths[:5]}; paths are"

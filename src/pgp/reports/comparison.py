@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pgp.evaluation import metrics
+from pgp.evaluation.accuracy import LEGACY
 from pgp.reports import style, tables
 from pgp.reports.style import DIRECT, Look
 from pgp.reports.tables import ResultRow
@@ -129,10 +130,13 @@ def _rows(member: Entry, column: str) -> Iterator[tuple[str, ...]]:
 
 
 def _comparable_column(baseline: Entry, column: str) -> str | None:
-    """Return the readout of a baseline to compare with `column`: the same one, else the baseline's best."""
+    """Return the readout of a baseline to compare with `column`: the same one, else the best of the same protocol."""
     own = columns(baseline)
-    best = max(own, key=lambda name: _result_row(baseline, name).spread("average_accuracy")[0], default=None)
-    return column if column in own else best
+    if column in own:
+        return column
+    means = {name: _result_row(baseline, name).spread("average_accuracy")[0] for name in own}
+    measured = [name for name in own if name.endswith(LEGACY) == column.endswith(LEGACY) and math.isfinite(means[name])]
+    return max(measured, key=lambda name: means[name], default=None)
 
 
 def _result_row(member: Entry, column: str) -> ResultRow:

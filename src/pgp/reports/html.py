@@ -161,9 +161,17 @@ def _comparable(groups: Sequence[Group]) -> list[Group]:
     def measured(group: Group) -> tuple[Any, ...]:
         finished, _ = group.runs[0].progress()
         learned = {label for task in group.data.tasks[:finished] for label in task}
-        return group.data.fingerprints, learned, group.runs[0].config.setting
+        settings = experiment_settings(group.runs[0].config).items()
+        decisive = {name: value for name, value in settings if _decides_what_is_measured(name)}
+        return group.data.fingerprints, learned, decisive
 
     return [group for group in groups[1:] if measured(group) == measured(groups[0])]
+
+
+def _decides_what_is_measured(setting: str) -> bool:
+    """Return whether a setting decides which images are evaluated, and when. Paths of equal data may differ."""
+    of_data = setting.startswith(("dataset.", "added.")) and not tables.PATH_SETTING.fullmatch(setting)
+    return of_data or setting in ("setting", "test_images", "evaluate")
 
 
 def _settings(groups: Sequence[Group]) -> list[tuple[str, list[str], bool]]:

@@ -6,13 +6,12 @@ import contextlib
 import json
 import os
 import time
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import filelock
 
-from pgp.system import platforms, storage
+from pgp.system import locks, platforms, storage
 from pgp.system.outputs import LOCK, WRITER
 from pgp.system.storage import RunError
 
@@ -32,14 +31,8 @@ def locked(folder: Path) -> Iterator[None]:
         storage.require_file(path)  # a link would be followed; on Windows, a locked file cannot be read
     else:
         storage.append(path, "")
-    lock = filelock.FileLock(path)
     try:
-        _acquire(lock, folder)
-    except NotImplementedError:
-        warnings.warn(f"the file system of {folder} has no locks: make sure that no other process writes to this run",
-                      stacklevel=2)  # fmt: skip
-        yield
-        return
+        lock = _acquire(path, folder)
     except OSError as error:
         raise storage.write_error("write", path, error) from error
     try:
@@ -49,18 +42,17 @@ def locked(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             writer.unlink()
-        lock.release()
+        locks.release(lock)
 
 
-def _acquire(lock: filelock.BaseFileLock, folder: Path) -> None:
+def _acquire(path: Path, folder: Path) -> filelock.BaseFileLock | None:
     try:
-        lock.acquire(timeout=0)
+        return locks.acquire(path, timeout=0)
     except filelock.Timeout:
         host, process, since = _holder(folder / WRITER)
         if host == platforms.HOST and process is not None and not platforms.is_alive(process):
             with contextlib.suppress(filelock.Timeout):
-                lock.acquire(timeout=PATIENCE)
-                return
+                return locks.acquire(path, timeout=PATIENCE)
         who = "another process" if process is None else f"process {process} on {host} since {since}"
         raise RunError(f"{folder} is being written to by {who}: wait until it ends, or stop it; nothing was"
                        " changed") from None  # fmt: skip

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import time
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,7 +24,7 @@ from pgp.reports.comparison import Entry
 from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.data_paths import resolve_paths
 from pgp.runs.run import Run
-from pgp.system import platforms, storage
+from pgp.system import locks, platforms, storage
 from pgp.system.outputs import make_output, make_unique_folder
 from pgp.system.storage import RunError
 
@@ -84,7 +85,7 @@ class Sweep:
             RunError: If the folder contains other files, or runs with other settings.
         """
         make_output(self.output)
-        with filelock.FileLock(self.output / ".sweep.lock"):
+        with self._locked():
             self._read()
             asked = [self._entry(label, config) for label, config in choices.items()]
             points = list(dict.fromkeys(entry.name for entry in asked))
@@ -98,6 +99,14 @@ class Sweep:
                 check(job)
             self._write()
         return jobs
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        lock = locks.acquire(self.output / ".sweep.lock")
+        try:
+            yield
+        finally:
+            locks.release(lock)
 
     def members(self) -> list[Entry]:
         """Return all entries with their finished runs for a comparison: points first, then other baselines."""
@@ -113,11 +122,16 @@ class Sweep:
         return [members[name] for name in dict.fromkeys([*points, *self.entries]) if members[name].runs]
 
     def write_report(self) -> list[Entry]:
-        """Write the table and the figure if any run is finished, and return the entries that they compare."""
-        members = self.members()
-        if members:
-            storage.write(self.output / TABLE, comparison.markdown(members))
-            comparison.draw_comparison(members, self.output / FIGURE)
+        """Write the table and the figure if any run is finished, and return the entries that they compare.
+
+        They also have what other processes have planned in this folder.
+        """
+        with self._locked():
+            self._read()
+            members = self.members()
+            if members:
+                storage.write(self.output / TABLE, comparison.markdown(members))
+                comparison.draw_comparison(members, self.output / FIGURE)
         return members
 
     def _job(self, entry: GridPoint, seed: int) -> Job:
@@ -159,7 +173,7 @@ class Sweep:
                 raise ValueError(f"format {tree['format']}")
             base = Config.from_json(tree["base"])
             entries = [
-                GridPoint(name, one["label"], Config.from_json(one["config"]), dict(one["baselines"]))
+                GridPoint(_folder_name(name), one["label"], Config.from_json(one["config"]), dict(one["baselines"]))
                 for name, one in tree["entries"].items()
             ]
             seeds = [int(seed) for seed in tree["seeds"]]
@@ -177,6 +191,13 @@ class Sweep:
         }
         tree = {"format": FORMAT, "base": self.base.to_json(), "seeds": self.seeds, "entries": entries}
         storage.write(self.output / FILE, json.dumps(tree, indent=2))
+
+
+def _folder_name(name: str) -> str:
+    """Return the name of an entry, and raise a ValueError if it could lead out of the folder of its sweep."""
+    if not re.fullmatch(r"[\w+-][\w.+-]*", name, re.ASCII):
+        raise ValueError(f"the entry {name!r:.80} is no name of a folder")
+    return name
 
 
 def check(job: Job) -> None:
@@ -226,16 +247,15 @@ def run_job(job: Job, *, waits: bool = False) -> JobResult:
     """
     started = time.perf_counter()
     job.folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(job.folder.parent / f".{job.folder.name}.lock")
     try:
-        lock.acquire(timeout=-1 if waits else 0)
+        lock = locks.acquire(job.folder.parent / f".{job.folder.name}.lock", timeout=-1 if waits else 0)
     except filelock.Timeout:
         return JobResult("busy", 0, 0)
     try:
         check(job)
         how = _run_job(job)
     finally:
-        lock.release()
+        locks.release(lock)
     headline = next(iter(Run(job.folder).matrices().values()))
     return JobResult(how, time.perf_counter() - started, metrics.average_accuracy(headline))
 
@@ -249,7 +269,10 @@ def _run_job(job: Job) -> JobStatus:
     try:
         Run.require_empty(job.folder, resolve_paths(job.config))
     except RunError:  # the run lost its checkpoints: move its other files away and start again
-        platforms.move_folder(job.folder, make_unique_folder(job.folder.parent, f"{job.folder.name}-abandoned"))
+        abandoned = make_unique_folder(job.folder.parent, f"{job.folder.name}-abandoned")
+        platforms.move_folder(job.folder, abandoned)
+        warnings.warn(f"{job.folder} had no checkpoint any more: it is now {abandoned.name}, and trained again",
+                      stacklevel=2)  # fmt: skip
     train.train(job.config, job.folder)
     return "trained"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -51,6 +52,9 @@ def require_replaceable(folder: Path, what: str) -> None:
     if folder.resolve() == Path.cwd():
         raise storage.RunError(f"expected a new or empty folder for {what}, got the working directory, which cannot be"
                                " replaced: name one in it")  # fmt: skip
+    if folder.is_symlink() or os.path.ismount(folder):
+        raise storage.RunError(f"expected a new or empty folder for {what}, got {folder}, which is a link or the root"
+                               " of a file system and cannot be replaced: name one in it")  # fmt: skip
     require_empty(folder, what)
 
 
@@ -59,6 +63,15 @@ def require_empty(folder: Path, what: str) -> None:
     if storage.exists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise storage.RunError(f"expected a new or empty folder for {what}, but {folder} is not empty: name another"
                                f" one")  # fmt: skip
+
+
+def require_own(folder: Path, names: Iterable[str]) -> None:
+    """Raise a RunError if `folder`, which pgp did not make, contains a file of one of these names."""
+    if not folder.is_dir() or (folder / MARKER).exists():
+        return
+    if taken := [name for name in names if storage.exists(folder / name)]:
+        raise storage.RunError(f"expected an output folder without {taken[0]}, got {folder}, which pgp did not make:"
+                               " nothing in it is overwritten; name another --output")  # fmt: skip
 
 
 def make_unique_folder(parent: Path, stem: str) -> Path:
