@@ -20,8 +20,12 @@ import records
 from pgp.reports import style
 
 PICTURE = emoji.ROOT / "docs" / "pictures" / "frontier.png"
-READOUTS = {"lda+query+patches+normalize": "LDA", "lda+query+patches+normalize+linear": "LDA with +linear"}
-TITLES = {"emoji": "emoji", "kanji": "characters", "mixed": "mixed stream"}
+READOUTS = {
+    "lda+query+patches+normalize": "LDA",
+    "lda+query+patches+normalize+linear": "LDA with +linear",
+    "lda+query+patches+normalize+nearby": "LDA with +nearby",
+}
+TITLES = {"emoji": "emoji", "kanji": "characters", "mixed": "mixed"}
 RULES = {
     "projected": ("LoRA, input .999", "LoRA, input .99", "LoRA, input .97", "LoRA, input .9"),
     "random directions, as many": tuple(
