@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -338,9 +339,16 @@ def test_undo_writes_the_report_again(run, tmp_path):
     main.main(["report", str(run.folder)])
     before = (run.folder / "report.md").read_text()
     main.main(["add", str(run.folder), str(photos(tmp_path / "one", "ant"))])
+    main.main(["report", str(run.folder), "--html"])
     assert (run.folder / "report.md").read_text() != before
+    assert re.search(r"\bant\b", (run.folder / "report.html").read_text(encoding="utf-8"))
+    figures = [run.folder / name for name in ("drift.png", "calibration.png")]
+    for path in figures:
+        path.write_bytes(b"of a task that is forgotten")
     main.main(["undo", str(run.folder)])
     assert (run.folder / "report.md").read_text() == before
+    assert not re.search(r"\bant\b", (run.folder / "report.html").read_text(encoding="utf-8"))
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in figures)
 
 
 def test_undo_that_is_killed_is_complete_or_has_not_begun(run, tmp_path, monkeypatch):

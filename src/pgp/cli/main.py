@@ -42,6 +42,7 @@ from pgp.distributed import rank
 from pgp.export import export
 from pgp.predict import Predictor, images_in
 from pgp.progress import track
+from pgp.reports import html as page
 from pgp.runs.data_paths import resolve_paths, with_data_paths
 from pgp.runs.run import CONFIG, Run
 from pgp.sweeps import pool, sweep
@@ -319,8 +320,9 @@ def undo_command(words: list[str]) -> None:
     run = Run.open(command.run)
     with run.writing():
         name = run.undo_add()
-    if storage.exists(run.folder / show.REPORT):  # of the task that is forgotten
-        show.show_report([run], run.folder)
+    files = {name: storage.exists(run.folder / name) for name in show.REPORT_FILES}
+    if any(files.values()):  # of the task that is forgotten
+        show.show_report([run], run.folder, html=files[page.FILE])
     show.show_lines(f"forgot task {name}: {run.folder} is as it was before")
 
 

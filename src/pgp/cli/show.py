@@ -151,7 +151,11 @@ def draw(runs: Sequence[Run], folder: Path) -> list[Path]:
 def _draw(
     runs: Sequence[Run], folder: Path, lines: Sequence[tables.ResultRow], courses: Sequence[drift.DriftHistory]
 ) -> list[Path]:
-    paths = [folder / ("accuracy.png" if len(runs) == 1 and folder == runs[0].folder else "report.png")]
+    own = len(runs) == 1 and folder == runs[0].folder
+    paths = [folder / ("accuracy.png" if own else "report.png")]
+    if own:  # they may be those of a task that is forgotten
+        for name in ("calibration.png", "drift.png"):
+            (folder / name).unlink(missing_ok=True)
     figures.draw_accuracy(lines, paths[0])
     if any(line.calibration for line in lines):
         paths.append(folder / "calibration.png")
