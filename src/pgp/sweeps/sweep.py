@@ -269,10 +269,7 @@ def _run_job(job: Job) -> JobStatus:
     try:
         Run.require_empty(job.folder, resolve_paths(job.config))
     except RunError:  # the run lost its checkpoints: move its other files away and start again
-        abandoned = make_unique_folder(job.folder.parent, f"{job.folder.name}-abandoned")
-        platforms.move_folder(job.folder, abandoned)
-        warnings.warn(f"{job.folder} had no checkpoint any more: it is now {abandoned.name}, and trained again",
-                      stacklevel=2)  # fmt: skip
+        platforms.move_folder(job.folder, make_unique_folder(job.folder.parent, f"{job.folder.name}-abandoned"))
     train.train(job.config, job.folder)
     return "trained"
 
