@@ -33,6 +33,7 @@ from pgp.projections.base import NoProjection
 from pgp.readouts.experts import ExpertLDA
 from pgp.readouts.lda import LDA
 from pgp.readouts.ranpac import RanPAC
+from pgp.system import platforms
 from pgp.system.storage import RunError
 
 DATA = Synthetic(noise=0.05).build().test
@@ -73,6 +74,15 @@ def test_the_working_directory_cannot_be_replaced(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RunError, match="got the working directory, which cannot be replaced: name one in it"):
         export(run, ".")
+
+
+@pytest.mark.skipif(platforms.WINDOWS, reason="links take rights on Windows")
+def test_a_link_to_an_empty_folder_cannot_be_replaced(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(RunError, match="which is a link or the root of a file system and cannot be replaced: name one"):
+        export(run, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
 
 
 def answers(folder, images):

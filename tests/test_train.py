@@ -710,14 +710,14 @@ def test_images_pass_before_training_only_if_their_features_may_change(tmp_path,
     assert passes == {"every": 2, "first": 0, "single": 0, "head": 0}
 
 
-def test_only_readouts_that_compensate_are_told_how_features_moved(tmp_path, monkeypatch):
-    told, compensate = [], StatisticsReadout.compensate
+def test_compensate_is_called_only_for_readouts_that_need_it(tmp_path, monkeypatch):
+    called, compensate = [], StatisticsReadout.compensate
     monkeypatch.setattr(
-        StatisticsReadout, "compensate", lambda self, *pair: told.append(self.name) or compensate(self, *pair)
+        StatisticsReadout, "compensate", lambda self, *pair: called.append(self.name) or compensate(self, *pair)
     )
     readouts = (LDA.Config(), LDA.Config(compensate="nearby"), RanPAC.Config(dimensions=16))
     train.train(tiny.config(method=LoRA.Config(rank=3), epochs=1, readouts=readouts), tmp_path / "run")
-    assert told == ["lda+nearby"] * 2
+    assert called == ["lda+nearby"] * 2
 
 
 @pytest.mark.parametrize("method", [LoRA.Config(rank=3), tiny.DUALPROMPT], ids=["lora", "dualprompt"])

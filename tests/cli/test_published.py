@@ -176,6 +176,16 @@ def test_an_evaluation_tells_a_recipe_from_its_baselines(tmp_path, capsys):
     assert "other settings of shuffle" in fails(capsys, recipe, "--eval", "--tasks", "1", "--shuffle", "False")
 
 
+def test_an_evaluation_finds_a_later_run_whose_folder_has_a_safe_name(tmp_path):
+    recipe = "10cifar100_l2p_pgp"
+    settings = replace(recipes.RECIPES[recipe](), tasks=1)
+    for number, folder in enumerate(("my output", "my-output", "my-output-2")):
+        run = train.train(settings, tmp_path / folder)
+        os.utime(run.folder / "checkpoints" / "latest", (number, number))
+        found, _ = published.find_latest_run(settings, [], tmp_path / "my output")
+        assert found.folder == run.folder
+
+
 def test_the_files_of_finished_tasks_are_there_after_an_error_too(tmp_path, capsys, monkeypatch):
     train_step, calls = main.train.train_step, []
 

@@ -320,9 +320,9 @@ def undo_command(words: list[str]) -> None:
     run = Run.open(command.run)
     with run.writing():
         name = run.undo_add()
-    files = {name: storage.exists(run.folder / name) for name in show.REPORT_FILES}
-    if any(files.values()):  # of the task that is forgotten
-        show.show_report([run], run.folder, html=files[page.FILE])
+    reports = [file for file in show.REPORT_FILES if storage.exists(run.folder / file)]
+    if reports:  # they show the task that is forgotten
+        show.show_report([run], run.folder, html=page.FILE in reports)
     show.show_lines(f"forgot task {name}: {run.folder} is as it was before")
 
 

@@ -123,10 +123,9 @@ def find_latest_run(asked: Config, words: Sequence[str], folder: Path) -> tuple[
         RunError: If there is none.
     """
     asked = resolve_paths(asked)
-    stem = re.escape(safe_name(folder.name))  # as make_unique_folder names them
-    numbered = re.compile(rf"{stem}(-\d+)?")
-    siblings = [one for one in folder.parent.iterdir() if numbered.fullmatch(one.name)]
-    folders = [one for base in (folder, *siblings) if base.is_dir() for one in (base, *base.iterdir())]
+    further = re.compile(re.escape(safe_name(folder.name)) + r"(-\d+)?")  # as make_unique_folder names them
+    bases = dict.fromkeys([folder, *(one for one in folder.parent.iterdir() if further.fullmatch(one.name))])
+    folders = [one for base in bases if base.is_dir() for one in (base, *base.iterdir())]
     found, unusable = _runs_of(asked.name, folders)
     if not found:
         why = f"{unusable[0]}; or " if unusable else ""

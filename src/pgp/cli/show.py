@@ -153,9 +153,6 @@ def _draw(
 ) -> list[Path]:
     own = len(runs) == 1 and folder == runs[0].folder
     paths = [folder / ("accuracy.png" if own else "report.png")]
-    if own:  # they may be those of a task that is forgotten
-        for name in ("calibration.png", "drift.png"):
-            (folder / name).unlink(missing_ok=True)
     figures.draw_accuracy(lines, paths[0])
     if any(line.calibration for line in lines):
         paths.append(folder / "calibration.png")
@@ -163,6 +160,9 @@ def _draw(
     if courses:
         paths.append(folder / "drift.png")
         drift.draw_drift(courses, paths[-1])
+    if own:  # what is not drawn any more is of a task that was undone
+        for path in {folder / "calibration.png", folder / "drift.png"}.difference(paths):
+            path.unlink(missing_ok=True)
     return paths
 
 

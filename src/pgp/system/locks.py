@@ -11,6 +11,7 @@ from typing import Any
 import filelock
 
 _UNSUPPORTED = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK}
+"""Numbers of the errors of a file system that has no locks."""
 _SETTINGS: dict[str, Any] = {"fallback_to_soft": False}
 """A soft lock would stay if its process dies. Older versions of filelock never use one, and do not know the setting."""
 
@@ -30,8 +31,10 @@ def acquire(path: Path, timeout: float = -1) -> filelock.BaseFileLock | None:
     lock = filelock.FileLock(path, **{name: value for name, value in _SETTINGS.items() if name in known})
     try:
         lock.acquire(timeout=timeout)
+    except filelock.Timeout:  # which is an OSError
+        raise
     except (NotImplementedError, OSError) as error:
-        if isinstance(error, filelock.Timeout) or (isinstance(error, OSError) and error.errno not in _UNSUPPORTED):
+        if isinstance(error, OSError) and error.errno not in _UNSUPPORTED:
             raise
         warnings.warn(f"the file system of {path.parent} has no locks: make sure that no other process writes there",
                       stacklevel=3)  # fmt: skip
