@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgp.rng import derive_seed, make_generator
-from pgp.scenario import class_order, split_by_class, split_by_domain, split_by_group, stratified_holdout
+from pgp.scenario import (
+    class_order,
+    split_by_class,
+    split_by_domain,
+    split_by_group,
+    stratified_folds,
+    stratified_holdout,
+)
 
 
 def labels(count, classes, seed):
@@ -91,6 +98,21 @@ def test_a_share_of_each_class_is_held_out(sizes, share, seed):
         assert abs(count - share * size) <= 1
     more = stratified_holdout(torch.cat([strata, torch.full((5,), len(sizes))]), share, seed)
     assert torch.equal(more[: len(strata)], test)  # another class moves none of the others
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(1, 7), st.integers(0, 99))
+def test_each_class_is_divided_evenly_into_folds(sizes, folds, seed):
+    strata = torch.cat([torch.full((size,), stratum) for stratum, size in enumerate(sizes)])
+    fold = stratified_folds(strata, folds, seed)
+    assert torch.equal(fold, stratified_folds(strata, folds, seed))
+    for stratum, size in enumerate(sizes):
+        counts = torch.bincount(fold[strata == stratum] + 1, minlength=folds + 1).tolist()
+        whole, more = divmod(size, folds)
+        even = [whole + 1] * more + [whole] * (folds - more)
+        assert counts == ([1] + [0] * folds if size == 1 else [0, *even])
+    more = stratified_folds(torch.cat([strata, torch.full((5,), len(sizes))]), folds, seed)
+    assert torch.equal(more[: len(strata)], fold)  # another class moves none of the others
 
 
 def test_a_task_is_spoken_of_by_number_and_name():

@@ -202,6 +202,26 @@ def stratified_holdout(strata: Tensor, fraction: float, seed: int) -> Tensor:
     return held_out
 
 
+def stratified_folds(strata: Tensor, folds: int, seed: int) -> Tensor:
+    """Return the fold of each image, `(n,)`: each stratum is divided as evenly as possible, the first folds first.
+
+    Args:
+        strata: Stratum of each image, `(n,)`, such as its label. The only image of a stratum is in no fold, -1.
+        folds: Number of folds. If a stratum has fewer images, each is in a fold of its own.
+        seed: Decides the fold of each image.
+
+    >>> stratified_folds(torch.tensor([0, 0, 0, 0, 1, 1, 2]), folds=3, seed=0).tolist()
+    [0, 0, 1, 2, 1, 0, -1]
+    """
+    fold = torch.full((len(strata),), -1)
+    for stratum in strata.unique().tolist():
+        indices = (strata == stratum).nonzero().flatten()
+        order = torch.randperm(len(indices), generator=make_generator(seed, "part", stratum))
+        if len(indices) > 1:
+            fold[indices[order]] = torch.arange(len(indices)) % folds
+    return fold
+
+
 def sample_evenly(indices: Tensor, labels: Tensor, count: int, seed: int) -> Tensor:
     """Return at most `count` of the images `indices (n,)` at random, as evenly over their labels as possible.
 

@@ -13,11 +13,24 @@ from scipy.special import softmax
 import tiny
 from pgp import train
 from pgp.datasets.synthetic import Synthetic
-from pgp.evaluation.calibration import NUM_BINS, calibration_bins, expected_calibration_error
+from pgp.evaluation.calibration import (
+    NUM_BINS,
+    calibration_bins,
+    calibration_error_by_chance,
+    expected_calibration_error,
+)
 from pgp.methods.head_only import HeadOnly
 from pgp.predict import Predictor
+from pgp.readouts import calibration
 from pgp.readouts.base import Features
-from pgp.readouts.calibration import TEMPERATURES, HeldOutTest, HeldOutTests, brier_scores
+from pgp.readouts.calibration import (
+    NUM_FOLDS,
+    NUM_HELD_OUT,
+    TEMPERATURES,
+    HeldOutTest,
+    HeldOutTests,
+    brier_scores,
+)
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA, NCM
 from pgp.readouts.logistic import Logistic
@@ -160,6 +173,17 @@ def test_the_calibration_error_is_that_of_its_definition():
     assert calibration_bins(torch.ones(1, 1), torch.zeros(1, dtype=torch.long))[-1].tolist() == [1, 1, 1]
 
 
+@pytest.mark.parametrize("images", [1, 7, 400])
+def test_the_calibration_error_by_chance_is_that_of_drawn_labels(images):
+    generator = torch.Generator().manual_seed(0)
+    probabilities = (3 * torch.randn(images, 4, generator=generator)).softmax(1)
+    probabilities[0] = torch.tensor([1.0, 0, 0, 0])  # certain, and right
+    drawn = [probabilities.multinomial(1, generator=generator)[:, 0] for _ in range(400)]
+    errors = [expected_calibration_error(calibration_bins(probabilities, labels)) for labels in drawn]
+    found = calibration_error_by_chance(calibration_bins(probabilities, drawn[0]))
+    assert found == pytest.approx(np.mean(errors), rel=0.05)  # not exactly: confidences differ within a bin
+
+
 @pytest.mark.parametrize("config", READOUTS, ids=lambda config: config.tag)
 def test_what_is_held_out_sets_the_temperature_and_nothing_else(config):
     """Fitting without the held-out images scores them; the fit that stays has seen all of them."""
@@ -203,6 +227,56 @@ def test_augmented_views_of_held_out_images_are_left_out_and_tested_on_too():
     torch.testing.assert_close(readout.tests.scores, with_one_mistake(found, 2 * n), rtol=1e-4, atol=1e-4)
     assert [(test.images, test.views) for test in readout.tests.by_task] == [(n, 2 * n)]
     torch.testing.assert_close(readout.tests.by_task[0].unlike, without.unknown_scores(features[held_out]).sort()[0])
+
+
+@pytest.mark.parametrize("config", [*READOUTS, LDA.Config(shrinkage=None), RanPAC.Config(dimensions=50)],
+                         ids=lambda config: config.name)  # fmt: skip
+def test_each_fold_is_left_out_of_a_fit_that_is_tested_on_it(config):
+    features, labels = drawn(noise=2.0)
+    head = torch.nn.Linear(D, CLASSES)
+    readout = config.build(head, CLASSES, 0)
+    selected = readout.select_features(Features(features))
+    fold = torch.arange(len(labels)) % 7  # the last two are never held out
+    readout.observe(selected, labels)
+    for number in range(NUM_FOLDS):
+        for rows in (fold == number).nonzero()[:, 0].split(15):
+            readout.hold_out(selected[rows], labels[rows], fold=number, augmented=False)
+    readout.end_task()
+    (test,) = readout.tests.by_task
+    used = 1 if isinstance(readout, Logistic | RanPAC) else NUM_FOLDS  # a fit of these takes long
+    errors, unlike = torch.zeros_like(test.errors), []
+    for number in range(used):
+        without = config.build(head, CLASSES, 0)
+        without.select_features(Features(features))
+        without.observe(selected[fold != number], labels[fold != number])
+        without.end_task()
+        for index, candidate in enumerate(readout.candidates):
+            without.regularisation = candidate
+            if not isinstance(readout, Logistic):
+                without._fit()
+            errors[:, index] += results(without, selected[fold == number], labels[fold == number])
+        without.regularisation = readout.regularisation
+        if readout.detects_unknown:
+            unlike.append(without.unknown_scores(selected[fold == number]))
+    assert test.images == test.views == int((fold < used).sum())
+    torch.testing.assert_close(test.errors, errors, rtol=1e-4, atol=1e-4)
+    if unlike:
+        torch.testing.assert_close(test.unlike, torch.cat(unlike).sort()[0], rtol=1e-4, atol=1e-4)
+    assert readout.tests.enough == NUM_HELD_OUT * used // NUM_FOLDS
+
+
+def test_as_many_folds_are_held_out_as_are_enough(tmp_path):
+    """20 images of 2 classes in each task; with 20 enough, all five folds, with 7, two of them."""
+    config = tiny.config(dataset=Synthetic(), method=HeadOnly.Config(), readouts=(LDA.Config(),))
+    per_task = len(config.dataset.build().train) // 3
+    tested = {}
+    for enough in (NUM_HELD_OUT, per_task // 3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(calibration, "NUM_HELD_OUT", enough)
+            run = train.train(config, tmp_path / str(enough))
+        (tested[enough],) = {tuple(row) for row in run.load()["readouts"]["lda"]["test_sizes"].tolist()}
+    assert tested[NUM_HELD_OUT] == (per_task,) * 3
+    assert per_task // 3 <= tested[per_task // 3][0] <= per_task // 2
 
 
 def test_few_images_leave_the_temperature_at_one(recwarn):

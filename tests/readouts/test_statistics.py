@@ -268,7 +268,7 @@ def test_a_run_follows_its_features_and_goes_on_inside_a_task_bitwise(tmp_path, 
     assert not torch.equal(one["lda+shift"]["sums"], one["lda+linear"]["sums"])
     *_, last = whole.events("task")
     tests, images = len(one["lda"]["errors"]), len(one["lda"]["unlike"])
-    assert images == 6 * 2  # two images of each class
+    assert images == len(config.dataset.build().train)  # each image was held out in one fold
     numbers = 6 + 6 * 48 + 48 * 48 + tests * (2 * len(TEMPERATURES) + 3)
     assert last["readouts"]["lda"]["bytes"] == 8 * numbers + 4 * images
     assert last["readouts"]["logistic"]["seconds"] > 0

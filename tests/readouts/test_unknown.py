@@ -70,6 +70,7 @@ def test_the_threshold_keeps_held_out_images_of_all_tasks(config):
 def test_the_latest_tests_are_kept():
     features, labels = drawn(each=75)
     readout, sizes = LDA(C), []
+    readout.tests.enough = 100
     for label in range(C):
         rows = labels == label
         readout.observe(features[rows], labels[rows])
@@ -110,7 +111,7 @@ def test_images_that_are_all_the_same_have_scores(recwarn):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    config = tiny.config(dataset=Synthetic(), method=HeadOnly.Config(learns=True),
+    config = tiny.config(dataset=Synthetic(per_class=60), method=HeadOnly.Config(learns=True),
                          readouts=(LDA.Config(), MethodHead.Config()))  # fmt: skip
     return train(config, tmp_path_factory.mktemp("unknown") / "run")
 

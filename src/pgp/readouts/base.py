@@ -113,7 +113,7 @@ class Readout(abc.ABC):
         asks for it, in augmented views.
         """
 
-    def hold_out(self, features: Tensor, labels: Tensor, *, augmented: bool) -> None:
+    def hold_out(self, features: Tensor, labels: Tensor, *, augmented: bool, fold: int = 0) -> None:
         """Use these images, which were passed to `observe` too, for calibration: fit without them, score, refit.
 
         By default, it does nothing.
@@ -121,6 +121,7 @@ class Readout(abc.ABC):
         Args:
             features: Features `(B, D)` from `select_features`.
             labels: Labels `(B,)`.
+            fold: Which fit leaves these images out: one for each fold.
             augmented: Whether these are augmented views of images that are held out.
         """
         return

@@ -5,6 +5,7 @@ See Guo et al., "On Calibration of Modern Neural Networks", ICML 2017.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -13,12 +14,25 @@ from torch import Tensor
 
 from pgp.subspace import to_float64
 
-NUM_HELD_OUT = 100
-"""Number of held-out images whose results are kept, of the latest tasks. Older results are dropped: they are of fits to
-fewer images, whose logits and distances are larger."""
+NUM_FOLDS = 5
+"""Number of folds that the images of each class are divided into. A fit leaves out the images of one fold and is tested
+on them (cross-validation)."""
+NUM_HELD_OUT = 500
+"""Number of held-out images that are enough. A task is tested with as many folds as they need. With fewer images, the
+results of the latest tasks are kept as well. Still older results are dropped: they are of fits to fewer images, whose
+logits and distances are larger."""
 TEMPERATURES = 2.0 ** (torch.arange(-64, 129, dtype=torch.float64) / 8)
 """Temperatures that are tried, from 2^-8 to 2^16 in steps of 9 %, `(G,)`: logits of ridge regression are below 1, and
 those of LDA are thousands if features hardly vary within classes."""
+
+
+def num_folds(images: int) -> int:
+    """Return the number of folds with which a task of so many images is tested, at least 1.
+
+    >>> [num_folds(images) for images in (20, 500, 1_000, 2_500, 50_000)]
+    [5, 5, 3, 1, 1]
+    """
+    return max(1, min(NUM_FOLDS, math.ceil(NUM_HELD_OUT * NUM_FOLDS / max(1, images))))
 
 
 def brier_scores(logits: Tensor, labels: Tensor) -> Tensor:
@@ -57,7 +71,7 @@ class HeldOutTest(NamedTuple):
 
 
 class HeldOutTests:
-    """Results on held-out images of the latest tasks: at least `NUM_HELD_OUT` images, if there are so many.
+    """Results on held-out images of the latest tasks: at least `enough` images, if there are so many.
 
     Candidates and temperatures are compared by the Brier score. Unlike the cross-entropy, a few grave errors do not
     dominate it. One wrong prediction is added in all (row 1 of `brier_scores`, as the mean over all images), so that
@@ -66,16 +80,17 @@ class HeldOutTests:
 
     Args:
         candidates: Number K of candidates that are compared.
+        enough: Number of images that are enough, so that results of older tasks are dropped.
     """
 
-    def __init__(self, candidates: int) -> None:
-        self.candidates = candidates
+    def __init__(self, candidates: int, enough: int = NUM_HELD_OUT) -> None:
+        self.candidates, self.enough = candidates, enough
         self.by_task: list[HeldOutTest] = []
 
     def add(self, test: HeldOutTest) -> None:
         """Add the results of a task, and drop old ones that are not needed any more."""
         self.by_task.append(test)
-        while sum(test.images for test in self.by_task[1:]) >= NUM_HELD_OUT:
+        while sum(test.images for test in self.by_task[1:]) >= self.enough:
             del self.by_task[0]
 
     def add_unlike(self, unlike: Tensor) -> None:

@@ -58,6 +58,8 @@ class Logistic(StatisticsReadout):
             """Return a readout that has seen no class yet."""
             return Logistic(head, classes, self, seed)
 
+    max_folds = 1
+
     def __init__(self, head: nn.Module, classes: int, config: Logistic.Config | None = None, seed: int = 0) -> None:
         self.config = config or Logistic.Config()
         super().__init__(classes, self.config, *shrinkage_candidates(self.config.shrinkage))

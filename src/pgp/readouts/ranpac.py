@@ -58,6 +58,8 @@ class RanPAC(StatisticsReadout):
             """Return a readout that has seen no class yet."""
             return RanPAC(classes, self, seed)
 
+    max_folds = 1
+
     def __init__(self, classes: int, config: RanPAC.Config | None = None, seed: int = 0) -> None:
         self.config = config or RanPAC.Config()
         penalty = self.config.penalty

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pgp.distributed import all_gather_rows, all_reduce_sum_
 from pgp.readouts.base import Features, Readout
-from pgp.readouts.calibration import TEMPERATURES, HeldOutTest, HeldOutTests, brier_scores
+from pgp.readouts.calibration import NUM_FOLDS, NUM_HELD_OUT, TEMPERATURES, HeldOutTest, HeldOutTests, brier_scores
 from pgp.subspace import float64_device, to_float64
 
 SIMILAR = 0.5
@@ -20,8 +20,12 @@ SIMILAR = 0.5
 other old class."""
 
 
+LARGEST_BATCH = 1024
+"""Number of held-out images whose statistics are computed at once, so that their copy in float64 stays small."""
+
+
 class HeldOutBatch(NamedTuple):
-    """Images that a first fit leaves out."""
+    """Images that a fit leaves out."""
 
     features: Tensor
     """`(B, D)`."""
@@ -29,6 +33,11 @@ class HeldOutBatch(NamedTuple):
     """`(B,)`."""
     augmented: bool
     """Whether these are augmented views."""
+
+    def of_classes(self, chosen: Tensor) -> HeldOutBatch:
+        """Return the images whose class is `chosen (C,)`."""
+        rows = chosen[self.labels]
+        return HeldOutBatch(self.features[rows.to(self.features.device)], self.labels[rows], self.augmented)
 
 
 class StatisticsReadout(Readout):
@@ -39,8 +48,9 @@ class StatisticsReadout(Readout):
     drift. The rest can be compensated: it is estimated on images of the current task, and the statistics are corrected
     by the estimate.
 
-    Images that `hold_out` receives are left out of a first fit, which is tested on them. Only these results are kept
-    (`HeldOutTests`); they choose the regularisation, the temperature and the threshold for unknown images.
+    Images that `hold_out` receives are left out of a fit, one for each fold, which is tested on them. Only these
+    results are kept (`HeldOutTests`); they choose the regularisation, the temperature and the threshold for unknown
+    images.
 
     Args:
         classes: Number of labels.
@@ -91,6 +101,8 @@ class StatisticsReadout(Readout):
             """See `Readout.Config.uses_patches`."""
             return self.patches
 
+    max_folds: int = NUM_FOLDS
+    """Number of folds that are used: fewer if a fit takes long."""
     per_class_statistics: tuple[str, ...] = ("counts", "sums")
     """Names of the statistics that have a row for each class."""
 
@@ -103,9 +115,8 @@ class StatisticsReadout(Readout):
         self.needs_drift = config.compensate != "none"
         self.state: dict[str, Tensor] = {}
         self._task: dict[str, Tensor] = {}
-        self._held_out: dict[str, Tensor] = {}
-        self._held_out_batches: list[HeldOutBatch] = []
-        self.tests = HeldOutTests(len(candidates))
+        self._held_out: list[list[HeldOutBatch]] = [[] for _ in range(self.max_folds)]  # by fold
+        self.tests = HeldOutTests(len(candidates), NUM_HELD_OUT * self.max_folds // NUM_FOLDS)
         """Results on held-out images of the latest tasks."""
         self._known_distances: _KnownDistances | None = None
 
@@ -121,11 +132,11 @@ class StatisticsReadout(Readout):
         """Add a batch to the counts `(C,)`, sums `(C, D)` and pooled products `(D, D)` of this task, in float64."""
         _accumulate(self._task, self._statistics(features, labels))
 
-    def hold_out(self, features: Tensor, labels: Tensor, *, augmented: bool) -> None:
-        """See `Readout.hold_out`."""
-        _accumulate(self._held_out, self._statistics(features, labels))
-        labels = labels.to(float64_device(labels.device))
-        self._held_out_batches.append(HeldOutBatch(features.detach(), labels, augmented))
+    def hold_out(self, features: Tensor, labels: Tensor, *, augmented: bool, fold: int = 0) -> None:
+        """See `Readout.hold_out`. Of a readout whose fit takes long, the first `max_folds` folds are used."""
+        if fold < self.max_folds:
+            labels = labels.to(float64_device(labels.device))
+            self._held_out[fold].append(HeldOutBatch(features.detach(), labels, augmented))
 
     def _statistics(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         features = to_float64(features.detach())
@@ -170,45 +181,56 @@ class StatisticsReadout(Readout):
         return dict(zip(new.nonzero()[:, 0][similar].tolist(), old[similar].tolist(), strict=True))
 
     def _test_on_held_out_images(self) -> None:
-        """Fit without the held-out images of the task and test on them, to choose regularisation and temperature.
+        """Fit without the images of each fold and test on them, to choose regularisation, temperature and threshold.
 
         Collective: in a distributed run, every process must call it.
         """
-        held_out, batches = self._held_out, self._held_out_batches
-        self._held_out, self._held_out_batches = {}, []
-        for name, tensor in self.state.items():
-            held_out[name] = all_reduce_sum_(held_out.get(name, torch.zeros_like(tensor)))
-        if not bool(held_out["counts"].any()):
-            return
-        for name, tensor in self.state.items():
-            torch.sub(tensor, held_out[name], out=held_out[name])
-        total, self.state = self.state, held_out
-        if self.state["counts"].sum() > self.seen.sum():  # some class has two images left, so features vary
-            self._test(_concatenate(batches, self.seen))
-        self.state = total
-
-    def _test(self, batches: Sequence[HeldOutBatch]) -> None:
-        """Test fits to the current statistics, which leave out the images of `batches`.
-
-        Collective: in a distributed run, every process must call it.
-        """
+        folds = [_concatenate(batches) for batches in self._held_out]
+        self._held_out = [[] for _ in folds]
         device = self.state["counts"].device
-        unaugmented = [batch.features for batch in batches if not batch.augmented]
-        sizes = [sum(map(len, unaugmented)), sum(len(batch.labels) for batch in batches)]
-        images, views = all_reduce_sum_(torch.tensor(sizes, device=device)).tolist()
-        if not images:  # of their classes, no image is left to fit to
-            return
+        images = views = 0
         errors = torch.zeros(2, len(self.candidates), len(TEMPERATURES), dtype=torch.float64)
-        for index, candidate in enumerate(self.candidates):
-            self.regularisation = candidate
-            self._fit()
-            for batch in batches:
-                errors[:, index] += brier_scores(self._uncalibrated_logits(batch.features), batch.labels).cpu()
-        self.tests.add(HeldOutTest(images, views, all_reduce_sum_(errors.to(device)).cpu()))
+        for batches in self._without_each(folds):
+            images += sum(len(batch.labels) for batch in batches if not batch.augmented)
+            views += sum(len(batch.labels) for batch in batches)
+            for index, candidate in enumerate(self.candidates):
+                self.regularisation = candidate
+                self._fit()
+                for batch in batches:
+                    errors[:, index] += brier_scores(self._uncalibrated_logits(batch.features), batch.labels).cpu()
+        images, views = all_reduce_sum_(torch.tensor([images, views], device=device)).tolist()
+        errors = all_reduce_sum_(errors.to(device)).cpu()
+        if not images:  # none was held out, or of their classes, no image is left to fit to
+            return
+        self.tests.add(HeldOutTest(images, views, errors))
         self._choose()
         if self.detects_unknown:
-            unlike = torch.cat([torch.empty(0), *(self.unknown_scores(features).cpu() for features in unaugmented)])
-            self.tests.add_unlike(all_gather_rows(unlike))
+            unlike = [torch.empty(0)]
+            for batches in self._without_each(folds):
+                unlike += [self.unknown_scores(batch.features).cpu() for batch in batches if not batch.augmented]
+            self.tests.add_unlike(all_gather_rows(torch.cat(unlike)))
+
+    def _without_each(self, folds: Sequence[Sequence[HeldOutBatch]]) -> Iterator[list[HeldOutBatch]]:
+        """Yield the images of each fold, while `state` leaves them out: those of classes of which others are left.
+
+        Collective: in a distributed run, every process must call it. Folds without which no class has two images are
+        passed over.
+        """
+        total = self.state
+        for batches in folds:
+            held_out = {name: torch.zeros_like(tensor) for name, tensor in total.items()}
+            for batch in batches:
+                parts = zip(batch.features.split(LARGEST_BATCH), batch.labels.split(LARGEST_BATCH), strict=True)
+                for features, labels in parts:
+                    _accumulate(held_out, self._statistics(features, labels))
+            for tensor in held_out.values():
+                all_reduce_sum_(tensor)
+            if not bool(held_out["counts"].any()):
+                continue
+            self.state = {name: torch.sub(total[name], tensor, out=tensor) for name, tensor in held_out.items()}
+            if self.state["counts"].sum() > self.seen.sum():  # some class has two images left, so features vary
+                yield [batch.of_classes(self.seen) for batch in batches]
+            self.state = total
 
     def _choose(self) -> None:
         """Choose regularisation and temperature, which are the best on held-out images, if there are any."""
@@ -348,16 +370,14 @@ class StatisticsReadout(Readout):
         return (self.state["counts"].sum() - self.seen.sum()).clamp(min=1)
 
 
-def _concatenate(batches: Sequence[HeldOutBatch], seen: Tensor) -> list[HeldOutBatch]:
-    """Return the images of seen classes as one batch without augmentation and one with it, if there are any."""
+def _concatenate(batches: Sequence[HeldOutBatch]) -> list[HeldOutBatch]:
+    """Return the images as one batch without augmentation and one with it, if there are any."""
     whole = []
     for augmented in (False, True):
         same = [batch for batch in batches if batch.augmented == augmented]
         if same:
             features = torch.cat([batch.features for batch in same])
-            labels = torch.cat([batch.labels for batch in same])
-            known = seen[labels]
-            whole.append(HeldOutBatch(features[known.to(features.device)], labels[known], augmented))
+            whole.append(HeldOutBatch(features, torch.cat([batch.labels for batch in same]), augmented))
     return whole
 
 

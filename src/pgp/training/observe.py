@@ -150,7 +150,7 @@ def observe(
     needs_frozen = bool(readouts) or state.method.uses_query
     kept: list[FeatureBatch] = []
     title = f"{session.scenario.describe(task)}, computing features"
-    held_out = session.held_out(task) if readouts else torch.empty(0)
+    folds = session.folds(task)
     for epoch in itertools.count() if spec.repeat else [view]:
         plan, num_images = sequential_batches(task.train, batch_size, epoch), 0
         stream = batches(split, plan, evaluator.loader_options)
@@ -162,13 +162,12 @@ def observe(
                 frozen = evaluator.frozen(state.method, images, cached, cache) if needs_frozen else None
                 features = _features(session, state, task, images, frozen, projection, wanted=bool(readouts) or keep)
                 if features is not None:
-                    is_held_out = torch.isin(batch.indices, held_out)
-                    rows = is_held_out.nonzero()[:, 0].to(labels.device)
+                    held_out = _rows_by_fold(folds[batch.indices].to(labels.device))
                     for readout in readouts:
                         selected = readout.select_features(features)
                         readout.observe(selected, labels)
-                        if len(rows):
-                            readout.hold_out(selected[rows], labels[rows], augmented=views is not None)
+                        for fold, rows in held_out.items():
+                            readout.hold_out(selected[rows], labels[rows], fold=fold, augmented=views is not None)
                     if keep:
                         kept.append(FeatureBatch(indices, features).cpu())
             elif projection:
@@ -177,6 +176,11 @@ def observe(
                 return kept
         _check_seen(all_gather_object(num_images), task)
     return kept
+
+
+def _rows_by_fold(folds: Tensor) -> dict[int, Tensor]:
+    """Return the rows that are held out, by fold."""
+    return {fold: (folds == fold).nonzero()[:, 0] for fold in folds.unique().tolist() if fold >= 0}
 
 
 def _features(

@@ -25,11 +25,12 @@ from pgp.evaluation.calibration import expected_calibration_error
 from pgp.evaluation.online import OnlineAccuracy
 from pgp.precision import mixed_dtype
 from pgp.progress import print_line, track
+from pgp.readouts.calibration import NUM_FOLDS, num_folds
 from pgp.runs.checkpoint import CheckpointName, reading
 from pgp.runs.data_paths import resolve_paths
 from pgp.runs.identity import DataDescription
 from pgp.runs.run import Run
-from pgp.scenario import Task, stratified_holdout
+from pgp.scenario import Task, stratified_folds
 from pgp.system import platforms
 from pgp.system.signals import StopRequest
 from pgp.system.storage import RunError
@@ -41,9 +42,6 @@ from pgp.training.tasks import (
     unused_setting_warning,
     weight_decay_warning,
 )
-
-HELD_OUT = 0.2
-"""Fraction of the training images of each class that readouts hold out for calibration, before the fit to all."""
 
 
 class Session:
@@ -180,13 +178,16 @@ class Session:
         """Whether parameters outside the head may learn in `task`."""
         return self.config.optimizer_of(task.index).prompt_lr_scale > 0
 
-    def held_out(self, task: Task) -> Tensor:
-        """Return the indices of training images that readouts hold out for calibration: a fifth of each class.
+    def folds(self, task: Task) -> Tensor:
+        """Return the fold of each training image that readouts hold out for calibration, `(n,)`; -1 if they do not.
 
+        The images of each class are divided into folds, as many of which are held out, one at a time, as are enough.
         A class of a single image has none.
         """
-        labels = self.data.train.labels[task.train]
-        return task.train[stratified_holdout(labels, HELD_OUT, self.config.seed)]
+        fold = stratified_folds(self.data.train.labels[task.train], NUM_FOLDS, self.config.seed)
+        of_image = torch.full((len(self.data.train),), -1)
+        of_image[task.train] = torch.where(fold < num_folds(len(task.train)), fold, -1)
+        return of_image
 
     def training_stream(self, task: Task, plan: Sequence[Sequence[SampleKey]]) -> Iterator[Batch]:
         """Yield this process's part of the planned batches, under a progress bar."""
