@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import emoji
 import mixed_data
@@ -33,6 +34,7 @@ import records
 import rehearsal
 from pgp.config import Config, Optimizer
 from pgp.evaluation import metrics
+from pgp.evaluation.calibration import calibration_error_by_chance
 from pgp.evaluation.unknown import auroc, false_positive_rate
 from pgp.methods.base import Method
 from pgp.methods.coda_prompt import CODAPrompt
@@ -233,6 +235,7 @@ def measure(config: Config) -> dict[str, Any]:
                 "average_accuracy": metrics.average_accuracy(matrix),
                 "forgetting": metrics.forgetting(matrix),
                 "calibration_error": last["calibration"][column]["error"],
+                "calibration_error_by_chance": calibration_error_by_chance(_bins(last["calibration"][column])),
                 "accuracy_within_task": sum(last["within"][column]) / len(last["within"][column]),
                 "task_found": sum(last["identified"][column]) / len(last["identified"][column]),
             }
@@ -248,6 +251,11 @@ def measure(config: Config) -> dict[str, Any]:
     if "drift" in last:
         kept["drift"] = mean_of(last["drift"]["features"])
     return {"seconds": round(seconds, 1), "figures": figures, "readouts": last["readouts"], **kept}
+
+
+def _bins(logged: Mapping[str, Any]) -> Tensor:
+    """Return the bins of confidence `(NUM_BINS, 3)` that a run has logged."""
+    return torch.tensor([logged[key] for key in ("images", "confidence", "hits")], dtype=torch.float64).T
 
 
 def unknown(run: Run) -> dict[str, dict[str, float]]:
@@ -345,7 +353,8 @@ def figures(lines: dict[str, Lines]) -> str:
     cells = []
     for name, own in lines.items():
         for column in next(iter(own.values()))["figures"]:
-            names = ("average_accuracy", "forgetting", "calibration_error", "auroc", "fpr95", "known_kept")
+            names = ("average_accuracy", "forgetting", "calibration_error", "calibration_error_by_chance", "auroc",
+                     "fpr95", "known_kept")  # fmt: skip
             found = [
                 [100 * line["figures"][column][one] for line in own.values() if one in line["figures"][column]]
                 for one in names
@@ -357,7 +366,7 @@ def figures(lines: dict[str, Lines]) -> str:
             drift = [100 * line["drift"] for line in own.values() if line.get("drift") is not None]
             spreads = (emoji.spread(values) if values else "" for values in (drift, *found))
             cells.append([name, column, str(len(own)), *spreads, *cost])
-    head = ["row", "readout", "seeds", "drift", "accuracy", "forgetting", "calibration error", "AUROC",
+    head = ["row", "readout", "seeds", "drift", "accuracy", "forgetting", "calibration error", "by chance", "AUROC",
             "false positives", "kept by the threshold", "MB", "seconds of the last fit"]  # fmt: skip
     return markdown_table(head, cells)
 

@@ -212,7 +212,8 @@ def _explained(run: Run, rows: Sequence[ResultRow]) -> list[str]:
                      " question, which leaks the task: do not compare it with the first column.")  # fmt: skip
     if any(row.has(CALIBRATION) for row in rows):
         lines.append("- calibration error: the expected calibration error, the mean difference between confidence and"
-                     " accuracy over 15 bins; 0 is best.")  # fmt: skip
+                     " accuracy over 15 bins. By chance, it is not 0 even if every probability is right, because a bin"
+                     " has few images.")  # fmt: skip
     if any(row.has(SAMPLING) for row in rows):
         lines.append("- standard error from the sample of test images: only a random sample of the test images of each"
                      " task was evaluated; this is how far the accuracy may be off for that reason.")  # fmt: skip

@@ -124,7 +124,7 @@ def test_it_says_what_the_run_has_measured(runs):
         for value in matrix[matrix.isfinite()].tolist():
             assert f"{100 * value:.0f}" in page.text
         error = run.events("task")[-1]["calibration"][column]["error"]
-        assert f"{column}: calibration error {100 * error:.1f} %" in page.text
+        assert f"{column}: calibration error {100 * error:.1f} %, " in page.text
     found = run.predictions()
     by_class = [float((found.top["head"][found.labels == c, 0] == c).double().mean()) for c in range(6)]
     rows = re.findall(r"pattern (\d) (\d) 4 .*?(?:pattern \d)? ?(\d+\.\d) \d", page.text)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pgp.evaluation import metrics
 from pgp.reports import style
 from pgp.reports.style import DIRECT, Look, save_figure, short_names, whole_numbers
-from pgp.reports.tables import CALIBRATION, ONLINE, ResultRow, row_name
+from pgp.reports.tables import CALIBRATION, CHANCE, ONLINE, ResultRow, row_name
 
 NUMBERED = 12
 """Maximum number of tasks for which an accuracy matrix is drawn with numbers; larger ones have a colour bar."""
@@ -281,11 +281,13 @@ def draw_calibration(table: Sequence[ResultRow], path: Path) -> None:
     if not direct:
         style.legend(figure, key, width)
     words = _explanation([line._replace(matrices=line.matrices[:1]) for line in shown])
+    chances = sorted(round(100 * line.spread(CHANCE)[0], 1) for line in shown)
+    chance = f", of which {chances[0]}" + (f" to {chances[-1]}" if chances[-1] > chances[0] else "") + " % by chance"
     seeds = " of all seeds" if max(len(line.calibration) for line in shown) > 1 else ""
     style.note(
         figure,
         f"{words} Grey diagonal: confidence equals accuracy. Area of a dot: share of the images{seeds}. Error: expected"
-        " calibration error.".strip(),
+        f" calibration error{chance}.".strip(),
         width,
     )
     save_figure(figure, path)

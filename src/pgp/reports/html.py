@@ -24,7 +24,7 @@ from pgp.reports.comparison import Entry
 from pgp.reports.figures import NUMBERED
 from pgp.reports.groups import NOT_RECORDED, Group, Row, read_groups
 from pgp.reports.svg import Series
-from pgp.reports.tables import CALIBRATION, ONLINE
+from pgp.reports.tables import CALIBRATION, CHANCE, ONLINE
 from pgp.runs.run import Run
 from pgp.system.escaping import printable
 
@@ -257,8 +257,8 @@ def _usage_map(group: Group) -> Markup:
     )  # fmt: skip
 
 
-def _calibration_charts(rows: Sequence[Row]) -> list[tuple[Row, float, Markup]]:
-    """Return the calibration error and a reliability diagram of each row that has one."""
+def _calibration_charts(rows: Sequence[Row]) -> list[tuple[Row, float, float, Markup]]:
+    """Return the calibration error, that by chance, and a reliability diagram of each row that has one."""
     out = []
     for row in rows:
         if not row.line.has(CALIBRATION):
@@ -270,7 +270,8 @@ def _calibration_charts(rows: Sequence[Row]) -> list[tuple[Row, float, Markup]]:
             f"accuracy by confidence, {row.name}", [series], "confidence, %", "accuracy, %",
             y_max=100, x_range=(0, 100), diagonal=True,
         )  # fmt: skip
-        out.append((row, row.line.spread(CALIBRATION)[0], chart))
+        error, chance = (row.line.spread(figure)[0] for figure in (CALIBRATION, CHANCE))
+        out.append((row, error, chance, chart))
     return out
 
 

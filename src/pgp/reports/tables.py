@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pgp.config import experiment_settings
 from pgp.evaluation import metrics
-from pgp.evaluation.calibration import expected_calibration_error
+from pgp.evaluation.calibration import calibration_error_by_chance, expected_calibration_error
 from pgp.runs.checkpoint import reading
 from pgp.runs.run import Run
 from pgp.system.escaping import markdown_cell
@@ -44,8 +44,8 @@ class ResultRow(NamedTuple):
 
     def has(self, figure: str) -> bool:
         """Return whether the runs measured `figure`."""
-        measured = {ONLINE: self.online, CALIBRATION: self.calibration, SAMPLING: self.sampling_errors}
-        return bool(measured.get(figure, True))
+        measured = {ONLINE: self.online, SAMPLING: self.sampling_errors}
+        return bool(measured.get(figure, self.calibration if figure in (CALIBRATION, CHANCE) else True))
 
     def spread(self, figure: str) -> tuple[float, float | None]:
         """Return mean and standard deviation over runs of a metric in `statistics`, in [0, 1].
@@ -56,6 +56,8 @@ class ResultRow(NamedTuple):
             values = [stream[max(stream)] for stream in self.online]
         elif figure == CALIBRATION:
             values = [expected_calibration_error(bins) for bins in self.calibration]
+        elif figure == CHANCE:
+            values = [calibration_error_by_chance(bins) for bins in self.calibration]
         elif figure == SAMPLING:
             values = list(self.sampling_errors)
         else:
@@ -89,11 +91,12 @@ STATISTICS = {
 """Metrics in a table: functions of `pgp.evaluation.metrics` and their headings."""
 
 
-ONLINE, CALIBRATION, SAMPLING = "stream", "calibration", "sampling"
+ONLINE, CALIBRATION, CHANCE, SAMPLING = "stream", "calibration", "chance", "sampling"
 """Keys of metrics that only some runs have."""
 SOMETIMES = {
     SAMPLING: "standard error from the sample of test images",
     CALIBRATION: "calibration error",
+    CHANCE: "calibration error by chance",
     ONLINE: "stream accuracy",
 }
 """Headings of metrics that only some runs have."""
