@@ -66,6 +66,17 @@ def test_secret_labels_are_no_test(tmp_path):
     secret = rows(6, None).remove_columns("kind").add_column("kind", [-1] * 6, feature=rows(1).features["kind"])
     hub.DatasetDict(train=rows(9), validation=rows(3), test=secret).save_to_disk(str(tmp_path / "saved"))
     assert len(HuggingFace(str(tmp_path / "saved")).build().test) == 3
+    without, empty = secret.remove_columns("kind"), secret.map(lambda: {"kind": None}, input_columns=[])
+    for name, test in (("without", without), ("empty", empty)):
+        hub.DatasetDict(train=rows(10), test=test).save_to_disk(str(tmp_path / name))
+        assert len(HuggingFace(str(tmp_path / name)).build().test) == 3  # a fifth of each class, but at least one
+    some = rows(6).map(lambda kind: {"kind": -1 if kind == 1 else kind}, input_columns="kind")
+    hub.DatasetDict(train=rows(9), test=some).save_to_disk(str(tmp_path / "some"))
+    with pytest.raises(ValueError, match="expected a value of kind in every row, got none in row 1"):
+        HuggingFace(str(tmp_path / "some")).build()
+    hub.DatasetDict(train=rows(9), test=rows(6).remove_columns("picture")).save_to_disk(str(tmp_path / "blind"))
+    with pytest.raises(ValueError, match=r"expected column picture in each split of .*, got a split with only .*kind"):
+        HuggingFace(str(tmp_path / "blind")).build()
     hub.DatasetDict(train=secret).save_to_disk(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="expected a value of kind in every row, got none in row 0"):
         HuggingFace(str(tmp_path / "none")).build()

@@ -69,8 +69,12 @@ class HuggingFace(DatasetConfig):
         train = parts.get("train", next(iter(parts.values())))
         columns = self._columns(train.features)
         tested = [parts[name] for name in ("test", "validation") if name in parts and parts[name] is not train]
-        test = next((part for part in tested if -1 not in part[columns["label"]]), None)  # -1: labels are kept secret
+        test = next((part for part in tested if _has_labels(part, columns["label"])), None)
         both = [train] if test is None else [train, test]
+        for part in both:
+            if missing := [column for column in columns.values() if column not in part.features]:
+                raise ValueError(f"expected column {missing[0]} in each split of {self.name}, got a split with only"
+                                 f" {list(part.features)}")  # fmt: skip
         names, labels = _coded(both, columns["label"])
         domains, numbers = _coded(both, columns["domain"]) if self.domain else ((), [None] * len(both))
         splits = [HubSplit(self.name, *one) for one in zip(both, [columns["image"]] * 2, labels, numbers, strict=False)]
@@ -166,6 +170,11 @@ def _load(name: str, subset: str | None, *, offline: bool = False) -> dict[str, 
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
     return dict(found) if isinstance(found, dict) else {"train": found}
+
+
+def _has_labels(part: Any, column: str) -> bool:
+    """Return whether a split has any label: those of a test split may be kept secret."""
+    return column in part.features and any(label not in (None, -1) for label in part[column])
 
 
 def _coded(parts: list[Any], column: str) -> tuple[tuple[str, ...], list[Tensor]]:
