@@ -20,10 +20,10 @@ from pgp.methods.vpt import VPT
 from pgp.predict import Predictor
 from pgp.readouts.base import Features
 from pgp.readouts.calibration import TEMPERATURES
+from pgp.readouts.compensation import nearness
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
 from pgp.readouts.logistic import Logistic
-from pgp.readouts.statistics import nearness
 from pgp.runs.run import Run
 
 D = 6

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgp.readouts.statistics import StatisticsReadout, check_shrinkage, shrinkage_candidates
+from pgp.readouts.covariance import check_shrinkage, shrinkage_candidates
+from pgp.readouts.statistics import StatisticsReadout
 from pgp.rng import make_generator
 from pgp.subspace import to_float64
 

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from pgp.distributed import all_gather_rows, all_reduce_sum_
 from pgp.readouts.base import Features, Readout
 from pgp.readouts.calibration import NUM_FOLDS, NUM_HELD_OUT, TEMPERATURES, HeldOutTest, HeldOutTests, brier_scores
+from pgp.readouts.compensation import affine_drift, mean_shift, nearness, transformed_covariance
+from pgp.readouts.covariance import SquaredDistances, rounding_error, shrink
 from pgp.subspace import float64_device, to_float64
 
 SIMILAR = 0.5
 """A new class is similar to an old one if the squared distance of their means is at most this fraction of that to any
 other old class."""
-
-
 LARGEST_BATCH = 1024
 """Number of held-out images whose statistics are computed at once, so that their copy in float64 stays small."""
 
@@ -273,7 +273,7 @@ class StatisticsReadout(Readout):
         within = self.pooled_covariance()
         if within is not None:
             within = shrink(within[own, own], self.regularisation)
-        varies = bool(total.trace() > _rounding(products))
+        varies = bool(total.trace() > rounding_error(products))
         distances = (
             SquaredDistances(self.means[self.seen][:, own], within),
             SquaredDistances(mean[None], shrink(total, self.regularisation) if varies else None),
@@ -306,7 +306,7 @@ class StatisticsReadout(Readout):
             weights = nearness(means, before) if self.settings.compensate == "nearby" else torch.ones_like(counts)
             centre, offset, matrix = affine_drift(before, after, self.settings.ridge)
             means = means + weights[:, None] * (offset + (means - centre) @ matrix)
-            within = _transform(within, matrix, weights, counts / counts.sum())
+            within = transformed_covariance(within, matrix, weights, counts / counts.sum())
         sums = means * counts[:, None]  # (C, D)
         self.state = {"counts": counts, "sums": sums, "products": within + means.T @ sums}
 
@@ -359,7 +359,7 @@ class StatisticsReadout(Readout):
     def pooled_covariance(self) -> Tensor | None:
         """Return the covariance within classes S `(D, D)`, or None if features do not vary within classes."""
         within = self._within()
-        varies = bool(within.trace() > _rounding(self.state["products"]))
+        varies = bool(within.trace() > rounding_error(self.state["products"]))
         return within / self._degrees_of_freedom() if varies else None
 
     def _within(self) -> Tensor:
@@ -381,37 +381,6 @@ def _concatenate(batches: Sequence[HeldOutBatch]) -> list[HeldOutBatch]:
     return whole
 
 
-def shrink(covariance: Tensor, shrinkage: float) -> Tensor:
-    """Return `(1 - a) S + a tr(S)/D I` for a covariance S `(D, D)` and a = `shrinkage`.
-
-    >>> shrink(torch.tensor([[3.0, 1.0], [1.0, 1.0]]), 0.5)
-    tensor([[2.5000, 0.5000],
-            [0.5000, 1.5000]])
-    """
-    isotropic = torch.eye(len(covariance)).to(covariance) * covariance.trace() / len(covariance)
-    return (1 - shrinkage) * covariance + shrinkage * isotropic
-
-
-class SquaredDistances:
-    """Squared Mahalanobis distances to means m `(C, D)` under a covariance S `(D, D)`.
-
-    Without a covariance, because features do not vary, it is the identity.
-    """
-
-    def __init__(self, means: Tensor, covariance: Tensor | None) -> None:
-        self._centre = means.mean(0)
-        self._root = torch.linalg.cholesky(torch.eye(means.shape[1]).to(means) if covariance is None else covariance)
-        self._white_means = self._whiten(means)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return `(x - m)^T S^-1 (x - m)` for x `(B, D)` and each mean, `(B, C)`."""
-        return torch.cdist(self._whiten(x), self._white_means).square()
-
-    def _whiten(self, rows: Tensor) -> Tensor:
-        white: Tensor = torch.linalg.solve_triangular(self._root, (rows - self._centre).T, upper=False).T
-        return white
-
-
 class _KnownDistances(NamedTuple):
     """Distances that were computed, and from what."""
 
@@ -425,105 +394,6 @@ def _require_finite(features: Tensor) -> None:
     if not bool(features.isfinite().all()):
         raise ValueError("expected features of this task that are finite, got NaN or infinity: with 16-mixed,"
                          " choose --precision bf16-mixed or 32-true")  # fmt: skip
-
-
-def _rounding(products: Tensor) -> Tensor:
-    """Return the rounding error of the trace of a sum of products `(D, D)`."""
-    return len(products) * torch.finfo(torch.float64).eps * products.trace()
-
-
-SHRINKAGES = (0.01, 0.03, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-"""Values of the shrinkage that are tried on held-out images."""
-
-
-def check_shrinkage(shrinkage: float | None) -> None:
-    """Raise a ValueError if `shrinkage` is neither None nor from 1e-6, below which rounding errors decide, to 1."""
-    if shrinkage is not None and not 1e-6 <= shrinkage <= 1:
-        raise ValueError("expected shrinkage from 1e-6 to 1, or None to choose it on held-out images, got"
-                         f" {shrinkage}")  # fmt: skip
-
-
-def shrinkage_candidates(shrinkage: float | None) -> tuple[tuple[float, ...], float]:
-    """Return the values to choose from, and the default, for a setting of the shrinkage."""
-    return (SHRINKAGES, 0.1) if shrinkage is None else ((shrinkage,), shrinkage)
-
-
-def mean_shift(means: Tensor, before: Tensor, after: Tensor, variance: float) -> Tensor:
-    """Return the estimated drift `(C, D)` of each of `means (C, D)`: a weighted mean of `after - before (n, D)`.
-
-    The weight of an image is `exp(-|before - mean|^2 / (2 variance))` (Yu et al., CVPR 2020).
-
-    >>> images = torch.tensor([[0.0], [10.0]])
-    >>> mean_shift(torch.tensor([[1.0], [9.0]]), images, images + torch.tensor([[2.0], [-2.0]]), variance=1.0)
-    tensor([[ 2.],
-            [-2.]])
-    """
-    distances = torch.cdist(means, before).square()  # (C, n)
-    # subtracting the smallest distance keeps the softmax finite for tiny variances: the nearest image then decides
-    relative = distances - distances.amin(1, keepdim=True)  # (C, n)
-    weights = (-relative / (2 * variance)).softmax(1)  # (C, n)
-    return weights @ (after - before)
-
-
-def affine_drift(before: Tensor, after: Tensor, ridge: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return m `(D,)`, b `(D,)` and A `(D, D)` of the map `x -> x + b + (x - m) A` that fits `before -> after` best.
-
-    This is a ridge regression of the drift `after - before (n, D)`. The penalty is `ridge` times the mean variance of
-    `before`.
-
-    >>> images = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    >>> affine_drift(images, images * torch.tensor([3.0, 1.0]) + 5, ridge=1e-9)[2].round(decimals=4)
-    tensor([[2., 0.],
-            [0., 0.]])
-    """
-    centre, drift = before.mean(0), after - before
-    offset, x = drift.mean(0), before - centre
-    covariance = x.T @ x / len(x)  # (D, D)
-    penalty = ridge * covariance.trace() / len(covariance) + torch.finfo(covariance.dtype).tiny
-    penalised = covariance + penalty * torch.eye(len(covariance)).to(covariance)
-    matrix = torch.linalg.solve(penalised, x.T @ (drift - offset) / len(x))  # (D, D)
-    return centre, offset, matrix
-
-
-def _transform(within: Tensor, matrix: Tensor, weights: Tensor, shares: Tensor) -> Tensor:
-    """Return the covariance `(D, D)` after the images of each class went through `x -> x + w x A`, A = `matrix (D, D)`.
-
-    Args:
-        within: Covariance within classes, equal in all of them.
-        matrix: The map.
-        weights: w of each class, `(C,)`.
-        shares: Share of each class in all images, `(C,)`.
-    """
-    mixed = within @ matrix
-    return within + shares @ weights * (mixed + mixed.T) + shares @ weights.square() * (matrix.T @ mixed)
-
-
-def nearness(means: Tensor, images: Tensor) -> Tensor:
-    """Return a weight for each class, from 1 if its mean lies among the images to 0 if it is far away, `(C,)`.
-
-    It is `min(1, 1 / r)^4`, with r the squared Mahalanobis distance of the class mean to the mean of the images,
-    relative to the average distance of an image. The covariance is shrunk by 0.1. Each image is left out of the mean
-    and the covariance for its own distance, which would be far too small otherwise if images are few. If images do not
-    vary, the weights are 0.
-
-    Args:
-        means: Class means, `(C, D)`.
-        images: Features of the new task's images, `(n, D)`.
-
-    >>> images = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
-    >>> nearness(torch.tensor([[0.0, 0.5], [1.0, 0.0], [3.0, 0.0], [10.0, 0.0]]), images).round(decimals=4)
-    tensor([1.0000, 1.0000, 0.0595, 0.0000])
-    """
-    centre, shrinkage = images.mean(0), 0.1
-    scatter = (images - centre).T @ (images - centre)  # (D, D)
-    if scatter.trace() <= _rounding(images.T @ images):
-        return torch.zeros(len(means)).to(means)
-    distances = SquaredDistances(centre[None], shrink(scatter / len(images), shrinkage))
-    n, included = len(images), distances(images)[:, 0]  # (n,)
-    ratio = n / (n - 1)  # of an image's distance from the mean of the others to that from the mean of all
-    left_out = ratio**2 * included / (1 - (1 - shrinkage) * ratio * included / n)
-    relative = distances(means)[:, 0] / left_out.mean()
-    return relative.clamp(min=1).reciprocal() ** 4
 
 
 def _accumulate(total: dict[str, Tensor], new: dict[str, Tensor]) -> None:
