@@ -28,8 +28,9 @@ def shrink(covariance: Tensor, shrinkage: float) -> Tensor:
     tensor([[2.5000, 0.5000],
             [0.5000, 1.5000]])
     """
-    isotropic = torch.eye(len(covariance)).to(covariance) * covariance.trace() / len(covariance)
-    return (1 - shrinkage) * covariance + shrinkage * isotropic
+    shrunk = (1 - shrinkage) * covariance
+    shrunk.diagonal().add_(shrinkage * covariance.trace() / len(covariance))
+    return shrunk
 
 
 class SquaredDistances:

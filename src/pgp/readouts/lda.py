@@ -71,7 +71,7 @@ class LDA(StatisticsReadout):
             shrunk = torch.eye(means.shape[1]).to(means)
         self._centre = means[self.seen].mean(0)
         centred = means - self._centre  # (C, D)
-        self._weight = torch.linalg.solve(shrunk, centred.T)  # (D, C)
+        self._weight = torch.cholesky_solve(centred.T, torch.linalg.cholesky(shrunk))  # (D, C)
         self._bias = torch.where(self.seen, -(centred * self._weight.T).sum(1) / 2, -torch.inf)  # (C,)
 
 
