@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from pgp.projections.orthogonal import Orthogonal
 from pgp.projections.released import ReleasedBasis
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA, NCM
+from pgp.reports.comparison import paired
 from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.environment import describe_environment
 from pgp.runs.run import Run
@@ -224,10 +225,12 @@ def run(
 
 
 def table(results: Path = RESULTS) -> str:
-    """Return mean and standard deviation over seeds, in percent, and the paired difference to no projection."""
+    """Return means ± standard deviations, and paired differences to no projection ± standard errors, in percent."""
     lines = list(records.read(results))
     by = {(line["row"], line["seed"]): line for line in lines}
     out = [
+        "Means ± standard deviations over seeds, in %. Differences are paired by seed, ± standard error, in points.",
+        "",
         "| row | rank prompts / keys | seeds | own head: accuracy | forgetting | LDA: accuracy | forgetting | drift |"
         " own head, less base: accuracy | forgetting |",
         "|" + "---|" * 10,
@@ -242,13 +245,15 @@ def table(results: Path = RESULTS) -> str:
             only = next(iter(found[0])) if len(found[0]) == 1 and readout == "head" else readout
             return spread([100 * figures[only][figure] for figures in found if only in figures])
 
-        def paired(figure: str, name: str = name, seeds: list[int] = seeds) -> str:
+        def less_base(figure: str, name: str = name) -> str:
             base = name.partition("-PGP")[0]
             if base == name:
                 return ""
-            both = [seed for seed in seeds if (base, seed) in by]
-            own, twin = ([by[row, s]["figures"]["head"][figure] for s in both] for row in (name, base))
-            return spread([100 * (a - b) for a, b in zip(own, twin, strict=True)], sign="+")
+            own, other = (
+                {seed: 100 * line["figures"]["head"][figure] for (row, seed), line in by.items() if row == wanted}
+                for wanted in (name, base)
+            )
+            return difference(own, other)
 
         ranks = [by[name, seed]["ranks"] for seed in seeds]
         mean = {space: statistics.mean(r[space] for r in ranks) for space in ranks[0]}
@@ -263,19 +268,27 @@ def table(results: Path = RESULTS) -> str:
             column("lda", "average_accuracy"),
             column("lda", "forgetting"),
             f"{statistics.mean(drifts):.2f}" if drifts else "",
-            paired("average_accuracy"),
-            paired("forgetting"),
+            less_base("average_accuracy"),
+            less_base("forgetting"),
         ]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"
 
 
-def spread(values: list[float], sign: str = "") -> str:
+def spread(values: list[float]) -> str:
     """Return `mean ± standard deviation`."""
     if not values:
         return ""
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.1f}{deviation}"
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def difference(one: Mapping[int, float], other: Mapping[int, float]) -> str:
+    """Return the mean of `one - other` over common seeds `± standard error`."""
+    found = paired(one, other)
+    if found is None:
+        return ""
+    return f"{found.mean:+.1f}" + ("" if found.error is None else f" ± {found.error:.1f}")
 
 
 def _made(path: Path) -> Path:

@@ -46,7 +46,6 @@ from pgp.readouts.base import Readout
 from pgp.readouts.head import MethodHead
 from pgp.readouts.lda import LDA
 from pgp.readouts.logistic import Logistic
-from pgp.reports.comparison import paired
 from pgp.reports.drift import STATISTICS, DriftHistory
 from pgp.reports.tables import markdown_table
 from pgp.runs.environment import describe_environment
@@ -298,7 +297,7 @@ def compensated(lines: Lines) -> str:
             row += [
                 less(own, lines.get(one, {}), column, column, "average_accuracy") for one in (*moving, random_of(name))
             ]
-            row.append(emoji.spread([bound[seed] - value for seed, value in found.items()]))
+            row.append(emoji.difference(bound, found))
             for start in ("lda", "lda+query"):
                 row.append(way(found, bound, [by_seed(lines.get(one, {}), start, "average_accuracy") for one in STILL]))
             cells.append(row)
@@ -353,10 +352,7 @@ def less(
     own: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]], column: str, others: str, figure: str
 ) -> str:
     """Return the mean difference of a figure to that of another row over the seeds of both, with its standard error."""
-    found = paired(by_seed(own, column, figure), by_seed(other, others, figure))
-    if found is None:
-        return ""
-    return f"{found.mean:+.1f}" + ("" if found.error is None else f" ± {found.error:.1f}")
+    return emoji.difference(by_seed(own, column, figure), by_seed(other, others, figure))
 
 
 def tune(data: str, root: Path, results: Path, part: int, parts: int, *, tiny: bool = False) -> None:
