@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal
@@ -38,7 +39,9 @@ def _without_autocast(device: str) -> AbstractContextManager[object]:
 def float32_products(device: str, *, tf32: bool) -> Iterator[None]:
     """Say how a CUDA GPU multiplies float32 matrices inside the block: in float32, or rounded to TF32.
 
-    By itself, torch rounds to TF32 in convolutions only. Other devices are left as they are.
+    By itself, torch rounds to TF32 in convolutions only. Other devices are left as they are. The choice holds for the
+    whole process: if several threads are inside such blocks, or blocks are nested, nothing is rounded as long as one
+    of them asks for float32.
 
     Args:
         device: Type of the device, such as "cuda".
@@ -47,11 +50,40 @@ def float32_products(device: str, *, tf32: bool) -> Iterator[None]:
     if device != "cuda":
         yield
         return
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    _PRODUCTS.enter(tf32)
     try:
-        torch.set_float32_matmul_precision("high" if tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = tf32
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        _PRODUCTS.leave(tf32)
+
+
+class _Products:
+    """What the blocks of `float32_products` that are open ask for, and how it was before the first of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open = {False: 0, True: 0}  # blocks that ask for float32, and those that allow TF32
+        self._before = ("highest", True)
+
+    def enter(self, tf32: bool) -> None:
+        with self._lock:
+            if not any(self._open.values()):
+                self._before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+            self._open[tf32] += 1
+            self._apply()
+
+    def leave(self, tf32: bool) -> None:
+        with self._lock:
+            self._open[tf32] -= 1
+            self._apply()
+
+    def _apply(self) -> None:
+        matmul, cudnn = self._before
+        if any(self._open.values()):
+            cudnn = not self._open[False]
+            matmul = "high" if cudnn else "highest"
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+_PRODUCTS = _Products()

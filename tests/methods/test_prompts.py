@@ -18,7 +18,7 @@ from pgp.methods.prompts import (
     slot_slice,
     top_k,
 )
-from pgp.precision import full_precision
+from pgp.precision import float32_products, full_precision
 
 
 def seeded(seed=0):
@@ -173,6 +173,32 @@ def test_mixed_precision_does_not_change_which_prompts_are_selected():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(cosine_similarity(query, key), exact)
         assert (query @ key.T).dtype == torch.bfloat16
+
+
+def test_float32_products_of_several_threads():
+    """Nothing is rounded to TF32 while a thread asks for float32, and all is as before when the last has left."""
+
+    def flags():
+        return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+
+    before = flags()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = True
+        training, rounded, predicting = (float32_products("cuda", tf32=tf32) for tf32 in (False, True, False))
+        training.__enter__()
+        rounded.__enter__()
+        assert flags() == ("highest", False)
+        predicting.__enter__()
+        training.__exit__(None, None, None)
+        assert flags() == ("highest", False)
+        predicting.__exit__(None, None, None)
+        assert flags() == ("high", True)
+        rounded.__exit__(None, None, None)
+        assert flags() == ("highest", True)
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def test_full_precision_ends_with_its_block():

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 from starlette.datastructures import Headers
@@ -29,7 +30,8 @@ from pgp.datasets.decode import num_pixels
 from pgp.predict import Predictor
 from pgp.runs.run import TAUGHT, Run
 from pgp.serve import Limits, app, build_app, serve
-from pgp.serve.limits import Guard, RefusedError
+from pgp.serve.batching import Batcher
+from pgp.serve.limits import NOT_STARTED, Guard, RefusedError
 from pgp.serve.model import Model
 from pgp.serve.teaching import Teacher
 from pgp.system import storage
@@ -116,7 +118,7 @@ def test_teach_predict_undo(client, run, red, green, tmp_path):
     other = client.post("/undo", data={"name": "green"})
     expected = "expected a class that was added last (red thing), got 'green'"
     assert (other.status_code, other.json()["error"]) == (409, expected)
-    assert client.post("/undo", data={"name": "red thing"}).json() == {"forgot": ["red thing"]}
+    assert client.post("/undo", data={"name": " red  thing"}).json() == {"forgot": ["red thing"]}
     assert client.post("/predict", files=uploads(red)).json() == before
     log = Path("metrics.jsonl")
     assert contents(run) == files | {log: (run / log).read_bytes()}
@@ -186,6 +188,8 @@ def test_broken_images_do_not_harm_the_good_ones(client, red):
         ("n" * 10_000, "expected a name of at most 100 characters, got 10,000"),
         ("a\x00b", "expected a name of visible characters, got 'a\\x00b'"),
         ("a\u202eb", "expected a name of visible characters"),
+        ("\u200d", "expected a name of visible characters, got '\\u200d'"),
+        ("\u3164 \u2800", "expected a name of visible characters"),
     ],
 )
 def test_names_that_cannot_be(client, run, red, name, message):
@@ -549,6 +553,8 @@ def test_limits(run, red, tmp_path):
         assert "expected at most 100 pixels, got 1,440" in pixels.json()["error"]
     with pytest.raises(ValueError, match="expected seconds above 0, got 0"):
         Limits(seconds=0)
+    with pytest.raises(ValueError, match=r"expected waiting_images of at least files=64, .* got 63"):
+        Limits(waiting_images=63)
 
 
 @pytest.mark.parametrize("name", ["files", "teaching_files"])
@@ -564,8 +570,9 @@ def test_as_many_files_as_a_form_may_hold(run):
     assert len(answer.json()["predictions"]) == 1000
 
 
-def test_too_many_waiting_images(run, red):
-    with TestClient(build_app(run, limits=Limits(waiting_images=1)), base_url="http://localhost") as client:
+def test_too_many_waiting_images(run, red, monkeypatch):
+    monkeypatch.setattr(Batcher, "__len__", lambda self: 1)
+    with TestClient(build_app(run, limits=Limits(files=2, waiting_images=2)), base_url="http://localhost") as client:
         answer = client.post("/predict", files=uploads(red[:2]))
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
         assert "wait already: try again in a moment" in answer.json()["error"]
@@ -582,6 +589,31 @@ def test_a_request_that_is_none_of_ours(client):
     assert client.get("/nothing").status_code == 404
     assert client.get("/nothing").json() == {"error": "Not Found"}
     assert client.get("/predict").status_code == 405
+
+
+def test_it_starts_again_and_inside_another_application(run, red):
+    app = build_app(run)
+    for _ in range(2):
+        with TestClient(app, base_url="http://localhost") as client:
+            assert client.post("/predict", files=uploads(red)).status_code == 200
+            assert teach(client, "red", red)["state"] == "finished"
+            assert client.post("/undo", data={"name": "red"}).status_code == 200
+    whole = FastAPI()
+    whole.mount("/pgp", app)
+    with TestClient(whole, base_url="http://localhost") as client:
+        for path, data in (("/pgp/predict", {}), ("/pgp/teach", {"name": "red"})):
+            answer = client.post(path, files=uploads(red), data=data)
+            assert (answer.status_code, answer.json()["error"]) == (503, NOT_STARTED)
+    whole = FastAPI(lifespan=lambda _: app.router.lifespan_context(app))
+    whole.mount("/pgp", app)
+    with TestClient(whole, base_url="http://localhost") as client:
+        assert client.post("/pgp/predict", files=uploads(red)).status_code == 200
+
+
+def test_classes_are_taught_on_the_first_gpu_only(tmp_path):
+    assert Teacher(tmp_path, lambda: None, "cuda:0").accelerator == "gpu"
+    with pytest.raises(ValueError, match=r"such as cuda, .* got cuda:1: choose it by CUDA_VISIBLE_DEVICES=1"):
+        Teacher(tmp_path, lambda: None, "cuda:1")
 
 
 def test_the_token(run, red):
@@ -621,7 +653,7 @@ def test_other_web_sites_cannot_use_the_service(run, red):
 
 def test_forms_in_other_encodings_are_refused(client):
     """Python's decoder of punycode takes quadratic time, and others give text that is no Unicode."""
-    for charset in ("punycode", '"raw_unicode_escape"', "latin-1"):
+    for charset in ("punycode", '"raw_unicode_escape"', "latin-1", "utf-8; charset=punycode", "utf-8; Charset=x"):
         kind = f"multipart/form-data; boundary=x; charset={charset}"
         answer = client.post("/teach", content=b"--x--", headers={"Content-Type": kind})
         assert (answer.status_code, answer.json()["error"][:29]) == (415, "expected a form in UTF-8, got")

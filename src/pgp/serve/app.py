@@ -31,7 +31,7 @@ from pgp.datasets.decode import num_pixels
 from pgp.datasets.files import read_image
 from pgp.predict import Prediction
 from pgp.serve.batching import Batcher
-from pgp.serve.limits import Guard, Limits, RefusedError, is_loopback
+from pgp.serve.limits import NOT_STARTED, Guard, Limits, RefusedError, is_loopback
 from pgp.serve.measures import Measured, Measures
 from pgp.serve.model import Model, Snapshot
 from pgp.serve.teaching import Teacher
@@ -80,6 +80,7 @@ class Service:
         self.batcher: Batcher[Tensor, tuple[Prediction, Snapshot]] = Batcher(
             self.model.predict, limits.batch_size, limits.waiting_images, self.measures.batches.observe
         )
+        self._decoders: ThreadPoolExecutor | None = None
         self.measures.waiting.set_function(lambda: len(self.batcher))
         self.measures.classes.set_function(lambda: len(self.model.snapshot.predictor.classes))
 
@@ -91,7 +92,8 @@ class Service:
     @contextlib.asynccontextmanager
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
         """Decode, compute batches and look for new checkpoints within the block."""
-        self._decoders = ThreadPoolExecutor(self.limits.decoders, "decoding")
+        self._decoders = decoders = ThreadPoolExecutor(self.limits.decoders, "decoding")
+        self.teacher.open()
         tasks = [asyncio.create_task(self.batcher.run()), asyncio.create_task(self._watch())]
         try:
             yield
@@ -99,7 +101,8 @@ class Service:
             for task in tasks:
                 task.cancel()
             await asyncio.to_thread(self.teacher.close)
-            self._decoders.shutdown(wait=False, cancel_futures=True)
+            self._decoders = None
+            decoders.shutdown(wait=False, cancel_futures=True)
 
     async def _watch(self) -> None:
         while True:
@@ -128,6 +131,8 @@ class Service:
             file.file.seek(0)
             return use(self.read(file.file.read(), file.filename or "image"))
 
+        if self._decoders is None:
+            raise RefusedError(503, NOT_STARTED)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._decoders, work)
         except BadImageError as error:
@@ -189,6 +194,10 @@ def build_app(
 ) -> FastAPI:
     """Return the web service of a run as an ASGI application, for a server of your own.
 
+    The server must run its lifespan, which starts the threads that classify. Starlette and FastAPI do not run that of
+    an application which is mounted in another one: let the lifespan of the other one enter
+    `app.router.lifespan_context(app)`.
+
     Args:
         run: The run folder.
         readout: Name of one of the run's readouts. If None, the first.
@@ -219,7 +228,7 @@ def build_app(
     )
     app.state.service = service
     _add_prediction(app, service)
-    _add_knowledge(app, service.model)
+    _add_knowledge(app, service.model, limits)
     _add_teaching(app, service)
     _add_health(app, service)
     _add_page(app)
@@ -251,7 +260,7 @@ def _add_prediction(app: FastAPI, service: Service) -> None:
         return JSONResponse(content, status)
 
 
-def _add_knowledge(app: FastAPI, model: Model) -> None:
+def _add_knowledge(app: FastAPI, model: Model, limits: Limits) -> None:
     @app.get("/classes")
     def classes() -> dict[str, Any]:
         """Return the learned classes, and what they were learned from; the latest first."""
@@ -262,6 +271,7 @@ def _add_knowledge(app: FastAPI, model: Model) -> None:
             "readout": snapshot.predictor.readout,
             "detects_unknown": snapshot.reject is not None,
             "can_undo": snapshot.can_undo,
+            "most_files": limits.files,
             "problem": model.problem,
             "classes": snapshot.learned_classes(),
             "tasks": snapshot.learned_tasks(),

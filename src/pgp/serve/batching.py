@@ -36,7 +36,8 @@ class Batcher(Generic[T, R]):
     ) -> None:
         self.function, self.batch_size, self.waiting, self.on_batch = function, batch_size, waiting, on_batch
         self._queue: deque[tuple[T, asyncio.Future[R]]] = deque()
-        self._arrived = asyncio.Event()
+        self._arrived: asyncio.Event | None = None
+        """Set when items may wait; None unless `run` runs."""
 
     def __len__(self) -> int:
         """Return the number of items that wait."""
@@ -53,20 +54,25 @@ class Batcher(Generic[T, R]):
         loop = asyncio.get_running_loop()
         futures = [loop.create_future() for _ in items]
         self._queue.extend(zip(items, futures, strict=True))
-        self._arrived.set()
+        if self._arrived:
+            self._arrived.set()
         return list(await asyncio.gather(*futures))
 
     async def run(self) -> None:
         """Compute batches until it is cancelled."""
         thread = ThreadPoolExecutor(1, "batches")  # of its own: it must not wait for images to be decoded
+        self._arrived = arrived = asyncio.Event()  # of this event loop
+        arrived.set()
         try:
             while True:
-                await self._arrived.wait()
+                await arrived.wait()
                 if batch := self._next_batch():
                     await self._compute(batch, thread)
                 else:
-                    self._arrived.clear()
+                    arrived.clear()
         finally:
+            self._arrived = None
+            self._queue.clear()
             thread.shutdown(wait=False)
 
     async def _compute(self, batch: list[tuple[T, asyncio.Future[R]]], thread: ThreadPoolExecutor) -> None:

@@ -10,12 +10,11 @@ import json
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, fields
-from email.message import Message
 from urllib.parse import urlsplit
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
-from starlette.types import Message as Event
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOGGER = logging.getLogger("uvicorn.error")
 MOST_FILES = 1000
@@ -60,6 +59,13 @@ class Limits:
                 raise ValueError(
                     f"expected {name} of at most {MOST_FILES:,}, as many as a form may hold, got {value:,}"
                 )
+        if self.waiting_images < self.files:
+            raise ValueError(f"expected waiting_images of at least files={self.files:,}, so that one request may wait,"
+                             f" got {self.waiting_images:,}")  # fmt: skip
+
+
+NOT_STARTED = "the service has not started: a server must run the lifespan of this application, also if it is mounted"
+"""Message of a request that comes before."""
 
 
 class RefusedError(Exception):
@@ -118,7 +124,7 @@ class Guard:
         answered = False
         counted = scope["path"] not in self.open_paths
 
-        async def sending(message: Event) -> None:
+        async def sending(message: Message) -> None:
             nonlocal answered
             answered = True
             await send(message)
@@ -176,7 +182,7 @@ class Guard:
         loop, seconds = asyncio.get_running_loop(), self.limits.seconds
         deadline, size, complete = loop.time() + seconds, 0, False
 
-        async def limited() -> Event:
+        async def limited() -> Message:
             nonlocal size, complete
             if complete:  # what comes now is only the news that the client went away
                 return await receive()
@@ -239,11 +245,10 @@ def _netloc(origin: str) -> str:
 
 
 def _charset(content_type: str) -> str:
-    """Return the encoding that a content type names, in lower case; "" if it names none.
+    """Return the encoding in which Starlette reads a form of a content type, in lower case; "" if it names none.
 
     >>> _charset('multipart/form-data; boundary=x; charset="UTF-8"'), _charset("text/plain")
     ('utf-8', '')
     """
-    message = Message()
-    message["content-type"] = content_type
-    return str(message.get_param("charset", "")).lower()
+    _, parameters = parse_options_header(content_type)  # Starlette's parser: others find other parameters
+    return parameters.get(b"charset", b"").decode("latin-1").lower()

@@ -33,6 +33,8 @@ LONGEST_NAME = 100
 """Maximum number of characters of a class name."""
 ACCELERATORS: Final[Mapping[str, Literal["cpu", "gpu", "mps"]]] = {"cpu": "cpu", "cuda": "gpu", "mps": "mps"}
 """By the type of a device, what `Hardware.accelerator` calls it."""
+BLANKS = "\u115f\u1160\u2800\u3164\uffa0"
+"""Letters and symbols of Unicode that nobody can see: fillers of Hangul, and a pattern of Braille without dots."""
 CLOSING_SECONDS = 30.0
 """Maximum time that a service which ends waits for the current training step of a class that is being taught."""
 
@@ -46,14 +48,20 @@ def class_name(text: str) -> str:
     >>> class_name("  sea   lion ")
     'sea lion'
     """
-    name = " ".join(unicodedata.normalize("NFC", text).split())
+    name = _tidy(text)
     if not name:
         raise RefusedError(400, "expected the name of the class, got none")
     if len(name) > LONGEST_NAME:
         raise RefusedError(400, f"expected a name of at most {LONGEST_NAME} characters, got {len(name):,}")
-    if printable(name) != name:
-        raise RefusedError(400, f"expected a name of visible characters, got {name!r:.80}")
+    is_visible = any(unicodedata.category(one)[0] in "LNPS" and one not in BLANKS for one in name)
+    if printable(name) != name or not is_visible:
+        raise RefusedError(400, f"expected a name of visible characters, got {name!a:.80}")
     return name
+
+
+def _tidy(text: str) -> str:
+    """Return a name in the form in which it is recorded."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 @dataclass
@@ -101,6 +109,9 @@ class Teacher:
         on_change: Called in the thread after the run has changed.
         device: Name of the device to train on, such as cpu; the run's record may name one that this machine lacks. If
             None, a GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: If `device` is a GPU other than the first, on which classes are taught.
     """
 
     def __init__(self, folder: Path, on_change: Callable[[], object], device: str | None = None) -> None:
@@ -108,7 +119,13 @@ class Teacher:
         self.accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
         """Where it is trained; see `Hardware`."""
         if device:
-            self.accelerator = ACCELERATORS.get(torch.device(device).type, "auto")
+            one = torch.device(device)
+            if one.index:
+                raise ValueError(
+                    f"expected a device without a number, such as {one.type}, because classes are taught on the first"
+                    f" one, got {device}: choose it by CUDA_VISIBLE_DEVICES={one.index}"
+                )
+            self.accelerator = ACCELERATORS.get(one.type, "auto")
         self.lesson: Lesson | None = None
         """The class that is being taught, or was taught last."""
         self._busy = threading.Lock()
@@ -150,11 +167,15 @@ class Teacher:
             raise
         return self.lesson
 
+    def open(self) -> None:
+        """Teach again after `close`."""
+        self._is_closed = False
+
     def close(self) -> None:
         """Stop teaching, if a class is being taught, and wait until the run is as it was before."""
         self._is_closed = True
-        if self._session:
-            self._session.stop.number = signal.SIGTERM
+        if session := self._session:  # which the thread sets to None at the end
+            session.stop.number = signal.SIGTERM
         if self._thread:
             self._thread.join(CLOSING_SECONDS)
 
@@ -172,13 +193,15 @@ class Teacher:
             raise RefusedError(409, self._busy_message())
         try:
             run = Run.open(self.folder)
-            if not run.config.added:
-                raise RefusedError(409, "expected a class that was taught, but there is none to undo")
-            names = [run.data.class_names[label] for label in run.data.tasks[-1]]
-            if name not in names:
-                raise RefusedError(409, f"expected a class that was added last ({', '.join(names)}), got {name!r:.120}")
             try:
-                with run.writing():
+                with run.writing():  # so that no other process changes which class is the last
+                    if not run.config.added:
+                        raise RefusedError(409, "expected a class that was taught, but there is none to undo")
+                    names = [run.data.class_names[label] for label in run.data.tasks[-1]]
+                    if not {name, _tidy(name)} & set(names):
+                        raise RefusedError(
+                            409, f"expected a class that was added last ({', '.join(names)}), got {name!r:.120}"
+                        )
                     run.undo_add()
             finally:
                 self.on_change()

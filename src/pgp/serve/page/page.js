@@ -35,6 +35,7 @@ const count = (number, what) => `${number.toLocaleString("en")} ${what}${number 
 // Asking
 
 let question = 0; // answers to an older question are not shown
+let atOnce = 1; // photos of one request; the service says how many it takes
 
 async function ask(files) {
   if (!files.length) return;
@@ -43,9 +44,9 @@ async function ask(files) {
   pictures.forEach(URL.revokeObjectURL);
   pictures = [];
   $("answers").replaceChildren();
-  for (let start = 0; start < files.length; start += 8) {
+  for (let start = 0; start < files.length; start += atOnce) {
     $("asked").textContent = `Classifying ${count(files.length, "photo")} …`;
-    const some = files.slice(start, start + 8);
+    const some = files.slice(start, start + atOnce);
     const body = new FormData();
     some.forEach((file) => body.append("files", file));
     try {
@@ -58,7 +59,7 @@ async function ask(files) {
       break;
     }
   }
-  $("asked").textContent = `${count($("answers").children.length, "photo")} classified`;
+  $("asked").textContent = `${count($("answers").querySelectorAll(".best").length, "photo")} classified`;
 }
 
 function card(file, answer) {
@@ -194,6 +195,7 @@ async function show() {
   const [known, accuracy] = await Promise.all([call("classes"), call("accuracy")]);
   document.title = `${known.run} – pgp`;
   $("run").textContent = known.run;
+  atOnce = Math.min(8, known.most_files);
   $("summary").textContent = `${count(known.classes.length, "class")} learned in ${count(known.tasks.length, "task")}`;
   $("problem").textContent = known.problem ? `The latest checkpoint cannot be used: ${known.problem}` : "";
   latest = known.can_undo ? known.tasks[0].classes : [];
