@@ -111,7 +111,9 @@ def test_probabilities_are_those_of_the_predictor(run, tmp_path):
     about = json.loads((tmp_path / "out" / "preprocessing.json").read_text(encoding="utf-8"))
     assert json.loads(meta["classes"]) == about["classes"] == list(Predictor(run).classes)
     assert json.loads(meta["preprocessing"]) == about
-    assert about["steps_before_the_graph"][0]["resize"]["shorter_side"] == 32
+    steps = [next(iter(step)) for step in about["steps_before_the_graph"]]
+    assert steps == ["turn_upright", "convert", "resize", "center_crop", "rescale", "normalize"]
+    assert about["steps_before_the_graph"][2]["resize"]["shorter_side"] == 32
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 

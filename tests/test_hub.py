@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from pgp.config import Hardware
 from pgp.datasets.folder import Folder
 from pgp.datasets.hugging_face import HuggingFace
 from pgp.datasets.manifest import Manifest
+from pgp.evaluation.calibration import calibration_error_by_chance
 from pgp.hub import HubError
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.lora import LoRA
@@ -294,7 +296,8 @@ def test_the_numbers_of_the_card_are_those_of_the_run(run, pushed, service):
     matrix, event = run.matrices()["lda"], run.events("task")[-1]
     given = sum(event["within"]["lda"]) / 3
     numbers = [matrix[-1].mean(), matrix[:, :2].nan_to_num().amax(0).sub(matrix[-1, :2]).mean(), given]
-    numbers += [event["calibration"]["lda"]["error"]]
+    bins = [event["calibration"]["lda"][key] for key in ("images", "confidence", "hits")]
+    numbers += [event["calibration"]["lda"]["error"], calibration_error_by_chance(torch.tensor(bins).double().T)]
     assert row == "| lda | " + " | ".join(f"{100 * float(number):.2f}" for number in numbers) + " |"
 
 
@@ -319,10 +322,18 @@ def test_a_card_tells_leaking_accuracies_apart(tmp_path):
     assert "by vote" not in (tmp_path / "again" / "README.md").read_text()  # an audit of another state
 
 
-def card_of(tmp_path, **changes):
+def test_what_fails_leaves_no_folder(run, tmp_path):
+    folder = shutil.copytree(run.folder, tmp_path / "run")
+    (folder / "audit.json").write_text("{")
+    fails(lambda: hub.save(folder, tmp_path / "out"), "audit.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+def card_of(tmp_path, test_images=(2, 2), **changes):
     """The card of a run that was recorded with these settings."""
     folder = tmp_path / "card"
-    made = Run.create(folder, tiny.config(**changes), tiny.described(("a", "b", "c", "d"), ((0, 1), (2, 3))))
+    described = replace(tiny.described(("a", "b", "c", "d"), ((0, 1), (2, 3))), test_images=test_images)
+    made = Run.create(folder, tiny.config(**changes), described)
     made.save("task-01", {"matrices": {"lda": torch.tensor([[0.5, torch.nan], [torch.nan, torch.nan]])}})
     return model_card(made, license=None)
 
@@ -340,11 +351,20 @@ def test_a_card_names_the_encoder_and_claims_no_licence_that_is_unknown(tmp_path
 
 def test_a_card_is_about_finished_tasks_only(tmp_path):
     card = card_of(tmp_path)
-    assert "An image classifier of 2 classes, learned in 1 task" in card
+    assert "An image classifier of 2 classes, learned in one task, by" in card
+    assert "- Its accuracy was measured on test images from the same source" in card
     assert "after task 1 of 2" in card
     assert "| 1 | a, b | 2 | 2 |" in card
     assert "| 2 | c, d |" not in card
     assert "| lda | 50.00 | 0.00 | not measured |" in card
+
+
+def test_a_card_without_test_images_claims_no_accuracy(tmp_path):
+    card = card_of(tmp_path, test_images=(0, 2))
+    assert "This run has no test images, so its accuracy was not measured." in card
+    assert "- Its accuracy was not measured.\n" in card
+    assert "test images that were not trained on" not in card
+    assert "from the same source" not in card
 
 
 def test_a_card_of_task_incremental_learning_says_that_the_task_is_given(tmp_path):

@@ -114,9 +114,13 @@ def _description(predictor: Predictor, *, preprocess: bool) -> dict[str, Any]:
     ]
     raw = {"name": INPUT, "shape": ["batch", 3, "height", "width"], "dtype": "uint8", "colours": "RGB"}
     ready = {"name": INPUT, "shape": ["batch", 3, size, size], "dtype": "float32", "colours": "RGB"}
+    reading = [
+        {"turn_upright": {"by": "EXIF orientation"}},
+        {"convert": {"colours": "RGB", "transparency_on": "white"}},
+    ]
     return {
         "input": raw if preprocess else ready,
-        "steps_before_the_graph": [] if preprocess else steps,
+        "steps_before_the_graph": reading if preprocess else [*reading, *steps],
         "steps_in_the_graph": steps if preprocess else [],
         "output": {"name": OUTPUT, "shape": ["batch", len(predictor.classes)], "dtype": "float32"},
         "classes": list(predictor.classes),

@@ -28,7 +28,7 @@ from pgp.runs.checkpoint import LATEST, CheckpointName
 from pgp.runs.data_paths import portable
 from pgp.runs.run import CLASSES, CONFIG, ENVIRONMENT, LOG, TABLE, Run
 from pgp.system import platforms, storage
-from pgp.system.outputs import make_output, require_empty, require_replaceable
+from pgp.system.outputs import make_output, require_replaceable
 from pgp.system.paths import StrPath, as_path
 from pgp.system.storage import RunError
 
@@ -97,10 +97,17 @@ def _save(run: Run, name: CheckpointName, folder: Path, repository: str | None, 
     if repository is not None:
         check_repository(repository)
     check_license(license)
-    require_empty(folder, "the model")
-    copy = run.copy(folder, name, portable)
-    storage.write(folder / CARD, model_card(copy, repository, license=license, findings=read_findings(run)))
-    return copy
+    require_replaceable(folder, "the model")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".pgp-save-", dir=folder.parent) as scratch:
+            copy = run.copy(Path(scratch) / "run", name, portable)
+            card = model_card(copy, repository, license=license, findings=read_findings(run))
+            storage.write(copy.folder / CARD, card)
+            platforms.move_folder(copy.folder, folder)
+    except OSError as error:
+        raise storage.write_error("write", folder, error) from error
+    return Run.open(folder)
 
 
 def push(

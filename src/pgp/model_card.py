@@ -41,11 +41,13 @@ _UNKNOWN = "unknown: ask the source"
 _LIMITS = """\
 - It answers with one of its classes, whatever an image shows. With the readouts lda, ncm and logistic,
   `predict(images, reject=0.05)` marks images that are unlike all of them.
-- Its accuracy was measured on test images from the same source as the training images. On other images it may be lower,
-  and probabilities may be too confident.
+- {accuracy}
 - It stores no images. It does store what was learned from them, such as statistics of each class, which for a class of
   very few images say much about each of them.
 - It was not examined for bias, nor for use where mistakes harm people."""
+_TESTED = """\
+Its accuracy was measured on test images from the same source as the training images. On other images it may be lower,
+  and probabilities may be too confident."""
 
 
 def model_card(
@@ -80,7 +82,7 @@ def model_card(
         "## Which licences hold?",
         _licences(config, source, license),
         "## What can it not do?",
-        _LIMITS,
+        _LIMITS.format(accuracy=_TESTED if _is_tested(run) else "Its accuracy was not measured."),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -108,9 +110,11 @@ def _metadata(config: Config, source: EncoderSource, license: str | None) -> str
 def _summary(run: Run) -> str:
     config, tasks = run.config, _learned(run)
     classes = {label for labels in tasks for label in labels}
+    how = "in one task"
+    if len(tasks) > 1:
+        how = f"in {len(tasks)} tasks one after the other, without the images of earlier tasks"
     return (
-        f"An image classifier of {_count(len(classes), 'class', 'classes')}, learned in"
-        f" {_count(len(tasks), 'task', 'tasks')} one after the other, without the images of earlier tasks, by"
+        f"An image classifier of {_count(len(classes), 'class', 'classes')}, learned {how}, by"
         " prompt-gradient-projection (`pgp`), a library for continual learning on frozen encoders. The scenario is"
         f" {_SCENARIOS[config.setting][0].replace('-', ' ')}: {_SCENARIOS[config.setting][1]}."
     )
@@ -136,6 +140,11 @@ def _learned(run: Run) -> tuple[tuple[int, ...], ...]:
     return run.data.tasks[: run.latest_finished().task]
 
 
+def _is_tested(run: Run) -> bool:
+    """Return whether learned tasks have test images."""
+    return any(run.data.test_images[: run.latest_finished().task])
+
+
 def _classes(run: Run) -> str:
     data = run.data
     rows = []
@@ -148,6 +157,8 @@ def _classes(run: Run) -> str:
 
 
 def _results(run: Run, findings: Sequence[Finding]) -> str:
+    if not _is_tested(run):
+        return "This run has no test images, so its accuracy was not measured."
     config, rows = run.config, result_rows([run])
     legacy = [row for row in rows if row.column.endswith(LEGACY)]
     tasks = run.latest_finished().task

@@ -39,7 +39,13 @@ def folder(tmp_path):
         photos(tmp_path / "photos" / name, name)
     photos(tmp_path / "more" / "sun", "sun")
     photos(tmp_path / "lamp", "lamp")
-    shutil.copy(tmp_path / "photos" / "leaf" / "2.jpg", tmp_path / "photo.jpg")
+    with Image.open(tmp_path / "photos" / "leaf" / "2.jpg") as leaf:
+        exif = Image.Exif()
+        exif[0x0112] = 6  # as a phone that was held upright saves it: to be turned clockwise
+        leaf.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "photo.jpg", exif=exif, quality=95)
+        glass = leaf.convert("RGBA")
+        glass.paste((0, 0, 0, 0), (0, 0, 32, 48))
+        glass.save(tmp_path / "glass.png")
     shutil.copy(EXAMPLES / "classify.py", tmp_path)
     return tmp_path
 
@@ -67,3 +73,7 @@ def test_from_photos_to_a_service(folder):
     expected = Predictor(folder / "runs" / "photos").predict([folder / "photo.jpg"])[0]
     assert expected.names == ("leaf",)
     assert lines[-1] == f"leaf: {100 * expected.probabilities[0]:.1f} %"
+    words = [sys.executable, "classify.py", "exported/model.onnx", "glass.png"]
+    seen = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=100, check=True).stdout
+    expected = Predictor(folder / "runs" / "photos").predict([folder / "glass.png"])[0]
+    assert seen == f"{expected.names[0]}: {100 * expected.probabilities[0]:.1f} %\n"
