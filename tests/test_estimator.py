@@ -355,6 +355,22 @@ def test_a_folder_keeps_every_run(tmp_path, temporary):
     assert list(temporary.iterdir()) == []
 
 
+def test_a_run_that_was_changed_elsewhere_is_not_used():
+    first = fitted(selected=slice(24), folder="runs")
+    copy = pickle.loads(pickle.dumps(first))
+    copy.partial_fit(X[24:], Y[24:])
+    before = copy.predict(X)
+    for use in (lambda: first.predict(X), lambda: first.partial_fit(X[24:], Y[24:])):
+        with pytest.raises(ValueError, match="as this classifier left it, but it has been changed since: fit again"):
+            use()
+    with copy.run_.writing():
+        copy.run_.undo_add()
+    np.testing.assert_array_equal(copy.predict(X), before)  # with what it read before
+    with pytest.raises(ValueError, match="it has been changed since"):
+        pickle.loads(pickle.dumps(copy)).predict(X)
+    assert set(first.predict(X)) <= set(range(4))  # the run is again as it left it
+
+
 def test_without_a_folder_a_fitted_estimator_is_not_pickled():
     with pytest.raises(ValueError, match=r"expected a folder, to pickle a fitted .* fit it with folder='runs'"):
         pickle.dumps(fitted())

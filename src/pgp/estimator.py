@@ -139,6 +139,7 @@ class ContinualImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[
             raise ValueError(f"class {new[known].tolist()[0]!r} was learned already: partial_fit learns other classes,"
                              " unless the classifier was fitted with settings={'setting': 'dil'}; or fit again, with"
                              " all images")  # fmt: skip
+        self._require_unchanged()
         with _untested():
             run = resume(self.run_.folder, add=data, drop=True)  # an interrupted call may have left a checkpoint
         return self._fitted(run, self._names | names)
@@ -169,14 +170,25 @@ class ContinualImageClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[
         return [[as_image(image) for image in images[i : i + size]] for i in range(0, len(images), size)]
 
     def _fitted(self, run: Run, names: dict[Any, str]) -> ContinualImageClassifier:
-        self.run_, self._names = run, names
+        self.run_, self._names, self._state = run, names, run.latest_finished()
         self.classes_ = unique_labels(np.asarray(list(names)))
         self.__dict__.pop("_predictor", None)
         return self
 
     @cached_property
     def _predictor(self) -> Predictor:
+        self._require_unchanged()
         return Predictor(self.run_, device=accelerator_name(self.run_.config.hardware))
+
+    def _require_unchanged(self) -> None:
+        """Raise a ValueError if the run was changed elsewhere, such as by `pgp undo` or a copy of this classifier."""
+        names, tasks = self.run_.data.class_names, self.run_.data.tasks[: self.run_.latest_finished().task]
+        learned = {names[label] for labels in tasks for label in labels}
+        if (self.run_.latest_finished(), learned) != (self._state, set(self._names.values())):
+            raise ValueError(
+                f"expected the run in {self.run_.folder} as this classifier left it, but it has been changed since:"
+                " fit again, or use pgp.Predictor for what it has learned"
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in super().__getstate__().items() if name != "_predictor"}

@@ -178,6 +178,11 @@ class DatasetConfig(abc.ABC):
         """Paths where the data set is searched for, in order; empty for data that need no files."""
         return ()
 
+    @property
+    def place(self) -> str:
+        """Where the data set is, for messages."""
+        return ", ".join(map(str, self.search_paths)) or f"the data set {self.tag}"
+
     def with_absolute_paths(self) -> DatasetConfig:
         """Return the same settings with absolute paths, so that a run can be resumed from another directory."""
         values = {one.name: getattr(self, one.name) for one in fields(self)}

@@ -163,7 +163,7 @@ def _is_adding(run: Run, name: CheckpointName | None, config: Config, new: Datas
     if inside and len(config.added) > len(run.config.added):
         if config.added[-1] == new:
             return True
-        where = ", ".join(map(str, config.added[-1].search_paths))
+        where = config.added[-1].place
         raise RunError(f"{run.folder} has begun to learn {where}: {resume_advice(run)}, or"
                        " drop the unfinished task with --drop and --add")  # fmt: skip
     if inside or finished < tasks:

@@ -86,7 +86,7 @@ def _build(dataset: DatasetConfig, recorded: DataDescription | None, *, download
     empty = ArraySplit(torch.zeros(0, 3, 1, 1, dtype=torch.uint8), torch.zeros(0, dtype=torch.long))
     if not any(recorded.test_images):
         return Dataset(empty, empty, recorded.class_names)
-    where = ", ".join(map(str, dataset.search_paths)) or f"the data set {dataset.tag}"
+    where = dataset.place
     try:
         data = dataset.read()
         if _digests(data.train, data.test) == recorded.fingerprints[0]:
@@ -127,7 +127,7 @@ def _append_dataset(
     Raises:
         ValueError: If its classes are known already, or under dil if one of them is not.
     """
-    new, where = _build(more, recorded, downloads=downloads), ", ".join(map(str, more.search_paths))
+    new, where = _build(more, recorded, downloads=downloads), more.place
     known = [name for name in new.class_names if name in data.class_names]
     if known and config.setting != "dil":
         raise ValueError(f"expected new classes in {where}, got {known[:5]}, which this run has learned already: give"
