@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
 import emoji
 import records
 
+DOCS = Path(__file__).parents[2] / "docs"
 DATA = ("emoji", "kanji", "mixed")
 OWN, QUICK, EXPERTS = "lda+query+patches+normalize", "lda+patches+normalize", "experts+query+patches+normalize"
 LINES = [line for line in (DOCS / "results.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
