@@ -70,6 +70,15 @@ def test_loss_falls_and_only_the_method_learns(method):
     assert all(parameter.grad is None for parameter in method.backbone.parameters())
 
 
+def test_logits_of_training_are_not_rounded(method):
+    """The head is trained on logits in float32, as those at test, also if the encoder computes in bfloat16."""
+    kinds = []
+    method.float().head.register_forward_hook(lambda module, given, logits: kinds.append(logits.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        method.loss(images().float(), torch.arange(16) % 3, TASK).backward()
+    assert kinds == ([] if isinstance(method, CLIPPrompt) else [torch.float32])  # CLIP compares features with names
+
+
 def test_state_goes_round_without_the_encoder(method):
     state = {name: tensor.clone() for name, tensor in method.trainable_state_dict().items()}
     assert not any("backbone" in name for name in state)

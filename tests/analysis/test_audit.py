@@ -21,7 +21,7 @@ from pgp.methods.vpt import VPT
 from pgp.projections.base import NoProjection
 from pgp.readouts.experts import ExpertLDA
 from pgp.readouts.head import MethodHead
-from pgp.readouts.lda import LDA
+from pgp.readouts.lda import LDA, NCM
 from pgp.runs.run import Run
 from pgp.system.storage import RunError
 
@@ -120,6 +120,11 @@ def test_the_oracle_is_what_stays_where_nothing_moves_and_beats_what_is_stale(tm
     assert stale > 0.01
     assert 0 < followed < stale
     assert accuracy >= metrics.average_accuracy(run.matrices()["lda"])
+
+
+def test_the_nearest_mean_has_an_oracle(tmp_path):
+    run = train.train(tiny.config(epochs=1, readouts=(NCM.Config(), MethodHead.Config())), tmp_path / "run")
+    assert audit.oracle(run, QUIET).keys() == {"ncm"}
 
 
 def test_an_oracle_needs_statistics(tmp_path):

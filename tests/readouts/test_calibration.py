@@ -21,7 +21,7 @@ from pgp.evaluation.calibration import (
 )
 from pgp.methods.head_only import HeadOnly
 from pgp.predict import Predictor
-from pgp.readouts import calibration
+from pgp.readouts import calibration, statistics
 from pgp.readouts.base import Features
 from pgp.readouts.calibration import (
     NUM_FOLDS,
@@ -270,13 +270,58 @@ def test_as_many_folds_are_held_out_as_are_enough(tmp_path):
     config = tiny.config(dataset=Synthetic(), method=HeadOnly.Config(), readouts=(LDA.Config(),))
     per_task = len(config.dataset.build().train) // 3
     tested = {}
-    for enough in (NUM_HELD_OUT, per_task // 3):
+    for enough in (NUM_HELD_OUT, per_task // 3, 3):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(calibration, "NUM_HELD_OUT", enough)
             run = train.train(config, tmp_path / str(enough))
         (tested[enough],) = {tuple(row) for row in run.load()["readouts"]["lda"]["test_sizes"].tolist()}
     assert tested[NUM_HELD_OUT] == (per_task,) * 3
     assert per_task // 3 <= tested[per_task // 3][0] <= per_task // 2
+    assert tested[3] == (4,) * 3  # eight folds, the first of which has two of the twelve images of each class
+
+
+@pytest.mark.parametrize("config", [LDA.Config(shrinkage=None), RanPAC.Config(dimensions=20)], ids=lambda c: c.name)
+def test_what_cannot_be_tested_chooses_nothing(config):
+    """The second task has one image, which is held out: without it, its class is not known."""
+    features, labels = drawn(noise=2.0)
+    readout, again = (config.build(torch.nn.Linear(D, CLASSES), CLASSES, 0) for _ in range(2))
+    selected = readout.select_features(Features(features))
+    held_out = (labels < 4) & (torch.arange(len(labels)) % 5 == 0)
+    readout.observe(selected[labels < 4], labels[labels < 4])
+    readout.hold_out(selected[held_out], labels[held_out], augmented=False)
+    readout.end_task()
+    chosen = readout.regularisation
+    assert chosen != readout.candidates[-1]
+    readout.observe(selected[-1:], labels[-1:])
+    readout.hold_out(selected[-1:], labels[-1:], augmented=False)
+    readout.end_task()
+    assert readout.regularisation == chosen
+    again.load_state_dict(readout.state_dict())
+    torch.testing.assert_close(again.logits(selected), readout.logits(selected))
+
+
+def test_many_held_out_images_are_used_in_parts(monkeypatch):
+    features, labels = drawn()
+    states = []
+    for size in (1000, 7):
+        monkeypatch.setattr(statistics, "LARGEST_BATCH", size)
+        readout = LDA(CLASSES)
+        for augmented in (False, True):
+            readout.observe(features, labels)
+            readout.hold_out(features[::3], labels[::3], augmented=augmented)
+        readout.end_task()
+        states.append(readout.state_dict())
+    torch.testing.assert_close(states[0], states[1])
+
+
+def test_a_state_of_more_classes_is_an_error():
+    features, labels = drawn()
+    for config in READOUTS:
+        readout, small = (config.build(torch.nn.Linear(D, count), count, 0) for count in (CLASSES, CLASSES - 1))
+        readout.observe(features, labels)
+        readout.end_task()
+        with pytest.raises(ValueError, match="expected a state of at most 4 classes, got one of 5"):
+            small.load_state_dict(readout.state_dict())
 
 
 def test_few_images_leave_the_temperature_at_one(recwarn):

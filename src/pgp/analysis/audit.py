@@ -19,6 +19,7 @@ from pgp.evaluation.accuracy import FeatureBatch
 from pgp.methods.base import mask_logits
 from pgp.progress import track
 from pgp.readouts.base import Readout
+from pgp.readouts.lda import NCM
 from pgp.readouts.statistics import StatisticsReadout
 from pgp.runs.checkpoint import reading
 from pgp.runs.run import Run
@@ -105,7 +106,7 @@ def oracle(run: Run, progress: Progress, config: Config | None = None) -> dict[s
         means that the run stores.
     """
     config = config or run.config
-    if not any(isinstance(readout, StatisticsReadout.Config) for readout in config.readouts):
+    if not any(isinstance(readout, StatisticsReadout.Config | NCM.Config) for readout in config.readouts):
         raise ValueError("expected a run with a readout of statistics for --oracle, as with --readouts lda, got"
                          f" {', '.join(readout.name for readout in config.readouts)}")  # fmt: skip
     session, state = _load_finished(run, progress, config)

@@ -276,7 +276,7 @@ def _measured(method: Method, kept: list[FeatureBatch], classes: tuple[int, ...]
     batch = batch.rows(batch.indices.argsort())
     indices = torch.searchsorted(task.test.sort().values, batch.indices)
     features, query = batch.images.features, batch.images.query
-    logits = method.head(features.to(device))[:, list(classes)].float().cpu()
+    logits = method.head_logits(features.to(device))[:, list(classes)].cpu()
     selected = None if query is None else method.selected_prompts(query.to(device))
     return Drift(indices, features, logits - logits.mean(1, keepdim=True), None if selected is None else selected.cpu())
 

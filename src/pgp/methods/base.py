@@ -162,7 +162,10 @@ class Method(nn.Module, abc.ABC):
 
     def forward(self, images: Tensor, query: Tensor | None = None) -> Tensor:
         """Return the logits of the method's own head over all classes, `(B, C)`, computed in float32."""
-        features = self.features(images, query)
+        return self.head_logits(self.features(images, query))
+
+    def head_logits(self, features: Tensor) -> Tensor:
+        """Return the logits `(B, C)` of the method's own head for features `(B, D)`, computed in float32."""
         with full_precision(features.device):
             logits: Tensor = self.head(features.to(torch.promote_types(features.dtype, torch.float32)))
         return logits

@@ -111,7 +111,7 @@ class CODAPrompt(Method):
         query = (prepared or self.prepare_batch(images, task))["query"]
         learned = self._components_of(task)
         features = self._prompted_features(images, self._prefixes(query, learned))
-        cross_entropy = F.cross_entropy(mask_logits(self.head(features), task.classes), labels)
+        cross_entropy = F.cross_entropy(mask_logits(self.head_logits(features), task.classes), labels)
         penalties = [pool.penalty(learned) for _, pool in self._pools()]
         return cross_entropy + self.config.penalty * torch.stack(penalties).sum()
 

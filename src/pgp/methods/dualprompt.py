@@ -158,7 +158,7 @@ class DualPrompt(Method):
         """Return the cross-entropy over the classes of `task`, minus the weighted similarity of the selected keys."""
         prepared = prepared or self.prepare_batch(images, task)
         selection = Selection(prepared["indices"], cosine_similarity(prepared["query"], self.key))
-        logits = mask_logits(self.head(self._prompted_features(images, selection.indices)), task.classes)
+        logits = mask_logits(self.head_logits(self._prompted_features(images, selection.indices)), task.classes)
         return F.cross_entropy(logits, labels) - self.config.pull * selection.key_similarity
 
     def shared_parameters(self) -> list[nn.Parameter]:

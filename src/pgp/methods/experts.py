@@ -169,7 +169,7 @@ class Experts(Method):
             return self.method.loss(images, labels, task, prepared)
         with torch.no_grad(), self._expert(self._expert_of(task)):
             features = self.method.features(images, prepared["query"])
-        return F.cross_entropy(mask_logits(self.head(features), task.classes), labels)
+        return F.cross_entropy(mask_logits(self.head_logits(features), task.classes), labels)
 
     def protected(self) -> dict[str, ProtectedParameter]:
         """Return the protected parameters of the method that all tasks share."""

@@ -49,4 +49,4 @@ class HeadOnly(Method):
     def loss(self, images: Tensor, labels: Tensor, task: Task, prepared: dict[str, Tensor] | None = None) -> Tensor:
         """Return the cross-entropy over the classes of `task`."""
         query = (prepared or self.prepare_batch(images, task))["query"]
-        return F.cross_entropy(mask_logits(self.head(query), task.classes), labels)
+        return F.cross_entropy(mask_logits(self.head_logits(query), task.classes), labels)

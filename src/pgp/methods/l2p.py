@@ -132,7 +132,7 @@ class L2P(Method):
         """Return the cross-entropy over the classes of `task`, minus the weighted similarity of the selected keys."""
         prepared = prepared or self.prepare_batch(images, task)
         selection = Selection(prepared["indices"], cosine_similarity(prepared["query"], self.pool.key))
-        logits = mask_logits(self.head(self._prompted_features(images, selection)), task.classes)
+        logits = mask_logits(self.head_logits(self._prompted_features(images, selection)), task.classes)
         return F.cross_entropy(logits, labels) - self.config.pull * selection.key_similarity
 
     def protected(self) -> dict[str, ProtectedParameter]:

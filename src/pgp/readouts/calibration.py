@@ -15,8 +15,8 @@ from torch import Tensor
 from pgp.subspace import to_float64
 
 NUM_FOLDS = 5
-"""Number of folds that the images of each class are divided into. A fit leaves out the images of one fold and is tested
-on them (cross-validation)."""
+"""Number of folds that the images of each class are divided into, or more if a fold would have more images than are
+enough. A fit leaves out the images of one fold and is tested on them (cross-validation)."""
 NUM_HELD_OUT = 500
 """Number of held-out images that are enough. A task is tested with as many folds as they need. With fewer images, the
 results of the latest tasks are kept as well. Still older results are dropped: they are of fits to fewer images, whose
@@ -26,13 +26,14 @@ TEMPERATURES = 2.0 ** (torch.arange(-64, 129, dtype=torch.float64) / 8)
 those of LDA are thousands if features hardly vary within classes."""
 
 
-def num_folds(images: int) -> int:
-    """Return the number of folds with which a task of so many images is tested, at least 1.
+def num_folds(images: int) -> tuple[int, int]:
+    """Return into how many folds a task of so many images is divided, and how many of them are held out in turn.
 
     >>> [num_folds(images) for images in (20, 500, 1_000, 2_500, 50_000)]
-    [5, 5, 3, 1, 1]
+    [(5, 5), (5, 5), (5, 3), (5, 1), (100, 1)]
     """
-    return max(1, min(NUM_FOLDS, math.ceil(NUM_HELD_OUT * NUM_FOLDS / max(1, images))))
+    folds = max(NUM_FOLDS, images // NUM_HELD_OUT)
+    return folds, min(folds, math.ceil(NUM_HELD_OUT * folds / max(1, images)))
 
 
 def brier_scores(logits: Tensor, labels: Tensor) -> Tensor:

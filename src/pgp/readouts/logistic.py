@@ -90,7 +90,7 @@ class Logistic(StatisticsReadout):
         if state:
             statistics = dict(state)
             weight, bias = statistics.pop("weight"), statistics.pop("bias")
-            missing = self.classes - len(bias)
+            missing = max(0, self.classes - len(bias))
             self._weight = torch.cat([weight, weight.new_zeros(missing, weight.shape[1])])
             self._bias = torch.cat([bias, bias.new_zeros(missing)])
             super().load_state_dict(statistics)

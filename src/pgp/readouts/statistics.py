@@ -21,7 +21,7 @@ SIMILAR = 0.5
 """A new class is similar to an old one if the squared distance of their means is at most this fraction of that to any
 other old class."""
 LARGEST_BATCH = 1024
-"""Number of held-out images whose statistics are computed at once, so that their copy in float64 stays small."""
+"""Number of held-out images that are used at once, so that what is computed of them in float64 stays small."""
 
 
 class HeldOutBatch(NamedTuple):
@@ -196,18 +196,18 @@ class StatisticsReadout(Readout):
             for index, candidate in enumerate(self.candidates):
                 self.regularisation = candidate
                 self._fit()
-                for batch in batches:
-                    errors[:, index] += brier_scores(self._uncalibrated_logits(batch.features), batch.labels).cpu()
+                for part in _parts(batches):
+                    errors[:, index] += brier_scores(self._uncalibrated_logits(part.features), part.labels).cpu()
         images, views = all_reduce_sum_(torch.tensor([images, views], device=device)).tolist()
         errors = all_reduce_sum_(errors.to(device)).cpu()
-        if not images:  # none was held out, or of their classes, no image is left to fit to
-            return
-        self.tests.add(HeldOutTest(images, views, errors))
+        if images:  # else none was held out, or of their classes, no image is left to fit to
+            self.tests.add(HeldOutTest(images, views, errors))
         self._choose()
-        if self.detects_unknown:
+        if images and self.detects_unknown:
             unlike = [torch.empty(0)]
             for batches in self._without_each(folds):
-                unlike += [self.unknown_scores(batch.features).cpu() for batch in batches if not batch.augmented]
+                parts = (part for part in _parts(batches) if not part.augmented)
+                unlike += [self.unknown_scores(part.features).cpu() for part in parts]
             self.tests.add_unlike(all_gather_rows(torch.cat(unlike)))
 
     def _without_each(self, folds: Sequence[Sequence[HeldOutBatch]]) -> Iterator[list[HeldOutBatch]]:
@@ -219,10 +219,8 @@ class StatisticsReadout(Readout):
         total = self.state
         for batches in folds:
             held_out = {name: torch.zeros_like(tensor) for name, tensor in total.items()}
-            for batch in batches:
-                parts = zip(batch.features.split(LARGEST_BATCH), batch.labels.split(LARGEST_BATCH), strict=True)
-                for features, labels in parts:
-                    _accumulate(held_out, self._statistics(features, labels))
+            for part in _parts(batches):
+                _accumulate(held_out, self._statistics(part.features, part.labels))
             for tensor in held_out.values():
                 all_reduce_sum_(tensor)
             if not bool(held_out["counts"].any()):
@@ -323,6 +321,8 @@ class StatisticsReadout(Readout):
         self._choose()
         for name in self.per_class_statistics:
             missing = self.classes - len(state[name])
+            if missing < 0:
+                raise ValueError(f"expected a state of at most {self.classes} classes, got one of {len(state[name])}")
             self.state[name] = torch.cat([state[name], state[name].new_zeros(missing, *state[name].shape[1:])])
         self._fit()
 
@@ -368,6 +368,15 @@ class StatisticsReadout(Readout):
 
     def _degrees_of_freedom(self) -> Tensor:
         return (self.state["counts"].sum() - self.seen.sum()).clamp(min=1)
+
+
+def _parts(batches: Sequence[HeldOutBatch]) -> Iterator[HeldOutBatch]:
+    """Yield the images in batches of at most `LARGEST_BATCH`."""
+    for batch in batches:
+        for features, labels in zip(
+            batch.features.split(LARGEST_BATCH), batch.labels.split(LARGEST_BATCH), strict=True
+        ):
+            yield HeldOutBatch(features, labels, batch.augmented)
 
 
 def _concatenate(batches: Sequence[HeldOutBatch]) -> list[HeldOutBatch]:

@@ -282,12 +282,12 @@ def draw_calibration(table: Sequence[ResultRow], path: Path) -> None:
         style.legend(figure, key, width)
     words = _explanation([line._replace(matrices=line.matrices[:1]) for line in shown])
     chances = sorted(round(100 * line.spread(CHANCE)[0], 1) for line in shown)
-    chance = f", of which {chances[0]}" + (f" to {chances[-1]}" if chances[-1] > chances[0] else "") + " % by chance"
+    chance = " to ".join(map(str, dict.fromkeys((chances[0], chances[-1]))))
     seeds = " of all seeds" if max(len(line.calibration) for line in shown) > 1 else ""
     style.note(
         figure,
         f"{words} Grey diagonal: confidence equals accuracy. Area of a dot: share of the images{seeds}. Error: expected"
-        f" calibration error{chance}.".strip(),
+        f" calibration error; by chance alone, it would be {chance} %.".strip(),
         width,
     )
     save_figure(figure, path)

@@ -13,6 +13,7 @@ from torch import Tensor
 from pgp.datasets.loader import TransformedSplit, batches, sequential_batches
 from pgp.distributed import all_gather_object, all_gather_rows
 from pgp.evaluation.accuracy import FeatureBatch, FrozenCache, FrozenFeatures
+from pgp.methods.base import to_device
 from pgp.progress import track
 from pgp.projections.base import ObservationSpec, Projection
 from pgp.readouts.base import Features, Readout
@@ -162,7 +163,7 @@ def observe(
                 frozen = evaluator.frozen(state.method, images, cached, cache) if needs_frozen else None
                 features = _features(session, state, task, images, frozen, projection, wanted=bool(readouts) or keep)
                 if features is not None:
-                    held_out = _rows_by_fold(folds[batch.indices].to(labels.device))
+                    held_out = _rows_by_fold(folds[batch.indices], fabric.device)
                     for readout in readouts:
                         selected = readout.select_features(features)
                         readout.observe(selected, labels)
@@ -178,9 +179,10 @@ def observe(
     return kept
 
 
-def _rows_by_fold(folds: Tensor) -> dict[int, Tensor]:
-    """Return the rows that are held out, by fold."""
-    return {fold: (folds == fold).nonzero()[:, 0] for fold in folds.unique().tolist() if fold >= 0}
+def _rows_by_fold(folds: Tensor, device: torch.device) -> dict[int, Tensor]:
+    """Return the rows that are held out, by fold, on `device`; `folds` is on the CPU, so that it waits for no GPU."""
+    used = [fold for fold in folds.unique().tolist() if fold >= 0]
+    return {fold: to_device((folds == fold).nonzero()[:, 0], device) for fold in used}
 
 
 def _features(

@@ -25,7 +25,7 @@ from pgp.evaluation.calibration import expected_calibration_error
 from pgp.evaluation.online import OnlineAccuracy
 from pgp.precision import mixed_dtype
 from pgp.progress import print_line, track
-from pgp.readouts.calibration import NUM_FOLDS, num_folds
+from pgp.readouts.calibration import num_folds
 from pgp.runs.checkpoint import CheckpointName, reading
 from pgp.runs.data_paths import resolve_paths
 from pgp.runs.identity import DataDescription
@@ -184,9 +184,10 @@ class Session:
         The images of each class are divided into folds, as many of which are held out, one at a time, as are enough.
         A class of a single image has none.
         """
-        fold = stratified_folds(self.data.train.labels[task.train], NUM_FOLDS, self.config.seed)
+        folds, used = num_folds(len(task.train))
+        fold = stratified_folds(self.data.train.labels[task.train], folds, self.config.seed)
         of_image = torch.full((len(self.data.train),), -1)
-        of_image[task.train] = torch.where(fold < num_folds(len(task.train)), fold, -1)
+        of_image[task.train] = torch.where(fold < used, fold, -1)
         return of_image
 
     def training_stream(self, task: Task, plan: Sequence[Sequence[SampleKey]]) -> Iterator[Batch]:
