@@ -40,7 +40,7 @@ def line_of(start):
     [
         ("| **`lda+patches+normalize`** (recipe `quick`", "frozen features", QUICK),
         ("| **`lda+patches+normalize`** (recipe `quick`", "frozen features, no views", QUICK),
-        ("| `lda+patches+normalize+tuned`", "frozen features", f"{QUICK}+tuned"),
+        ("| `lda+patches+normalize+tuned` | 65", "frozen features", f"{QUICK}+tuned"),
         ("| `lda+patches` |", "frozen features", "lda+patches"),
         ("| `ranpac-2000` | 6", "frozen features", "ranpac-2000"),
         ("| **`input` .97** (recipe `own`", "LoRA, input .97", OWN),
@@ -54,6 +54,22 @@ def test_accuracies(start, row, readout):
     line = line_of(start)
     for spread in spreads(row, readout) if row != "LoRA, experts" else spreads(row, readout)[1:]:
         assert spread in line, (spread, line)
+
+
+@pytest.mark.parametrize(
+    ("start", "readout", "figure"),
+    [
+        ("| `lda+patches+normalize` (recipe `quick`)", QUICK, "calibration_error"),
+        ("| `lda+patches+normalize` (recipe `quick`)", QUICK, "auroc"),
+        ("| the same by chance", QUICK, "calibration_error_by_chance"),
+        ("| `lda` | 6.8", "lda", "calibration_error"),
+        ("| `logistic` | 6.1", "logistic", "calibration_error"),
+        ("| `ranpac-2000` | 12", "ranpac-2000", "calibration_error"),
+    ],
+)
+def test_calibration_and_unknown_images(start, readout, figure):
+    for spread in spreads("frozen features", readout, figure):
+        assert spread in line_of(start)
 
 
 @pytest.mark.parametrize(
