@@ -77,7 +77,7 @@ def save(run: Run | StrPath, folder: StrPath, repository: str | None = None, *, 
 
     Args:
         run: A run, or the path of its folder.
-        folder: Folder to write, new or empty.
+        folder: Folder to write: new, or empty and neither the working directory nor a link or mount point.
         repository: Name of the repository for the model card, OWNER/NAME. If None, the card has a placeholder.
         license: Licence of the model for the card, as the hub spells it, such as apache-2.0. If None, the card says
             that none is stated.
@@ -86,7 +86,7 @@ def save(run: Run | StrPath, folder: StrPath, repository: str | None = None, *, 
         The run in `folder`.
 
     Raises:
-        RunError: If no task of the run is finished, or `folder` is not empty.
+        RunError: If no task of the run is finished, or `folder` cannot be written.
         ValueError: If the encoder needs a file of this machine, or an argument has a wrong form.
     """
     run = run if isinstance(run, Run) else Run.open(as_path(run, "a run folder"))

@@ -71,6 +71,8 @@ def test_secret_labels_are_no_test(tmp_path):
         hub.DatasetDict(train=rows(10), test=test).save_to_disk(str(tmp_path / name))
         assert len(HuggingFace(str(tmp_path / name)).build().test) == 3  # a fifth of each class, but at least one
     some = rows(6).map(lambda kind: {"kind": -1 if kind == 1 else kind}, input_columns="kind")
+    hub.DatasetDict(train=rows(9), validation=rows(3), test=some).save_to_disk(str(tmp_path / "both"))
+    assert len(HuggingFace(str(tmp_path / "both")).build().test) == 3
     hub.DatasetDict(train=rows(9), test=some).save_to_disk(str(tmp_path / "some"))
     with pytest.raises(ValueError, match="expected a value of kind in every row, got none in row 1"):
         HuggingFace(str(tmp_path / "some")).build()

@@ -175,8 +175,8 @@ def test_mixed_precision_does_not_change_which_prompts_are_selected():
         assert (query @ key.T).dtype == torch.bfloat16
 
 
-def test_float32_products_of_several_threads():
-    """Nothing is rounded to TF32 while a thread asks for float32, and all is as before when the last has left."""
+def test_float32_products_that_overlap():
+    """Nothing is rounded to TF32 while a block asks for float32, and all is as before when the last has ended."""
 
     def flags():
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

@@ -280,6 +280,22 @@ def test_as_many_folds_are_held_out_as_are_enough(tmp_path):
     assert tested[3] == (4,) * 3  # eight folds, the first of which has two of the twelve images of each class
 
 
+@pytest.mark.parametrize("noise", [1e-5, 3e-6, 1e-6, 6e-7, 3e-7])
+@pytest.mark.parametrize("config", [LDA.Config(shrinkage=None), LDA.Config(), Logistic.Config(shrinkage=1e-6)],
+                         ids=lambda config: config.name)  # fmt: skip
+def test_features_that_hardly_vary_can_be_fitted(config, noise):
+    """Rounding errors of their covariance may be larger than its smallest eigenvalues, if it is shrunk little."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(4).repeat_interleave(50)
+    features = torch.randn(4, 200, generator=generator)[labels] + noise * torch.randn(200, 200, generator=generator)
+    readout = config.build(torch.nn.Linear(200, 4), 4, 0)
+    readout.observe(features, labels)
+    readout.hold_out(features[::5], labels[::5], augmented=False)
+    readout.end_task()
+    assert torch.equal(readout.logits(features).argmax(1), labels)
+    assert readout.unknown_scores(features).isfinite().all()
+
+
 @pytest.mark.parametrize("config", [LDA.Config(shrinkage=None), RanPAC.Config(dimensions=20)], ids=lambda c: c.name)
 def test_what_cannot_be_tested_chooses_nothing(config):
     """The second task has one image, which is held out: without it, its class is not known."""

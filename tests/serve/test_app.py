@@ -604,10 +604,16 @@ def test_it_starts_again_and_inside_another_application(run, red):
         for path, data in (("/pgp/predict", {}), ("/pgp/teach", {"name": "red"})):
             answer = client.post(path, files=uploads(red), data=data)
             assert (answer.status_code, answer.json()["error"]) == (503, NOT_STARTED)
+    app = build_app(run, token="secret")
     whole = FastAPI(lifespan=lambda _: app.router.lifespan_context(app))
     whole.mount("/pgp", app)
     with TestClient(whole, base_url="http://localhost") as client:
-        assert client.post("/pgp/predict", files=uploads(red)).status_code == 200
+        assert client.post("/pgp/predict", files=uploads(red)).status_code == 401
+        headers = {"Authorization": "Bearer secret"}
+        assert client.post("/pgp/predict", files=uploads(red), headers=headers).status_code == 200
+        assert [client.get(f"/pgp{path}").status_code for path in ("/", "/health", "/page.js")] == [200] * 3
+        counts = client.get("/pgp/metrics", headers=headers).text
+        assert 'pgp_requests_total{path="/predict",status="200"} 1.0' in counts
 
 
 def test_classes_are_taught_on_the_first_gpu_only(tmp_path):

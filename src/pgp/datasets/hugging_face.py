@@ -69,7 +69,9 @@ class HuggingFace(DatasetConfig):
         train = parts.get("train", next(iter(parts.values())))
         columns = self._columns(train.features)
         tested = [parts[name] for name in ("test", "validation") if name in parts and parts[name] is not train]
-        test = next((part for part in tested if _has_labels(part, columns["label"])), None)
+        known = [(part, _labelled(part, columns["label"])) for part in tested]
+        complete = [part for part, fraction in known if fraction == 1]
+        test = next(iter(complete + [part for part, fraction in known if fraction]), None)
         both = [train] if test is None else [train, test]
         for part in both:
             if missing := [column for column in columns.values() if column not in part.features]:
@@ -172,9 +174,12 @@ def _load(name: str, subset: str | None, *, offline: bool = False) -> dict[str, 
     return dict(found) if isinstance(found, dict) else {"train": found}
 
 
-def _has_labels(part: Any, column: str) -> bool:
-    """Return whether a split has any label: those of a test split may be kept secret."""
-    return column in part.features and any(label not in (None, -1) for label in part[column])
+def _labelled(part: Any, column: str) -> float:
+    """Return the fraction of rows that have a label: those of a test split may be kept secret, by -1 or no value."""
+    if column not in part.features:
+        return 0.0
+    labels = part[column]
+    return sum(label not in (None, -1) for label in labels) / max(1, len(labels))
 
 
 def _coded(parts: list[Any], column: str) -> tuple[tuple[str, ...], list[Tensor]]:

@@ -33,6 +33,21 @@ def shrink(covariance: Tensor, shrinkage: float) -> Tensor:
     return shrunk
 
 
+def cholesky(covariance: Tensor) -> Tensor:
+    """Return L with `L L^T` = a covariance `(D, D)`, up to rounding.
+
+    If features hardly vary, rounding errors can make a covariance indefinite. The least power of ten times them that
+    mends it is then added to its diagonal.
+    """
+    root: Tensor
+    root, failed = torch.linalg.cholesky_ex(covariance)
+    added = float(torch.finfo(covariance.dtype).eps * covariance.diagonal().abs().mean())
+    while failed:
+        root, failed = torch.linalg.cholesky_ex(covariance + added * torch.eye(len(covariance)).to(covariance))
+        added *= 10
+    return root
+
+
 class SquaredDistances:
     """Squared Mahalanobis distances to means m `(C, D)` under a covariance S `(D, D)`.
 
@@ -41,7 +56,7 @@ class SquaredDistances:
 
     def __init__(self, means: Tensor, covariance: Tensor | None) -> None:
         self._centre = means.mean(0)
-        self._root = torch.linalg.cholesky(torch.eye(means.shape[1]).to(means) if covariance is None else covariance)
+        self._root = torch.eye(means.shape[1]).to(means) if covariance is None else cholesky(covariance)
         self._white_means = self._whiten(means)
 
     def __call__(self, x: Tensor) -> Tensor:

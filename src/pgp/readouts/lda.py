@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pgp.readouts.base import Readout
-from pgp.readouts.covariance import check_shrinkage, shrinkage_candidates
+from pgp.readouts.covariance import check_shrinkage, cholesky, shrinkage_candidates
 from pgp.readouts.statistics import StatisticsReadout
 from pgp.subspace import to_float64
 
@@ -71,7 +71,7 @@ class LDA(StatisticsReadout):
             shrunk = torch.eye(means.shape[1]).to(means)
         self._centre = means[self.seen].mean(0)
         centred = means - self._centre  # (C, D)
-        self._weight = torch.cholesky_solve(centred.T, torch.linalg.cholesky(shrunk))  # (D, C)
+        self._weight = torch.cholesky_solve(centred.T, cholesky(shrunk))  # (D, C)
         self._bias = torch.where(self.seen, -(centred * self._weight.T).sum(1) / 2, -torch.inf)  # (C,)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pgp.readouts.covariance import check_shrinkage, shrinkage_candidates
+from pgp.readouts.covariance import check_shrinkage, cholesky, shrinkage_candidates
 from pgp.readouts.statistics import StatisticsReadout
 from pgp.rng import make_generator
 from pgp.subspace import to_float64
@@ -123,7 +123,7 @@ class Logistic(StatisticsReadout):
         """Train the weights and biases of the seen classes on whitened samples."""
         means = self.means[self.seen]  # (S, D)
         covariance = self.covariance(self.regularisation)
-        root = torch.eye(means.shape[1]).to(means) if covariance is None else torch.linalg.cholesky(covariance)
+        root = torch.eye(means.shape[1]).to(means) if covariance is None else cholesky(covariance)
         centre = means.mean(0)  # (D,)
         whitened = torch.linalg.solve_triangular(root, (means - centre).T, upper=False).T  # (S, D)
         noise = torch.randn(self.config.draws, *means.shape, dtype=means.dtype,

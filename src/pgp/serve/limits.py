@@ -121,8 +121,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        answered = False
-        counted = scope["path"] not in self.open_paths
+        answered, path = False, path_of(scope)
+        counted = path not in self.open_paths
 
         async def sending(message: Message) -> None:
             nonlocal answered
@@ -131,7 +131,7 @@ class Guard:
 
         self._in_progress += counted
         try:
-            self._check(scope["path"], scope["method"], Headers(scope=scope))
+            self._check(path, scope["method"], Headers(scope=scope))
             await self.app(scope, self._limited(receive), sending)
         except RefusedError as refusal:
             if answered:
@@ -223,6 +223,16 @@ async def _answer(send: Send, refusal: RefusedError) -> None:
     )
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers.raw})
     await send({"type": "http.response.body", "body": body})
+
+
+def path_of(scope: Scope) -> str:
+    """Return the path of a request within the application, which may be mounted in another one.
+
+    >>> path_of({"path": "/pgp/health", "root_path": "/pgp"}), path_of({"path": "/health"})
+    ('/health', '/health')
+    """
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
 
 
 def _host_name(host: str) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Collection
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from pgp.serve.limits import path_of
+
 
 class Measures:
     """Counters of one service."""
@@ -65,6 +67,6 @@ class Measured:
         try:
             await self.app(scope, receive, sending)
         finally:
-            path = scope["path"] if scope["path"] in self.paths else "other"
+            path = path_of(scope) if path_of(scope) in self.paths else "other"
             self.measures.requests.labels(path, status).inc()
             self.measures.seconds.labels(path).observe(time.perf_counter() - started)
