@@ -211,7 +211,7 @@ def stratified_folds(strata: Tensor, folds: int, seed: int) -> Tensor:
         seed: Decides the fold of each image.
 
     >>> stratified_folds(torch.tensor([0, 0, 0, 0, 1, 1, 2]), folds=3, seed=0).tolist()
-    [0, 0, 1, 2, 1, 0, -1]
+    [0, 1, 0, 2, 1, 0, -1]
     """
     fold = torch.full((len(strata),), -1)
     for stratum in strata.unique().tolist():

@@ -46,7 +46,7 @@ def test_train_eval_report_and_resume(tmp_path, capsys):
     assert capsys.readouterr().out.count("yes") == 2
     main.main(["report", "1", "2", "--output", "out"])
     text = (tmp_path / "out" / "report.md").read_text()
-    assert text.count("±") == 2 * 5
+    assert text.count("±") == 2 * 6
     assert (tmp_path / "out" / "report.png").is_file()
     assert not (tmp_path / "out" / "report.html").exists()
     main.main(["report", "1", "2", "--output", "out", "--html"])

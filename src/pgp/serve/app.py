@@ -93,7 +93,7 @@ class Service:
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
         """Decode, compute batches and look for new checkpoints within the block."""
         self._decoders = decoders = ThreadPoolExecutor(self.limits.decoders, "decoding")
-        self.teacher.open()
+        self.teacher.start()
         tasks = [asyncio.create_task(self.batcher.run()), asyncio.create_task(self._watch())]
         try:
             yield

@@ -167,7 +167,7 @@ class Teacher:
             raise
         return self.lesson
 
-    def open(self) -> None:
+    def start(self) -> None:
         """Teach again after `close`."""
         self._is_closed = False
 
