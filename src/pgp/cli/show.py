@@ -174,8 +174,7 @@ def show_report(runs: Sequence[Run], folder: Path | None = None, *, html: bool =
     if rank() > 0:
         return
     lines, courses = tables.result_rows(runs), drift.drift_histories(runs)
-    shown = tables.statistics(lines)
-    shown.pop(tables.CHANCE, None)  # for a terminal of 80 columns; report.md has it
+    shown = tables.statistics(lines, without=[tables.CHANCE])  # for a terminal of 80 columns; report.md has it
     rows = [(line.label, line.column, *tables.format_row(line, shown)) for line in lines]
     _show_table("accuracy in %", ("run", "readout"), tuple(shown.values()), rows)
     if folder is None:

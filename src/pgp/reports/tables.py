@@ -6,7 +6,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
@@ -102,9 +102,15 @@ SOMETIMES = {
 """Headings of metrics that only some runs have."""
 
 
-def statistics(table: Sequence[ResultRow]) -> dict[str, str]:
-    """Return the metrics in `table` with their headings: `STATISTICS`, and those of `SOMETIMES` that a row has."""
-    return STATISTICS | {figure: text for figure, text in SOMETIMES.items() if any(line.has(figure) for line in table)}
+def statistics(table: Sequence[ResultRow], *, without: Collection[str] = ()) -> dict[str, str]:
+    """Return the metrics in `table` with their headings: `STATISTICS`, and those of `SOMETIMES` that a row has.
+
+    Args:
+        table: The rows.
+        without: Metrics to leave out, so that a table is narrow.
+    """
+    measured = {figure: text for figure, text in SOMETIMES.items() if any(line.has(figure) for line in table)}
+    return {figure: text for figure, text in (STATISTICS | measured).items() if figure not in without}
 
 
 def group_runs(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
