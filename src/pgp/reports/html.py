@@ -81,16 +81,14 @@ def render(runs: Sequence[Run]) -> str:
     rows = [row for group in groups for row in group.rows]
     pictures, notes = _pictures(groups)
     comparable = _comparable(groups)
-    page = environment.get_template(
-        "report.html.jinja"
-    ).render(
+    page = environment.get_template("report.html.jinja").render(
         title=", ".join(dict.fromkeys(run.config.name for run in runs)),
         facts=_facts(groups),
         groups=groups,
         rows=rows,
         protocol=_protocol(runs),
         most_forgotten=max([row.forgetting or 0.0 for row in rows]),
-        statistics=tables.statistics([row.line for row in rows], without=[CHANCE]),  # which is below
+        statistics=tables.statistics([row.line for row in rows], without=[CHANCE]),
         format_row=tables.format_row,
         differences=_differences(groups[0], comparable),
         others=[group for group in groups[1:] if group not in comparable],
