@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import emoji
 import mixed_data
@@ -34,7 +33,7 @@ import records
 import rehearsal
 from pgp.config import Config, Optimizer
 from pgp.evaluation import metrics
-from pgp.evaluation.calibration import calibration_error_by_chance
+from pgp.evaluation.calibration import calibration_error_by_chance, logged_bins
 from pgp.evaluation.unknown import auroc, false_positive_rate
 from pgp.methods.base import Method
 from pgp.methods.coda_prompt import CODAPrompt
@@ -235,7 +234,7 @@ def measure(config: Config) -> dict[str, Any]:
                 "average_accuracy": metrics.average_accuracy(matrix),
                 "forgetting": metrics.forgetting(matrix),
                 "calibration_error": last["calibration"][column]["error"],
-                "calibration_error_by_chance": calibration_error_by_chance(_bins(last["calibration"][column])),
+                "calibration_error_by_chance": calibration_error_by_chance(logged_bins(last["calibration"][column])),
                 "accuracy_within_task": sum(last["within"][column]) / len(last["within"][column]),
                 "task_found": sum(last["identified"][column]) / len(last["identified"][column]),
             }
@@ -251,11 +250,6 @@ def measure(config: Config) -> dict[str, Any]:
     if "drift" in last:
         kept["drift"] = mean_of(last["drift"]["features"])
     return {"seconds": round(seconds, 1), "figures": figures, "readouts": last["readouts"], **kept}
-
-
-def _bins(logged: Mapping[str, Any]) -> Tensor:
-    """Return the bins of confidence `(NUM_BINS, 3)` that a run has logged."""
-    return torch.tensor([logged[key] for key in ("images", "confidence", "hits")], dtype=torch.float64).T
 
 
 def unknown(run: Run) -> dict[str, dict[str, float]]:

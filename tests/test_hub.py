@@ -28,7 +28,7 @@ from pgp.config import Hardware
 from pgp.datasets.folder import Folder
 from pgp.datasets.hugging_face import HuggingFace
 from pgp.datasets.manifest import Manifest
-from pgp.evaluation.calibration import calibration_error_by_chance
+from pgp.evaluation.calibration import calibration_error_by_chance, logged_bins
 from pgp.hub import HubError
 from pgp.methods.head_only import HeadOnly
 from pgp.methods.lora import LoRA
@@ -296,8 +296,8 @@ def test_the_numbers_of_the_card_are_those_of_the_run(run, pushed, service):
     matrix, event = run.matrices()["lda"], run.events("task")[-1]
     given = sum(event["within"]["lda"]) / 3
     numbers = [matrix[-1].mean(), matrix[:, :2].nan_to_num().amax(0).sub(matrix[-1, :2]).mean(), given]
-    bins = [event["calibration"]["lda"][key] for key in ("images", "confidence", "hits")]
-    numbers += [event["calibration"]["lda"]["error"], calibration_error_by_chance(torch.tensor(bins).double().T)]
+    entry = event["calibration"]["lda"]
+    numbers += [entry["error"], calibration_error_by_chance(logged_bins(entry))]
     assert row == "| lda | " + " | ".join(f"{100 * float(number):.2f}" for number in numbers) + " |"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -194,11 +194,9 @@ def stratified_holdout(strata: Tensor, fraction: float, seed: int) -> Tensor:
     [True, True, False, False, False, True]
     """
     held_out = torch.zeros(len(strata), dtype=torch.bool)
-    for stratum in strata.unique().tolist():
-        indices = (strata == stratum).nonzero().flatten()
-        order = torch.randperm(len(indices), generator=make_generator(seed, "part", stratum))
+    for indices in _shuffled(strata, seed):
         count = min(len(indices) - 1, max(1, round(fraction * len(indices)))) if fraction else 0
-        held_out[indices[order[:count]]] = True
+        held_out[indices[:count]] = True
     return held_out
 
 
@@ -214,12 +212,17 @@ def stratified_folds(strata: Tensor, folds: int, seed: int) -> Tensor:
     [0, 1, 0, 2, 1, 0, -1]
     """
     fold = torch.full((len(strata),), -1)
+    for indices in _shuffled(strata, seed):
+        if len(indices) > 1:
+            fold[indices] = torch.arange(len(indices)) % folds
+    return fold
+
+
+def _shuffled(strata: Tensor, seed: int) -> Iterator[Tensor]:
+    """Yield the indices of each stratum, at random; another stratum changes none of the others."""
     for stratum in strata.unique().tolist():
         indices = (strata == stratum).nonzero().flatten()
-        order = torch.randperm(len(indices), generator=make_generator(seed, "part", stratum))
-        if len(indices) > 1:
-            fold[indices[order]] = torch.arange(len(indices)) % folds
-    return fold
+        yield indices[torch.randperm(len(indices), generator=make_generator(seed, "part", stratum))]
 
 
 def sample_evenly(indices: Tensor, labels: Tensor, count: int, seed: int) -> Tensor:

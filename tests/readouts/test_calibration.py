@@ -266,7 +266,7 @@ def test_each_fold_is_left_out_of_a_fit_that_is_tested_on_it(config):
 
 
 def test_as_many_folds_are_held_out_as_are_enough(tmp_path):
-    """20 images of 2 classes in each task; with 20 enough, all five folds, with 7, two of them."""
+    """Of 24 images of 2 classes in each task; if 8 are enough, two of five folds."""
     config = tiny.config(dataset=Synthetic(), method=HeadOnly.Config(), readouts=(LDA.Config(),))
     per_task = len(config.dataset.build().train) // 3
     tested = {}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,11 @@ def calibration_bins(probabilities: Tensor, labels: Tensor) -> Tensor:
     bins = (confidence * NUM_BINS).long().clamp(0, NUM_BINS - 1)
     values = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).to(confidence)], 1)  # (B, 3)
     return torch.zeros(NUM_BINS, 3, dtype=torch.float64, device=values.device).index_add(0, bins, values)
+
+
+def logged_bins(entry: Mapping[str, Any]) -> Tensor:
+    """Return the bins `(NUM_BINS, 3)` that an entry of `calibration` in a run's log holds."""
+    return torch.tensor([entry[key] for key in ("images", "confidence", "hits")], dtype=torch.float64).T
 
 
 def expected_calibration_error(bins: Tensor) -> float:

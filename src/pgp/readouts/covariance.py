@@ -36,8 +36,8 @@ def shrink(covariance: Tensor, shrinkage: float) -> Tensor:
 def cholesky(covariance: Tensor) -> Tensor:
     """Return L with `L L^T` = a covariance `(D, D)`, up to rounding.
 
-    If features hardly vary, rounding errors can make a covariance indefinite. The least power of ten times them that
-    mends it is then added to its diagonal.
+    If features hardly vary, a covariance can have negative eigenvalues because of rounding errors. Then 1, 10, 100, ...
+    times the rounding error is added to its diagonal, until it has none.
     """
     root: Tensor
     root, failed = torch.linalg.cholesky_ex(covariance)

@@ -21,7 +21,7 @@ SIMILAR = 0.5
 """A new class is similar to an old one if the squared distance of their means is at most this fraction of that to any
 other old class."""
 LARGEST_BATCH = 1024
-"""Number of held-out images that are used at once, so that what is computed of them in float64 stays small."""
+"""Size of the parts in which held-out images are used, so that tensors of them in float64 stay small."""
 
 
 class HeldOutBatch(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pgp.config import experiment_settings
 from pgp.evaluation import metrics
-from pgp.evaluation.calibration import calibration_error_by_chance, expected_calibration_error
+from pgp.evaluation.calibration import calibration_error_by_chance, expected_calibration_error, logged_bins
 from pgp.runs.checkpoint import reading
 from pgp.runs.run import Run
 from pgp.system.escaping import markdown_cell
@@ -44,8 +44,9 @@ class ResultRow(NamedTuple):
 
     def has(self, figure: str) -> bool:
         """Return whether the runs measured `figure`."""
-        measured = {ONLINE: self.online, SAMPLING: self.sampling_errors}
-        return bool(measured.get(figure, self.calibration if figure in (CALIBRATION, CHANCE) else True))
+        bins = self.calibration
+        measured = {ONLINE: self.online, SAMPLING: self.sampling_errors, CALIBRATION: bins, CHANCE: bins}
+        return bool(measured.get(figure, True))
 
     def spread(self, figure: str) -> tuple[float, float | None]:
         """Return mean and standard deviation over runs of a metric in `statistics`, in [0, 1].
@@ -226,8 +227,7 @@ def _calibration(run: Run, column: str, matrix: Tensor | None) -> Tensor | None:
         found = [event["calibration"] for event in run.events("task") if "calibration" in event]
         if not found or column not in found[-1]:
             return None
-        bins = found[-1][column]
-        table = torch.tensor([bins[key] for key in ("images", "confidence", "hits")], dtype=torch.float64).T
+        table = logged_bins(found[-1][column])
         return table if table[:, 0].any() else None
 
 
