@@ -501,7 +501,7 @@ def _component(tag: str, base: type) -> type:
     by_tag = components(base)
     if tag not in by_tag:
         raise ValueError(f"expected the tag of a {base.__qualname__}, one of {', '.join(sorted(by_tag))}, got {tag!r}:"
-                         " if it is your own, import its module first")  # fmt: skip
+                         " if it is your own, import its module first, in a shell by PGP_IMPORT=MODULE")  # fmt: skip
     return by_tag[tag]
 
 

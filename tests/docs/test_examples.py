@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pages import python_blocks
+from pages import check, parts, python_blocks
 
 import test_conformance as conformance
 import tiny
 from conftest import golden_vit
-from pgp import train
+from pgp import recipes, train
+from pgp.cli import main
 from pgp.datasets.synthetic import Synthetic
 from pgp.evaluation import metrics
 from pgp.methods.head_only import HeadOnly
@@ -24,6 +26,7 @@ from pgp.rng import make_generator
 from pgp.runs.run import Run
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
+PAGE = EXAMPLES.parent / "extending.md"
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +75,47 @@ def test_the_method_learns_and_a_run_finds_it_again(tmp_path):
         done = subprocess.run([sys.executable, "-c", first + code], cwd=EXAMPLES, capture_output=True, text=True)
         assert done.returncode == status, done.stderr
     assert done.stdout == "shared-prompts\n"
+
+
+@pytest.fixture
+def named_in_environment(monkeypatch):
+    """`PGP_IMPORT=my_recipes` in the folder of the examples; afterwards the recipe is unknown again."""
+    monkeypatch.setenv("PGP_IMPORT", "my_recipes")
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.setitem(recipes.RECIPES, "demo-shared", recipes.RECIPES["demo"])  # so that it is removed at the end
+    monkeypatch.delitem(sys.modules, "my_recipes", raising=False)
+
+
+def test_the_commands_of_the_page_know_the_recipe(named_in_environment, capsys):
+    main.main(["list"])
+    assert "Train prompts that all images share, on digits." in capsys.readouterr().out
+    commands = [line for language, block in parts(PAGE) if language == "bash" for line in block.splitlines()]
+    assert len(commands) == 3
+    for line in commands[1:]:
+        check(shlex.split(line))
+    with pytest.raises(SystemExit) as ended:
+        main.main(["train", "demo-shared", "--method.width", "4"])
+    assert ended.value.code == 2
+    assert "--method.width" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry", [main.main, main.published_main])
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [(None, "No module named 'broken_recipes'"), ("1 +", "SyntaxError: "), ("raise KeyError('x')", "KeyError: 'x'")],
+)
+def test_a_module_that_cannot_be_imported_is_named(entry, source, reason, tmp_path, monkeypatch, capsys):
+    if source is not None:
+        (tmp_path / "broken_recipes.py").write_text(source, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setenv("PGP_IMPORT", "broken_recipes")
+    with pytest.raises(SystemExit) as ended:
+        entry(["list"])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("pgp: expected in PGP_IMPORT the names of modules")
+    assert reason in error
 
 
 def test_the_readout_is_fitted_task_by_task_and_restored(tmp_path):

@@ -54,8 +54,7 @@ def _sections() -> Iterator[RenderableType]:
 
 
 def _needs(config: Config) -> list[str]:
-    data = next(name for name, dataset in recipes.DATASETS.items() if type(dataset) is type(config.dataset))
-    return [f"data {data}", f"encoder {_encoder(config.backbone)}", f"scenario {config.setting}"]
+    return [f"data {config.dataset.tag}", f"encoder {_encoder(config.backbone)}", f"scenario {config.setting}"]
 
 
 def _encoder(backbone: Backbone.Config) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import math
 import os
 import signal
@@ -77,7 +78,8 @@ usage: pgp COMMAND ...
 Results go to standard output; progress and notes go to standard error.
 Exit status: 0 success; 2 an error that you can fix; 70 a bug in pgp;
 130 Ctrl-C; 143 SIGTERM; 129 SIGHUP; 141 the output pipe was closed.
-PGP_DEBUG=1 shows the traceback of an error."""
+PGP_DEBUG=1 shows the traceback of an error. PGP_IMPORT=MODULE,... imports
+modules of your own, with methods, data sets and recipes."""
 
 
 PUBLISHED_USAGE = """\
@@ -95,27 +97,55 @@ PUBLISHED_OUTPUT = Path("output")
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. If it fails, end the process with the exit status that `USAGE` states."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    bare = words[0] in ("list", "data") and len(words) < 4 if words else True  # these commands have no flags
-    if not words or words[0] in HELP or (bare and words[-1] in HELP):
-        exit_status(lambda: show.show_lines(*USAGE.splitlines()))
-    elif words[0] == "--version":
-        exit_status(lambda: show.show_lines(f"pgp {__version__}"))
-    else:
-        exit_status(lambda: recipes.lookup(COMMANDS, words[0], "command", "pgp --help")(words[1:]))
+    exit_status(functools.partial(_run, list(sys.argv[1:] if argv is None else argv)))
 
 
 def published_main(argv: Sequence[str] | None = None) -> None:
     """Run `python main.py RECIPE ...`, with the flags, the folder and the file names of the published code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in HELP:
-        exit_status(lambda: show.show_lines(*PUBLISHED_USAGE.splitlines()))
-    elif any(word.partition("=")[0] == "--resume" for word in words):
-        exit_status(lambda: train_command(words))
-    elif "--eval" in words:
-        exit_status(lambda: _published_eval([word for word in words if word != "--eval"]))
+    exit_status(functools.partial(_run_published, list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(words: list[str]) -> None:
+    import_own_modules(os.environ.get("PGP_IMPORT", ""))
+    bare = words[0] in ("list", "data") and len(words) < 4 if words else True  # these commands have no flags
+    if not words or words[0] in HELP or (bare and words[-1] in HELP):
+        show.show_lines(*USAGE.splitlines())
+    elif words[0] == "--version":
+        show.show_lines(f"pgp {__version__}")
     else:
-        exit_status(lambda: _published_train(words))
+        recipes.lookup(COMMANDS, words[0], "command", "pgp --help")(words[1:])
+
+
+def _run_published(words: list[str]) -> None:
+    import_own_modules(os.environ.get("PGP_IMPORT", ""))
+    if not words or words[0] in HELP:
+        show.show_lines(*PUBLISHED_USAGE.splitlines())
+    elif any(word.partition("=")[0] == "--resume" for word in words):
+        train_command(words)
+    elif "--eval" in words:
+        _published_eval([word for word in words if word != "--eval"])
+    else:
+        _published_train(words)
+
+
+def import_own_modules(names: str) -> None:
+    """Import the user's modules, which define components and recipes, from the module path or the current folder.
+
+    Args:
+        names: Names of the modules, with commas between them.
+
+    Raises:
+        ValueError: If one of them cannot be imported.
+    """
+    for name in filter(None, map(str.strip, names.split(","))):
+        folder = str(Path.cwd())
+        if folder not in sys.path:
+            sys.path.append(folder)  # last, so that no file in it hides a module of Python
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            raise ValueError(f"expected in PGP_IMPORT the names of modules, such as my_methods for ./my_methods.py, got"
+                             f" {name}: {type(error).__name__}: {error}") from error  # fmt: skip
 
 
 def train_command(words: list[str]) -> None:
