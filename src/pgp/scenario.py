@@ -39,6 +39,8 @@ class Task:
     """Indices of its test images, `(m,)`."""
     name: str = ""
     """Name of the task; empty if it has none."""
+    test_weights: Tensor | None = None
+    """Weight of each test image in the accuracy, `(m,)`; None if all are equal."""
 
     @property
     def is_missing(self) -> bool:
@@ -61,11 +63,20 @@ class Scenario:
         return len(self.tasks)
 
     def joint(self) -> Scenario:
-        """Return a scenario with a single task that holds the images of all tasks."""
+        """Return a scenario with a single task that holds the images of all tasks.
+
+        Its accuracy is the average over these tasks, each with the same weight.
+        """
         classes = self.seen_classes(len(self) - 1)
         train = torch.cat([task.train for task in self.tasks])
         test = torch.cat([task.test for task in self.tasks])
-        return Scenario((Task(0, classes, train, test),))
+        weights = torch.cat([torch.full((len(task.test),), 1 / max(1, len(task.test))) for task in self.tasks])
+        return Scenario((Task(0, classes, train, test, test_weights=weights.double()),))
+
+    @property
+    def shares_classes(self) -> bool:
+        """Whether a class is in several tasks."""
+        return len(self.seen_classes(len(self) - 1)) < sum(len(task.classes) for task in self.tasks)
 
     def seen_classes(self, t: int) -> tuple[int, ...]:
         """Return the labels of tasks 0 to t, each once, in the order of learning."""
@@ -225,8 +236,10 @@ def _shuffled(strata: Tensor, seed: int) -> Iterator[Tensor]:
         yield indices[torch.randperm(len(indices), generator=make_generator(seed, "part", stratum))]
 
 
-def sample_evenly(indices: Tensor, labels: Tensor, count: int, seed: int) -> Tensor:
-    """Return at most `count` of the images `indices (n,)` at random, as evenly over their labels as possible.
+def sample_in_proportion(indices: Tensor, labels: Tensor, count: int, seed: int) -> Tensor:
+    """Return at most `count` of the images `indices (n,)` at random, of each label in proportion to its images.
+
+    Every image is drawn with the same probability, so that the expected accuracy on the sample is that on all images.
 
     Args:
         indices: Images of a split.
@@ -234,16 +247,17 @@ def sample_evenly(indices: Tensor, labels: Tensor, count: int, seed: int) -> Ten
         count: Number of images to draw.
         seed: Decides which ones are drawn.
 
-    >>> sample_evenly(torch.tensor([4, 5, 6, 7]), torch.tensor([0, 0, 0, 0, 0, 0, 0, 1]), 2, seed=0).tolist()
-    [5, 7]
+    >>> sample_in_proportion(torch.tensor([4, 5, 6, 7, 8, 9]), torch.tensor([0] * 6 + [1] * 4), 3, seed=0).tolist()
+    [5, 7, 9]
     """
-    rank = torch.empty(len(indices), dtype=torch.long)  # of an image among those of its label
-    own = labels[indices]
-    for label in own.unique().tolist():
-        of_label = (own == label).nonzero().flatten()
-        rank[of_label] = torch.randperm(len(of_label), generator=make_generator(seed, "test sample", label))
-    order = torch.randperm(len(indices), generator=make_generator(seed, "test sample"))  # among those of equal rank
-    return indices[order[rank[order].argsort(stable=True)[:count]].sort().values]
+    if count >= len(indices):
+        return indices
+    generator = make_generator(seed, "test sample")
+    order = torch.randperm(len(indices), generator=generator)
+    order = order[labels[indices[order]].argsort(stable=True)]  # label by label, at random within each
+    start = torch.rand(1, generator=generator, dtype=torch.float64)
+    drawn = ((torch.arange(count) + start) * len(indices) / count).long()  # at equal distances
+    return indices[order[drawn]].sort().values
 
 
 def _indices_of(labels: Tensor, selected: Sequence[int]) -> Tensor:

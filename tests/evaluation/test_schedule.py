@@ -20,7 +20,7 @@ from pgp.readouts.lda import LDA
 from pgp.reports import html, tables
 from pgp.runs.checkpoint import CheckpointName
 from pgp.runs.run import Run
-from pgp.scenario import sample_evenly
+from pgp.scenario import sample_in_proportion
 
 CHOICES = ("every", "2", "last")
 MEASURED = {
@@ -147,19 +147,31 @@ def test_a_sample_of_the_test_images(tmp_path, runs, capsys):
     assert "standard error" not in tables.markdown(tables.result_rows([runs["every"]]))
 
 
-def test_samples_are_even_and_depend_on_the_seed():
+def test_samples_are_in_proportion_and_depend_on_the_seed():
     labels = torch.arange(4).repeat(25)
     indices = torch.arange(100)
-    drawn = [sample_evenly(indices, labels, 10, seed) for seed in (0, 0, 1)]
+    drawn = [sample_in_proportion(indices, labels, 10, seed) for seed in (0, 0, 1)]
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert sorted(labels[drawn[0]].bincount().tolist()) == [2, 2, 3, 3]
-    assert torch.equal(sample_evenly(indices, labels, 1000, 0), indices)
+    assert torch.equal(sample_in_proportion(indices, labels, 1000, 0), indices)
+
+
+def test_the_accuracy_on_a_sample_is_unbiased_if_classes_differ_in_size():
+    labels = torch.tensor([0] * 900 + [1] * 100)
+    correct = (torch.arange(1000) % 2 == 0) | (labels == 1)  # half of the large class, and all of the small one
+    drawn = [sample_in_proportion(torch.arange(1000), labels, 50, seed) for seed in range(200)]
+    assert all((labels[sample] == 1).sum() == 5 for sample in drawn)
+    estimates = torch.stack([correct[sample].double().mean() for sample in drawn])
+    assert abs(estimates.mean() - correct.double().mean()) < 4 * estimates.std() / len(drawn) ** 0.5
+    every = torch.cat(drawn).bincount(minlength=1000)  # 10 each, with a standard deviation of 3
+    assert every.max() < 25
+    assert abs(every[labels == 1].double().mean() - 10) < 1
 
 
 def test_no_class_is_more_likely_in_a_small_sample():
     labels = torch.arange(20).repeat_interleave(10)
-    drawn = torch.stack([labels[sample_evenly(torch.arange(200), labels, 5, seed)] for seed in range(200)])
+    drawn = torch.stack([labels[sample_in_proportion(torch.arange(200), labels, 5, seed)] for seed in range(200)])
     assert all(len(sample.unique()) == 5 for sample in drawn)
     counts = drawn.flatten().bincount(minlength=20)  # 50 each, with a standard deviation of 6
     assert 25 < int(counts.min()) <= int(counts.max()) < 75

@@ -235,7 +235,7 @@ def test_calibration(tmp_path, drawn, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tasks"), [("one", 1), ("two", 2), ("two", 5), ("two", 100), ("odd", 2), ("odd", 20), ("many", 20)]
+    ("kind", "tasks"), [("one", 2), ("two", 2), ("two", 5), ("two", 100), ("odd", 2), ("odd", 20), ("many", 20)]
 )
 def test_drift(tmp_path, drawn, kind, tasks):
     table = [history(name, tasks, ["prompts", "keys"]) for name in NAMES[kind]]
@@ -256,9 +256,9 @@ def test_drift(tmp_path, drawn, kind, tasks):
         assert list(titles["forgetting"].lines[0].get_xdata()) == list(range(2, tasks + 1))
     else:
         summary = figure.axes[0]
-        assert summary.get_xlabel() == ("images (%)" if tasks == 1 else "%, forgetting in points")
+        assert summary.get_xlabel() == "%, forgetting in points"
         headings = [label.get_text() for label in summary.get_yticklabels()]
-        assert headings == [title for title, _ in drift.PANELS.values()][-1 if tasks == 1 else 0 :]
+        assert headings == [title for title, _ in drift.PANELS.values()]
         assert len(summary.texts) == len(headings) * len(table)
         assert all(text.get_text().endswith((" %", " points")) for text in summary.texts)
     assert {axes.get_xlabel() for title, axes in titles.items() if "subspace" in title} == {"directions", "energy (%)"}

@@ -467,3 +467,45 @@ def test_which_checkpoints_are_kept_may_change():
     (entry,) = (path for path in Path("out").iterdir() if (path / "seed-1").is_dir())
     kept = {seed: len(list((entry / f"seed-{seed}" / "checkpoints").glob("task-*"))) for seed in (0, 1)}
     assert kept == {0: 2, 1: 1}
+
+
+def test_data_that_have_changed_are_refused(capsys):
+    tree(Path("photos"), "", count=6)
+    words = ["--data", "photos", "--tasks", "1", "--no-baselines", *ENERGIES]
+    folder = swept(*words, "--seeds", "1")
+    before = modified(folder)
+    shutil.copy(next(Path("photos").glob("*/*.png")), next(Path("photos").glob("*/")) / "another.png")
+    swept(*words, "--seeds", "1")  # nothing is left to train
+    told = fails(capsys, *words, "--seeds", "2")
+    assert "photos have changed since " in told
+    assert "seed-0 was trained, and runs on other data cannot be compared: name another --output" in told
+    assert before.items() <= modified(folder).items()
+
+
+def test_versions_that_differ_are_named(tmp_path):
+    runs = made(tmp_path, "own", {0: [[0.5]], 1: [[0.5]]})
+    members = [comparison.Entry("own", runs)]
+    assert "different versions" not in comparison.markdown(members)
+    for seed, commit in enumerate(("abc", "def-dirty")):
+        text = json.dumps({"commit": commit, "versions": {"torch": "2.14.1"}})
+        (runs[seed].folder / "environment.json").write_text(text)
+    note = "Trained with different versions, which can change results: commit abc, def-dirty."
+    assert comparison.markdown(members).endswith(f"{note}\n")
+    (runs[0].folder / "environment.json").write_text("[]")
+    with pytest.raises(RunError, match=r"environment\.json"):
+        comparison.markdown(members)
+
+
+def test_a_baseline_has_the_marker_of_its_kind_and_the_colour_of_its_point(tmp_path):
+    def entry(name, baselines):
+        return comparison.Entry(name, made(tmp_path, name, {0: [[0.9, 0.0], [0.7, 0.8]]}), baselines)
+
+    shared = entry("ncm", {})
+    points = [entry(f"p{i}", {"random": entry(f"random{i}", {}), "ncm": shared}) for i in range(9)]
+    looks = {point: comparison.style.look(number) for number, point in enumerate(points)}
+    found = comparison._baseline_looks(points, looks)
+    assert len(found) == 10
+    assert {found[point.baselines["random"]].marker for point in points} == {"s"}
+    assert found[shared].marker == "D"
+    assert found[shared].colour == comparison.style.INK
+    assert all(found[point.baselines["random"]].colour == looks[point].colour for point in points)

@@ -179,8 +179,8 @@ def show_report(runs: Sequence[Run], folder: Path | None = None, *, html: bool =
     _show_table("accuracy in %", ("run", "readout"), tuple(shown.values()), rows)
     if folder is None:
         folder = runs[0].folder if len(runs) == 1 else make_unique_folder(Path("runs"), f"{runs[0].config.name}-report")
-    texts = [tables.markdown(lines), *([drift.markdown(courses)] if courses else [])]
-    storage.write(folder / REPORT, "\n".join(texts))
+    texts = [tables.markdown(lines), drift.markdown(courses) if courses else "", tables.version_note(runs)]
+    storage.write(folder / REPORT, "\n".join(filter(None, texts)))
     figures = _draw(runs, folder, lines, courses)
     show_lines(f"table:  {folder / REPORT}", *(f"figure: {path}" for path in figures))
     if html:
@@ -213,7 +213,9 @@ def show_comparison(members: Sequence[comparison.Entry], folder: Path) -> None:
     """Print the table of the sweep in `folder`, and the paths of the table and the figure."""
     rows = comparison.table(members)
     _show_table("in %", comparison.HEAD[:2], comparison.HEAD[2:], rows)
-    show_lines(comparison.NOTE.strip(), f"table:  {folder / sweep.TABLE}", f"figure: {folder / sweep.FIGURE}")
+    show_lines(
+        comparison.NOTE, comparison.CHANCE_NOTE, f"table:  {folder / sweep.TABLE}", f"figure: {folder / sweep.FIGURE}"
+    )
 
 
 def show_evaluation(run: Run, matrices: Mapping[str, Tensor]) -> None:
@@ -334,12 +336,12 @@ def show_audit(run: Run, findings: Sequence[audit.Finding]) -> None:
 
 def show_oracle(run: Run, bounds: Mapping[str, tuple[float, float]]) -> None:
     """Print the accuracy of statistics readouts without drift, next to their accuracy in the run."""
-    stored, tasks = run.matrices(), run.data.tasks
+    stored, (tasks, _) = run.matrices(), run.progress()
     rows = []
     for name, (accuracy, stale) in bounds.items():
         own = metrics.average_accuracy(stored[name])
         rows.append((name, _percent(own), _percent(accuracy), f"{stale:.3f}"))
-    title = f"{run.folder}: accuracy with stored and with fresh statistics of {len(tasks)} tasks"
+    title = f"{run.folder}: accuracy with stored and with fresh statistics of {tasks} tasks"
     _show_table(title, ("readout",), ("stored, %", "fresh, %", "staleness of means"), rows)
 
 

@@ -160,6 +160,10 @@ class Evaluator:
     def __init__(self, fabric: Fabric, config: Config, data: Dataset, scenario: Scenario) -> None:
         self.fabric, self.config, self.data, self.scenario = fabric, config, data, scenario
         self._test_cache = FrozenCache()
+        self._test_weights = torch.ones(len(data.test), dtype=torch.float64)
+        for task in scenario.tasks:
+            if task.test_weights is not None:
+                self._test_weights[task.test] = task.test_weights
 
     @torch.no_grad()
     def evaluate(
@@ -192,12 +196,13 @@ class Evaluator:
         hits = [{column: zeros.clone() for column in columns} for _ in range(3)]
         correct, correct_within, correct_task = hits
         bins = {readout.name: torch.zeros(NUM_BINS, 3, dtype=torch.float64) for readout in readouts}
-        counts = torch.zeros(t + 1, dtype=torch.float64)
+        counts = torch.zeros(t + 1, dtype=torch.float64)  # of weights
         found: list[predictions.PredictedBatch] = []
         for task, batch in self._test_batches(method, tasks, progress):
             if not len(batch.indices):
                 continue
-            counts[task.index] += len(batch.indices)
+            weights = self._test_weights[batch.indices]
+            counts[task.index] += weights.sum()
             images, own_classes = batch.to(self.fabric.device).images, torch.tensor(task.classes)
             frozen = self.frozen(method, images, batch.indices)
             given_task = task if self.config.setting == "til" else None
@@ -214,9 +219,9 @@ class Evaluator:
                 predicted = logits.argmax(1).cpu()
                 within = by_name[column].logits(by_name[column].select_features(given)) if routed else logits
                 within_task = mask_logits(within, task.classes).argmax(1).cpu()
-                correct[column][task.index] += (predicted == batch.labels).sum()
-                correct_within[column][task.index] += (within_task == batch.labels).sum()
-                correct_task[column][task.index] += torch.isin(predicted, own_classes).sum()
+                correct[column][task.index] += weights[predicted == batch.labels].sum()
+                correct_within[column][task.index] += weights[within_task == batch.labels].sum()
+                correct_task[column][task.index] += weights[torch.isin(predicted, own_classes)].sum()
                 if column in bins:
                     probabilities = by_name[column].probabilities(logits).cpu()
                     bins[column] += calibration_bins(probabilities, batch.labels)

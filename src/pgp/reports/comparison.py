@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from pgp.evaluation import metrics
 from pgp.evaluation.accuracy import LEGACY
@@ -19,12 +22,15 @@ STATISTICS = {name: tables.STATISTICS[name] for name in ("average_accuracy", "fo
 HEAD = ("run", "readout", "seeds", *STATISTICS.values())
 NOTE = (
     "In percent, mean ± standard deviation over seeds. Rows that begin with `minus` are differences to a baseline with"
-    " the same seed, mean ± standard error of that mean.\n"
+    " the same seed, mean ± standard error of that mean."
+)
+CHANCE_NOTE = (
+    "A difference below 4.3, 2.8 or 2.3 standard errors, with 3, 5 or 10 seeds, can be chance (Student's t, 95 %)."
 )
 FEW = 3
 """Maximum number of entries for which panels are small, and have the values of each entry beside its name."""
 MARKS = "sD^vP*Xh"
-"""Markers of baselines in the figure, in order."""
+"""Markers of baselines in the figure, by kind."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +41,11 @@ class Entry:
     runs: Mapping[int, Run]
     baselines: Mapping[str, Entry] = field(default_factory=dict)
     """Entries that this one is compared with, by name; empty for an entry that is only a baseline."""
+
+    @functools.cached_property
+    def matrices(self) -> dict[int, dict[str, Tensor]]:
+        """Accuracy matrices of each run by readout, by seed."""
+        return {seed: run.matrices() for seed, run in self.runs.items()}
 
 
 class PairedDifference(NamedTuple):
@@ -81,12 +92,14 @@ def table(members: Sequence[Entry]) -> list[tuple[str, ...]]:
 
 def markdown(members: Sequence[Entry]) -> str:
     """Return the table as Markdown, with a note on how to read it."""
-    return f"{tables.markdown_table(HEAD, table(members))}\n{NOTE}"
+    versions = tables.version_note([run for member in members for run in member.runs.values()])
+    notes = filter(None, [f"{NOTE} {CHANCE_NOTE}", versions])
+    return "\n".join([tables.markdown_table(HEAD, table(members)), *(f"{note}\n" for note in notes)])
 
 
 def columns(member: Entry) -> list[str]:
     """Return the readouts of an entry's runs, the headline first."""
-    return list(next(iter(member.runs.values())).matrices()) if member.runs else []
+    return list(next(iter(member.matrices.values()))) if member.runs else []
 
 
 class Difference(NamedTuple):
@@ -122,7 +135,7 @@ def differences(member: Entry, column: str) -> list[Difference]:
 
 def _rows(member: Entry, column: str) -> Iterator[tuple[str, ...]]:
     line = _result_row(member, column)
-    yield member.label, column, str(len(line.matrices)), *_cells(line)
+    yield member.label, column, str(len(line.matrices)), *tables.format_row(line, STATISTICS)
     for one in differences(member, column):
         cells = [signed(difference) if difference else "" for difference in one.values.values()]
         readouts = column if one.other == column else f"{column}, {one.other}"
@@ -140,30 +153,20 @@ def _comparable_column(baseline: Entry, column: str) -> str | None:
 
 
 def _result_row(member: Entry, column: str) -> ResultRow:
-    matrices = [run.matrices()[column] for _, run in sorted(member.runs.items())]
+    matrices = [of_run[column] for _, of_run in sorted(member.matrices.items())]
     return ResultRow(member.label, column, matrices, [], [])
-
-
-def _is_single_task(line: ResultRow) -> bool:
-    """Return whether everything was learned as a single task, so that nothing could be forgotten."""
-    return all(len(matrix) == 1 for matrix in line.matrices)
 
 
 def _has_forgetting(line: ResultRow) -> bool:
     """Return whether forgetting was measured in several tasks."""
-    return not _is_single_task(line) and math.isfinite(line.spread("forgetting")[0])
+    return not line.is_single_task and math.isfinite(line.spread("forgetting")[0])
 
 
 def _values(member: Entry, column: str, figure: str) -> dict[int, float]:
     """Return a metric of `pgp.evaluation.metrics` by seed; empty for the forgetting of a single task."""
-    if figure == "forgetting" and _is_single_task(_result_row(member, column)):
+    if figure == "forgetting" and _result_row(member, column).is_single_task:
         return {}
-    return {seed: getattr(metrics, figure)(run.matrices()[column]) for seed, run in member.runs.items()}
-
-
-def _cells(line: ResultRow) -> list[str]:
-    accuracy, forgotten = tables.format_row(line, STATISTICS)
-    return [accuracy, "" if _is_single_task(line) else forgotten]
+    return {seed: getattr(metrics, figure)(of_run[column]) for seed, of_run in member.matrices.items()}
 
 
 def signed(difference: PairedDifference) -> str:
@@ -176,8 +179,8 @@ def signed(difference: PairedDifference) -> str:
 def draw_comparison(members: Sequence[Entry], path: Path) -> None:
     """Draw accuracy against forgetting as a PNG, with a panel for each readout.
 
-    Entries are drawn with their standard deviation over seeds, baselines in black. An entry to the right of and below
-    the frontier of baselines is worse than a baseline.
+    Entries are drawn with their standard deviation over seeds, baselines with open markers. An entry to the right of
+    and below the frontier of baselines is worse than a baseline.
     """
     members = [member for member in members if member.runs]
     used_as_baseline = {baseline for member in members for baseline in member.baselines.values()}
@@ -185,7 +188,7 @@ def draw_comparison(members: Sequence[Entry], path: Path) -> None:
     baselines = [member for member in members if member not in points]
     readouts = list(dict.fromkeys(column for member in points for column in columns(member)))
     looks = {member: style.look(number)._replace(dash="") for number, member in enumerate(points)}
-    looks |= {member: Look(style.INK, "", MARKS[i % len(MARKS)], is_open=True) for i, member in enumerate(baselines)}
+    looks |= _baseline_looks(points, looks)
     for member in looks:
         if not _has_forgetting(_result_row(member, columns(member)[0])):
             looks[member] = Look(looks[member].colour, ":", "")
@@ -207,16 +210,30 @@ def draw_comparison(members: Sequence[Entry], path: Path) -> None:
     style.save_figure(figure, path)
 
 
+def _baseline_looks(points: Sequence[Entry], looks: Mapping[Entry, Look]) -> dict[Entry, Look]:
+    """Return an open marker for each baseline, by its kind, in the colour of its point; black if points share it."""
+    kinds = list(dict.fromkeys(kind for point in points for kind in point.baselines))
+    found: dict[Entry, Look] = {}
+    for point in points:
+        for kind, baseline in point.baselines.items():
+            is_shared = baseline in found or len(points) == 1
+            colour = style.INK if is_shared else looks[point].colour
+            found[baseline] = Look(colour, "", MARKS[kinds.index(kind) % len(MARKS)], is_open=True)
+    return {baseline: own for baseline, own in found.items() if baseline.runs and baseline not in points}
+
+
 def _explanation(members: Sequence[Entry], baselines: Sequence[Entry]) -> str:
     """Describe what markers and lines mean."""
     words = []
     if baselines:
-        words.append("Black, open: baselines. Grey steps: their frontier; below and to the right of it, a baseline is"
-                     " better.")  # fmt: skip
+        words.append(
+            "Open: baselines, black if points share them. Grey steps: their frontier; below and to the right of it, a"
+            " baseline is better."
+        )
     rows = [_result_row(member, column) for member in members for column in columns(member)]
-    if any(map(_is_single_task, rows)):
+    if any(line.is_single_task for line in rows):
         words.append("Dotted: learned as one task, which cannot be forgotten.")
-    if not all(_has_forgetting(line) or _is_single_task(line) for line in rows):
+    if not all(_has_forgetting(line) or line.is_single_task for line in rows):
         words.append("Dotted: forgetting was not measured.")
     if max(len(member.runs) for member in members) > 1:
         words.append("Means over seeds; error bars: ± 1 standard deviation.")
@@ -226,7 +243,7 @@ def _explanation(members: Sequence[Entry], baselines: Sequence[Entry]) -> str:
 def _draw_panel(
     axes: Any, column: str, looks: Mapping[Entry, Look], baselines: Sequence[Entry], *, named: bool
 ) -> None:
-    """Draw one readout: points in colour, baselines in black, and their frontier."""
+    """Draw one readout: points, baselines with open markers, and the frontier of these."""
     names = style.short_names([member.label for member in looks])
     baseline_points, levels = [], []
     for (member, own), name in zip(looks.items(), names, strict=True):

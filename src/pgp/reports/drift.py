@@ -65,7 +65,7 @@ def drift_histories(runs: Sequence[Run]) -> list[DriftHistory]:
     for label, members in group_runs(runs):
         events = [_events(run) for run in members]
         history = DriftHistory(label, [of_run for of_run in events if of_run])
-        if any(_curve(history, heading) for heading in PANELS):  # without test images, nothing is measured
+        if any(percent_curve(history, heading) for heading in PANELS):  # without test images, nothing is measured
             out.append(history)
     return out
 
@@ -107,7 +107,7 @@ def _headline(figure: str) -> Callable[[Event], float | None]:
     """Return a function for a statistic of the first readout, averaged over tasks if it has a value for each."""
 
     def of(event: Event) -> float | None:
-        value: Any = next(iter(event[figure].values()))
+        value: Any = next(iter(event.get(figure, {}).values()), None)  # not logged where it means nothing
         return complete_mean(value) if isinstance(value, list) else value
 
     return of
@@ -141,6 +141,9 @@ PANELS = {
     "task identified": ("images with correctly predicted task", "images (%)"),
 }
 """Title and axis of each statistic that is drawn over tasks, by heading."""
+
+OF_SEVERAL = ("forgetting", "forgetting, task known", "task identified")
+"""Statistics that mean nothing for a single task."""
 
 SUMMARIES = {
     "energy held": ("old inputs in the protected subspace", "energy (%)"),
@@ -179,7 +182,7 @@ def draw_drift(table: Sequence[DriftHistory], path: Path) -> None:
     """
     looks = [style.look(number) for number in range(len(table))]
     labels = [history.label for history in table]
-    headings = [heading for heading in PANELS if any(_curve(history, heading) for history in table)]
+    headings = [heading for heading in PANELS if any(percent_curve(history, heading) for history in table)]
     keys = [key for key in PARAMETERS if any(by_parameter(history, key) for history in table)]
     spaces = list(dict.fromkeys(space for history in table for key in keys for space in by_parameter(history, key)))
     few = max(history.end for history in table) < FEW
@@ -223,14 +226,14 @@ def _explanation(table: Sequence[DriftHistory], few: bool) -> str:
     return " ".join(words)
 
 
-def _curve(history: DriftHistory, heading: str) -> dict[int, float]:
-    """Return a statistic in percent by number of tasks learned. A single task cannot be forgotten."""
+def percent_curve(history: DriftHistory, heading: str) -> dict[int, float]:
+    """Return a statistic of `STATISTICS` in percent by number of tasks learned; without those that need two tasks."""
     curve = history.curve(STATISTICS[heading])
-    return {task: 100 * value for task, value in curve.items() if task > 1 or not heading.startswith("forgetting")}
+    return {task: 100 * value for task, value in curve.items() if task > 1 or heading not in OF_SEVERAL}
 
 
 def _deviations(history: DriftHistory, heading: str) -> dict[int, float]:
-    curve, deviations = _curve(history, heading), history.deviations(STATISTICS[heading])
+    curve, deviations = percent_curve(history, heading), history.deviations(STATISTICS[heading])
     return {task: 100 * deviation for task, deviation in deviations.items() if task in curve}
 
 
@@ -246,7 +249,7 @@ def _draw_summary(axes: Any, table: Sequence[DriftHistory], looks: Sequence[Look
     """Draw every statistic after the last task as a bar."""
     series = []
     for history, own in zip(table, looks, strict=True):
-        values = [_curve(history, heading).get(history.end + 1) for heading in headings]
+        values = [percent_curve(history, heading).get(history.end + 1) for heading in headings]
         deviations = [_deviations(history, heading).get(history.end + 1) for heading in headings]
         series.append(Bars(values, deviations, own))
     style.draw_bars(
@@ -272,7 +275,7 @@ def _draw_curves(
     for axes, heading in zip(grid.flat, headings, strict=False):
         title, unit = PANELS[heading]
         for number, (history, own) in enumerate(zip(table, looks, strict=True)):
-            curve = _curve(history, heading)
+            curve = percent_curve(history, heading)
             style.draw_curve(axes, curve, _deviations(history, heading), own)
             if names and curve:
                 x = max(curve)

@@ -19,7 +19,7 @@ from pgp.analysis.confusion import Pair, top_pairs
 from pgp.evaluation import predictions as per_image
 from pgp.evaluation.accuracy import LEGACY
 from pgp.evaluation.predictions import TOP, Predictions
-from pgp.reports import drift, tables
+from pgp.reports import drift, svg, tables
 from pgp.reports.comparison import Entry
 from pgp.reports.drift import DriftHistory, complete_mean, mean_of
 from pgp.reports.tables import ResultRow
@@ -75,8 +75,8 @@ class Pool(NamedTuple):
         counts = [per_image.class_confusion(one.predictions, column, len(one.data.class_names)) for one in self.members]
         return torch.stack(counts).sum(0)
 
-    def task_confusion(self, column: str) -> Tensor | None:
-        """Return the fraction of each task's images that are predicted as a class of each task, `(t, t)`.
+    def task_confusion(self, column: str, learned: int) -> Tensor | None:
+        """Return the fraction of each learned task's images that are predicted as a class of each one, `(t, t)`.
 
         It is None if tasks share classes, or there were no test images.
         """
@@ -91,7 +91,6 @@ class Pool(NamedTuple):
                 task_of[list(labels)] = number
             counts.append(per_image.task_confusion(found, column, task_of, len(data.tasks)))
         total = to_float64(torch.stack(counts).sum(0))
-        learned = 1 + int(torch.cat([one.predictions.tasks for one in self.members]).max())
         return (total / total.sum(1, keepdim=True))[:learned, :learned]  # NaN for a task without images
 
 
@@ -170,7 +169,7 @@ class Row:
     @property
     def task_confusion(self) -> Tensor | None:
         """See `Pool.task_confusion`."""
-        return self.pool.task_confusion(self.line.column) if self.is_recorded else None
+        return self.pool.task_confusion(self.line.column, len(self.matrix)) if self.is_recorded else None
 
     @functools.cached_property
     def pairs(self) -> list[Pair]:
@@ -194,12 +193,17 @@ class Row:
         if forgotten < LITTLE:
             return "Little is forgotten of what was learned."
         if within is None:
-            return "The log does not say what it is forgotten by."
+            return (
+                "What it is forgotten by is not known: that needs tasks with classes of their own, which are not given."
+            )
         if within <= (1 - MOST) * forgotten:
             return Markup("Mostly by competition between tasks. ") + self._advice
         if within >= MOST * forgotten:
-            return "Mostly because features changed. A stronger projection can help."
-        return "Partly because features changed, partly by competition between tasks."
+            return (
+                "Mostly because features, or the classifier of old classes, changed. If it was features, a stronger"
+                " projection can help."
+            )
+        return "Partly because features or the classifier of old classes changed, partly by competition between tasks."
 
     @property
     def _advice(self) -> Markup:
@@ -329,7 +333,7 @@ def read_groups(runs: Sequence[Run]) -> list[Group]:
         columns = len(members[0].matrices())
         for letter, line in zip(_letters(columns), itertools.islice(left, columns), strict=True):
             key = (f"{number + 1}" if several else "") + (letter if columns > 1 else "")
-            color, dash = (number, len(rows)) if several else (len(rows), 0)
+            color, dash = (number, len(rows)) if several else (len(rows), len(rows) // svg.COLORS)
             finals = [log[-1] for log in logs if log]
             rows.append(Row(key, tables.row_name(line, lines), color, dash, line, pool, finals))
         histories = drift.drift_histories(members)
@@ -360,8 +364,7 @@ def _machine(run: Run) -> str:
         return ""
 
 
-def _finite(value: float | Tensor) -> float | None:
-    value = float(value.mean()) if isinstance(value, Tensor) else value
+def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 

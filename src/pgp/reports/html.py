@@ -91,6 +91,8 @@ def render(runs: Sequence[Run]) -> str:
         statistics=tables.statistics([row.line for row in rows], without=[CHANCE]),
         format_row=tables.format_row,
         differences=_differences(groups[0], comparable),
+        chance_note=comparison.CHANCE_NOTE,
+        version_note=tables.version_note(runs),
         others=[group for group in groups[1:] if group not in comparable],
         settings=_settings(groups),
         accuracy=_accuracy_chart(rows),
@@ -227,9 +229,8 @@ def _task_curves(row: Row) -> Markup:
         else:
             series.append(Series("", f"task {j + 1}", points, row.color, thin=True))
     return svg.line_chart(
-        f"accuracy on each task, {row.name}", series, "tasks learned", "accuracy on a task, %", y_max=100,
-        x_range=None if last > 1 else (0, 2),
-    )  # fmt: skip
+        f"accuracy on each task, {row.name}", series, "tasks learned", "accuracy on a task, %", y_max=100
+    )
 
 
 def _matrix_map(row: Row) -> Markup:
@@ -265,7 +266,7 @@ def _calibration_charts(rows: Sequence[Row]) -> list[tuple[Row, float, float, Ma
             continue
         images, confidence, accuracy = row.line.reliability().T.tolist()
         points = [(100 * x, 100 * y) for x, y in zip(confidence, accuracy, strict=True)]
-        series = Series("", row.name, points, row.color, weights=[count / sum(images) for count in images])
+        series = Series("", row.name, points, row.color, weights=[count / max(images) for count in images])
         chart = svg.line_chart(
             f"accuracy by confidence, {row.name}", [series], "confidence, %", "accuracy, %",
             y_max=100, x_range=(0, 100), diagonal=True,
@@ -279,10 +280,10 @@ def _drift_figures(groups: Sequence[Group]) -> list[Figure]:
     figures = []
     measured = [(group, group.history) for group in groups if group.history]
     titles = drift.PANELS | drift.SUMMARIES
-    for heading, statistic in drift.STATISTICS.items():
+    for heading in drift.STATISTICS:
         series = []
         for group, history in measured:
-            points = [(t, 100 * value) for t, value in history.curve(statistic).items()]
+            points = list(drift.percent_curve(history, heading).items())
             if points:
                 series.append(Series(group.key, group.label, points, group.color))
         if series:

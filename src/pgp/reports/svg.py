@@ -58,7 +58,7 @@ def line_chart(
     x_range: tuple[float, float] | None = None,
     diagonal: bool = False,
 ) -> Markup:
-    """Return a chart of curves, each with its label at its end.
+    """Return a chart of curves, each with its label at its end, if there is room for all.
 
     Args:
         title: What the chart shows, for readers who cannot see it.
@@ -178,7 +178,7 @@ def _curve(one: Series, place: Callable[[float, float], tuple[float, float]]) ->
         dash = DASHES[one.dash % len(DASHES)]
         parts.append(Markup('<path class="curve" d="{}" stroke-dasharray="{}"/>').format(_path(points), dash or "none"))
     if one.weights or (len(points) <= DOTTED and not one.thin):
-        radii = [2 + 8 * math.sqrt(weight) for weight in one.weights] or [3.0] * len(points)
+        radii = [max(1.0, 10 * math.sqrt(weight)) for weight in one.weights] or [3.0] * len(points)
         for (x, y), (raw_x, raw_y), radius in zip(points, one.points, radii, strict=True):
             tooltip = printable(f"{one.name}: {raw_y:.1f} at {raw_x:.4g}")
             parts.append(
@@ -192,7 +192,9 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def _end_labels(ends: Sequence[tuple[Series, float, float]]) -> list[Markup]:
-    """Return the labels at the ends of curves, moved apart where they would overlap."""
+    """Return the labels at the ends of curves, moved apart where they would overlap; none if there is no room."""
+    if len(ends) * GAP > HEIGHT - TOP - BOTTOM:
+        return []
     ordered = sorted(ends, key=lambda end: end[2])
     heights = [y for _, _, y in ordered]
     for i in range(1, len(heights)):

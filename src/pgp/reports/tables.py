@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -48,10 +47,16 @@ class ResultRow(NamedTuple):
         measured = {ONLINE: self.online, SAMPLING: self.sampling_errors, CALIBRATION: bins, CHANCE: bins}
         return bool(measured.get(figure, True))
 
+    @property
+    def is_single_task(self) -> bool:
+        """Whether everything was learned as a single task, so that nothing could be forgotten."""
+        return all(len(matrix) == 1 for matrix in self.matrices)
+
     def spread(self, figure: str) -> tuple[float, float | None]:
         """Return mean and standard deviation over runs of a metric in `statistics`, in [0, 1].
 
-        The deviation is None for a single run. Without a measurement in each run, the mean is NaN.
+        The deviation is None for a single run. The mean of an accuracy is NaN unless each run measured it; that of a
+        calibration error, or of the accuracy of a stream, is over the runs that logged one.
         """
         if figure == ONLINE:
             values = [stream[max(stream)] for stream in self.online]
@@ -90,6 +95,8 @@ STATISTICS = {
     "average_incremental_accuracy": "average incremental accuracy",
 }
 """Metrics in a table: functions of `pgp.evaluation.metrics` and their headings."""
+OF_SEVERAL = ("forgetting", "backward_transfer")
+"""Metrics that mean nothing for a single task."""
 
 
 ONLINE, CALIBRATION, CHANCE, SAMPLING = "stream", "calibration", "chance", "sampling"
@@ -127,10 +134,13 @@ def group_runs(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
         label or own[0].config.name
         for label, own in zip(_labels(_shorten_paths(list(trees.values()))), members.values(), strict=True)
     ]
-    return [  # groups of the same settings, whose data have changed in their place, are told apart by a folder
-        (f"{label}, {own[0].folder.name}" if labels.count(label) > 1 else label, own)
-        for label, own in zip(labels, members.values(), strict=True)
-    ]
+    for label in set(labels):  # groups of the same settings, whose data have changed in their place
+        alike = [i for i, own in enumerate(labels) if own == label]
+        if len(alike) > 1:
+            folders = [list(members.values())[i][0].folder.resolve() for i in alike]
+            for i, folder in zip(alike, _relative(folders), strict=True):
+                labels[i] = f"{label}, {folder}"
+    return list(zip(labels, members.values(), strict=True))
 
 
 def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
@@ -182,7 +192,7 @@ def format_row(line: ResultRow, shown: Mapping[str, str] = STATISTICS) -> list[s
     """Return the metrics of a row in percent; an empty cell for a metric that it does not have."""
     out = []
     for figure in shown:
-        if not line.has(figure):
+        if not line.has(figure) or (figure in OF_SEVERAL and line.is_single_task):
             out.append("")
             continue
         mean, deviation = line.spread(figure)
@@ -191,6 +201,16 @@ def format_row(line: ResultRow, shown: Mapping[str, str] = STATISTICS) -> list[s
             continue
         out.append(f"{100 * mean:.2f}" + ("" if deviation is None else f" ± {100 * deviation:.2f}"))
     return out
+
+
+def version_note(runs: Sequence[Run]) -> str:
+    """Return a sentence about versions in which runs differ, and with which results may; "" if there are none."""
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        for what, version in run.versions().items():
+            found.setdefault(what, set()).add(version)
+    differing = [f"{what} {', '.join(sorted(versions))}" for what, versions in found.items() if len(versions) > 1]
+    return f"Trained with different versions, which can change results: {'; '.join(differing)}." if differing else ""
 
 
 def row_name(line: ResultRow, table: Sequence[ResultRow]) -> str:
@@ -248,18 +268,26 @@ def _shorten_paths(trees: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for key in filter(PATH_SETTING.fullmatch, dict.fromkeys(key for tree in trees for key in tree)):
         with_path = [tree for tree in out if tree.get(key)]
         if len({tree[key] for tree in with_path}) > 1:
-            with contextlib.suppress(ValueError):  # paths on two drives have nothing in common
-                shared = os.path.commonpath([Path(tree[key]).parent for tree in with_path])
-                for tree in with_path:
-                    tree[key] = str(Path(tree[key]).relative_to(shared))
+            for tree, short in zip(with_path, _relative([Path(tree[key]) for tree in with_path]), strict=True):
+                tree[key] = short
     return out
+
+
+def _relative(paths: Sequence[Path]) -> list[str]:
+    """Return paths relative to the folder that contains them all, or as they are if there is none."""
+    try:
+        shared = os.path.commonpath([path.parent for path in paths])
+    except ValueError:  # paths on two drives have nothing in common
+        return list(map(str, paths))
+    return [str(path.relative_to(shared)) for path in paths]
 
 
 def _labels(trees: Sequence[dict[str, Any]]) -> list[str]:
     """Return a short label for each tree of what distinguishes it: components first, then settings."""
     keys = dict.fromkeys(key for tree in trees for key in tree)
     varying = [key for key in keys if len({repr(tree.get(key)) for tree in trees}) > 1]
-    telling = [key for key in varying if not key.startswith("readouts.")] or varying  # readouts have their columns
+    silent = ("readouts.", "tasks") if "joint" in varying else ("readouts.",)  # columns tell; joint means no tasks
+    telling = [key for key in varying if not key.startswith(silent)] or varying
     chosen = [key for key in telling if key.endswith(".tag")] or telling
     words = [", ".join(filter(None, (_words(key, tree[key]) for key in chosen if key in tree))) for tree in trees]
     for word in set(words):

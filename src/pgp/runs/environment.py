@@ -54,10 +54,16 @@ def _processor() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    """Return the commit of pgp; None if this is no clone, such as an installation in a repository of the user."""
+    here = Path(__file__)
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).parent
-        return subprocess.run(
-            command, cwd=here, capture_output=True, encoding="utf-8", check=True, timeout=10
-        ).stdout.strip()
+        _git(here.parent, "ls-files", "--error-unmatch", here.name)  # fails unless the repository has this file
+        return _git(here.parent, "describe", "--always", "--dirty", "--abbrev=12")
     return None
+
+
+def _git(folder: Path, *words: str) -> str:
+    """Return what a git command prints in `folder`."""
+    return subprocess.run(
+        ["git", *words], cwd=folder, capture_output=True, encoding="utf-8", check=True, timeout=10
+    ).stdout.strip()

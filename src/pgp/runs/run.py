@@ -492,6 +492,22 @@ class Run:
         copy.write_matrices(state["matrices"])
         return copy
 
+    def versions(self) -> dict[str, str]:
+        """Return the versions that the run was started with: of pgp, its commit and torch, as far as they are recorded.
+
+        Raises:
+            RunError: If the file holds anything else.
+        """
+        path = self.folder / ENVIRONMENT
+        if not storage.exists(path):
+            return {}
+        with reading(path):
+            tree = storage.read_json(path)
+            known = tree.get("versions", {})
+            own = known.get("prompt-gradient-projection")
+            found = {"pgp": own, "commit": tree.get("commit"), "torch": known.get("torch")}
+            return {what: str(version) for what, version in found.items() if version}
+
     def _finished(self) -> CheckpointName | None:
         last = self.checkpoints.latest()
         return last.finished if last else None

@@ -27,6 +27,7 @@ from pgp.runs.run import Run
 from pgp.system import locks, platforms, storage
 from pgp.system.outputs import make_output, make_unique_folder
 from pgp.system.storage import RunError
+from pgp.training.tasks import fingerprint
 
 FILE, TABLE, FIGURE = "sweep.json", "sweep.md", "sweep.png"
 FORMAT = 1
@@ -97,8 +98,22 @@ class Sweep:
             jobs = [self._job(self.entries[name], seed) for seed in seeds for name in (names if baselines else points)]
             for job in jobs:
                 check(job)
+            self._check_data(jobs)
             self._write()
         return jobs
+
+    def _check_data(self, jobs: Sequence[Job]) -> None:
+        """Raise if the data of a job that is left have changed since another run of this sweep was trained."""
+        every = [self._job(entry, seed) for entry in self.entries.values() for seed in self.seeds]
+        finished = [job for job in every if finished_result(job)]
+        left = [job for job in jobs if job not in finished]
+        for dataset in {repr(job.config.dataset): job.config.dataset for job in left}.values():
+            trained = [Run(job.folder) for job in finished if job.config.dataset == dataset]
+            now = dataset.read() if trained else None
+            for run in trained:
+                if now and run.data.fingerprints[0] != fingerprint(now.train, now.test):
+                    raise RunError(f"the data in {dataset.place} have changed since {run.folder} was trained, and runs"
+                                   " on other data cannot be compared: name another --output")  # fmt: skip
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

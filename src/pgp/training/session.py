@@ -321,11 +321,14 @@ class Session:
             "readouts": readouts,
             "average_accuracy": {column: metrics.average_accuracy(matrix) for column, matrix in accuracy.items()},
             "forgetting": {column: metrics.forgetting(matrix) for column, matrix in accuracy.items()},
-            "forgetting_within": {column: metrics.forgetting(matrix) for column, matrix in within.items()},
-            "within": {column: values.tolist() for column, values in row.within_task.items()},
             "calibration": {column: calibration_to_json(bins) for column, bins in row.calibration.items()},
-            "identified": {column: values.tolist() for column, values in row.task_id_accuracy.items()},
         }
+        if self.config.setting != "til" and not self.scenario.shares_classes:  # else, classes do not tell tasks apart
+            record |= {
+                "forgetting_within": {column: metrics.forgetting(matrix) for column, matrix in within.items()},
+                "within": {column: values.tolist() for column, values in row.within_task.items()},
+                "identified": {column: values.tolist() for column, values in row.task_id_accuracy.items()},
+            }
         if drift is not None:
             record["drift"] = drift
         if state.online:

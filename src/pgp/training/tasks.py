@@ -30,7 +30,7 @@ from pgp.scenario import (
     Scenario,
     Task,
     class_order,
-    sample_evenly,
+    sample_in_proportion,
     split_by_class,
     split_by_domain,
     split_by_group,
@@ -63,16 +63,22 @@ def build_tasks(
     data = _build(config.dataset, known[0] if known else None, downloads=downloads)
     if len(data.train):
         scenario = build_scenario(config, data)
-        scenario = scenario.joint() if config.joint else scenario
     else:
         scenario = _learned_tasks(known[0], data.test)
+    _sample_test_images(scenario.tasks, data, config)
+    scenario = scenario.joint() if config.joint else scenario
     for number, more in enumerate(config.added, start=1):
         recorded = known[number] if number < len(known) else None
         data, scenario = _append_dataset(data, scenario, more, recorded, config, downloads=downloads)
-    if config.test_images is not None:
-        for task in scenario.tasks:
-            task.test = sample_evenly(task.test, data.test.labels, config.test_images, config.seed)
+        _sample_test_images(scenario.tasks[-1:], data, config)
     return data, scenario
+
+
+def _sample_test_images(tasks: Sequence[Task], data: Dataset, config: Config) -> None:
+    """Reduce the test images of tasks to a sample of each, if `config` asks for it."""
+    if config.test_images is not None:
+        for task in tasks:
+            task.test = sample_in_proportion(task.test, data.test.labels, config.test_images, config.seed)
 
 
 def _build(dataset: DatasetConfig, recorded: DataDescription | None, *, downloads: bool) -> Dataset:
@@ -89,7 +95,7 @@ def _build(dataset: DatasetConfig, recorded: DataDescription | None, *, download
     where = dataset.place
     try:
         data = dataset.read()
-        if _digests(data.train, data.test) == recorded.fingerprints[0]:
+        if fingerprint(data.train, data.test) == recorded.fingerprints[0]:
             return data
         reason = "they are other images than those that were learned"
     except (OSError, ValueError) as error:
@@ -98,7 +104,7 @@ def _build(dataset: DatasetConfig, recorded: DataDescription | None, *, download
         test = dataset.read_test(recorded.class_names)
     except (OSError, ValueError):
         test = None
-    if test is not None and recorded.fingerprints[0].endswith(_digests(test)):
+    if test is not None and recorded.fingerprints[0].endswith(fingerprint(test)):
         return Dataset(empty, test, recorded.class_names)
     warnings.warn(f"the old images in {where} are not evaluated: {reason}", stacklevel=2)
     return Dataset(empty, empty, recorded.class_names)
@@ -287,7 +293,7 @@ def describe_data(data: Dataset, scenario: Scenario, learned: DataDescription | 
         tuple(task.name for task in scenario.tasks),
         tuple(len(task.train) for task in scenario.tasks),
         tuple(len(task.test) for task in scenario.tasks),
-        tuple(_digests(*both) for both in sources),
+        tuple(fingerprint(*both) for both in sources),
     )
     if learned is None:
         return description
@@ -325,7 +331,7 @@ def training_batches(config: Config, task: Task, world_size: int) -> list[list[S
     return plan
 
 
-def _digests(*splits: Split) -> str:
+def fingerprint(*splits: Split) -> str:
     """Return the digests of labels, domains and file names of each split, one after the other."""
     digests = []
     for split in splits:

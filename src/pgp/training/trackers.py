@@ -241,7 +241,7 @@ def scalars(event: Event) -> dict[str, float]:
         found |= {f"calibration_error/{column}": bins["error"] for column, bins in event["calibration"].items()}
         found |= {f"rank/{space}": value for space, value in event["ranks"].items()}
         found |= {f"seconds/{part}": value for part, value in event["seconds"].items()}
-        moved = event.get("drift", {}).get("features", [])
+        moved = [change for change in event.get("drift", {}).get("features", []) if change is not None]
         found |= {"drift/features": sum(moved) / len(moved)} if moved else {}
     else:
         found = {}
