@@ -70,8 +70,9 @@ class Scenario:
         classes = self.seen_classes(len(self) - 1)
         train = torch.cat([task.train for task in self.tasks])
         test = torch.cat([task.test for task in self.tasks])
-        weights = torch.cat([torch.full((len(task.test),), 1 / max(1, len(task.test))) for task in self.tasks])
-        return Scenario((Task(0, classes, train, test, test_weights=weights.double()),))
+        sizes = torch.tensor([len(task.test) for task in self.tasks])
+        weights = torch.repeat_interleave(1 / sizes.to(torch.float64), sizes)
+        return Scenario((Task(0, classes, train, test, test_weights=weights),))
 
     @property
     def shares_classes(self) -> bool:
