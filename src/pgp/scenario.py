@@ -71,7 +71,7 @@ class Scenario:
         train = torch.cat([task.train for task in self.tasks])
         test = torch.cat([task.test for task in self.tasks])
         sizes = torch.tensor([len(task.test) for task in self.tasks])
-        weights = torch.repeat_interleave(1 / sizes.to(torch.float64), sizes)
+        weights = torch.repeat_interleave(torch.ones(len(self), dtype=torch.float64) / sizes, sizes)
         return Scenario((Task(0, classes, train, test, test_weights=weights),))
 
     @property
