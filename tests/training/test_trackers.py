@@ -45,6 +45,13 @@ def test_tensorboard_shows_the_log(tmp_path):
     same(drawn(tmp_path / "run"), wanted)
 
 
+def test_drift_that_was_not_measured_is_left_out():
+    task = {"event": "task", "task": 2, "ranks": {}, "seconds": {}, "calibration": {}}
+    task |= {"average_accuracy": {}, "forgetting": {}}
+    assert trackers.scalars({**task, "drift": {"features": [None, 0.25]}})["drift/features"] == 0.25
+    assert "drift/features" not in trackers.scalars({**task, "drift": {"features": [None, None]}})
+
+
 def test_a_resumed_run_continues_where_it_was(tmp_path, monkeypatch):
     """Steps that are trained again are drawn once."""
     folder, steps = tmp_path / "run", []

@@ -211,7 +211,10 @@ def draw_comparison(members: Sequence[Entry], path: Path) -> None:
 
 
 def _baseline_looks(points: Sequence[Entry], looks: Mapping[Entry, Look]) -> dict[Entry, Look]:
-    """Return an open marker for each baseline, by its kind, in the colour of its point; black if points share it."""
+    """Return an open marker for each baseline, by its kind, in the colour of its point.
+
+    It is black if points share the baseline, or there is only one.
+    """
     kinds = list(dict.fromkeys(kind for point in points for kind in point.baselines))
     found: dict[Entry, Look] = {}
     for point in points:
@@ -227,8 +230,8 @@ def _explanation(members: Sequence[Entry], baselines: Sequence[Entry]) -> str:
     words = []
     if baselines:
         words.append(
-            "Open: baselines, black if points share them. Grey steps: their frontier; below and to the right of it, a"
-            " baseline is better."
+            "Open markers: baselines, in the colour of their point, or black. Grey steps: their frontier; below and"
+            " to the right of it, a baseline is better."
         )
     rows = [_result_row(member, column) for member in members for column in columns(member)]
     if any(line.is_single_task for line in rows):

@@ -107,7 +107,7 @@ def _headline(figure: str) -> Callable[[Event], float | None]:
     """Return a function for a statistic of the first readout, averaged over tasks if it has a value for each."""
 
     def of(event: Event) -> float | None:
-        value: Any = next(iter(event.get(figure, {}).values()), None)  # not logged where it means nothing
+        value: Any = next(iter(event.get(figure, {}).values()), None)  # some are not logged in every setting
         return complete_mean(value) if isinstance(value, list) else value
 
     return of
@@ -142,8 +142,8 @@ PANELS = {
 }
 """Title and axis of each statistic that is drawn over tasks, by heading."""
 
-OF_SEVERAL = ("forgetting", "forgetting, task known", "task identified")
-"""Statistics that mean nothing for a single task."""
+NEED_TWO_TASKS = ("forgetting", "forgetting, task known", "task identified")
+"""Statistics of at least two tasks, left out after the first one."""
 
 SUMMARIES = {
     "energy held": ("old inputs in the protected subspace", "energy (%)"),
@@ -229,7 +229,7 @@ def _explanation(table: Sequence[DriftHistory], few: bool) -> str:
 def percent_curve(history: DriftHistory, heading: str) -> dict[int, float]:
     """Return a statistic of `STATISTICS` in percent by number of tasks learned; without those that need two tasks."""
     curve = history.curve(STATISTICS[heading])
-    return {task: 100 * value for task, value in curve.items() if task > 1 or heading not in OF_SEVERAL}
+    return {task: 100 * value for task, value in curve.items() if task > 1 or heading not in NEED_TWO_TASKS}
 
 
 def _deviations(history: DriftHistory, heading: str) -> dict[int, float]:

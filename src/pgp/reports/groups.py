@@ -193,9 +193,7 @@ class Row:
         if forgotten < LITTLE:
             return "Little is forgotten of what was learned."
         if within is None:
-            return (
-                "What it is forgotten by is not known: that needs tasks with classes of their own, which are not given."
-            )
+            return "The cause is not known: it is measured only if tasks have their own classes and are not given."
         if within <= (1 - MOST) * forgotten:
             return Markup("Mostly by competition between tasks. ") + self._advice
         if within >= MOST * forgotten:

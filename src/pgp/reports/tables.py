@@ -95,8 +95,8 @@ STATISTICS = {
     "average_incremental_accuracy": "average incremental accuracy",
 }
 """Metrics in a table: functions of `pgp.evaluation.metrics` and their headings."""
-OF_SEVERAL = ("forgetting", "backward_transfer")
-"""Metrics that mean nothing for a single task."""
+NEED_TWO_TASKS = ("forgetting", "backward_transfer")
+"""Metrics of at least two tasks, empty for a single one."""
 
 
 ONLINE, CALIBRATION, CHANCE, SAMPLING = "stream", "calibration", "chance", "sampling"
@@ -134,13 +134,14 @@ def group_runs(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
         label or own[0].config.name
         for label, own in zip(_labels(_shorten_paths(list(trees.values()))), members.values(), strict=True)
     ]
+    groups = list(zip(labels, members.values(), strict=True))
     for label in set(labels):  # groups of the same settings, whose data have changed in their place
         alike = [i for i, own in enumerate(labels) if own == label]
         if len(alike) > 1:
-            folders = [list(members.values())[i][0].folder.resolve() for i in alike]
-            for i, folder in zip(alike, _relative(folders), strict=True):
-                labels[i] = f"{label}, {folder}"
-    return list(zip(labels, members.values(), strict=True))
+            folders = _relative([groups[i][1][0].folder.resolve() for i in alike])
+            for i, folder in zip(alike, folders, strict=True):
+                groups[i] = f"{label}, {folder}", groups[i][1]
+    return groups
 
 
 def result_rows(runs: Sequence[Run]) -> list[ResultRow]:
@@ -192,7 +193,7 @@ def format_row(line: ResultRow, shown: Mapping[str, str] = STATISTICS) -> list[s
     """Return the metrics of a row in percent; an empty cell for a metric that it does not have."""
     out = []
     for figure in shown:
-        if not line.has(figure) or (figure in OF_SEVERAL and line.is_single_task):
+        if not line.has(figure) or (figure in NEED_TWO_TASKS and line.is_single_task):
             out.append("")
             continue
         mean, deviation = line.spread(figure)

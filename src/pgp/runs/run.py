@@ -496,7 +496,7 @@ class Run:
         """Return the versions that the run was started with: of pgp, its commit and torch, as far as they are recorded.
 
         Raises:
-            RunError: If the file holds anything else.
+            RunError: If `environment.json` is damaged.
         """
         path = self.folder / ENVIRONMENT
         if not storage.exists(path):

@@ -109,9 +109,12 @@ class Sweep:
         left = [job for job in jobs if job not in finished]
         for dataset in {repr(job.config.dataset): job.config.dataset for job in left}.values():
             trained = [Run(job.folder) for job in finished if job.config.dataset == dataset]
-            now = dataset.read() if trained else None
+            if not trained:
+                continue
+            now = dataset.read()
+            digests = fingerprint(now.train, now.test)
             for run in trained:
-                if now and run.data.fingerprints[0] != fingerprint(now.train, now.test):
+                if run.data.fingerprints[0] != digests:
                     raise RunError(f"the data in {dataset.place} have changed since {run.folder} was trained, and runs"
                                    " on other data cannot be compared: name another --output")  # fmt: skip
 
