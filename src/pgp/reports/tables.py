@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -205,10 +206,18 @@ def format_row(line: ResultRow, shown: Mapping[str, str] = STATISTICS) -> list[s
 
 
 def version_note(runs: Sequence[Run]) -> str:
-    """Return a sentence about versions in which runs differ, and with which results may; "" if there are none."""
+    """Return a sentence about versions in which runs differ, and with which results may; "" if there are none.
+
+    A run whose record of versions is damaged is left out, with a warning.
+    """
     found: dict[str, set[str]] = {}
-    for run in runs:
-        for what, version in run.versions().items():
+    for run in runs if len(runs) > 1 else ():
+        try:
+            versions = run.versions()
+        except RunError as error:
+            warnings.warn(f"{error}. Its versions are not compared with those of the other runs", stacklevel=2)
+            continue
+        for what, version in versions.items():
             found.setdefault(what, set()).add(version)
     differing = [f"{what} {', '.join(sorted(versions))}" for what, versions in found.items() if len(versions) > 1]
     return f"Trained with different versions, which can change results: {'; '.join(differing)}." if differing else ""
