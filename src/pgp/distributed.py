@@ -11,9 +11,14 @@ from torch import Tensor
 T = TypeVar("T")
 
 
-def is_child_process() -> bool:
-    """Return whether this process was started by another process of the same run, with the same command."""
-    return os.environ.get("LOCAL_RANK", "0") != "0"
+def is_child_process(devices: int | None = None) -> bool:
+    """Return whether this process was started by another process of the same run, with the same command.
+
+    Args:
+        devices: Number of devices of the run, if it is known. With one, there are no other processes, even if the
+            environment is that of another distributed program.
+    """
+    return devices != 1 and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def is_distributed() -> bool:

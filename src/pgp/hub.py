@@ -143,8 +143,8 @@ def push(
     run = run if isinstance(run, Run) else Run.open(as_path(run, "a run folder"))
     finished, tasks = run.progress()
     if finished < tasks:
-        raise RunError(f"expected a finished run, got {run.folder} with {finished} of {tasks} tasks: resume it with pgp"
-                       f" train --resume {run.folder}")  # fmt: skip
+        raise RunError(f"expected a finished run, got {run.folder} with {finished} of {tasks} tasks: resume it with"
+                       f" {run.resume_command}")  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="pgp-push-") as scratch:
         copy = _save(run, run.latest_finished(), Path(scratch) / "run", repository, license)
         paths = {path.relative_to(copy.folder).as_posix(): path for path in sorted(copy.folder.rglob("*"))}

@@ -387,7 +387,7 @@ def test_models_that_do_not_fit(change, message):
         (ARCHITECTURE | {"embed_dim": -3}, r"open_clip cannot make .*m\.json at 32 px: "),
         (
             ARCHITECTURE | {"vision_cfg": {**ARCHITECTURE["vision_cfg"], "patch_size": 64}},
-            "at least the patch size 64, got 32",
+            "a multiple of the patch size 64, got 32",
         ),
         (
             ARCHITECTURE | {"vision_cfg": {**ARCHITECTURE["vision_cfg"], "pool_type": "avg"}},

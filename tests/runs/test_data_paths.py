@@ -144,6 +144,8 @@ def test_paths_are_those_of_every_data_set_in_order(tmp_path):
     beside = with_data_paths(replace(known, task_file=tmp_path / "a" / "tasks.json"), ["x"])
     assert beside.task_file == Path("x/tasks.json").absolute()
     assert with_data_paths(replace(known, task_file=tmp_path / "t.json"), ["x"]).task_file == tmp_path / "t.json"
+    table = replace(known, dataset=Manifest(tmp_path / "a" / "table.csv"), class_order=tmp_path / "a" / "order.txt")
+    assert with_data_paths(table, ["x/table.csv"]).class_order == Path("x/order.txt").absolute()
     with pytest.raises(ValueError, match="expected no --data for data that need no files, got x"):
         with_data_paths(replace(known, dataset=Synthetic()), ["x"])
 

@@ -15,7 +15,7 @@ import torch
 
 import tiny
 from checkpoints import CLASSES, contents, made, state
-from pgp import train
+from pgp import distributed, train
 from pgp.cli import main
 from pgp.evaluation import metrics
 from pgp.runs import lock
@@ -23,6 +23,7 @@ from pgp.runs.checkpoint import CheckpointName, Checkpoints
 from pgp.runs.lock import locked
 from pgp.runs.run import Run
 from pgp.system import locks, platforms, storage
+from pgp.system.outputs import MARKER
 from pgp.system.storage import RunError
 from test_train import final, same
 
@@ -40,6 +41,25 @@ def holder(tmp_path):
     other.kill()
     other.wait()
     other.stdout.close()
+
+
+def test_a_run_in_an_empty_folder_is_marked_as_output(tmp_path):
+    folder = tmp_path / "images" / "run"
+    folder.mkdir(parents=True)
+    train.train(tiny.config(tasks=1), folder)
+    assert (folder / MARKER).exists()
+    (folder / MARKER).unlink()  # as before version 2
+    with Run.open(folder).writing():
+        assert (folder / MARKER).exists()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_only_a_run_on_several_devices_has_child_processes(holder, monkeypatch, devices):
+    monkeypatch.setenv("LOCAL_RANK", "1")  # as in a terminal that a distributed program left
+    assert distributed.is_child_process(devices) == (devices == 2)
+    if devices == 1:
+        with pytest.raises(RunError, match="is being written to by process"):
+            train.resume(holder[0].folder)
 
 
 def test_the_second_is_told_who_writes_and_changes_nothing(holder, capsys):

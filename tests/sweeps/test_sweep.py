@@ -492,7 +492,7 @@ def test_versions_that_differ_are_named(tmp_path):
     note = "Trained with different versions, which can change results: commit abc, def-dirty."
     assert comparison.markdown(members).endswith(f"{note}\n")
     (runs[0].folder / "environment.json").write_text("[]")
-    with pytest.warns(UserWarning, match=r"environment\.json .*\. Its versions are not compared with those of the other"):
+    with pytest.warns(UserWarning, match=r"environment\.json .*\. Its versions are not compared with those of"):
         assert "different versions" not in comparison.markdown(members)
 
 

@@ -76,6 +76,17 @@ def ends(capfd, *words):
     return stop.value.code, capfd.readouterr().err.splitlines()[-1]
 
 
+def test_an_error_after_the_signal_is_told(monkeypatch, capfd):
+    def broken(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(train, "train_step", broken)
+    code, told = ends(capfd, "demo", "--output", FOLDER)
+    assert code == 70
+    assert "shapes do not match" in told
+
+
 def test_saves_where_training_stands_and_goes_on_bitwise(whole, monkeypatch, capfd):
     how = f"resume with pgp train --resume {shlex.quote(FOLDER)}"
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]

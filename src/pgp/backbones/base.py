@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -287,6 +288,15 @@ class Backbone(nn.Module, abc.ABC):
     def block_function(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return `function`, which computes a block, as it is or compiled. Its results differ by rounding only."""
         return _compiled(function) if self.compiles_blocks else function
+
+    @contextlib.contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Leave blocks uncompiled inside a `with` block."""
+        compiles, self.compiles_blocks = self.compiles_blocks, False
+        try:
+            yield
+        finally:
+            self.compiles_blocks = compiles
 
     def freeze(self) -> None:
         """Stop training of all weights and switch to evaluation mode."""

@@ -398,8 +398,8 @@ def _create(config: CLIP.Config, size: int) -> Any:
             raise ValueError(f"no weights {tag} for {config.model}: {reason}. Offline, download the"
                              " checkpoint elsewhere and name the file: --backbone.weights PATH") from error  # fmt: skip
     patch_size = int(_plain(model).visual.patch_size[0])
-    if size < patch_size:
-        raise ValueError(f"expected an image size of at least the patch size {patch_size}, got {size}")
+    if size % patch_size:
+        raise ValueError(f"expected an image size that is a multiple of the patch size {patch_size}, got {size}")
     if _is_weights_file(config.weights):
         _load(model, weights.packaged_weights(config.weights))
     return model

@@ -392,6 +392,10 @@ def _load(model: Any, path: Path) -> None:
     if cls is not None and cls.dim() and cls.shape[-1] != width:
         raise ValueError(f"expected weights of width {width}, got {cls.shape[-1]} in {path}: name the model they"
                          " belong to with --backbone.model")  # fmt: skip
+    own, read = (tensors.get("patch_embed.proj.weight") for tensors in (model.state_dict(), state))
+    if own is not None and read is not None and read.dim() == 4 and own.shape[2:] != read.shape[2:]:
+        raise ValueError(f"expected weights for patches of {own.shape[-1]} px, got {read.shape[-1]} in {path}: name"
+                         " the model they belong to with --backbone.model")  # fmt: skip  # timm would resample them
     with weights.reading(path):  # timm raises errors of many types if tensors have other shapes
         state = checkpoint_filter_fn(state, model)
     weights.fill(model, state, path)

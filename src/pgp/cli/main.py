@@ -230,7 +230,7 @@ def _published_train(words: list[str]) -> None:
     folder = (command.output or PUBLISHED_OUTPUT).absolute()
     own = command.config if command.pgp else unprojected(command.config)
     try:
-        if not distributed.is_child_process():
+        if not distributed.is_child_process(own.hardware.devices):
             Run.require_empty(folder, resolve_paths(own))
     except RunError:
         folder = make_unique_folder(folder.parent, folder.name)

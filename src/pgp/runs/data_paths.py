@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from pgp.config import Config, Hardware, flatten
+from pgp.datasets.base import DatasetConfig
+from pgp.datasets.manifest import Manifest
 from pgp.datasets.own import relocate
 from pgp.runs.run import Run
 from pgp.system.paths import StrPath
@@ -76,11 +78,16 @@ def with_data_paths(config: Config, paths: Sequence[StrPath]) -> Config:
         raise ValueError(f"expected at most {len(datasets)} paths with --data, one for each data set of the run in"
                          f" their order, got {len(paths)}")  # fmt: skip
     dataset, *added = (*map(relocate, datasets, paths), *datasets[len(paths) :])
-    old, new = config.dataset.search_paths[:1], dataset.search_paths[:1]
-    files = {name: getattr(config, name) for name in FILES}
-    beside = {name: file for name, file in files.items() if file and old and file.is_relative_to(old[0])}
-    moved = {name: new[0] / file.relative_to(old[0]) for name, file in beside.items()}
+    old, new = _data_folder(config.dataset), _data_folder(dataset)
+    files = {name: file for name in FILES if (file := getattr(config, name))}
+    moved = {name: new / file.relative_to(old) for name, file in files.items() if old and new and old in file.parents}
     return resolve_paths(replace(config, dataset=dataset, added=tuple(added), **moved))
+
+
+def _data_folder(dataset: DatasetConfig) -> Path | None:
+    """Return the folder that has the data, or the table of them; None for data that need no files."""
+    path = next(iter(dataset.search_paths), None)
+    return path.parent if path and isinstance(dataset, Manifest) else path
 
 
 def record_data_paths(run: Run, config: Config) -> None:

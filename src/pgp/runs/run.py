@@ -24,7 +24,7 @@ from pgp.runs.identity import DataDescription, Identity
 from pgp.runs.lock import locked
 from pgp.runs.log import EventLog
 from pgp.system import platforms, storage
-from pgp.system.outputs import LOCK, MARKER, WRITER, is_empty, make_output
+from pgp.system.outputs import LOCK, MARKER, WRITER, is_empty, make_output, mark
 from pgp.system.outputs import make_unique_folder as make_unique_folder
 from pgp.system.paths import StrPath, as_path
 from pgp.system.storage import RunError as RunError
@@ -57,6 +57,11 @@ class Run:
     def id(self) -> str:
         """Random identifier of the run, which stays the same when it is resumed."""
         return (self._identity or self.describe(None)).run
+
+    @property
+    def resume_command(self) -> str:
+        """The command that resumes the run, for messages."""
+        return f"pgp train --resume {platforms.quoted(self.folder)}"
 
     @classmethod
     def create(cls, folder: StrPath, config: Config, data: DataDescription | None = None) -> Run:
@@ -100,7 +105,7 @@ class Run:
             raise RunError(f"expected a folder or nothing at {folder}, got a file: name another --output")
         if not (is_empty(folder) or cls(folder)._is_begun(config)):
             raise RunError(f"{folder} is not empty and nothing in it will be overwritten: name another --output, or go"
-                           f" on with it by --resume {folder}")  # fmt: skip
+                           f" on with it by {cls(folder).resume_command}")  # fmt: skip
 
     def require_same_start(self, config: Config) -> None:
         """Raise if this run is more than a run that was stopped before its first checkpoint."""
@@ -152,6 +157,7 @@ class Run:
     def _tidy(self) -> None:
         if self._finished() or storage.exists(self.folder / CONFIG):
             self.describe()  # raises if the folder is not one of ours
+            mark(self.folder)
             self.checkpoints.tidy()
         storage.remove_abandoned(self.folder)
         storage.remove_abandoned(self.folder / "checkpoint")
@@ -310,7 +316,7 @@ class Run:
                 kept.
         """
         if self.latest_finished() != self.checkpoints.latest():
-            raise RunError(f"{self.folder} is inside a task: drop it with pgp train --resume {self.folder} --drop")
+            raise RunError(f"{self.folder} is inside a task: drop it with {self.resume_command} --drop")
         before, known = self._before_added(), self.describe()
         self._stamp_log()
         self.checkpoints.go_back(before)
@@ -372,7 +378,7 @@ class Run:
 
     def _going_on(self, what: str = "") -> contextlib.AbstractContextManager[None]:
         """Add advice on how to resume to errors inside a `with` block."""
-        return storage.advised(f"Then resume with pgp train --resume {self.folder}", what)
+        return storage.advised(f"Then resume with {self.resume_command}", what)
 
     def matrices(self) -> dict[str, Tensor]:
         """Return the accuracy matrices `(t, t)` of the t finished tasks, by column."""
@@ -520,7 +526,7 @@ class Run:
         """
         name = self._finished()
         if name is None:
-            raise RunError(f"no task of {self.folder} is finished yet: resume with pgp train --resume {self.folder}")
+            raise RunError(f"no task of {self.folder} is finished yet: resume with {self.resume_command}")
         return name
 
     def latest_checkpoint(self) -> str | None:
@@ -541,6 +547,6 @@ class Run:
         """
         name = CheckpointName.parse(name) if isinstance(name, str) else name or self.checkpoints.latest()
         if name is None:
-            raise RunError(f"{self.folder} has no checkpoint yet: pgp train --resume {self.folder} starts it anew")
+            raise RunError(f"{self.folder} has no checkpoint yet: {self.resume_command} starts it anew")
         self.describe(name)
         return self.checkpoints.load(name, parts)

@@ -17,17 +17,23 @@ LOCK, WRITER = ".pgp-lock", ".pgp-writer.json"
 
 
 def make_output(folder: Path) -> None:
-    """Create `folder` with its parents, and mark it if it is empty.
+    """Create `folder` with its parents, and mark it if it is empty; see `is_empty`.
 
     Raises:
         RunError: If the system refuses.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not any(folder.iterdir()):
-            storage.write(folder / MARKER, "pgp wrote this folder and never reads it as images.\n")
+        if is_empty(folder):
+            mark(folder)
     except OSError as error:
         raise storage.write_error("write", folder, error) from error
+
+
+def mark(folder: Path) -> None:
+    """Mark `folder` as one that pgp made, so that nothing in it is read as data."""
+    if not storage.exists(folder / MARKER):
+        storage.write(folder / MARKER, "pgp wrote this folder and never reads it as images.\n")
 
 
 def check_outside(folder: Path, data: Iterable[Path]) -> None:

@@ -201,7 +201,7 @@ def _features(
     """
     method, query, own = state.method, frozen and frozen.query, None
     if projection:
-        with session.fabric.autocast():
+        with session.fabric.autocast(), method.backbone.uncompiled():  # what records inputs would be compiled anew
             if wanted and method.router is None:
                 activations, own = method.activations_and_features(images, query)
             else:

@@ -268,11 +268,10 @@ class Session:
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Record the duration of the block for the log of the current task, without timed blocks inside it."""
-        started, inner = time.perf_counter(), sum(self._seconds.values())
+        """Record the duration of the block for the log of the current task."""
+        started = time.perf_counter()
         yield
-        inner = sum(self._seconds.values()) - inner
-        self._seconds[what] = time.perf_counter() - started - inner
+        self._seconds[what] = time.perf_counter() - started
 
     def log(self, event: str, **values: Any) -> None:
         """Write one line of `metrics.jsonl`."""

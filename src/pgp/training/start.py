@@ -26,7 +26,7 @@ from pgp.system.storage import RunError
 from pgp.training.devices import build_fabric
 from pgp.training.session import Session
 from pgp.training.state import TrainState
-from pgp.training.stop import resume_advice, stoppable
+from pgp.training.stop import stoppable
 from pgp.training.tasks import check_readable
 
 
@@ -38,7 +38,7 @@ def start(config: Config, output: StrPath | None, progress: Progress | None) -> 
     Config.from_json(config.to_json())  # raises if a value is not one of those that its setting may have
     run = None if output is None else Run(output)
     with contextlib.ExitStack() as lock:
-        if run and not distributed.is_child_process():  # before other processes start, which would all fail
+        if run and not distributed.is_child_process(config.hardware.devices):  # before others start, and all fail
             Run.require_empty(run.folder, resolve_paths(config))
             if run.folder.is_dir():
                 lock.enter_context(run.writing())
@@ -73,7 +73,7 @@ def resume(
         return replace(config, hardware=hardware or recorded.hardware, on_bad_image=bad)
 
     with contextlib.ExitStack() as lock:
-        if not distributed.is_child_process():
+        if not distributed.is_child_process(adapted(recorded).hardware.devices):
             lock.enter_context(run.writing())
             if drop:
                 run.checkpoints.drop_step()
@@ -164,11 +164,11 @@ def _is_adding(run: Run, name: CheckpointName | None, config: Config, new: Datas
         if config.added[-1] == new:
             return True
         where = config.added[-1].place
-        raise RunError(f"{run.folder} has begun to learn {where}: {resume_advice(run)}, or"
+        raise RunError(f"{run.folder} has begun to learn {where}: resume with {run.resume_command}, or"
                        " drop the unfinished task with --drop and --add")  # fmt: skip
     if inside or finished < tasks:
         raise RunError(f"expected a run whose tasks are all finished, got {run.folder}: first"
-                       f" {resume_advice(run)}")  # fmt: skip
+                       f" resume with {run.resume_command}")  # fmt: skip
     return False
 
 

@@ -153,7 +153,7 @@ class TrainState:
         self.task, self.step = task, step
         self.matrices = self._padded(state["matrices"])
         self.within_task = self._padded(state["within"])
-        self.predictions = Predictions(**state["predictions"]) if "predictions" in state else None
+        self.predictions = Predictions.from_state(state["predictions"]) if "predictions" in state else None
         self.method.load_trainable_state_dict(state["method"])
         self.projection.load_state_dict(state["projection"])
         for readout in self.readouts:

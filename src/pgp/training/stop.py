@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pgp.runs.run import Run
 from pgp.scenario import Task
-from pgp.system import platforms
 from pgp.system.signals import Interrupted, describe, handled_by
 from pgp.system.storage import RunError
 from pgp.training.session import Session
@@ -33,7 +32,8 @@ def stoppable(session: Session) -> Iterator[None]:
         except KeyboardInterrupt:
             raise _lost(session.run, signal.SIGINT) from None
         except RuntimeError as error:
-            if session.stop.number is None or isinstance(error, RunError):
+            is_alone = session.fabric.world_size == 1
+            if is_alone or session.stop.number is None or isinstance(error, RunError):
                 raise
             raise _lost(session.run, session.stop.number) from error  # other processes ended by the same signal
 
@@ -88,8 +88,9 @@ def stop_after(session: Session, state: TrainState, task: Task) -> None:
 def _stopped(session: Session, state: TrainState, outcome: str) -> Interrupted:
     """Return the error of a run that all processes agreed to stop."""
     number = session.stop.number or signal.SIGTERM  # another process was asked
-    folder = session.run.folder
-    next_step = resume_advice(session.run) if session.remaining(state) else f"the run at {folder} is finished"
+    next_step = f"resume with {session.run.resume_command}"
+    if not session.remaining(state):
+        next_step = f"the run at {session.run.folder} is finished"
     return Interrupted(number, f"{describe(number)}: {outcome}; {next_step}", agreed=True)
 
 
@@ -97,9 +98,4 @@ def _lost(run: Run, number: int) -> Interrupted:
     """Return the error of a run that stopped at once."""
     last = run.latest_checkpoint()
     since = f"what was learned since {run.checkpoints.folder / last} is lost" if last else "nothing is saved yet"
-    return Interrupted(number, f"{describe(number)}: {since}; {resume_advice(run)}")
-
-
-def resume_advice(run: Run) -> str:
-    """Return how to resume a run, as a part of a message."""
-    return f"resume with pgp train --resume {platforms.quoted(run.folder)}"
+    return Interrupted(number, f"{describe(number)}: {since}; resume with {run.resume_command}")
