@@ -373,5 +373,17 @@ def test_settings_of_a_list_are_named_by_their_place():
     for path in ("readouts.2.shrinkage", "readouts.lda.shrinkage"):
         with pytest.raises(ValueError, match=f"unknown setting '{path}'"):
             recipes.configure("demo", {"readouts": ["lda", "ncm"], path: 0.3})
-    with pytest.raises(ValueError, match="expected at least one name of readouts, got none"):
-        recipes.configure("demo", {"readouts": []})
+    for settings, message in (
+        ({"readouts": []}, r"expected names of readouts, got \[\]"),
+        ({"backbone": {"model": "x"}}, "expected the name of a backbone, got {'model': 'x'}"),
+        ({"optimizer": {"lr": 0.1}}, r"expected single settings, such as optimizer.name, got {'lr': 0.1} for optimizer"),
+        ({"epochs": "5"}, r"expected a value of type int, got '5' @ \$\.epochs"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipes.configure("demo", settings)
+
+
+@pytest.mark.parametrize(("name", "value"), [("epochs", "5"), ("tasks", 2.5), ("views", True)])
+def test_a_number_of_the_wrong_type_is_named(name, value):
+    with pytest.raises(TypeError, match=rf"expected {name} as an integer, got {value!r}"):
+        replace(recipes.RECIPES["demo"](), **{name: value})

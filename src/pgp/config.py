@@ -248,11 +248,9 @@ class Config:
         _require_finite(self, "")
         positive = ("tasks", "increment", "first_task", "epochs", "batch_size", "eval_batch_size", "log_every_steps")
         for name in (*positive, "expert_candidates", "test_images"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"expected {name} of at least 1, got {value}")
+            _require_at_least(1, name, getattr(self, name))
         for name in ("save_every_steps", "drift_images", "views"):
-            if (value := getattr(self, name)) < 0:
-                raise ValueError(f"expected {name} of at least 0, got {value}")
+            _require_at_least(0, name, getattr(self, name))
         if self.order == "listed" and self.setting != "oil":
             raise ValueError(f"expected setting=oil for order=listed, got {self.setting}: others shuffle each epoch")
         if self.joint and self.setting == "til":
@@ -404,6 +402,14 @@ def experiment_settings(config: Config) -> dict[str, Any]:
         for name, value in flatten(config.to_json()).items()
         if name not in ("seed", "keep_checkpoints") and not name.startswith("hardware.")
     }
+
+
+def _require_at_least(least: int, name: str, value: int | None) -> None:
+    """Raise unless the setting `name` is None, or an integer of at least `least`."""
+    if value is not None and type(value) is not int:
+        raise TypeError(f"expected {name} as an integer, got {value!r}")
+    if value is not None and value < least:
+        raise ValueError(f"expected {name} of at least {least}, got {value}")
 
 
 def _require_finite(value: Any, name: str) -> None:

@@ -541,10 +541,11 @@ def configure(recipe: str | Config, settings: Mapping[str, Any]) -> Config:
     config = recipe if isinstance(recipe, Config) else lookup(RECIPES, recipe, "recipe", "pgp list")()
     values = {name.replace("-", "_"): value for name, value in settings.items()}
     components = {field: values.pop(field) for field in CHOICES if field in values}
-    names = {field: [given] if isinstance(given, str) else list(given) for field, given in components.items()}
+    names = {field: [given] if isinstance(given, str) else given for field, given in components.items()}
     for field, given in names.items():
-        if not given:
-            raise ValueError(f"expected at least one name of {field}, got none")
+        if not isinstance(given, (list, tuple)) or not given or not all(isinstance(name, str) for name in given):
+            what = "names of readouts" if field == "readouts" else f"the name of a {field}"
+            raise ValueError(f"expected {what}, got {given!r:.80}")
         for name in given:
             lookup(CHOICES[field], name, field, "pgp list")
     tree = with_components(config, names).to_json()
@@ -567,4 +568,8 @@ def _set(tree: dict[str, Any], path: str, value: Any) -> None:
         near = difflib.get_close_matches(last, known, n=1)
         hint = f"perhaps you meant {'.'.join([*above, near[0]])!r}; " if near else ""
         raise ValueError(f"unknown setting {path!r}: {hint}see pgp train RECIPE --help")
+    if isinstance(node[last], dict):
+        first = next((name for name in node[last] if name not in ("tag", "version")), None)
+        inner = f"such as {path}.{first}" if first else f"as {path} has none"
+        raise ValueError(f"expected single settings, {inner}, got {value!r:.80} for {path}")
     node[last] = value

@@ -140,6 +140,8 @@ def test_damaged_or_foreign_checkpoints(tmp_path):
     save_file(source.state_dict(), path)
     with pytest.raises(ValueError, match="width 96, got 192"):
         ViT.Config("vit_tiny_patch16_224", str(path), {"depth": 2, "embed_dim": 96}).build(32)
+    with pytest.raises(ValueError, match=r"weights for patches of 8 px, got 16 in .*\.safetensors"):
+        ViT.Config("vit_tiny_patch16_224", str(path), {"depth": 2, "patch_size": 8}).build(32)
     with pytest.raises(ValueError, match="does not fit this model: missing"):
         ViT.Config("vit_tiny_patch16_224", str(path), {"depth": 3}).build(32)
     path.write_bytes(path.read_bytes()[:1000])
