@@ -376,7 +376,7 @@ def test_settings_of_a_list_are_named_by_their_place():
     for settings, message in (
         ({"readouts": []}, r"expected names of readouts, got \[\]"),
         ({"backbone": {"model": "x"}}, "expected the name of a backbone, got {'model': 'x'}"),
-        ({"optimizer": {"lr": 0.1}}, r"expected single settings, such as optimizer.name, got {'lr': 0.1} for optimizer"),
+        ({"optimizer": {"lr": 0.1}}, r"expected single settings, such as optimizer.name, got {'lr': 0.1}"),
         ({"epochs": "5"}, r"expected a value of type int, got '5' @ \$\.epochs"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 
 from pgp.datasets.base import BadImageError
-from pgp.datasets.decode import FORMATS, SUFFIXES, decode, without_metadata
+from pgp.datasets.decode import FORMATS, SUFFIXES, decode, upright_rgb, without_metadata
 from pgp.datasets.files import read_image
+from pgp.datasets.in_memory import InMemory, as_image, check_images
 from pgp.datasets.transforms import Transforms
 
 RED, BLUE = (200, 30, 20), (20, 30, 200)
@@ -173,6 +174,25 @@ def test_pictures_of_many_bits_are_scaled_by_their_kind(tmp_path):
 def test_pictures_without_a_known_white_are_refused(tmp_path, values, message):
     with pytest.raises(BadImageError, match=rf"cannot read the image .*x\.tif: {message}.*: save it with 8 or 16"):
         read_image(written(tmp_path, deep(values), "x.tif"))
+
+
+@pytest.mark.parametrize("values", [[0, 255], [0, 65535], [-1, 9], [0, 70000]])
+def test_integers_of_32_bits_in_memory_are_refused(values):
+    with pytest.raises(ValueError, match="its pixels are signed integers of 32 bits, so that black and white are unk"):
+        upright_rgb(Image.fromarray(np.array([values], np.int32)))
+
+
+def test_bad_images_in_memory_are_numbered():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    cut = Image.open(io.BytesIO(as_bytes(noise, "PNG")[:3000]))
+    images = check_images([WIDE, cut, Image.fromarray(np.full((4, 4), 9.0, np.float32))])
+    split = InMemory.of(images, torch.tensor([0, 0, 0]), ["a"]).build().train
+    assert split.image(0).shape == (3, 4, 8)
+    for index, message in ((1, "image file is truncated"), (2, r"its pixels are floats outside \[0, 1\]")):
+        with pytest.raises(BadImageError, match=f"cannot read the image at index {index}: {message}"):
+            split.image(index)
+    with pytest.raises(BadImageError, match="cannot read the image in memory: image file is truncated"):
+        as_image(cut)
 
 
 def test_transparency_of_16_bits_is_white(tmp_path):

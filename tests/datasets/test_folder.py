@@ -7,12 +7,14 @@ import os
 import shutil
 import socket
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
 import pytest
 
 from pgp.datasets.folder import Folder
+from pgp.datasets.folder import _class_names as class_names
 from pgp.datasets.scan import contents, images_below
 from pgp.predict import images_in
 from pgp.system.outputs import MARKER, make_output
@@ -102,6 +104,64 @@ def test_folders_can_be_named(tmp_path):
     assert told(data) == {"unused_part": 6}
     with pytest.raises(ValueError, match=r"expected a folder fourth in .*got \['first', 'second', 'third'\]"):
         Folder(tmp_path, train_folder="fourth").build()
+
+
+def test_a_test_folder_without_images_is_named(tmp_path):
+    tree(tmp_path / "flat", "")
+    (tmp_path / "flat" / "holdout").mkdir()
+    with pytest.raises(ValueError, match=r"no images in .*holdout/<class>/: expected files ending in \.jpg"):
+        Folder(tmp_path / "flat", train_folder=".", test_folder="holdout").build()
+    tree(tmp_path / "domains", "train/art", "test")
+    with pytest.raises(
+        ValueError, match=r"expected folders DOMAIN/CLASS with images in .*test, got .*with none inside"
+    ):
+        Folder(tmp_path / "domains", domains=True).build()
+
+
+def test_the_test_is_read_without_training_images_as_with_them(tmp_path):
+    fill(tree(tmp_path, "val") / "test", 2)
+    (tmp_path / "testing" / "cat").mkdir(parents=True)
+    test = Folder(tmp_path).read_test(CLASSES)
+    assert {path.relative_to(tmp_path).parts[0] for path in test.paths} == {"val"}
+    shutil.rmtree(tmp_path / "val")
+    assert Folder(tmp_path).read_test(CLASSES) is None
+    assert Folder(tmp_path, test_folder="nowhere").read_test(CLASSES) is None
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("a", "a"), (".", "."), ("a", "."), ("a/b", "a"), ("a", "a/b/c"), (".", "a/b"), ("a", "b/../a")]
+)
+def test_no_test_image_is_trained_on(tmp_path, train, test):
+    tree(tmp_path, "a", "a/b", "a/b/c", "b")
+    with pytest.raises(
+        ValueError, match=r"expected a folder of test images apart from that of training images, .*--da"
+    ):
+        Folder(tmp_path, train_folder=train, test_folder=test).build()
+
+
+def test_a_named_training_folder_is_not_for_the_test(tmp_path):
+    data = Folder(tree(tmp_path, "test"), train_folder="test").build()
+    assert (len(data.train), len(data.test)) == (4, 2)
+    assert not {*data.train.paths} & {*data.test.paths}
+
+
+@LINUX
+def test_a_link_to_the_training_folder_is_not_for_the_test(tmp_path):
+    tree(tmp_path, "train")
+    (tmp_path / "test").symlink_to(tmp_path / "train", target_is_directory=True)
+    with pytest.raises(ValueError, match="apart from that of training images"):
+        Folder(tmp_path).build()
+
+
+def test_the_test_folder_may_be_elsewhere(tmp_path):
+    tree(tmp_path / "root", "train")
+    tree(tmp_path / "away", "", "cat/deeper")
+    for name in (str(tmp_path / "away"), "../away"):
+        config = Folder(tmp_path / "root", test_folder=name)
+        data = config.build()
+        assert (len(data.train), len(data.test)) == (6, 12)
+        assert "6 images lie deeper" in data.notes[0]
+        assert config.read_test(CLASSES).paths == data.test.paths
 
 
 @LINUX
@@ -259,6 +319,16 @@ def test_what_pgp_wrote_is_never_read(tmp_path):
     assert len(images_in([tmp_path / "runs"])) == 4  # it is asked for
     make_output(tmp_path)
     assert not (tmp_path / MARKER).exists()  # a folder that holds something is somebody's own
+
+
+def test_names_of_many_classes_take_no_time(tmp_path):
+    folders = tuple(f"class {number}" for number in range(20_000))
+    (tmp_path / "names.txt").write_text("".join(f"{folder}\ta thing of {folder}\n" for folder in folders))
+    started = time.perf_counter()
+    assert class_names(tmp_path / "names.txt", folders)[19_999] == "a thing of class 19999"
+    assert time.perf_counter() - started < 5
+    (tmp_path / "names.txt").write_text("a b\tone\n a  two\n")
+    assert class_names(tmp_path / "names.txt", ("a", "a b")) == ("two", "one")
 
 
 @LINUX

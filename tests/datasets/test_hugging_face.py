@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import sys
 import unicodedata
 
@@ -82,6 +83,73 @@ def test_secret_labels_are_no_test(tmp_path):
     hub.DatasetDict(train=secret).save_to_disk(str(tmp_path / "none"))
     with pytest.raises(ValueError, match="expected a value of kind in every row, got none in row 0"):
         HuggingFace(str(tmp_path / "none")).build()
+
+
+@pytest.mark.parametrize(
+    ("parts", "sizes", "notes"),
+    [
+        ({"train": 9, "test": 3, "validation": 6, "more": 4}, (9, 3), ["not used: validation (6 rows), more (4 rows)"]),
+        ({"validation": 3, "all": 9}, (9, 3), ["images are those of split all"]),
+        ({"test": 9}, (6, 3), ["images are those of split test"]),
+    ],
+)
+def test_unexpected_splits_are_named(tmp_path, parts, sizes, notes):
+    hub.DatasetDict({name: rows(count) for name, count in parts.items()}).save_to_disk(str(tmp_path / "saved"))
+    data = HuggingFace(str(tmp_path / "saved")).build()
+    assert (len(data.train), len(data.test)) == sizes
+    assert all(line.endswith(note) for line, note in zip(data.messages(), notes, strict=True))
+
+
+@pytest.mark.parametrize("parts", [["left", "right"], ["validation", "test"], []])
+def test_without_a_split_train_there_is_no_guess(tmp_path, parts):
+    hub.DatasetDict({name: rows(3) for name in parts}).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=f"expected a split train in .*, got splits {re.escape(str(parts))}: save"):
+        HuggingFace(str(tmp_path / "saved")).build()
+
+
+@pytest.mark.parametrize("labels", [["a", None], [True, False], [1, 2], [1, 0.5], [[1], [2]], [{"a": 1}, {"a": 2}]])
+def test_only_texts_and_whole_numbers_are_classes(tmp_path, labels):
+    pictures = hub.Dataset.from_dict({"picture": [Image.new("RGB", (6, 4))] * 2}).cast_column("picture", hub.Image())
+    pictures.add_column("label", labels).save_to_disk(str(tmp_path / "saved"))
+    config = HuggingFace(str(tmp_path / "saved"))
+    if all(isinstance(label, int) for label in labels):
+        assert config.build().class_names == tuple(map(str, labels))
+        return
+    with pytest.raises(
+        ValueError, match=r"expected a (text or a whole number as label|value of label) in every row, got"
+    ):
+        config.build()
+
+
+def test_a_saved_set_has_no_subset(tmp_path):
+    rows(6).save_to_disk(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=r"expected no dataset.subset for .*saved, .* got 'small': leave it out"):
+        HuggingFace(str(tmp_path / "saved"), subset="small").build()
+
+
+@pytest.mark.parametrize("file", ["dataset_dict.json", "train/state.json", "train/dataset_info.json"])
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"splits": 3, "features": 3}'])
+def test_damaged_files_of_a_saved_set(tmp_path, file, content):
+    hub.DatasetDict(train=rows(9)).save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "saved" / file).write_text(content)
+    if (file, content) == ("train/dataset_info.json", "{}"):  # the table holds the same
+        assert len(HuggingFace(str(tmp_path / "saved")).build().train) == 6
+        return
+    with pytest.raises(ValueError, match=r"cannot load .*saved': .*\. A file is damaged or missing, .*: save it again"):
+        HuggingFace(str(tmp_path / "saved")).build()
+
+
+def test_damaged_rows_of_a_saved_set(tmp_path):
+    rows(9).save_to_disk(str(tmp_path / "saved"))
+    (table,) = (tmp_path / "saved").glob("*.arrow")
+    whole = table.read_bytes()
+    for content in (whole[:-200], b"", bytes(len(whole)), None):
+        table.unlink()
+        if content is not None:
+            table.write_bytes(content)
+        with pytest.raises(ValueError, match="A file is damaged or missing"):
+            HuggingFace(str(tmp_path / "saved")).build()
+        table.write_bytes(b"")
 
 
 def test_one_part_of_parquet_files_with_names_and_domains(tmp_path):

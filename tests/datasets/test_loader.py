@@ -434,6 +434,15 @@ def test_synthetic_is_deterministic():
     assert not torch.equal(one.train.image(0), one.test.image(0))
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("classes", 0), ("per_class", 0), ("size", -1), ("domains", -1), ("noise", -0.1), ("noise", float("nan"))],
+)
+def test_synthetic_of_nothing_is_refused(setting, value):
+    with pytest.raises(ValueError, match=rf"expected dataset\.{setting} of at least [01], got {value}"):
+        Synthetic(**{setting: value})
+
+
 def test_arrays_need_a_label_per_image():
     with pytest.raises(ValueError, match="one label per image, got 3 images and 2 labels"):
         ArraySplit(torch.zeros(3, 8, 8, dtype=torch.uint8), torch.zeros(2))

@@ -40,6 +40,16 @@ def test_a_table_is_read_in_its_order(tmp_path, encoding):
     assert (data.tasks, data.domains, data.train.domains) == ((), (), None)
 
 
+def test_blanks_after_commas(tmp_path):
+    data = table(tmp_path, 'path, label\na.png, cat\nb.png, "cat, big"\n').build()
+    assert data.class_names == ("cat", "cat, big")
+
+
+def test_other_columns_are_ignored(tmp_path):
+    data = table(tmp_path, "path,label,mask,main,flask\na.png,cat,1,1,1\nb.png,cat,2,2,2\n").build()
+    assert (data.tasks, data.domains) == ((), ())
+
+
 def test_tabs_and_json_lines_say_the_same(tmp_path):
     comma = table(tmp_path, SPLIT).build()
     tabs = table(tmp_path, SPLIT.replace(",", "\t"), "photos.TSV").build()
@@ -90,6 +100,7 @@ def test_domains_and_tasks(tmp_path):
         ("file,label\na.png,dog\n", "expected columns path and label"),
         ("path,label,label\na.png,dog,cat\n", "expected each column once in line 1"),
         ("path,label,spilt\na.png,dog,test\n", "unknown column 'spilt' in line 1 .*perhaps you meant 'split'"),
+        ("path,label,taks\na.png,dog,1\n", "unknown column 'taks' in line 1 .*perhaps you meant 'task'"),
         ("path,label\na.png,dog\nb.png\n", r"expected 2 fields in line 3 of .*, got 1: \['b.png'\]"),
         ("path,label\na.png,dog\nb.png, \n", "expected a path and a label in line 3"),
         ("path,label,split\na.png,dog,train\nb.png,dog,val\n", "expected split train or test in line 3 .*got 'val'"),
@@ -100,6 +111,8 @@ def test_domains_and_tasks(tmp_path):
         ("path,label\na.png,dog\nb.png,dog\na.png,dog\n", "every image once in .*'a.png' in lines 2 and 4$"),
         (SPLIT + "x/../a.png,dog,test\n", "in lines 2 and 6 and in both parts, so that a test"),
         ('path,label\n"a.png,dog\n', "cannot read line 2 of .*photos.csv: unexpected end of data"),
+        ('path,label\na.png,"dog\nb.png,dog\nc.png,dog\n', "read line 2 of .*; look whether its quotes are closed"),
+        ('path,label\na.png,"big\ndog"\nb.png,"dog\nc.png,"dog"\n', "cannot read line 4 of "),
     ],
 )
 def test_tables_that_do_not_fit(tmp_path, text, message):
@@ -118,6 +131,9 @@ def test_one_image_by_two_paths_is_not_in_both_parts(tmp_path):
     assert len(data.build().train) == 3
 
 
+SOUND = '{"path": "a.png", "label": "x"}\n'
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -126,6 +142,9 @@ def test_one_image_by_two_paths_is_not_in_both_parts(tmp_path):
         ('{"path": "a.png", "label": "x"}\n{"path"\n', "expected a JSON object in line 2 of .*: "),
         ('{"path": "a.png", "label": true}\n', "expected a text or a whole number as label in line 1 of .*, got True"),
         ('{"path": "a.png", "label": null}\n', "expected a path and a label in line 1"),
+        (f'{SOUND}{{"path": "b\\u0000.png", "label": "x"}}', r"without the zero character in line 2 of .*b\\x00"),
+        (f'{SOUND}{{"path": "b.png", "label": "x\\u0000"}}', r"without the zero character in line 2 of .*x\\x00"),
+        (f'{SOUND}{{"path": "\\ud800.png", "label": "x"}}', r"1 of the 2 images of .* do not exist, such as"),
         ('{"path": ' + "[" * 100_000, "expected a JSON object in line 1 of .*: maximum recursion"),
     ],
 )

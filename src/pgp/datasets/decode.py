@@ -154,19 +154,20 @@ def _from_deep(image: Image.Image) -> Image.Image:
         ValueError: If its kind does not say which values are black and white.
     """
     values, highest = np.asarray(image), 65535.0
+    unknown = "so that black and white are unknown: save it with 8 or 16 bits"
     if image.mode == "F":
         highest = 1.0
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            raise ValueError("its pixels are floats outside [0, 1], so that black and white are unknown: save it with 8"
-                             " or 16 bits")  # fmt: skip
+            raise ValueError(f"its pixels are floats outside [0, 1], {unknown}")
     elif image.format == "TIFF":
         bits, signed = image.tag_v2.get(258, (1,))[0], image.tag_v2.get(339, (1,))[0] == 2  # type: ignore[attr-defined]
         if bits > 16 or signed:
-            raise ValueError(f"its pixels are {'signed ' * signed}integers of {bits} bits, so that black and white are"
-                             " unknown: save it with 8 or 16 bits, unsigned")  # fmt: skip
+            raise ValueError(f"its pixels are {'signed ' * signed}integers of {bits} bits, {unknown}, unsigned")
         highest = 2.0**bits - 1
         if image.tag_v2.get(262) == 0:  # type: ignore[attr-defined]  # as its tag says, 0 is white
             values = 2**bits - 1 - values
+    elif image.mode == "I" and image.format not in ("PNG", "PPM"):  # which Pillow gives for their 16 bits
+        raise ValueError(f"its pixels are signed integers of 32 bits, {unknown}, unsigned")
     gray = (values.astype(np.float64) * (255 / highest)).round().clip(0, 255).astype(np.uint8)
     clear = image.info.get("transparency")
     if isinstance(clear, int):

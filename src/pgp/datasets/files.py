@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -73,9 +74,16 @@ def read_image(path: Path, content: bytes | None = None) -> Tensor:
 
     If its bytes are given as `content`, `path` is only used in error messages.
     """
-    try:
+    with naming(path):
         image = decode(path if content is None else content)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@contextmanager
+def naming(name: object) -> Iterator[None]:
+    """Raise a BadImageError with the name of an image for any error in decoding it."""
+    try:
+        yield
     except Exception as error:  # whatever a decoder raises
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise BadImageError(f"cannot read the image {path}: {reason or type(error).__name__}") from error
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        raise BadImageError(f"cannot read the image {name}: {reason or type(error).__name__}") from error

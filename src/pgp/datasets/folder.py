@@ -13,7 +13,7 @@ from pgp.datasets.holdout import check_test_share
 from pgp.datasets.ignored import Ignored
 from pgp.datasets.layout import check_inside, class_folders, find_layout, find_test_folder
 from pgp.datasets.scan import contents, images_below
-from pgp.datasets.text import lines_of, normalized, read_text
+from pgp.datasets.text import lines_of, normalized, read_text, repeated
 
 COMMON_SUFFIXES = (".jpg", ".png", ".gif", ".webp", ".tif")
 """Common suffixes of image files, for messages. All are in `pgp.datasets.decode.SUFFIXES`."""
@@ -75,11 +75,12 @@ class Folder(DatasetConfig):
         layout = find_layout(root, self.train_folder, self.test_folder, ignored)
         train = _read(layout.train, self.domains, ignored, notes, layout.test)
         test = _read(layout.test, self.domains, ignored, notes) if layout.test else Part()
-        if not train.images:
-            raise ValueError("; ".join([self._nothing(layout.train), *ignored.lines()]))
+        for folder, part in ((layout.train, train), (layout.test, test)):
+            if folder and not part.images:
+                raise ValueError("; ".join([self._nothing(folder), *ignored.lines()]))
         names, domains = train.classes(), train.domains()
         for kind, own, known in (("class", test.classes(), names), ("domain", test.domains(), domains)):
-            if unknown := [name for name in own if name not in known]:
+            if unknown := sorted(set(own) - set(known)):
                 raise ValueError(f"expected every {kind} of {layout.test} in {layout.train} too, got {unknown[:5]} in"
                                  f" {layout.test.name if layout.test else ''} only")  # fmt: skip
         if missing := [name for name in train.unusable if name not in names]:
@@ -157,7 +158,7 @@ class Notes:
     """What a user may not expect of how folders are read."""
 
     def __init__(self) -> None:
-        self.nested: list[Path] = []
+        self.nested: list[str] = []
         """Images that lie deeper than in the folder of their class."""
         self.renamed: list[str] = []
         """Folders whose names are not UTF-8."""
@@ -167,7 +168,7 @@ class Notes:
         lines = []
         if self.nested:
             lines.append(f"{len(self.nested):,} images lie deeper than in the folder of their class, and count for it,"
-                         f" such as {self.nested[0].as_posix()}")  # fmt: skip
+                         f" such as {self.nested[0]}")  # fmt: skip
         if self.renamed:
             lines.append(f"{len(self.renamed):,} folders have names that are not UTF-8; what is not stands as"
                          f" \N{REPLACEMENT CHARACTER}: {', '.join(self.renamed[:3])}")  # fmt: skip
@@ -198,7 +199,7 @@ def _read(folder: Path, domains: bool, ignored: Ignored, notes: Notes, test: Pat
             else:
                 part.unusable.append(name)
             ignored.update(own)
-            notes.nested += [path.relative_to(ignored.root) for path in images if path.parent != place]
+            notes.nested += [ignored.shown(path) for path in images if path.parent != place]
             notes.renamed += [name] if normalized(place.name) != place.name and "\ufffd" in name else []
     return part
 
@@ -207,22 +208,21 @@ def _class_names(path: Path, folders: tuple[str, ...]) -> tuple[str, ...]:
     """Return the class names of `folders`."""
     if not os.path.lexists(path):
         return folders
-    names: dict[str, str] = {}
+    names = dict.fromkeys(folders, "")
     for line in map(normalized, lines_of(read_text(path))):
-        starts = [
-            folder
-            for folder in folders
+        found = [
+            (text[:end], text[end:].strip())
             for text in (line, line.strip())
-            if text.startswith((f"{folder} ", f"{folder}\t"))
+            for end, char in enumerate(text)
+            if char in " \t" and text[:end] in names
         ]
-        if starts:
-            folder = max(starts, key=len)
-            if folder in names:
+        if found:
+            folder, name = max(found, key=lambda pair: len(pair[0]))
+            if names[folder]:
                 raise ValueError(f"expected one line for each folder in {path}, got several for {folder!r}")
-            names[folder] = (line if line.startswith(folder) else line.strip()).removeprefix(folder).strip()
-    if without := [folder for folder in folders if not names.get(folder)]:
+            names[folder] = name
+    if without := [folder for folder in folders if not names[folder]]:
         raise ValueError(f"expected a line 'FOLDER NAME' in {path} for each folder, got none for {without[:5]}")
-    class_names = tuple(names[folder] for folder in folders)
-    if twice := sorted({name for name in class_names if class_names.count(name) > 1}):
+    if twice := repeated(names.values()):
         raise ValueError(f"expected a name of its own for each folder in {path}, got {twice[:5]} more than once")
-    return class_names
+    return tuple(names.values())

@@ -16,8 +16,10 @@ from torch import Tensor
 from pgp.datasets.base import BadImageError, Dataset, DatasetConfig, Split
 from pgp.datasets.files import read_image
 from pgp.datasets.holdout import check_test_share, holdout_mask, natural_order
-from pgp.datasets.text import normalized
+from pgp.datasets.text import normalized, repeated
 
+_TESTS = ("test", "validation")
+"""Names of splits of test images; the first is preferred."""
 HUB = "hf:"
 """Prefix that marks the name of such a data set among paths of folders and tables."""
 
@@ -26,8 +28,9 @@ HUB = "hf:"
 class HuggingFace(DatasetConfig):
     """A data set of the hub, or a folder in a format of the library `datasets` (`save_to_disk`, parquet).
 
-    Test images are those of the split `test`, else of `validation`. If there is only one split, some images of each
-    class are held out. Code that comes with a data set is never run: the required version 4 of the library cannot.
+    Training images are those of the split `train`, or of the only split that is not called `test` or `validation`. Test
+    images are those of `test`, else of `validation`; without both, some images of each class are held out. Code that
+    comes with a data set is never run: the required version 4 of the library cannot.
     """
 
     tag = "hugging-face"
@@ -66,13 +69,13 @@ class HuggingFace(DatasetConfig):
         return self._dataset(_load(self.name, self.subset, offline=True))
 
     def _dataset(self, parts: dict[str, Any]) -> Dataset:
-        train = parts.get("train", next(iter(parts.values())))
-        columns = self._columns(train.features)
-        tested = [parts[name] for name in ("test", "validation") if name in parts and parts[name] is not train]
-        known = [(part, _labelled(part, columns["label"])) for part in tested]
-        complete = [part for part, fraction in known if fraction == 1]
-        test = next(iter(complete + [part for part, fraction in known if fraction]), None)
-        both = [train] if test is None else [train, test]
+        train = _training_split(self.name, parts)
+        columns = self._columns(parts[train].features)
+        tests = [part for part in _TESTS if part in parts and part != train]
+        labelled = {part: _labelled(parts[part], columns["label"]) for part in tests}
+        complete_first = sorted(tests, key=lambda part: labelled[part] < 1)
+        used = [train, *[part for part in complete_first if labelled[part]][:1]]
+        both = [parts[part] for part in used]
         for part in both:
             if missing := [column for column in columns.values() if column not in part.features]:
                 raise ValueError(f"expected column {missing[0]} in each split of {self.name}, got a split with only"
@@ -80,11 +83,12 @@ class HuggingFace(DatasetConfig):
         names, labels = _coded(both, columns["label"])
         domains, numbers = _coded(both, columns["domain"]) if self.domain else ((), [None] * len(both))
         splits = [HubSplit(self.name, *one) for one in zip(both, [columns["image"]] * 2, labels, numbers, strict=False)]
-        if test is None:
+        if len(both) == 1:
             chosen = holdout_mask(splits[0], self.test_share, self.split_seed)
             splits = [splits[0].at(~chosen), splits[0].at(chosen)]
-        folder = Path(self.name).expanduser()
-        return Dataset(splits[0], splits[1], names, domains=domains, folder=folder if folder.is_dir() else None)
+        path = Path(self.name).expanduser()
+        folder, notes = path if path.is_dir() else None, _notes(parts, used, labelled)
+        return Dataset(splits[0], splits[1], names, domains=domains, folder=folder, notes=notes)
 
     def with_absolute_paths(self) -> DatasetConfig:
         """See `DatasetConfig.with_absolute_paths`; a name on the hub does not change."""
@@ -158,20 +162,48 @@ def _load(name: str, subset: str | None, *, offline: bool = False) -> dict[str, 
         raise ValueError(f"no data set at {path}: name another, by --data {HUB}PATH")
     was_offline = datasets.config.HF_HUB_OFFLINE
     saved = any((path / file).is_file() for file in ("dataset_dict.json", "state.json"))
+    if saved and subset is not None:
+        raise ValueError(f"expected no dataset.subset for {path}, which save_to_disk left with a single one, got"
+                         f" {subset!r}: leave it out")  # fmt: skip
     try:
         datasets.config.HF_HUB_OFFLINE = was_offline or offline
         if saved:
             found = datasets.load_from_disk(str(path))
         else:
             found = datasets.load_dataset(str(path) if path.exists() else name, subset)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"cannot load the Hugging Face data set {name!r}: {error}. Check its name and the network, or name a folder"
-            " where save_to_disk left it"
-        ) from error
+    except (
+        *(OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError),
+        *(LookupError, TypeError, AttributeError),  # of damaged files
+    ) as error:
+        advice = (
+            "A file is damaged or missing, or a split has no rows: save it again, by save_to_disk"
+            if saved
+            else "Check its name and the network, or name a folder where save_to_disk left it"
+        )
+        raise ValueError(f"cannot load the Hugging Face data set {name!r}: {error}. {advice}") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
     return dict(found) if isinstance(found, dict) else {"train": found}
+
+
+def _training_split(name: str, parts: Mapping[str, Any]) -> str:
+    """Return the name of the split of training images."""
+    candidates = ["train"] if "train" in parts else [part for part in parts if part not in _TESTS] or list(parts)
+    if len(candidates) != 1:
+        raise ValueError(f"expected a split train in {name}, got splits {list(parts)}: save what you need as train and"
+                         " test, by save_to_disk")  # fmt: skip
+    return candidates[0]
+
+
+def _notes(parts: Mapping[str, Any], used: list[str], labelled: Mapping[str, float]) -> tuple[str, ...]:
+    """Return what a user may not expect of which splits are used: that of training, and perhaps that of the test."""
+    notes = [] if used[0] == "train" else [f"the training images are those of split {used[0]}"]
+    unused = [
+        f"{part} ({len(rows):,} rows{' without labels' * (labelled.get(part) == 0)})"
+        for part, rows in parts.items()
+        if part not in used
+    ]
+    return (*notes, f"splits that are not used: {', '.join(unused)}") if unused else tuple(notes)
 
 
 def _labelled(part: Any, column: str) -> float:
@@ -191,7 +223,7 @@ def _coded(parts: list[Any], column: str) -> tuple[tuple[str, ...], list[Tensor]
         texts = [_named(part, column) for part in parts]
         names = tuple(dict.fromkeys(normalized(name) for part in parts for name in part.features[column].names))
     else:
-        texts = [["" if value is None else normalized(str(value)) for value in part[column]] for part in parts]
+        texts = [[_text(value, column, row) for row, value in enumerate(part[column])] for part in parts]
         names = natural_order(text for part in texts for text in part if text)
     numbers = {name: number for number, name in enumerate(names)}
     for part in texts:
@@ -200,12 +232,20 @@ def _coded(parts: list[Any], column: str) -> tuple[tuple[str, ...], list[Tensor]
     return names, [torch.tensor([numbers[text] for text in part]) for part in texts]
 
 
+def _text(value: Any, column: str, row: int) -> str:
+    """Return a value of a column of classes or domains as a name; without a value, it is empty."""
+    if not isinstance(value, str | int | None):
+        raise ValueError(f"expected a text or a whole number as {column} in every row, got {value!r} in row {row}:"
+                         " convert the column, or name another")  # fmt: skip
+    return "" if value is None else normalized(str(value))
+
+
 def _named(part: Any, column: str) -> list[str]:
     """Return the name of each row's value in a column of type ClassLabel; without a value, it is empty."""
     names = [normalized(name) for name in getattr(part.features[column], "names", ())]
     if not names:
         raise ValueError(f"expected names of the values of {column} in each split, got a split without")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    if twice := repeated(names):
         raise ValueError(f"expected a name of its own for each value of {column}, got {twice[:5]} more than once")
     numbers = [-1 if number is None else number for number in part[column]]
     for row, number in enumerate(numbers):

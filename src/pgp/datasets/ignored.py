@@ -45,9 +45,13 @@ class Ignored:
         self.counts[reason] += count
         named = self.examples.setdefault(reason, [])
         if len(named) < EXAMPLES:
-            named.append(path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path))
+            named.append(self.shown(path))
         if reason == "unknown_suffix":
             self.suffixes[path.suffix.lower()] += count
+
+    def shown(self, path: Path) -> str:
+        """Return a path as it is shown to users: from `root`, if it is below."""
+        return path.relative_to(self.root).as_posix() if path.is_relative_to(self.root) else str(path)
 
     def update(self, other: Ignored) -> None:
         """Add the counts of `other`."""

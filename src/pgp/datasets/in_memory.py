@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pgp.datasets.base import ArraySplit, Dataset, DatasetConfig, Split
 from pgp.datasets.decode import upright_rgb
-from pgp.datasets.files import FileSplit, read_image
+from pgp.datasets.files import FileSplit, naming, read_image
 from pgp.system.paths import as_path
 
 
@@ -68,7 +68,7 @@ class ImageSplit(Split):
 
     def image(self, index: int) -> Tensor:
         """See `Split.image`."""
-        image = as_image(self.images[index])
+        image = as_image(self.images[index], f"at index {index}")
         return read_image(image) if isinstance(image, Path) else image
 
 
@@ -94,20 +94,23 @@ def check_images(images: Any) -> Sequence[Any]:
     return found  # type: ignore[no-any-return]
 
 
-def as_image(image: Any) -> Path | Tensor:
+def as_image(image: Any, name: str = "in memory") -> Path | Tensor:
     """Return an image as pgp takes it: its path, or `(3, H, W)` uint8.
 
     Args:
         image: A path, an image of Pillow, or an array `(H, W, 3)` or `(H, W)` of uint8.
+        name: What to call an image of Pillow that cannot be read.
 
     Raises:
+        BadImageError: If an image of Pillow cannot be read.
         TypeError: If it is something else.
         ValueError: If an array has another shape or type.
     """
     if isinstance(image, str | os.PathLike):
         return as_path(image, "an image")
     if isinstance(image, Image.Image):
-        image = np.array(upright_rgb(image))
+        with naming(name):
+            image = np.array(upright_rgb(image))
     if not isinstance(image, np.ndarray):
         raise TypeError(f"expected an image as a path, an array or an image of Pillow, got {type(image).__name__}:"
                         f" {image!r:.80}")  # fmt: skip

@@ -47,9 +47,10 @@ def find_layout(root: Path, train: str | None, test: str | None, ignored: Ignore
     """
     found = contents(root, links=True)
     if train == EVERY_FOLDER:
-        return Layout(root, _named(root, test) if test else None, ())
+        return _apart(Layout(root, _named(root, test) if test else None, ()))
     trains = [_named(root, train)] if train else _called(TRAIN, found.folders)
-    tests, validations = ([_named(root, test)], []) if test else (_called(n, found.folders) for n in (TEST, VALIDATION))
+    others = [folder for folder in found.folders if folder not in trains]
+    tests, validations = ([_named(root, test)], []) if test else (_called(n, others) for n in (TEST, VALIDATION))
     if not (trains or tests or validations):
         return Layout(root, None, ())
     for image in contents(root, ignored, links=True).images:
@@ -70,15 +71,16 @@ def find_layout(root: Path, train: str | None, test: str | None, ignored: Ignore
             ignored.add("unused_part", images[0], len(images))
         else:
             ignored.add("unused_folder", folder)
-    return Layout(trains[0], chosen, notes)
+    return _apart(Layout(trains[0], chosen, notes))
 
 
 def find_test_folder(root: Path, test: str | None) -> Path | None:
     """Return the folder of test images in `root`, named `test` or as usual; None if there is none, or no single one."""
     found = contents(root, links=True).folders
-    called = [folder for folder in found if folder.name == test] if test else _called(TEST, found)
-    called = called or ([] if test else _called(VALIDATION, found))
-    return called[0] if len(called) == 1 else None
+    for folders in [[root / test]] if test else (_called(names, found) for names in (TEST, VALIDATION)):
+        if good := _with_classes(folders):
+            return good[0] if len(good) == 1 else None
+    return None
 
 
 def class_folders(part: Path, ignored: Ignored, test: Path | None = None) -> dict[str, Path]:
@@ -94,7 +96,7 @@ def class_folders(part: Path, ignored: Ignored, test: Path | None = None) -> dic
     named: dict[str, Path] = {}
     folders_by_target: dict[Path, Path] = {}
     for folder in found.folders:
-        if folder == test:
+        if test and folder.resolve() == test.resolve():
             continue
         other = named.setdefault(normalized(folder.name), folder)
         if other is not folder:
@@ -121,7 +123,7 @@ def check_inside(folders: Iterable[Path]) -> None:
 def _test_folder(root: Path, tests: list[Path], validations: list[Path]) -> tuple[Path | None, tuple[str, ...]]:
     """Return the folder of the test images, if there is one, and notes about the others."""
     every = (*tests, *validations)
-    labelled = [[folder for folder in part if _has_classes(folder)] for part in (tests, validations)]
+    labelled = [_with_classes(tests), _with_classes(validations)]
     good = labelled[0] or labelled[1]
     if len(good) > 1:
         raise ValueError(f"expected one folder of test images in {root}, got {_listed(good)}. {_HOW}")
@@ -138,8 +140,24 @@ def _test_folder(root: Path, tests: list[Path], validations: list[Path]) -> tupl
     return chosen, tuple(notes)
 
 
-def _has_classes(part: Path) -> bool:
-    return any(holds_images(folder) for folder in contents(part, links=True).folders)
+def _apart(layout: Layout) -> Layout:
+    """Return `layout` after checking that no image is in both parts. The test folder may be among the class folders."""
+    if layout.test:
+        train, test = layout.train.resolve(), layout.test.resolve()
+        if test.parent != train and (train in (test, *test.parents) or test in train.parents):
+            raise ValueError(f"expected a folder of test images apart from that of training images, {layout.train}, got"
+                             f" {layout.test}, so that test images would be trained on: name another, by"
+                             " --dataset.test-folder")  # fmt: skip
+    return layout
+
+
+def _with_classes(parts: Iterable[Path]) -> list[Path]:
+    """Return those of `parts` that have folders with images."""
+    return [
+        part
+        for part in parts
+        if part.is_dir() and any(holds_images(folder) for folder in contents(part, links=True).folders)
+    ]
 
 
 def _called(names: Sequence[str], folders: Sequence[Path]) -> list[Path]:

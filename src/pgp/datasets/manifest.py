@@ -109,6 +109,8 @@ def _rows(file: Path) -> Iterator[Row]:
         row = Row(line, **{name: record.get(name, "").strip() for name in _REQUIRED + _OPTIONAL})
         label, task, domain = map(normalized, (row.label, row.task, row.domain))
         row = row._replace(label=label, split=row.split.lower(), task=task, domain=domain)
+        if "\0" in "".join(row[1:]):
+            raise ValueError(f"expected texts without the zero character in line {line} of {file}, got {record}")
         if not (row.path and row.label):
             raise ValueError(f"expected a path and a label in line {line} of {file}, got {record}")
         if row.split and row.split not in _PARTS:
@@ -124,22 +126,23 @@ def _rows(file: Path) -> Iterator[Row]:
 
 
 def _from_table(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter="\t" if file.suffix.lower() == ".tsv" else ",", strict=True
-    )
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
     header: list[str] = []
+    line = 1  # where a row begins: a text in quotes may have several lines
     try:
         for fields in reader:
             if not header and fields:
                 header = [word.strip().lower() for word in fields]
-                _check_columns(file, reader.line_num, header)
+                _check_columns(file, line, header)
             elif fields:
                 if len(fields) != len(header):
-                    raise ValueError(f"expected {len(header)} fields in line {reader.line_num} of {file}, got"
-                                     f" {len(fields)}: {fields}")  # fmt: skip
-                yield reader.line_num, dict(zip(header, fields, strict=True))
+                    raise ValueError(f"expected {len(header)} fields in line {line} of {file}, got {len(fields)}:"
+                                     f" {fields}")  # fmt: skip
+                yield line, dict(zip(header, fields, strict=True))
+            line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"cannot read line {reader.line_num} of {file}: {error}") from error
+        raise ValueError(f"cannot read line {line} of {file}: {error}; look whether its quotes are closed") from error
 
 
 def _from_json(file: Path, text: str) -> Iterator[tuple[int, dict[str, str]]]:
@@ -170,10 +173,18 @@ def _check_columns(file: Path, line: int, columns: Iterable[str]) -> None:
     if len(set(known)) < len(known):
         raise ValueError(f"expected each column once in line {line} of {file}, got {columns}")
     for name in columns:
-        near = difflib.get_close_matches(name, [other for other in _OPTIONAL if other not in known], 1, cutoff=0.75)
-        if name not in known and near:
-            raise ValueError(f"unknown column {name!r} in line {line} of {file}: perhaps you meant {near[0]!r}; if not,"
-                             " name it otherwise")  # fmt: skip
+        if name in known:
+            continue
+        if meant := [other for other in _OPTIONAL if other not in known and _looks_like(name, other)]:
+            raise ValueError(f"unknown column {name!r} in line {line} of {file}: perhaps you meant {meant[0]!r}; if"
+                             " not, name it otherwise")  # fmt: skip
+
+
+def _looks_like(name: str, column: str) -> bool:
+    """Return whether `name` may be `column` mistyped. Other words, such as mask for task, often begin differently."""
+    if name[:1] != column[0]:
+        return False
+    return sorted(name) == sorted(column) or difflib.SequenceMatcher(None, name, column).ratio() >= 0.8
 
 
 def _existing(file: Path, rows: list[Row]) -> list[Path]:
@@ -193,7 +204,7 @@ def _existing(file: Path, rows: list[Row]) -> list[Path]:
                              f" {row.line}{leak}")  # fmt: skip
         try:
             status = os.stat(path)  # noqa: PTH116  (a Path per image of a long table takes seconds)
-        except OSError:
+        except (OSError, ValueError):  # or a path that no file can have
             (irregular if os.path.lexists(path) else missing).append(row.path)
             continue
         if not stat.S_ISREG(status.st_mode):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,14 @@ class Synthetic(DatasetConfig):
     seed: int = 0
     domains: int = 0
     """Number of domains, for --setting dil. Each has its own tint, and `per_class` images of every class."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("classes", 1), ("per_class", 1), ("size", 1), ("domains", 0)):
+            if (value := getattr(self, name)) < least:
+                raise ValueError(f"expected dataset.{name} of at least {least}, got {value}")
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"expected dataset.noise of at least 0, got {self.noise}")
 
     def build(self) -> Dataset:
         """Return the images, which are the same for the same settings."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from pgp.datasets.decode import require_file
@@ -23,6 +25,11 @@ def normalized(name: str) -> str:
     if name.isascii():
         return name
     return unicodedata.normalize("NFC", _ILL_FORMED.sub("\ufffd", name))
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """Return the names that occur more than once, in alphabetical order."""
+    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def read_text(path: Path, what: str = "") -> str:
