@@ -91,8 +91,7 @@ class Sweep:
             asked = [self._entry(label, config) for label, config in choices.items()]
             points = list(dict.fromkeys(entry.name for entry in asked))
             if baselines:
-                for name in points:
-                    self._add_baselines(self.entries[name])
+                self._add_baselines([self.entries[name] for name in points])
             names = dict.fromkeys([*points, *(c for name in points for c in self.entries[name].baselines.values())])
             self.seeds = sorted({*self.seeds, *seeds})
             jobs = [self._job(self.entries[name], seed) for seed in seeds for name in (names if baselines else points)]
@@ -171,11 +170,14 @@ class Sweep:
         self.entries[name] = GridPoint(name, label, config)
         return self.entries[name]
 
-    def _add_baselines(self, point: GridPoint) -> None:
-        common = {name: _bare(config) for name, config in matching_baselines(self.base).items()}
-        for name, config in matching_baselines(point.config).items():
-            config, shared = _bare(config), common.get(name)
-            point.baselines[name] = self._entry(name if config == shared else f"{name}, {point.label}", config).name
+    def _add_baselines(self, points: Sequence[GridPoint]) -> None:
+        """Add the baselines of points; those that are the same for the recipe and all points have no point's label."""
+        known = [_bare_baselines(config) for config in (self.base, *(point.config for point in points))]
+        for point, baselines in zip(points, known[1:], strict=True):
+            for name, config in baselines.items():
+                is_shared = all(other.get(name) == config for other in known)
+                label = name if is_shared else f"{name}, {point.label}"
+                point.baselines[name] = self._entry(label, config).name
 
     def _read(self) -> None:
         path = self.output / FILE
@@ -327,6 +329,11 @@ def run_all(jobs: Sequence[Job], spread: Callable[[Callable[[Job], JobResult], S
 def _bare(config: Config) -> Config:
     """Return a configuration as a run records it, with seed 0."""
     return replace(resolve_paths(config), seed=0)
+
+
+def _bare_baselines(config: Config) -> dict[str, Config]:
+    """Return the baselines of a configuration, by name."""
+    return {name: _bare(baseline) for name, baseline in matching_baselines(config).items()}
 
 
 def _difference(one: Config, other: Config) -> str:
