@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import records
 DOCS = Path(__file__).parents[2] / "docs"
 DATA = ("emoji", "kanji", "mixed")
 OWN, QUICK, EXPERTS = "lda+query+patches+normalize", "lda+patches+normalize", "experts+query+patches+normalize"
+RANDOM = "LoRA, random, ranks of input .9"
 LINES = [line for line in (DOCS / "results.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")]
 RESULTS = list(records.read(DOCS / "results" / "readouts.jsonl"))
 
@@ -29,6 +31,11 @@ def values(data, row, readout, figure="average_accuracy"):
 
 def spreads(row, readout, figure="average_accuracy"):
     return [emoji.spread(list(values(data, row, readout, figure).values())) for data in DATA]
+
+
+def differences(*pair):
+    own, other = ([values(data, *one) for data in DATA] for one in pair)
+    return [emoji.difference(*both) for both in zip(own, other, strict=True)]
 
 
 def cells(start, columns):
@@ -50,6 +57,9 @@ def cells(start, columns):
         ("| **`input` .97** (recipe `own`", (1, 3, 5), "LoRA, input .97", f"{OWN}+linear"),
         ("| `input` .99 | 7", (0, 2, 4), "LoRA, input .99", OWN),
         ("| `input` .9, with `+nearby`", (0, 2, 4), "LoRA, input .9", f"{OWN}+nearby"),
+        ("| random directions, as many as `input` .9 |", (0, 2, 4), RANDOM, OWN),
+        ("| random directions, as many as `input` .9 |", (1, 3, 5), RANDOM, f"{OWN}+linear"),
+        ("| the same, with `+nearby`", (0, 2, 4), RANDOM, f"{OWN}+nearby"),
     ],
 )
 def test_accuracies(start, columns, row, readout):
@@ -97,6 +107,35 @@ def test_means_in_short(start, row, readout):
     ],
 )
 def test_paired_differences_of_own(start, other, readout):
-    own = [values(data, "LoRA, input .97", OWN) for data in DATA]
-    others = [values(data, other, readout) for data in DATA]
-    assert cells(start, range(3)) == [emoji.difference(*pair) for pair in zip(own, others, strict=True)]
+    assert cells(start, range(3)) == differences(("LoRA, input .97", OWN), (other, readout))
+
+
+@pytest.mark.parametrize(
+    ("start", "other", "readout"),
+    [
+        ("| LDA, without compensation", RANDOM, OWN),
+        ("| LDA with `+linear`", RANDOM, f"{OWN}+linear"),
+        ("| LDA with `+nearby`", RANDOM, f"{OWN}+nearby"),
+        ("| as many random directions, with `+nearby`", RANDOM, f"{OWN}+nearby"),
+    ],
+)
+def test_paired_differences_of_random_directions(start, other, readout):
+    assert cells(start, range(3)) == differences(("LoRA, input .9", readout), (other, readout))
+
+
+@pytest.mark.parametrize(
+    ("start", "rows"),
+    [
+        ("| `input` .9; as many", ("LoRA, input .9", RANDOM)),
+        ("| `input` .97 | 5.9", ("LoRA, input .97",)),
+        ("| `input` .99; as many", ("LoRA, input .99", "LoRA, random, ranks of input .99")),
+    ],
+)
+def test_drift(start, rows):
+    """Means over the seeds that measured it, with one decimal below 10 %."""
+    expected = []
+    for data in DATA:
+        lines = [[line for line in RESULTS if (line["data"], line["row"]) == (data, row)] for row in rows]
+        means = [100 * statistics.mean(line["drift"] for line in own if line.get("drift")) for own in lines]
+        expected.append("; ".join(f"{mean:.{int(mean < 10)}f}" for mean in means))
+    assert cells(start, range(3)) == expected
