@@ -100,7 +100,7 @@ def test_domains_and_tasks(tmp_path):
         ("file,label\na.png,dog\n", "expected columns path and label"),
         ("path,label,label\na.png,dog,cat\n", "expected each column once in line 1"),
         ("path,label,spilt\na.png,dog,test\n", "unknown column 'spilt' in line 1 .*perhaps you meant 'split'"),
-        ("path,label,taks\na.png,dog,1\n", "unknown column 'taks' in line 1 .*perhaps you meant 'task'"),
+        ("path,label,tsak\na.png,dog,1\n", "unknown column 'tsak' in line 1 .*perhaps you meant 'task'"),
         ("path,label\na.png,dog\nb.png\n", r"expected 2 fields in line 3 of .*, got 1: \['b.png'\]"),
         ("path,label\na.png,dog\nb.png, \n", "expected a path and a label in line 3"),
         ("path,label,split\na.png,dog,train\nb.png,dog,val\n", "expected split train or test in line 3 .*got 'val'"),

@@ -106,6 +106,7 @@ def published_main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(words: list[str]) -> None:
+    parse.refuse_empty(words)
     import_own_modules(os.environ.get("PGP_IMPORT", ""))
     bare = words[0] in ("list", "data") and len(words) < 4 if words else True  # these commands have no flags
     if not words or words[0] in HELP or (bare and words[-1] in HELP):
@@ -117,6 +118,7 @@ def _run(words: list[str]) -> None:
 
 
 def _run_published(words: list[str]) -> None:
+    parse.refuse_empty(words)
     import_own_modules(os.environ.get("PGP_IMPORT", ""))
     if not words or words[0] in HELP:
         show.show_lines(*PUBLISHED_USAGE.splitlines())
@@ -449,7 +451,7 @@ def sweep_command(words: list[str]) -> None:
     first = [] if not words or words[0].startswith("-") else [words[0]]
     program = f"pgp sweep {first[0] if first else 'RECIPE'}"
     command, others = parse.parse_known(SweepCommand, words[len(first) :], program)
-    base = parse.parse_point([*first, *others])
+    base = parse.parse_point([*first, *others] if first else words)  # raises if the recipe does not come first
     choices = parse.parse_grid(command.over)
     configs = [parse.parse_point([*first, *others, *parse.to_flags(choice)]) for choice in choices]
     points, seeds = parse.label_choices(choices, configs, base.name), parse.parse_seeds(command.seeds)

@@ -53,6 +53,14 @@ def _short_errors() -> Iterator[None]:
             show.print_note(shorten(text))
 
 
+def refuse_empty(words: list[str]) -> None:
+    """Raise if a word, or the value of a flag, is empty: as a path, it would mean the working directory."""
+    for before, word in zip(["pgp", *words], words, strict=False):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            where = f"after {before}" if not word else f"in {word}"
+            raise ValueError(f"expected a value {where}, got an empty text: was a variable of the shell empty?")
+
+
 def train_command(words: list[str], program: str) -> TrainCommand:
     """Return the command for `RECIPE --flags`."""
     if not words or words[0].startswith("-"):

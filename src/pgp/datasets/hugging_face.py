@@ -149,6 +149,9 @@ class HubSplit(Split):
 
 def _load(name: str, subset: str | None, *, offline: bool = False) -> dict[str, Any]:
     """Return the splits of a data set by name; if `offline`, without the network, as with HF_HUB_OFFLINE=1."""
+    if not name:
+        raise ValueError(f"expected the name of a Hugging Face data set, got none: name it by --data {HUB}NAME, or by"
+                         " --dataset.name")  # fmt: skip
     try:
         import datasets
     except ImportError as error:
