@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -213,9 +214,8 @@ def show_comparison(members: Sequence[comparison.Entry], folder: Path) -> None:
     """Print the table of the sweep in `folder`, and the paths of the table and the figure."""
     rows = comparison.table(members)
     _show_table("in %", comparison.HEAD[:2], comparison.HEAD[2:], rows)
-    show_lines(
-        comparison.NOTE, comparison.CHANCE_NOTE, f"table:  {folder / sweep.TABLE}", f"figure: {folder / sweep.FIGURE}"
-    )
+    notes = textwrap.wrap(f"{comparison.NOTE} {comparison.CHANCE_NOTE}", 80)
+    show_lines(*notes, f"table:  {folder / sweep.TABLE}", f"figure: {folder / sweep.FIGURE}")
 
 
 def show_evaluation(run: Run, matrices: Mapping[str, Tensor]) -> None:
