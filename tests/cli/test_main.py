@@ -168,6 +168,13 @@ def test_list_and_help(capsys):
         assert "--devices" in capsys.readouterr().out
 
 
+def test_an_empty_folder_is_no_data_set(tmp_path, capsys):
+    for name, shown in (("cifar-100-python", "searched for at"), ("cifar-100-python/train", "found at")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        main.main(["list"])
+        assert f"{shown} {tmp_path / 'data' / 'cifar-100-python'}" in capsys.readouterr().out
+
+
 def test_data_get_and_check(tmp_path, capsys):
     for label in "ab":
         (tmp_path / "photos" / label).mkdir(parents=True)
@@ -294,6 +301,11 @@ def test_a_run_that_stopped_says_so(tmp_path, capsys, monkeypatch):
     assert "(unfinished: 1 of 3 tasks; resume with pgp train --resume)" in capsys.readouterr().out
     main.main(["train", "--resume", "run", "--on-bad-image", "skip"])
     assert "unfinished" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--max-megabytes", "--max-megapixels", "--max-files", "--timeout", "--batch-size"])
+def test_limits_of_a_service_are_above_zero(flag, capsys):
+    assert f"expected {flag} above 0, got -1" in fails(capsys, "serve", "none", flag, "-1")
 
 
 @pytest.mark.parametrize("flag", ["--max-megabytes", "--max-megapixels"])

@@ -94,6 +94,12 @@ def test_unknown_recipes_and_flags_name_the_nearest(capsys):
     assert "usage: python main.py RECIPE" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("folder", ["nowhere", "no/where"])
+def test_an_evaluation_says_that_there_is_no_run(folder, tmp_path, capsys):
+    error = fails(capsys, "10cifar100_l2p_pgp", "--eval", "--output_dir", folder)
+    assert f"no finished task of 10cifar100_l2p_pgp in {tmp_path / folder}, which does not exist: name another" in error
+
+
 @pytest.mark.slow
 def test_runs_lie_in_the_output_folder_under_both_names(tmp_path, capsys):
     main.published_main(["10cifar100_l2p_pgp", "--output_dir", "./output", "--no_pgp", "--lr", "0.2"])

@@ -16,6 +16,7 @@ from pgp.backbones.base import Backbone
 from pgp.baselines import BASELINES
 from pgp.config import Config
 from pgp.datasets.base import DatasetConfig
+from pgp.datasets.download import there
 from pgp.datasets.hugging_face import HuggingFace
 from pgp.scenario import Setting
 from pgp.system.escaping import printable
@@ -73,7 +74,7 @@ def _location(dataset: DatasetConfig) -> str:
         return "on the hub, or at the path that --dataset.name gives"
     if not dataset.search_paths:
         return "needs no files"
-    found = next((path for path in dataset.search_paths if path.exists()), None)
+    found = next((path for path in dataset.search_paths if there(path)), None)
     if found is not None and dataset.archives:
         return f"found at {found}"
     paths = ", ".join(map(str, dataset.search_paths))

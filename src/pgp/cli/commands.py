@@ -56,8 +56,17 @@ class TrainCommand:
     comes first in tables and figures."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class MovedData:
+    """The flag of each command that reads the data of a run."""
+
+    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """New path of the run's data, if they were moved. They must be the same data; the run records the path. For a run
+    with added data, repeat the flag: once for each data set, in the order in which they were learned."""
+
+
 @dataclass(frozen=True)
-class ResumeCommand:
+class ResumeCommand(MovedData):
     """Resume a run from its latest checkpoint. Only hardware settings and the handling of bad images can change."""
 
     resume: Path
@@ -67,9 +76,6 @@ class ResumeCommand:
     """Images to learn as one more task of a finished run: a folder, a table or hf:NAME. The old images are not needed;
     accuracy on old test images that are missing is not measured. Until the task is finished, the run predicts as
     before. pgp add RUN DATA is short for pgp train --resume RUN --add DATA."""
-    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """New path of the run's data, if they were moved. They must be the same data; the run records the path. For a run
-    with added data, repeat the flag: once for each data set, in the order in which they were learned."""
     drop: bool = False
     """Discard an unfinished task, and resume from the latest finished one."""
     on_bad_image: Literal["error", "skip"] | None = None
@@ -79,16 +85,13 @@ class ResumeCommand:
 
 
 @dataclass(frozen=True)
-class EvalCommand:
+class EvalCommand(MovedData):
     """Evaluate a run's latest checkpoint again, on all tasks it has learned."""
 
     run: tyro.conf.Positional[Annotated[Path, Choice(metavar="RUN")]]
     """Run folder."""
     legacy_eval: bool = False
     """Also report the published protocol (see pgp train RECIPE --help)."""
-    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """New path of the run's data, if they were moved. They must be the same data; the run records the path. For a run
-    with added data, repeat the flag: once for each data set, in the order in which they were learned."""
     every_task: bool = False
     """Evaluate the checkpoints of all tasks, not only the latest, for the full accuracy matrix."""
     batch_size: int | None = None
@@ -96,14 +99,11 @@ class EvalCommand:
 
 
 @dataclass(frozen=True)
-class AuditCommand:
+class AuditCommand(MovedData):
     """Compare the accuracy of a run's latest checkpoint with and without task information at test."""
 
     run: tyro.conf.Positional[Annotated[Path, Choice(metavar="RUN")]]
     """Run folder."""
-    data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """New path of the run's data, if they were moved. They must be the same data; the run records the path. For a run
-    with added data, repeat the flag: once for each data set, in the order in which they were learned."""
     batch_sizes: tuple[int, ...] = BATCHES
     """Numbers of images that select prompts by a common vote, for methods that select prompts."""
     oracle: bool = False

@@ -366,6 +366,9 @@ def serve_command(words: list[str]) -> None:
     except ImportError as error:
         raise ValueError("pgp serve needs fastapi, uvicorn, python-multipart and prometheus-client: pip install"
                          f" 'prompt-gradient-projection[serve]' ({error})") from error  # fmt: skip
+    for name in ("max_megabytes", "max_megapixels", "max_files", "timeout", "batch_size"):
+        if (value := getattr(command, name)) <= 0:
+            raise ValueError(f"expected --{name.replace('_', '-')} above 0, got {value:g}")
     limits = Limits(
         request_bytes=_whole("--max-megabytes", command.max_megabytes, 2**20),
         files=command.max_files,
@@ -448,22 +451,25 @@ def _data_paths(config: Config) -> list[Path]:
 
 def sweep_command(words: list[str]) -> None:
     """Run `pgp sweep RECIPE ...`."""
-    first = [] if not words or words[0].startswith("-") else [words[0]]
-    program = f"pgp sweep {first[0] if first else 'RECIPE'}"
-    command, others = parse.parse_known(SweepCommand, words[len(first) :], program)
-    base = parse.parse_point([*first, *others] if first else words)  # raises if the recipe does not come first
+    if not HELP.isdisjoint(words):
+        parse.parse(SweepCommand, ["--help"], "pgp sweep RECIPE")
+    recipe = parse.recipe_name(words, "pgp sweep")
+    command, others = parse.parse_known(SweepCommand, words[1:], f"pgp sweep {recipe}")
+    parse.check_over(words, command.over)
+    base = parse.parse_point([recipe, *others])
     choices = parse.parse_grid(command.over)
-    configs = [parse.parse_point([*first, *others, *parse.to_flags(choice)]) for choice in choices]
+    configs = [parse.parse_point([recipe, *others, *parse.to_flags(choice)]) for choice in choices]
     points, seeds = parse.label_choices(choices, configs, base.name), parse.parse_seeds(command.seeds)
     if command.workers is not None and command.workers < 1:
         raise ValueError(f"expected --workers of at least 1, got {command.workers}")
     for data in {repr(config.dataset): config.dataset for config in configs}.values():
         data.fetch()  # once; fetch() draws its own progress bars
-    swept = sweep.Sweep(command.output or Path("sweeps") / first[0], base)
+    folder = command.output or Path("sweeps") / recipe
+    swept = sweep.Sweep(folder, base)
     jobs = swept.plan(points, seeds, baselines=command.baselines)
     failures = _swept(command, base, jobs)
     if members := swept.write_report():
-        show.show_comparison(members, command.output or Path("sweeps") / first[0])
+        show.show_comparison(members, folder)
     if failures:
         show.print_note(f"{len(failures)} of {len(jobs)} runs failed; repeat the same call to try them again:")
         for failure in failures:

@@ -56,19 +56,16 @@ def _short_errors() -> Iterator[None]:
 def refuse_empty(words: list[str]) -> None:
     """Raise if a word, or the value of a flag, is empty: as a path, it would mean the working directory."""
     for before, word in zip(["pgp", *words], words, strict=False):
-        if not word or (word.startswith("--") and word.endswith("=")):
+        if not word or (word.startswith("--") and word.find("=") == len(word) - 1):
             where = f"after {before}" if not word else f"in {word}"
             raise ValueError(f"expected a value {where}, got an empty text: was a variable of the shell empty?")
 
 
 def train_command(words: list[str], program: str) -> TrainCommand:
     """Return the command for `RECIPE --flags`."""
-    if not words or words[0].startswith("-"):
-        resume = ", or --resume RUN" if program == "pgp train" else ""
-        raise ValueError(f"expected a recipe, as in {program} demo{resume}, got {words[0] if words else 'none'}:"
-                         " pgp list names all recipes")  # fmt: skip
-    recipe = recipes.lookup(recipes.RECIPES, words[0], "recipe", "pgp list")
+    recipe = recipes.lookup(recipes.RECIPES, recipe_name(words, program), "recipe", "pgp list")
     refuse_old_spellings(words[1:])
+    _require_values(words, "--readouts", "--tracker")
     if len(words) > 1 and not words[1].startswith("-"):
         raise ValueError(f"expected flags after {words[0]}, got {words[1]}: for images, use --data {words[1]}")
     if flag_values(words, "--add"):
@@ -89,6 +86,22 @@ def train_command(words: list[str], program: str) -> TrainCommand:
     return command
 
 
+def recipe_name(words: Sequence[str], program: str) -> str:
+    """Return the name of the recipe, which comes before all flags."""
+    if not words or words[0].startswith("-"):
+        resume = ", or --resume RUN" if program == "pgp train" else ""
+        raise ValueError(f"expected a recipe, as in {program} demo{resume}, got {words[0] if words else 'none'}:"
+                         " pgp list names all recipes")  # fmt: skip
+    return words[0]
+
+
+def _require_values(words: Sequence[str], *flags: str) -> None:
+    """Raise if one of `flags`, which tyro takes with any number of values, has none."""
+    for word, following in zip(words, [*words[1:], "--"], strict=True):
+        if word in flags and following.startswith("--"):
+            raise ValueError(f"expected a value after {word}, got none")
+
+
 def resume_defaults(words: list[str]) -> ResumeCommand:
     """Return the command for the run that `--resume` names, with the run's own settings."""
     folders = flag_values(words, "--resume")
@@ -101,6 +114,7 @@ def resume_defaults(words: list[str]) -> ResumeCommand:
 def check_resumable(words: list[str]) -> None:
     """Raise if a flag is given with --resume that can only be given when a run begins."""
     refuse_old_spellings(words)
+    _require_values(words, "--tracker")
     allowed = {field.name.replace("_", "-") for kind in (ResumeCommand, Hardware) for field in fields(kind)}
     for word in words:
         name = word.partition("=")[0].removeprefix("--").replace("_", "-")
@@ -136,8 +150,16 @@ def _choose_components(config: Config, words: list[str]) -> Config:
         if named := [name for name in flag_values(words, "--dataset") if name not in ("", dataset.tag)]:
             raise ValueError(f"expected --data or --dataset, got both: --data {paths[-1]} is a data set of kind"
                              f" {dataset.tag}, not {named[-1]}")  # fmt: skip
+        for flag in PATH_FLAGS:
+            if others := flag_values(words, flag):
+                raise ValueError(f"expected --data or {flag}, got both: --data {paths[-1]} and {flag} {others[-1]} name"
+                                 " different data")  # fmt: skip
         config = replace(config, dataset=dataset, tasks=None)
     return config
+
+
+PATH_FLAGS = ("--dataset.root", "--dataset.file", "--dataset.name", "--data-path")
+"""Flags that say where the data are, as `--data` does."""
 
 
 def flag_values(words: list[str], wanted: str) -> list[str]:
@@ -158,7 +180,9 @@ def flag_values(words: list[str], wanted: str) -> list[str]:
 def parse_point(words: list[str]) -> Config:
     """Return the configuration of one point of a grid."""
     command = train_command(words, "pgp sweep")
-    if command.twin or command.baselines or command.output or flag_values(words, "--seed"):
+    if command.output:
+        raise ValueError(f"expected --output for the folder of a sweep, got --output-dir {command.output}")
+    if command.twin or flag_values(words, "--seed"):
         raise ValueError("expected pgp sweep without --twin and --seed: baselines are run by default,"
                          " and seeds are --seeds")  # fmt: skip
     if command.tracker:
@@ -183,6 +207,13 @@ def parse_seeds(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, parts))) if "," in text else list(range(int(text)))
 
 
+def check_over(words: list[str], over: Sequence[str]) -> None:
+    """Raise if a word after `--over` is not in `over`, because it was separated by a blank."""
+    if loose := [word for word in flag_values(words, "--over") if word not in over]:
+        raise ValueError(f"expected --over PATH=VALUE,VALUE without blanks, got {loose[0]!r} after one: put quotes"
+                         " around it all, or repeat --over for another setting")  # fmt: skip
+
+
 def parse_grid(over: Sequence[str]) -> list[dict[str, str]]:
     """Return every combination of the values in `PATH=v1,v2,...`, as values by path.
 
@@ -196,7 +227,7 @@ def parse_grid(over: Sequence[str]) -> list[dict[str, str]]:
         parts = [part.strip() for part in values.split(",")]
         if not path or not equals or not all(parts):
             raise ValueError(f"expected --over PATH=VALUE,VALUE, such as projection.energy=.9,.99, got {text!r}")
-        if path in ("seed", "output", "twin", "baselines"):
+        if path in ("seed", "output", "output_dir", "twin", "baselines"):
             raise ValueError(f"expected a setting of the runs in --over, got {path}: seeds are --seeds, and"
                              " baselines are run by default")  # fmt: skip
         axes.setdefault(path, []).extend(parts)

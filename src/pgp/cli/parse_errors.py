@@ -66,7 +66,7 @@ def _reworded(message: str, usage: str) -> str:
         return f"expected {found[1]} ({found[2]}), got none"
     if found := re.match(r"Error parsing (\S+): (.*)", message):
         reason = found[2]
-        value = re.search(r"from \[(.*?)\]", reason) or re.search(r"('[^']*')$", reason)
+        value = re.search(r"(?:from|arguments:?) \[(.*?)\]", reason) or re.search(r"('[^']*')$", reason)
         if found[1].startswith("-") and usage and value and not reason.startswith("expected"):
             return f"expected {usage.replace('{None}|', '')}, got {value[1]}"
         return reason

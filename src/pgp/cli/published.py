@@ -124,13 +124,15 @@ def find_latest_run(asked: Config, words: Sequence[str], folder: Path) -> tuple[
     """
     asked = resolve_paths(asked)
     further = re.compile(re.escape(safe_name(folder.name)) + r"(-\d+)?")  # as make_unique_folder names them
-    bases = dict.fromkeys([folder, *(one for one in folder.parent.iterdir() if further.fullmatch(one.name))])
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    bases = dict.fromkeys([folder, *(one for one in beside if further.fullmatch(one.name))])
     folders = [one for base in bases if base.is_dir() for one in (base, *base.iterdir())]
     found, unusable = _runs_of(asked.name, folders)
     if not found:
+        where = folder if folder.exists() else f"{folder}, which does not exist"
         why = f"{unusable[0]}; or " if unusable else ""
-        raise RunError(f"no finished task of {asked.name} in {folder}: {why}train it first, by python main.py"
-                       f" {asked.name}")  # fmt: skip
+        raise RunError(f"no finished task of {asked.name} in {where}: {why}name another --output_dir, or train it"
+                       f" first, by python main.py {asked.name}")  # fmt: skip
     pairs = list(_pairs(translate_flags(words, asked)))
     given = {name for _, name, _ in pairs if name}
     if any(name == "method" and value in BASELINES for _, name, value in pairs):
